@@ -1,0 +1,172 @@
+"""Options: a dataclass, then Python config files, then the command line.
+
+    python train.py config/quickstart.py --lr=1e-3 --schedule constant --compile
+
+Every option is a field of one dataclass. Its type is its annotation, its default
+is its value, and the comment behind it is what `--help` prints. Config files hold
+plain Python assignments (`batch_tokens = 8 * 1024`); later files win over earlier
+ones, and the command line wins over all files. Imports nothing of this project.
+"""
+
+import ast
+import dataclasses
+import difflib
+import inspect
+import os
+import runpy
+import sys
+import types
+import typing
+
+
+class ConfigError(SystemExit, ValueError):
+    """A user's mistake: one line that names option, value and remedy.
+
+    Uncaught, it ends the program with that line on stderr and exit status 1, without a
+    traceback; only rank 0 of a distributed run prints it. Code may catch it as ValueError.
+    """
+
+    def __init__(self, message):
+        super().__init__(f"error: {message}" if os.environ.get("RANK", "0") == "0" else 1)
+        self.message = message
+
+    def __str__(self):
+        return self.message
+
+
+def load_config(Config, argv):
+    """Build the dataclass `Config` from `argv`, the arguments after the program's name.
+
+    Config files (`*.py`) are read first, in order, then `--key=value`, `--key value` and
+    bare `--flag`. Raises ConfigError for an unknown key or a value of the wrong type;
+    whatever `Config.__post_init__` rejects, it should reject with ConfigError too.
+    """
+    if "--help" in argv or "-h" in argv:
+        print(help_text(Config))
+        raise SystemExit(0)
+    fields = {field.name: field for field in dataclasses.fields(Config)}
+    hints = typing.get_type_hints(Config)
+    files, flags = _split_argv(argv, fields, hints)
+    values = {}
+    for path in files:
+        for key, value in _read_config_file(path).items():
+            values[key] = _checked(key, value, fields, hints, where=f"{path}: ")
+    for key, text in flags:
+        _check_key(key, fields)
+        values[key] = _checked(key, _parse(text, hints[key]), fields, hints, where="--")
+    return Config(**values)
+
+
+def help_text(Config):
+    """One line an option: name, default and the comment of its field in the source."""
+    comments = _field_comments(Config)
+    lines = [inspect.cleandoc(sys.modules[Config.__module__].__doc__ or ""), "", "options:"]
+    for field in dataclasses.fields(Config):
+        option = f"--{field.name}={field.default!r}"
+        lines.append(f"  {option:<36} {comments.get(field.name, '')}".rstrip())
+    return "\n".join(lines)
+
+
+def _field_comments(Config):
+    """{field name: comment behind it}, of the dataclass and those it inherits from."""
+    comments = {}
+    for cls in reversed(Config.__mro__):
+        if not dataclasses.is_dataclass(cls):
+            continue
+        for line in inspect.getsource(cls).splitlines():
+            code, _, comment = line.partition("  # ")
+            name = code.partition(":")[0].strip()
+            if comment and name.isidentifier():
+                comments[name] = comment.strip()
+    return comments
+
+
+def _split_argv(argv, fields, hints):
+    """-> config file paths, [(key, text)]"""
+    files, flags, rest = [], [], list(argv)
+    while rest:
+        word = rest.pop(0)
+        if not word.startswith("--"):
+            if not word.endswith(".py"):
+                raise ConfigError(f"'{word}' is neither a config file (*.py) nor an option (--key=value)")
+            files.append(word)
+            continue
+        key, equals, text = word[2:].partition("=")
+        if not equals:
+            _check_key(key, fields)
+            if hints[key] is bool or bool in typing.get_args(hints[key]):  # bare, or with its value behind it
+                text = rest.pop(0) if rest and rest[0].lower() in ("true", "false", "none") else "True"
+            elif not rest or (rest[0].startswith("--") and hints[key] is not str):
+                raise ConfigError(f"--{key} needs a value: --{key}={fields[key].default!r}, say")
+            else:
+                text = rest.pop(0)
+        flags.append((key, text))
+    return files, flags
+
+
+def _read_config_file(path):
+    if not os.path.isfile(path):
+        raise ConfigError(f"config file {path} does not exist")
+    try:
+        names = runpy.run_path(path)
+    except Exception as error:
+        raise ConfigError(f"config file {path} does not run: {type(error).__name__}: {error}") from error
+    return {
+        key: value
+        for key, value in names.items()
+        if not key.startswith("_") and not isinstance(value, types.ModuleType)
+    }
+
+
+def _check_key(key, fields, where="--"):
+    if key not in fields:
+        near = difflib.get_close_matches(key, fields, n=1)
+        remedy = f"did you mean '{near[0]}'?" if near else "--help lists the options"
+        raise ConfigError(f"unknown option {where}{key}: {remedy}")
+
+
+def _parse(text, hint):
+    """Command-line text -> Python value. Text that is no literal stays a string."""
+    if hint is str:
+        return text
+    if text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
+
+
+def _checked(key, value, fields, hints, where):
+    """`value` as the option's type, or ConfigError."""
+    _check_key(key, fields, where)
+    hint = hints[key]
+    for option in typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,):
+        kind = typing.get_origin(option) or option
+        if kind is typing.Literal:
+            if value in typing.get_args(option):
+                return value
+        elif kind in (tuple, list) and isinstance(value, (tuple, list)):
+            return kind(value)
+        elif kind is tuple and isinstance(value, str):  # --structured_layers=ffn or ffn,attn
+            return tuple(word.strip() for word in value.split(",") if word.strip())
+        elif kind is float and isinstance(value, int) and not isinstance(value, bool):
+            return float(value)
+        elif kind is int and isinstance(value, float) and value.is_integer():
+            return int(value)  # --max_steps=1e4
+        elif isinstance(value, kind) and not (kind in (int, float) and isinstance(value, bool)):
+            return value
+    raise ConfigError(f"{where}{key}={value!r} has the wrong type: give {_describe(hint)}")
+
+
+def _describe(hint):
+    if isinstance(hint, types.UnionType):
+        return " or ".join(_describe(option) for option in typing.get_args(hint))
+    if typing.get_origin(hint) is typing.Literal:
+        return "one of " + ", ".join(map(repr, typing.get_args(hint)))
+    if hint is types.NoneType:
+        return "None"
+    kind = typing.get_origin(hint) or hint
+    return {int: "a whole number", float: "a number", bool: "True or False", str: "a string"}.get(
+        kind, f"a {kind.__name__}"
+    )

@@ -1,0 +1,314 @@
+"""A GPT-2 in which every linear projection is a structured matrix.
+
+Two parametrisations. "mup" (structure-aware µP; "Compute Better Spent", ICML 2024, section 3,
+with depth-µP and QK-norm) keeps the best learning rate where it is when width or structure
+changes. "standard" is GPT-2 as published: with structure="dense" it loads GPT-2's weights and
+equals it. The learning rates that belong to each are in mup.py.
+
+Shapes: B batch, T time, C = d_model, nh = n_head, hs = d_head.
+Imports from configurator and einsum_linear.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from configurator import ConfigError
+from einsum_linear import Dense, make_linear
+
+# What `structured_layers` may name, one by one or as a group ("attn" is the four attn.* roles).
+ROLES = ("attn.q", "attn.k", "attn.v", "attn.proj", "ffn.up", "ffn.down", "lm_head")
+
+
+@dataclass
+class GPTConfig:
+    block_size: int = 1024  # context length, tokens
+    vocab_size: int = 50304  # at least the data's; GPT-2's 50257 rounded up to a width that factors
+    n_layer: int = 12  # transformer blocks
+    n_head: int = 12  # attention heads
+    d_model: int = 768  # width of the residual stream
+    d_head: int | None = None  # width of a head; None: d_model / n_head
+    dropout: float = 0.0  # probability, on embeddings, attention and residual branches
+    bias: bool = False  # biases in linear layers and norms (GPT-2: True)
+    parametrization: Literal["mup", "standard"] = "mup"  # structure-aware muP, or plain GPT-2 (1/sqrt(d_head), std 0.02, tied head)
+    structure: str = "btt"  # of the structured layers: dense, low_rank, btt, einsum
+    theta: tuple | None = None  # with structure="einsum": seven exponents (alpha beta gamma delta epsilon phi rho)
+    rank: int = 1  # of low_rank and btt
+    structured_layers: tuple = ("attn", "ffn", "lm_head")  # which layers get it, others are dense: attn, attn.q .k .v .proj, ffn, ffn.up .down, lm_head
+    normalize: bool = True  # cap the RMS of each core at its initial value
+
+    def __post_init__(self):
+        for name in ("block_size", "vocab_size", "n_layer", "n_head", "d_model", "d_head"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"{name}={value}: make it at least 1")
+        if not 0 <= self.dropout < 1:
+            raise ConfigError(f"dropout={self.dropout}: make it at least 0 and less than 1")
+        if self.d_head is None and self.d_model % self.n_head:
+            near = min((h for h in range(1, self.d_model + 1) if self.d_model % h == 0), key=lambda h: abs(h - self.n_head))
+            raise ConfigError(
+                f"n_head={self.n_head} does not divide d_model={self.d_model}: take n_head={near}, or give d_head"
+            )
+        for name in self.structured_layers:
+            if not any(_covers(name, role) for role in ROLES):
+                raise ConfigError(f"structured_layers: unknown layer {name!r}, choose from attn, ffn, {', '.join(ROLES)}")
+
+    @property
+    def head_size(self):
+        return self.d_head or self.d_model // self.n_head
+
+    def is_structured(self, role):
+        return self.structure != "dense" and any(_covers(name, role) for name in self.structured_layers)
+
+
+def _covers(name, role):
+    return role == name or role.startswith(f"{name}.")
+
+
+def linear(config, role, d_in, d_out, **kwargs):
+    """The layer that plays `role`: structured where `structured_layers` says so, dense elsewhere."""
+    kwargs = {"bias": config.bias, **kwargs}
+    if not config.is_structured(role):
+        return make_linear(d_in, d_out, "dense", **kwargs)
+    try:
+        return make_linear(d_in, d_out, config.structure, config.theta, config.rank, normalize=config.normalize, **kwargs)
+    except ConfigError as error:
+        raise ConfigError(f"{role}: {error}") from None
+
+
+class Attention(nn.Module):
+    """Causal self-attention. Under muP queries and keys have a LayerNorm a head, and logits scale as 8/d_head."""
+
+    def __init__(self, config):
+        super().__init__()
+        nh, hs = config.n_head, config.head_size
+        mup = config.parametrization == "mup"
+        self.n_head, self.head_size, self.dropout = nh, hs, config.dropout
+        self.scale = 8 / hs if mup else 1 / math.sqrt(hs)
+        # With QK-norm the scale of q and k is undone at once: no gain on their cores.
+        self.q = linear(config, "attn.q", config.d_model, nh * hs, gain=not mup)
+        self.k = linear(config, "attn.k", config.d_model, nh * hs, gain=not mup)
+        self.v = linear(config, "attn.v", config.d_model, nh * hs)
+        self.q_norm = nn.LayerNorm(hs, bias=config.bias) if mup else nn.Identity()
+        self.k_norm = nn.LayerNorm(hs, bias=config.bias) if mup else nn.Identity()
+        self.proj = linear(config, "attn.proj", nh * hs, config.d_model, zero_init=True)
+
+    def forward(self, x, cache=None):
+        B, T, C = x.shape
+        q = self.q_norm(self.q(x).view(B, T, self.n_head, self.head_size)).transpose(1, 2)  # (B, nh, T, hs)
+        k = self.k_norm(self.k(x).view(B, T, self.n_head, self.head_size)).transpose(1, 2)  # (B, nh, T, hs)
+        v = self.v(x).view(B, T, self.n_head, self.head_size).transpose(1, 2)  # (B, nh, T, hs)
+        q, k = q.to(v.dtype), k.to(v.dtype)  # autocast leaves LayerNorm's output in float32
+        mask = None
+        if cache is not None:
+            k, v = cache.extend(self, k, v)  # (B, nh, S, hs): all positions so far
+            S = k.size(2)
+            mask = torch.ones(T, S, dtype=torch.bool, device=x.device).tril(S - T)
+        y = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=mask is None, scale=self.scale, dropout_p=self.dropout if self.training else 0.0
+        )
+        y = y.transpose(1, 2).reshape(B, T, -1)  # (B, T, nh * hs)
+        return self.proj(y)
+
+
+class FFN(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.up = linear(config, "ffn.up", config.d_model, 4 * config.d_model)
+        self.down = linear(config, "ffn.down", 4 * config.d_model, config.d_model, zero_init=True)
+
+    def forward(self, x):
+        return self.down(F.gelu(self.up(x), approximate="tanh"))
+
+
+class Block(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.attn_norm = nn.LayerNorm(config.d_model, bias=config.bias)
+        self.attn = Attention(config)
+        self.ffn_norm = nn.LayerNorm(config.d_model, bias=config.bias)
+        self.ffn = FFN(config)
+        self.dropout = nn.Dropout(config.dropout)
+        # Depth-muP: the sum of the branches keeps its size when layers are added.
+        self.branch_scale = math.sqrt(3 / config.n_layer) if config.parametrization == "mup" else 1.0
+
+    def forward(self, x, cache=None):
+        x = x + self.branch_scale * self.dropout(self.attn(self.attn_norm(x), cache))
+        x = x + self.branch_scale * self.dropout(self.ffn(self.ffn_norm(x)))
+        return x
+
+
+class GPT(nn.Module):
+    """GPT(config)(idx, targets=None) -> (logits, loss)
+
+    idx      (B, T) int64 token ids, T <= block_size
+    targets  (B, T) int64, -1 where no loss is wanted
+    logits   (B, T, vocab_size) in the compute dtype;  loss  mean cross-entropy in nats, float32, or None
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.token_embedding = nn.Embedding(config.vocab_size, config.d_model)
+        self.position_embedding = nn.Embedding(config.block_size, config.d_model)
+        self.dropout = nn.Dropout(config.dropout)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.final_norm = nn.LayerNorm(config.d_model, bias=config.bias)
+        self.lm_head = linear(config, "lm_head", config.d_model, config.vocab_size, bias=False, zero_init=True)
+        if config.parametrization == "standard":
+            self._init_as_gpt2()
+        else:
+            for embedding in (self.token_embedding, self.position_embedding):
+                nn.init.normal_(embedding.weight, std=EMBEDDING_STD)
+
+    def _init_as_gpt2(self):
+        """std 0.02, less on the residual branches, head tied to the embedding (GPT-2 report, section 2.3).
+
+        Structured cores keep the initialisation of their own sizes: 0.02 means nothing to a core.
+        A structured head cannot be tied.
+        """
+        for module in self.modules():
+            if isinstance(module, (Dense, nn.Embedding)):
+                nn.init.normal_(module.weight, std=0.02)
+        for block in self.blocks:
+            for layer in (block.attn.proj, block.ffn.down):
+                if isinstance(layer, Dense):
+                    nn.init.normal_(layer.weight, std=0.02 / math.sqrt(2 * self.config.n_layer))
+        if isinstance(self.lm_head, Dense):
+            self.lm_head.weight = self.token_embedding.weight
+
+    def forward(self, idx, targets=None):
+        logits = self.lm_head(self.trunk(idx))  # (B, T, vocab_size)
+        if targets is None:
+            return logits, None
+        loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-1)
+        return logits, loss
+
+    def trunk(self, idx, cache=None):
+        """Everything below the head: (B, T) ids -> (B, T, C). With a cache, idx continues what it holds."""
+        start = 0 if cache is None else cache.length
+        T = idx.size(1)
+        if start + T > self.config.block_size:
+            raise ValueError(f"{start + T} tokens do not fit block_size={self.config.block_size}")
+        position = torch.arange(start, start + T, device=idx.device)
+        x = self.dropout(self.token_embedding(idx) + self.position_embedding(position))  # (B, T, C)
+        for block in self.blocks:
+            x = block(x, cache)
+        if cache is not None:
+            cache.length += T
+        return self.final_norm(x)
+
+    @torch.no_grad()
+    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, generator=None):
+        """Continue idx, (B, T) with T <= block_size, by max_new_tokens sampled tokens -> (B, T + max_new_tokens).
+
+        temperature 0 takes the likeliest token. top_k keeps the k likeliest, top_p the likeliest
+        whose probabilities add up to p. Keys and values are cached; when the context is full,
+        its later half is read anew and generation goes on from there.
+        """
+        was_training = self.training
+        self.eval()
+        cache, fresh = KVCache(self.config), idx
+        for _ in range(max_new_tokens):
+            if cache.length + fresh.size(1) > self.config.block_size:
+                cache, fresh = KVCache(self.config), idx[:, -max(1, self.config.block_size // 2) :]
+            logits = self.lm_head(self.trunk(fresh, cache)[:, -1]).float()  # (B, vocab_size)
+            fresh = sample_token(logits, temperature, top_k, top_p, generator)  # (B, 1)
+            idx = torch.cat((idx, fresh), dim=1)
+        self.train(was_training)
+        return idx
+
+    def flops_per_token(self):
+        """FLOPs of a forward pass at full context, 2 a multiplication; training costs 3 times that.
+
+        Layers as they say of themselves, plus attention's two T × T products, counted in full
+        (not halved for causality), the convention of torch's flop counter and of PaLM's MFU.
+        """
+        layers = sum(module.flops_per_token for module in self.modules() if hasattr(module, "cores"))
+        attention = 2 * 2 * self.config.block_size * self.config.n_head * self.config.head_size
+        return layers + self.config.n_layer * attention
+
+    @classmethod
+    def from_pretrained(cls, name):
+        """GPT-2's weights: a model on the Hugging Face hub ("gpt2", "gpt2-xl") or a local folder."""
+        from transformers import GPT2LMHeadModel
+
+        theirs = GPT2LMHeadModel.from_pretrained(name)
+        c = theirs.config
+        model = cls(
+            GPTConfig(
+                block_size=c.n_positions, vocab_size=c.vocab_size, n_layer=c.n_layer, n_head=c.n_head, d_model=c.n_embd,
+                bias=True, parametrization="standard", structure="dense",
+            )
+        )  # fmt: skip
+        model.load_state_dict(gpt2_state_dict(theirs.state_dict(), c.n_layer))
+        return model
+
+
+EMBEDDING_STD = 1.0  # muP: embeddings are of size 1 whatever the width
+
+
+def gpt2_state_dict(theirs, n_layer):
+    """Hugging Face's GPT-2 weights under this file's names. Their Conv1D keeps (d_in, d_out), and q k v in one."""
+    ours = {
+        "token_embedding.weight": theirs["transformer.wte.weight"],
+        "position_embedding.weight": theirs["transformer.wpe.weight"],
+        "final_norm.weight": theirs["transformer.ln_f.weight"],
+        "final_norm.bias": theirs["transformer.ln_f.bias"],
+        "lm_head.weight": theirs["transformer.wte.weight"],
+    }
+    for layer in range(n_layer):
+        for kind in ("weight", "bias"):
+            get = lambda name: theirs[f"transformer.h.{layer}.{name}.{kind}"].t()  # noqa: E731
+            q, k, v = get("attn.c_attn").chunk(3)
+            ours |= {
+                f"blocks.{layer}.{name}.{kind}": value
+                for name, value in {
+                    "attn_norm": get("ln_1"),
+                    "attn.q": q,
+                    "attn.k": k,
+                    "attn.v": v,
+                    "attn.proj": get("attn.c_proj"),
+                    "ffn_norm": get("ln_2"),
+                    "ffn.up": get("mlp.c_fc"),
+                    "ffn.down": get("mlp.c_proj"),
+                }.items()
+            }
+    return ours
+
+
+class KVCache:
+    """Keys and values of the positions read so far, kept a layer, in buffers of full context."""
+
+    def __init__(self, config):
+        self.block_size, self.length, self.buffers = config.block_size, 0, {}
+
+    def extend(self, layer, k, v):
+        """Append k and v (B, nh, T, hs); return all so far (B, nh, length + T, hs)."""
+        if layer not in self.buffers:
+            B, nh, _, hs = k.shape
+            self.buffers[layer] = [k.new_empty(B, nh, self.block_size, hs) for _ in range(2)]
+        end = self.length + k.size(2)
+        for buffer, new in zip(self.buffers[layer], (k, v)):
+            buffer[:, :, self.length : end] = new
+        return [buffer[:, :, :end] for buffer in self.buffers[layer]]
+
+
+def sample_token(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
+    """(B, vocab_size) logits -> (B, 1) token ids."""
+    if temperature == 0:
+        return logits.argmax(dim=-1, keepdim=True)
+    logits = logits / temperature
+    if top_k is not None and top_k < logits.size(-1):
+        kth = logits.topk(top_k).values[:, -1:]
+        logits = logits.masked_fill(logits < kth, -math.inf)
+    if top_p is not None:
+        ordered, order = logits.sort(descending=True)
+        probability = ordered.softmax(dim=-1)
+        beyond = probability.cumsum(dim=-1) - probability >= top_p  # the likelier ones already make up p
+        logits = logits.masked_fill(torch.zeros_like(beyond).scatter(-1, order, beyond), -math.inf)
+    return torch.multinomial(logits.softmax(dim=-1), 1, generator=generator)

@@ -1,0 +1,63 @@
+"""Learning-rate multipliers of structure-aware µP, and the optimizer made from them.
+
+A core is a batched matrix, and so has a fan-in of its own. Adam moves every entry by about the
+learning rate; for the change of the layer's output to be of size 1 at any width, a core's rate
+must fall as 1/fan_in, and the cores of a layer share the change between them ("Compute Better
+Spent", ICML 2024, section 3.2):
+
+    parameter                                   learning rate
+    core of a structured layer                  lr · base_width / (fan_in · number of cores)
+    dense matrix                                lr · base_width / d_in
+    embeddings, norms, biases, gains            lr
+
+so that `lr` is the rate of a dense layer of width 768. The initial standard deviations are
+with the layers (einsum_linear.init_std). Under parametrization="standard" every multiplier is 1.
+Imports from einsum_linear.
+"""
+
+import torch
+
+from einsum_linear import Dense, EinsumLinear
+
+BASE_WIDTH = 768
+
+
+def lr_multipliers(model):
+    """{parameter name: learning-rate multiplier}, a float for each of the model's parameters."""
+    multipliers = {name: 1.0 for name, _ in model.named_parameters()}
+    if model.config.parametrization == "standard":
+        return multipliers
+    for name, module in model.named_modules():
+        if isinstance(module, Dense):
+            multipliers[f"{name}.weight"] = BASE_WIDTH / module.in_features
+        elif isinstance(module, EinsumLinear):
+            for i, core in enumerate(module.cores):
+                multipliers[f"{name}.cores.{i}"] = BASE_WIDTH / (core.shape[1] * len(module.cores))
+    return multipliers
+
+
+def make_optimizer(model, lr, weight_decay=0.0, betas=(0.9, 0.95), multipliers=None):
+    """AdamW with one group for the parameters that share a multiplier and a weight decay.
+
+    A group keeps its multiplier as "lr_mult"; set_lr makes its rate. Matrices decay, vectors do
+    not, and a step takes lr · weight_decay off a matrix whatever its multiplier: decay is
+    divided by it, so that it does not grow where the rate does.
+    """
+    multipliers = lr_multipliers(model) if multipliers is None else multipliers
+    groups = {}
+    for name, parameter in model.named_parameters():
+        decay = weight_decay / multipliers[name] if parameter.dim() >= 2 else 0.0
+        groups.setdefault((multipliers[name], decay), []).append(parameter)
+    fused = next(model.parameters()).device.type in ("cuda", "cpu")
+    optimizer = torch.optim.AdamW(
+        [{"params": params, "lr_mult": mult, "weight_decay": decay} for (mult, decay), params in groups.items()],
+        lr=lr, betas=betas, eps=1e-8, fused=fused,
+    )  # fmt: skip
+    set_lr(optimizer, lr)
+    return optimizer
+
+
+def set_lr(optimizer, lr):
+    """Each group's rate from the base rate: assigned, so it is the same however often it is done."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group["lr_mult"]
