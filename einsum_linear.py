@@ -12,7 +12,7 @@ Efficient Linear Layers over a Continuous Space of Structured Matrices", NeurIPS
 
 To add a structure, write a function that returns its sizes and name it in `make_linear`.
 In code a b g = α β γ, d e f = δ ε φ, r = ρ and n is the number of tokens.
-Imports from configurator.
+Imports from configurator and kernels.
 """
 
 import math
@@ -23,6 +23,7 @@ import torch
 from torch import nn
 
 from configurator import ConfigError
+from kernels import two_products
 
 # ---------------------------------------------------------------------------------------
 # Sizes
@@ -201,29 +202,26 @@ class EinsumLinear(nn.Module):
             nn.init.zeros_(self.cores[-1])
 
     def effective_cores(self):
-        """The two cores as used: rescaled where `normalize` is on. On the device throughout."""
+        """The two cores as used: under the RMS cap and with their gains. No host synchronisation."""
         cores = list(self.cores)
         if self.normalize:
-            # The root comes after the clamp: at a core of zeros its slope would be infinite.
-            excess = [(core.square().mean() / std**2).clamp(min=1).sqrt() for core, std in zip(cores, self.init_std)]
-            cores = [core / factor for core, factor in zip(cores, excess)]
-        if self.gains is not None:
-            cores = [core * gain for core, gain in zip(cores, self.gains)]
+            for i, std in enumerate(self.init_std):
+                excess = torch.linalg.vector_norm(cores[i]) / (std * math.sqrt(cores[i].numel()))  # RMS / init_std
+                scale = 1 if self.gains is None else self.gains[i]
+                cores[i] = cores[i] * (scale / excess.clamp(min=1))
         return cores
 
     def forward(self, x):
         a, b, g, d, e, f, r = self.sizes
-        first, second = self.effective_cores()
-        A_first = self.order == "AB"
-        # p is contracted by the first core and q by the second, which make s and t of the output
-        p, q, s, t = (a, b, d, e) if A_first else (b, a, e, d)
-        n = x.numel() // self.in_features
-        X = x.reshape(n, b, g, a).permute((2, 3, 0, 1) if A_first else (2, 1, 0, 3))  # (γ, p, n, q)
-        z = first.transpose(1, 2) @ X.reshape(g, p, n * q)  # (γ, ρ·φ·s, n·q)
-        z = z.view(g, r, f, s, n, q).permute(2, 3, 4, 5, 0, 1)  # (φ, s, n, q, γ, ρ)
-        y = z.reshape(f, s * n, q * g * r) @ second  # (φ, s·n, t)
-        y = y.view(f, s, n, t).permute((2, 1, 0, 3) if A_first else (2, 3, 0, 1))  # (n, δ, φ, ε)
-        y = y.reshape(*x.shape[:-1], self.out_features)
+        x_4d = x.reshape(-1, b, g, a) if x.numel() else x.reshape(0, b, g, a)
+        # The first core contracts α (or β) for every γ, the second makes ε (or δ) for every φ.
+        if self.order == "AB":
+            y = two_products(x_4d.permute(2, 3, 0, 1), *self.effective_cores())  # (γ, α, n, β) -> (φ, δ, n, ε)
+            y = y.permute(2, 1, 0, 3)
+        else:
+            y = two_products(x_4d.permute(2, 1, 0, 3), *self.effective_cores())  # (γ, β, n, α) -> (φ, ε, n, δ)
+            y = y.permute(2, 3, 0, 1)
+        y = y.reshape(*x.shape[:-1], self.out_features)  # from (n, δ, φ, ε)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def materialize(self):

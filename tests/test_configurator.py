@@ -1,0 +1,127 @@
+"""Options from dataclass, files and command line; one clear line for each mistake."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import pytest
+
+from configurator import ConfigError, help_text, load_config
+
+
+@dataclass
+class Options:
+    lr: float = 1e-3  # learning rate, per update
+    steps: int = 10  # updates
+    name: str = "run"  # of the run
+    compile: bool = False  # faster
+    maybe: int | None = None  # or not
+    speed: bool | None = None  # None: found out
+    schedule: Literal["cosine", "constant"] = "cosine"  # shape
+    theta: tuple | None = None  # seven exponents
+    layers: tuple = ("attn",)  # which
+    table: dict | None = None  # of roles
+
+
+@pytest.fixture
+def config_file(tmp_path):
+    def write(text, name="config.py"):
+        path = tmp_path / name
+        path.write_text(text)
+        return str(path)
+
+    return write
+
+
+@pytest.mark.parametrize(
+    "argv, key, value",
+    [
+        (["--lr=3e-4"], "lr", 3e-4),
+        (["--lr", "1"], "lr", 1.0),
+        (["--steps=10_000"], "steps", 10_000),
+        (["--steps=1e4"], "steps", 10_000),
+        (["--name=a=b"], "name", "a=b"),
+        (["--name", "two words"], "name", "two words"),
+        (["--name=None"], "name", "None"),
+        (["--name=12"], "name", "12"),
+        (["--compile"], "compile", True),
+        (["--compile", "--steps=3"], "compile", True),
+        (["--compile", "False"], "compile", False),
+        (["--compile=false"], "compile", False),
+        (["--speed"], "speed", True),
+        (["--speed=None"], "speed", None),
+        (["--maybe=None"], "maybe", None),
+        (["--maybe", "4"], "maybe", 4),
+        (["--schedule=constant"], "schedule", "constant"),
+        (["--theta=(.5, 0, .5, 0, .5, .5, 0)"], "theta", (0.5, 0, 0.5, 0, 0.5, 0.5, 0)),
+        (["--theta=[1, 0]"], "theta", (1, 0)),
+        (["--layers=attn,ffn"], "layers", ("attn", "ffn")),
+        (["--layers=()"], "layers", ()),
+        (["--table={'attn.q': 'dense'}"], "table", {"attn.q": "dense"}),
+    ],
+)
+def test_values(argv, key, value):
+    got = getattr(load_config(Options, argv), key)
+    assert got == value and type(got) is type(value)
+
+
+def test_later_files_win_and_the_command_line_wins_over_all(config_file):
+    first = config_file("import math\nlr = 1e-2 * math.pi\nsteps = 8 * 1024\n_private = 1\n", "a.py")
+    second = config_file("steps = 5\nname = 'b'\n", "b.py")
+    config = load_config(Options, ["--name=flag", first, second])
+    assert (round(config.lr, 6), config.steps, config.name) == (0.031416, 5, "flag")
+
+
+@pytest.mark.parametrize(
+    "argv, words",
+    [
+        (["--stepz=3"], ["stepz", "steps"]),
+        (["--steps=3.5"], ["steps", "3.5", "whole number"]),
+        (["--steps=many"], ["steps", "'many'", "whole number"]),
+        (["--steps=True"], ["steps", "True"]),
+        (["--lr=fast"], ["lr", "number"]),
+        (["--compile=1"], ["compile", "True or False"]),
+        (["--schedule=linear"], ["schedule", "linear", "cosine", "constant"]),
+        (["--theta=.5"], ["theta", "tuple"]),
+        (["--lr"], ["lr", "needs a value"]),
+        (["--lr", "--steps=3"], ["lr", "needs a value"]),
+        (["nothing.py"], ["nothing.py", "does not exist"]),
+        (["steps=3"], ["steps=3", "--key=value"]),
+    ],
+)
+def test_mistakes_name_option_value_and_remedy(argv, words):
+    with pytest.raises(ConfigError) as caught:
+        load_config(Options, argv)
+    message = str(caught.value)
+    assert "\n" not in message and all(word in message for word in words), message
+    assert caught.value.code == f"error: {message}"  # what python prints, with exit status 1
+
+
+@pytest.mark.parametrize("text, words", [("stepz = 1", ["stepz", "steps"]), ("steps = 'x'", ["steps"]), ("steps = 1/0", ["ZeroDivisionError"])])
+def test_mistakes_in_a_file_name_the_file(config_file, text, words):
+    path = config_file(text)
+    with pytest.raises(ConfigError) as caught:
+        load_config(Options, [path])
+    assert path in str(caught.value) and all(word in str(caught.value) for word in words)
+
+
+def test_only_rank_0_speaks(monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    assert ConfigError("text").code == 1
+
+
+def test_help_lists_every_option_with_default_and_comment(capsys):
+    with pytest.raises(SystemExit) as caught:
+        load_config(Options, ["--help"])
+    assert caught.value.code == 0
+    out = capsys.readouterr().out
+    for line in ("--lr=0.001", "learning rate, per update", "--layers=('attn',)", "of roles"):
+        assert line in out
+
+
+def test_help_covers_inherited_options():
+    import train
+
+    lines = help_text(train.Config).splitlines()
+    for name in train.Config.__dataclass_fields__:
+        line = next(line for line in lines if line.startswith(f"  --{name}="))
+        assert len(line.split(maxsplit=1)[1].strip()) > 3, f"{name} has no comment"

@@ -1,0 +1,184 @@
+"""The GPT against Hugging Face's GPT-2, its cache against recomputation, its FLOPs against the executed graph."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+from configurator import ConfigError
+from einsum_linear import Dense, EinsumLinear
+from model import GPT, GPTConfig, KVCache, sample_token
+
+SMALL = dict(block_size=32, vocab_size=96, n_layer=2, n_head=2, d_model=36)
+
+
+@pytest.fixture(scope="module")
+def hugging_face(tmp_path_factory):
+    """A small random GPT-2 as transformers makes it, and the folder it is saved in."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    theirs = GPT2LMHeadModel(GPT2Config(vocab_size=101, n_positions=24, n_embd=20, n_layer=3, n_head=4)).eval()
+    with torch.no_grad():
+        for parameter in theirs.parameters():  # biases and norms not trivial
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    folder = tmp_path_factory.mktemp("gpt2")
+    theirs.save_pretrained(folder)
+    return theirs, str(folder)
+
+
+def test_dense_standard_equals_hugging_face(hugging_face):
+    theirs, folder = hugging_face
+    ours = GPT.from_pretrained(folder).eval()
+    idx = torch.randint(101, (5, 24))
+    logits, loss = ours(idx, idx.roll(-1, 1))
+    expected = theirs(idx).logits
+    torch.testing.assert_close(logits, expected, atol=2e-5, rtol=1e-5)
+    torch.testing.assert_close(loss, F.cross_entropy(expected.flatten(0, 1), idx.roll(-1, 1).flatten()))
+    assert ours.lm_head.weight is ours.token_embedding.weight
+
+
+def test_standard_is_initialised_as_gpt2():
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(**{**SMALL, "d_model": 256, "n_layer": 8}, parametrization="standard", structure="dense"))
+    for parameter, std in [
+        (model.token_embedding.weight, 0.02),
+        (model.position_embedding.weight, 0.02),
+        (model.blocks[0].attn.q.weight, 0.02),
+        (model.blocks[7].ffn.up.weight, 0.02),
+        (model.blocks[0].attn.proj.weight, 0.02 / 4),
+        (model.blocks[7].ffn.down.weight, 0.02 / 4),
+    ]:
+        assert parameter.std().item() == pytest.approx(std, rel=0.05)
+
+
+@pytest.mark.parametrize("structure", ["dense", "low_rank", "btt"])
+def test_mup_starts_from_uniform_predictions(structure):
+    model = GPT(GPTConfig(**SMALL, structure=structure))
+    idx = torch.randint(96, (2, 32))
+    _, loss = model(idx, idx)
+    assert loss.item() == pytest.approx(math.log(96), abs=1e-5)
+
+
+def randomised(**kwargs):
+    """A GPT whose zero-initialised parts are not zero."""
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(**{**SMALL, **kwargs})).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return model
+
+
+@pytest.mark.parametrize("kwargs", [dict(rank=2), dict(structure="dense", parametrization="standard", bias=True), dict(d_head=10)], ids=str)
+def test_cached_logits_equal_recomputed_ones(kwargs):
+    model = randomised(**kwargs).double()
+    idx = torch.randint(96, (3, 32))
+    expected, _ = model(idx)
+    cache, got = KVCache(model.config), []
+    for start, stop in [(0, 7), (7, 8), (8, 9), (9, 20), (20, 32)]:  # a prompt, single tokens, further chunks
+        got.append(model.lm_head(model.trunk(idx[:, start:stop], cache)))
+    torch.testing.assert_close(torch.cat(got, dim=1), expected)
+
+
+def test_no_position_sees_the_future():
+    model = randomised()
+    idx = torch.randint(96, (1, 32))
+    changed = idx.clone()
+    changed[0, 20:] = (changed[0, 20:] + 1) % 96
+    before, after = model(idx)[0], model(changed)[0]
+    torch.testing.assert_close(before[:, :20], after[:, :20])
+    assert (before[:, 20:] - after[:, 20:]).abs().max() > 1e-3
+
+
+def test_greedy_generation_equals_recomputing_every_step():
+    model = randomised().double()
+    idx = torch.randint(96, (2, 5))
+    got = model.generate(idx, 20, temperature=0)
+    for _ in range(20):
+        idx = torch.cat((idx, model(idx)[0][:, -1].argmax(-1, keepdim=True)), dim=1)
+    assert torch.equal(got, idx)
+
+
+def test_generation_goes_on_past_the_context():
+    model = randomised()
+    prompt = torch.randint(96, (1, 32))
+    out = model.generate(prompt, 70, temperature=1.0, generator=torch.Generator().manual_seed(1))
+    again = model.generate(prompt, 70, temperature=1.0, generator=torch.Generator().manual_seed(1))
+    assert out.shape == (1, 102) and torch.equal(out, again) and torch.equal(out[:, :32], prompt)
+    assert len(set(out[0, 32:].tolist())) > 10
+
+
+def test_generate_leaves_the_mode_as_it_was():
+    model = randomised(dropout=0.5).train()
+    model.generate(torch.zeros(1, 1, dtype=torch.long), 2)
+    assert model.training
+
+
+def test_sampling_draws_from_the_right_distribution():
+    logits = torch.tensor([[2.0, 1.0, 0.5, -1.0, -3.0]]).repeat(40_000, 1)
+    generator = torch.Generator().manual_seed(0)
+    p = logits[0].softmax(-1)
+
+    def frequencies(**kwargs):
+        return torch.bincount(sample_token(logits, generator=generator, **kwargs).flatten(), minlength=5) / len(logits)
+
+    def renormalised(keep):
+        kept = torch.where(torch.arange(5) < keep, p, 0.0)
+        return kept / kept.sum()
+
+    torch.testing.assert_close(frequencies(), p, atol=0.01, rtol=0)
+    torch.testing.assert_close(frequencies(temperature=0.5), (logits[0] / 0.5).softmax(-1), atol=0.01, rtol=0)
+    torch.testing.assert_close(frequencies(top_k=2), renormalised(2), atol=0.01, rtol=0)
+    assert p[:2].sum() < 0.85 < p[:3].sum()
+    torch.testing.assert_close(frequencies(top_p=0.85), renormalised(3), atol=0.01, rtol=0)  # the third takes it past 0.85
+    torch.testing.assert_close(frequencies(top_p=0.01), renormalised(1), atol=0, rtol=0)
+    torch.testing.assert_close(frequencies(temperature=0), renormalised(1), atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("kwargs", [dict(rank=2), dict(structure="dense"), dict(structured_layers=("ffn",), d_head=10)], ids=str)
+def test_flops_are_those_of_the_executed_graph(kwargs):
+    model = GPT(GPTConfig(**{**SMALL, **kwargs}))
+    idx = torch.zeros(3, 32, dtype=torch.long)
+    with FlopCounterMode(display=False) as counter:
+        model(idx)
+    assert counter.get_total_flops() == 3 * 32 * model.flops_per_token()
+
+
+def test_structured_layers_choose_the_layers():
+    model = GPT(GPTConfig(**SMALL, structured_layers=("attn.q", "ffn")))
+    attn, ffn = model.blocks[1].attn, model.blocks[1].ffn
+    assert all(isinstance(layer, EinsumLinear) for layer in (attn.q, ffn.up, ffn.down))
+    assert all(isinstance(layer, Dense) for layer in (attn.k, attn.v, attn.proj, model.lm_head))
+
+
+def test_every_parameter_gets_a_gradient_once_nothing_is_zero():
+    model = randomised(rank=2, bias=True)
+    idx = torch.randint(96, (2, 32))
+    model(idx, idx)[1].backward()
+    for name, parameter in model.named_parameters():
+        if "k" in name.split(".") and name.endswith(".bias"):
+            continue  # a shift of all keys changes no softmax
+        assert parameter.grad is not None and parameter.grad.abs().max() > 0, name
+
+
+@pytest.mark.parametrize(
+    "kwargs, words",
+    [
+        (dict(n_head=5), ["n_head=5", "d_model=36", "n_head=4"]),
+        (dict(n_layer=0), ["n_layer=0", "at least 1"]),
+        (dict(dropout=1.0), ["dropout=1.0"]),
+        (dict(structured_layers=("mlp",)), ["structured_layers", "mlp", "ffn"]),
+    ],
+)
+def test_impossible_configs_are_refused(kwargs, words):
+    with pytest.raises(ConfigError) as caught:
+        GPTConfig(**{**SMALL, **kwargs})
+    assert all(word in str(caught.value) for word in words), str(caught.value)
+
+
+def test_a_size_error_names_the_layer():
+    with pytest.raises(ConfigError, match="lm_head: d_out=97"):
+        GPT(GPTConfig(**{**SMALL, "vocab_size": 97}))
