@@ -47,7 +47,9 @@ def load(out_dir, say=print):
             say(f"{path} is not a whole checkpoint ({type(error).__name__}): passed over")
             torn.append(path)
     if torn:
-        raise ConfigError(f"out_dir={out_dir}: no whole checkpoint ({', '.join(torn)} torn): start anew in another out_dir")
+        raise ConfigError(
+            f"out_dir={out_dir}: no whole checkpoint ({', '.join(torn)} torn): start anew in another out_dir"
+        )
     return None
 
 
@@ -64,7 +66,11 @@ def set_aside(out_dir, say=print):
 def describe(out_dir):
     """Which checkpoint a run would go on from, in words."""
     checkpoint = load(out_dir, say=lambda message: None)
-    return f"last checkpoint: {os.path.join(out_dir, NEWEST)} of step {checkpoint['step']}" if checkpoint else "there is no checkpoint"
+    return (
+        f"last checkpoint: {os.path.join(out_dir, NEWEST)} of step {checkpoint['step']}"
+        if checkpoint
+        else "there is no checkpoint"
+    )
 
 
 def optimizer_state(model, optimizer):

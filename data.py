@@ -82,6 +82,7 @@ class CharTokenizer:
     """96 characters: id 0 is newline, id i is chr(i + 31). Other characters have no id."""
 
     name, vocab_size, dtype = "char96", 96, "uint8"
+    document_start = [0]  # what stands before a document: the newline that ends the one before
     _characters = bytes([10, *range(32, 127)])
     _ids = bytes.maketrans(_characters, bytes(range(96)))
 
@@ -110,6 +111,7 @@ class GPT2Tokenizer:
     """
 
     name, vocab_size, dtype, eot = "gpt2", 50257, "uint16", 50256
+    document_start = [eot]
 
     def __init__(self, bpe_dir=None):
         import tiktoken

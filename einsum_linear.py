@@ -16,7 +16,7 @@ Imports from configurator and kernels.
 """
 
 import math
-from functools import lru_cache
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -59,8 +59,7 @@ def factor_sizes(d_in, d_out, theta, rank=None):
     most = min(alpha * delta, beta * epsilon)
     if rho > most:
         raise ConfigError(
-            f"rank {rho} is beyond what a {d_in} -> {d_out} layer of theta={_show(theta)} can use: "
-            f"take rank <= {most}"
+            f"rank {rho} is beyond what a {d_in} -> {d_out} layer of theta={_show(theta)} can use: take rank <= {most}"
         )
     return Sizes(alpha, beta, gamma, delta, epsilon, phi, rho)
 
@@ -71,7 +70,9 @@ def check_theta(theta):
         raise ConfigError(f"theta={theta!r} is no structure: give seven numbers, such as (.5, 0, .5, 0, .5, .5, 0)")
     theta = tuple(float(t) for t in theta)
     if len(theta) != 7:
-        raise ConfigError(f"theta={_show(theta)} has {len(theta)} values: give seven (alpha beta gamma delta epsilon phi rho)")
+        raise ConfigError(
+            f"theta={_show(theta)} has {len(theta)} values: give seven (alpha beta gamma delta epsilon phi rho)"
+        )
     for name, group in (("alpha + beta + gamma", theta[0:3]), ("delta + epsilon + phi", theta[3:6])):
         if abs(sum(group) - 1) > 1e-6:
             raise ConfigError(f"theta={_show(theta)}: {name} = {sum(group):g}, make it 1")
@@ -101,13 +102,14 @@ def _factor(name, d, exponents):
     )
 
 
-@lru_cache(maxsize=None)
+@cache
 def _nearest_factors(d, exponents):
     """-> the factorisation of d into three, and its largest ratio to d^exponents.
 
     An index of exponent 0 is absent: its size is 1. (No exact factorisation within a factor 2
     is nearer with a larger one.) Ties go to the smaller first factor.
     """
+
     def divisors(n, exponent):
         return [1] if exponent == 0 else [k for k in range(1, n + 1) if n % k == 0]
 
@@ -186,7 +188,9 @@ class EinsumLinear(nn.Module):
         mults = multiplications(sizes)
         self.order = min(mults, key=mults.get)
         self.flops_per_token = 2 * mults[self.order]
-        shapes = [(g, a, r * f * d), (f, b * g * r, e)] if self.order == "AB" else [(g, b, r * f * e), (f, a * g * r, d)]
+        shapes = (
+            [(g, a, r * f * d), (f, b * g * r, e)] if self.order == "AB" else [(g, b, r * f * e), (f, a * g * r, d)]
+        )
         self.cores = nn.ParameterList(nn.Parameter(torch.empty(shape)) for shape in shapes)
         self.init_std = [init_std(fan_in, fan_out) for _, fan_in, fan_out in shapes]
         self.normalize = normalize
@@ -257,7 +261,9 @@ def init_std(fan_in, fan_out):
 STRUCTURES = ("dense", "low_rank", "btt", "einsum")
 
 
-def make_linear(d_in, d_out, structure="btt", theta=None, rank=1, bias=False, normalize=True, gain=True, zero_init=False):
+def make_linear(
+    d_in, d_out, structure="btt", theta=None, rank=1, bias=False, normalize=True, gain=True, zero_init=False
+):
     """A d_in -> d_out linear layer of the named structure.
 
     structure  "dense"
@@ -269,7 +275,9 @@ def make_linear(d_in, d_out, structure="btt", theta=None, rank=1, bias=False, no
     if structure not in STRUCTURES:
         raise ConfigError(f"structure={structure!r} is unknown: choose one of {', '.join(STRUCTURES)}")
     if (structure == "einsum") != (theta is not None):
-        raise ConfigError(f"theta={theta} with structure={structure!r}: give theta with structure='einsum', and only there")
+        raise ConfigError(
+            f"theta={theta} with structure={structure!r}: give theta with structure='einsum', and only there"
+        )
     if rank < 1 or (rank > 1 and structure in ("dense", "einsum")):
         remedy = {"dense": "a dense layer has none", "einsum": "theta's last exponent sets it"}
         raise ConfigError(f"rank={rank} with structure={structure!r}: {remedy.get(structure, 'make it 1 or more')}")

@@ -34,11 +34,17 @@ class GPTConfig:
     d_head: int | None = None  # width of a head; None: d_model / n_head
     dropout: float = 0.0  # probability, on embeddings, attention and residual branches
     bias: bool = False  # biases in linear layers and norms (GPT-2: True)
-    parametrization: Literal["mup", "standard"] = "mup"  # structure-aware muP, or plain GPT-2 (1/sqrt(d_head), std 0.02, tied head)
+    parametrization: Literal["mup", "standard"] = (
+        "mup"  # structure-aware muP, or plain GPT-2 (1/sqrt(d_head), std 0.02, tied head)
+    )
     structure: str = "btt"  # of the structured layers: dense, low_rank, btt, einsum
     theta: tuple | None = None  # with structure="einsum": seven exponents (alpha beta gamma delta epsilon phi rho)
     rank: int = 1  # of low_rank and btt
-    structured_layers: tuple = ("attn", "ffn", "lm_head")  # which layers get it, others are dense: attn, attn.q .k .v .proj, ffn, ffn.up .down, lm_head
+    structured_layers: tuple = (
+        "attn",
+        "ffn",
+        "lm_head",
+    )  # which get it: attn (attn.q .k .v .proj), ffn (ffn.up .down), lm_head
     normalize: bool = True  # cap the RMS of each core at its initial value
 
     def __post_init__(self):
@@ -49,13 +55,17 @@ class GPTConfig:
         if not 0 <= self.dropout < 1:
             raise ConfigError(f"dropout={self.dropout}: make it at least 0 and less than 1")
         if self.d_head is None and self.d_model % self.n_head:
-            near = min((h for h in range(1, self.d_model + 1) if self.d_model % h == 0), key=lambda h: abs(h - self.n_head))
+            near = min(
+                (h for h in range(1, self.d_model + 1) if self.d_model % h == 0), key=lambda h: abs(h - self.n_head)
+            )
             raise ConfigError(
                 f"n_head={self.n_head} does not divide d_model={self.d_model}: take n_head={near}, or give d_head"
             )
         for name in self.structured_layers:
             if not any(_covers(name, role) for role in ROLES):
-                raise ConfigError(f"structured_layers: unknown layer {name!r}, choose from attn, ffn, {', '.join(ROLES)}")
+                raise ConfigError(
+                    f"structured_layers: unknown layer {name!r}, choose from attn, ffn, {', '.join(ROLES)}"
+                )
 
     @property
     def head_size(self):
@@ -75,7 +85,9 @@ def linear(config, role, d_in, d_out, **kwargs):
     if not config.is_structured(role):
         return make_linear(d_in, d_out, "dense", **kwargs)
     try:
-        return make_linear(d_in, d_out, config.structure, config.theta, config.rank, normalize=config.normalize, **kwargs)
+        return make_linear(
+            d_in, d_out, config.structure, config.theta, config.rank, normalize=config.normalize, **kwargs
+        )
     except ConfigError as error:
         raise ConfigError(f"{role}: {error}") from None
 
@@ -109,7 +121,13 @@ class Attention(nn.Module):
             S = k.size(2)
             mask = torch.ones(T, S, dtype=torch.bool, device=x.device).tril(S - T)
         y = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=mask is None, scale=self.scale, dropout_p=self.dropout if self.training else 0.0
+            q,
+            k,
+            v,
+            attn_mask=mask,
+            is_causal=mask is None,
+            scale=self.scale,
+            dropout_p=self.dropout if self.training else 0.0,
         )
         y = y.transpose(1, 2).reshape(B, T, -1)  # (B, T, nh * hs)
         return self.proj(y)
@@ -261,23 +279,20 @@ def gpt2_state_dict(theirs, n_layer):
         "final_norm.bias": theirs["transformer.ln_f.bias"],
         "lm_head.weight": theirs["transformer.wte.weight"],
     }
+    names = {
+        "attn_norm": "ln_1",
+        "attn.proj": "attn.c_proj",
+        "ffn_norm": "ln_2",
+        "ffn.up": "mlp.c_fc",
+        "ffn.down": "mlp.c_proj",
+    }
     for layer in range(n_layer):
         for kind in ("weight", "bias"):
-            get = lambda name: theirs[f"transformer.h.{layer}.{name}.{kind}"].t()  # noqa: E731
-            q, k, v = get("attn.c_attn").chunk(3)
-            ours |= {
-                f"blocks.{layer}.{name}.{kind}": value
-                for name, value in {
-                    "attn_norm": get("ln_1"),
-                    "attn.q": q,
-                    "attn.k": k,
-                    "attn.v": v,
-                    "attn.proj": get("attn.c_proj"),
-                    "ffn_norm": get("ln_2"),
-                    "ffn.up": get("mlp.c_fc"),
-                    "ffn.down": get("mlp.c_proj"),
-                }.items()
-            }
+            here, there = f"blocks.{layer}", f"transformer.h.{layer}"
+            for our_name, their_name in names.items():
+                ours[f"{here}.{our_name}.{kind}"] = theirs[f"{there}.{their_name}.{kind}"].t()
+            for our_name, part in zip("qkv", theirs[f"{there}.attn.c_attn.{kind}"].t().chunk(3)):
+                ours[f"{here}.attn.{our_name}.{kind}"] = part
     return ours
 
 

@@ -33,9 +33,15 @@ class Config:
     source: str = "owt"  # "owt", "stdlib", or a local file or folder
     tokenizer: Literal["gpt2", "char96"] = "gpt2"  # GPT-2 BPE (uint16) or 96 characters (uint8)
     out_dir: str | None = None  # None: data/SOURCE_TOKENIZER
-    dataset: str = "Skylion007/openwebtext"  # with source="owt": its name on the hub, or a local folder in the hub's layout
+    dataset: str = (
+        "Skylion007/openwebtext"  # with source="owt": its name on the hub, or a local folder in the hub's layout
+    )
     text_field: str = "text"  # name of the text in .jsonl objects, .parquet columns and hub data sets
-    extensions: tuple = ("txt", "jsonl", "parquet")  # of the files taken from a local folder; an unknown one is read as text
+    extensions: tuple = (
+        "txt",
+        "jsonl",
+        "parquet",
+    )  # of the files taken from a local folder; an unknown one is read as text
     val_fraction: float = 0.0005  # of the documents
     seed: int = 2357  # of the split
     num_proc: int = 0  # tokenizing processes; 0: one a core
@@ -125,7 +131,9 @@ def hub_documents(config):
             "give a hub name and a network, or a local folder in the hub's layout"
         ) from None
     if config.text_field not in data.column_names:
-        raise ConfigError(f"text_field={config.text_field}: {config.dataset} has the columns {', '.join(data.column_names)}")
+        raise ConfigError(
+            f"text_field={config.text_field}: {config.dataset} has the columns {', '.join(data.column_names)}"
+        )
     parts = data.train_test_split(test_size=config.val_fraction, seed=config.seed, shuffle=True)
 
     def documents():
@@ -199,7 +207,9 @@ def parquet_documents(path, text_field):
     except Exception as error:
         raise ConfigError(f"{path} is not a parquet file ({type(error).__name__}): leave it out") from None
     if text_field not in file.schema_arrow.names:
-        raise ConfigError(f"{path} has no column {text_field!r} but {', '.join(file.schema_arrow.names)}: see --text_field")
+        raise ConfigError(
+            f"{path} has no column {text_field!r} but {', '.join(file.schema_arrow.names)}: see --text_field"
+        )
     for batch in file.iter_batches(batch_size=1000, columns=[text_field]):
         yield from batch.column(0).to_pylist()
 
@@ -261,13 +271,18 @@ def make_pool(config, num_proc):
         return InProcess()
     # spawn, not fork: the parent may have threads (datasets, torch)
     return ProcessPoolExecutor(
-        num_proc, multiprocessing.get_context("spawn"), initializer=start_process, initargs=(config.tokenizer, config.bpe_dir)
+        num_proc,
+        multiprocessing.get_context("spawn"),
+        initializer=start_process,
+        initargs=(config.tokenizer, config.bpe_dir),
     )
 
 
 def write_tokens(config, itemsize, documents, total, paths):
     """Encode all documents in parallel and write them in order; -> counts."""
-    counts = dict.fromkeys(("train_tokens", "val_tokens", "documents", "left_out", "characters", "characters_left_out"), 0)
+    counts = dict.fromkeys(
+        ("train_tokens", "val_tokens", "documents", "left_out", "characters", "characters_left_out"), 0
+    )
     num_proc = config.num_proc or os.cpu_count()
     pending = deque()  # at most 2 batches a process are in flight: memory stays bounded
     with (
@@ -325,7 +340,9 @@ def check_counts(config, itemsize, paths, counts):
         )
     for split, path in paths.items():
         if os.path.getsize(path) != counts[f"{split}_tokens"] * itemsize:
-            raise ConfigError(f"{path} has {os.path.getsize(path)} bytes, not {counts[f'{split}_tokens']} tokens: is the disk full?")
+            raise ConfigError(
+                f"{path} has {os.path.getsize(path)} bytes, not {counts[f'{split}_tokens']} tokens: is the disk full?"
+            )
     if config.source == "owt" and config.dataset == Config.dataset and config.tokenizer == "gpt2":
         for split, published in OWT_GPT2_TOKENS.items():
             if counts[f"{split}_tokens"] != published:

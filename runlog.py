@@ -100,7 +100,10 @@ def plot_loss(log_path, png_path):
 
     rows = read_log(log_path)
     figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
-    for key, label, style in (("loss", "training", {"alpha": 0.6}), ("val_loss", "validation", {"marker": "o", "ms": 3})):
+    for key, label, style in (
+        ("loss", "training", {"alpha": 0.6}),
+        ("val_loss", "validation", {"marker": "o", "ms": 3}),
+    ):
         points = [(row["step"], row[key]) for row in rows if key in row]
         if points:
             axes.plot(*zip(*points), label=label, **style)

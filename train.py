@@ -29,6 +29,8 @@ from data import TokenData, make_tokenizer
 from model import GPT, GPTConfig
 from mup import make_optimizer, set_lr
 from prepare_owt import prepare_stdlib
+from sample import Config as SampleConfig
+from sample import sample
 
 
 @dataclass
@@ -37,7 +39,9 @@ class Config(GPTConfig):
     out_dir: str = "out/run"  # where log, picture and checkpoints go
     seed: int = 1337  # of weights, batches and dropout
     device: str = "auto"  # cuda, cpu, mps; auto: a GPU where there is one
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of matrix products; auto: 16 bits on a GPU, else float32
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = (
+        "auto"  # of matrix products; auto: 16 bits on a GPU, else float32
+    )
     compile: bool | None = None  # torch.compile; None: on a GPU only
     max_steps: int = 10_000  # updates in all
     batch_tokens: int = 524_288  # tokens an update, all processes together
@@ -92,14 +96,18 @@ def main(argv):
     config = load_config(Config, argv)
 
     # -- processes and device
-    rank, local_rank, world = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
+    rank, local_rank, world = (
+        int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1))
+    )
     say = print if rank == 0 else lambda *args, **kwargs: None
     rows, micro_steps = split_batch(config, world)  # sequences an update; passes that each process takes for its share
     if config.data_dir == Config.data_dir and rank == 0:
         prepare_stdlib(config.data_dir)
     device, dtype = choose_device(config, local_rank)
     if world > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", device_id=device if device.type == "cuda" else None)
+        dist.init_process_group(
+            "nccl" if device.type == "cuda" else "gloo", device_id=device if device.type == "cuda" else None
+        )
     data = TokenData(config.data_dir, config.block_size)
     check_vocabulary(config, data.meta, say)
 
@@ -139,7 +147,11 @@ def main(argv):
             state["wandb_id"] = wandb_run.id
     del saved
     compiled = torch.compile(model) if (device.type == "cuda" if config.compile is None else config.compile) else model
-    parallel = DistributedDataParallel(compiled, device_ids=[local_rank] if device.type == "cuda" else None) if world > 1 else compiled
+    parallel = (
+        DistributedDataParallel(compiled, device_ids=[local_rank] if device.type == "cuda" else None)
+        if world > 1
+        else compiled
+    )
 
     flops_per_token = 3 * model.flops_per_token()  # forward 1, backward 2
     device_name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
@@ -180,7 +192,12 @@ def main(argv):
 
     def new_row():
         tokens = state["step"] * config.batch_tokens
-        return {"step": state["step"], "tokens": tokens, "flops": tokens * flops_per_token, "seconds": round(state["seconds"], 3)}
+        return {
+            "step": state["step"],
+            "tokens": tokens,
+            "flops": tokens * flops_per_token,
+            "seconds": round(state["seconds"], 3),
+        }
 
     if state["step"] == 0:
         evaluate_log_save(new_row())
@@ -245,7 +262,9 @@ def main(argv):
             wandb_run.finish()
         if config.sample_tokens and not stop.asked:
             print_sample(model, data.meta, config, device, autocast)
-        say(f"best validation loss {state['best_val_loss']:.4f} | {state['seconds']:.0f} s of training | see {config.out_dir}")
+        say(
+            f"best validation loss {state['best_val_loss']:.4f} | {state['seconds']:.0f} s of training | see {config.out_dir}"
+        )
     if world > 1:
         dist.destroy_process_group()
 
@@ -277,7 +296,9 @@ def choose_device(config, local_rank):
         raise ConfigError(f"device={config.device!r} is unknown: auto, cuda, cpu or mps") from None
     if device.type == "cuda":
         if device.index >= torch.cuda.device_count():
-            raise ConfigError(f"process {local_rank} has no GPU, there are {torch.cuda.device_count()}: lower --nproc_per_node")
+            raise ConfigError(
+                f"process {local_rank} has no GPU, there are {torch.cuda.device_count()}: lower --nproc_per_node"
+            )
         torch.cuda.set_device(device)
     if config.dtype != "auto":
         return device, getattr(torch, config.dtype)
@@ -293,7 +314,8 @@ def check_vocabulary(config, meta, say):
             f"take --vocab_size={meta['vocab_size']} or more"
         )
     if meta["vocab_size"] < config.vocab_size // 2:
-        say(f"note: vocab_size={config.vocab_size}, but {config.data_dir} has {meta['vocab_size']} tokens: --vocab_size={meta['vocab_size']} saves work")
+        have, need = config.vocab_size, meta["vocab_size"]
+        say(f"note: vocab_size={have}, but {config.data_dir} has {need} tokens: --vocab_size={need} saves work")
 
 
 def check_same_model(config, saved, say):
@@ -303,7 +325,9 @@ def check_same_model(config, saved, say):
         if key in ("resume", "out_dir") or key not in saved or value == saved[key]:
             continue
         if key in shape:
-            raise ConfigError(f"{key}={value!r}, but the checkpoint in {config.out_dir} has {saved[key]!r}: give that, or another out_dir")
+            raise ConfigError(
+                f"{key}={value!r}, but the checkpoint in {config.out_dir} has {saved[key]!r}: give that, or another out_dir"
+            )
         say(f"resumed with {key}={value!r}, it was {saved[key]!r}")
 
 
@@ -357,11 +381,10 @@ def print_sample(model, meta, config, device, autocast):
     except ConfigError as error:  # no network for GPT-2's merges: the run is whole all the same
         print(f"no sample: {error}")
         return
-    start = [tokenizer.eot] if meta["tokenizer"] == "gpt2" else tokenizer.encode("\n")
-    generator = torch.Generator(device).manual_seed(config.seed)
+    options = SampleConfig(max_new_tokens=config.sample_tokens, seed=config.seed)
     with autocast:
-        ids = model.generate(torch.tensor([start], device=device), config.sample_tokens, temperature=0.8, generator=generator)
-    print(f"{'-' * 30} sample {'-' * 30}\n{tokenizer.decode(ids[0, len(start):].tolist())}\n{'-' * 68}")
+        (text,) = sample(model, tokenizer, tokenizer.document_start, options, device)
+    print(f"{'-' * 30} sample {'-' * 30}\n{text}\n{'-' * 68}")
 
 
 if __name__ == "__main__":

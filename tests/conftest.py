@@ -60,12 +60,19 @@ def losses(out_dir, key="loss"):
 
 def run_script(*words, env=None, processes=None, timeout=240):
     """Run a script of the project as a user would -> CompletedProcess with text output."""
-    return subprocess.run(command(words, processes), cwd=ROOT, capture_output=True, text=True, timeout=timeout, env=environment(env))
+    return subprocess.run(
+        command(words, processes), cwd=ROOT, capture_output=True, text=True, timeout=timeout, env=environment(env)
+    )
 
 
 def start_script(*words, env=None, processes=None):
     return subprocess.Popen(
-        command(words, processes), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment(env)
+        command(words, processes),
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=environment(env),
     )
 
 

@@ -96,7 +96,10 @@ def test_mistakes_name_option_value_and_remedy(argv, words):
     assert caught.value.code == f"error: {message}"  # what python prints, with exit status 1
 
 
-@pytest.mark.parametrize("text, words", [("stepz = 1", ["stepz", "steps"]), ("steps = 'x'", ["steps"]), ("steps = 1/0", ["ZeroDivisionError"])])
+@pytest.mark.parametrize(
+    "text, words",
+    [("stepz = 1", ["stepz", "steps"]), ("steps = 'x'", ["steps"]), ("steps = 1/0", ["ZeroDivisionError"])],
+)
 def test_mistakes_in_a_file_name_the_file(config_file, text, words):
     path = config_file(text)
     with pytest.raises(ConfigError) as caught:

@@ -11,7 +11,13 @@ from configurator import ConfigError
 from einsum_linear import EinsumLinear, Sizes, factor_sizes, init_std, make_linear, multiplications
 
 BTT = (0.5, 0, 0.5, 0, 0.5, 0.5, 0)
-THETAS = [BTT, (0.5, 0.25, 0.25, 0.25, 0.5, 0.25, 0.25), (0, 0.5, 0.5, 0.5, 0, 0.5, 0.2), (0.5, 0.5, 0, 0.5, 0.5, 0, 0.25), (0.25, 0.5, 0.25, 0.5, 0.25, 0.25, 0.2)]
+THETAS = [
+    BTT,
+    (0.5, 0.25, 0.25, 0.25, 0.5, 0.25, 0.25),
+    (0, 0.5, 0.5, 0.5, 0, 0.5, 0.2),
+    (0.5, 0.5, 0, 0.5, 0.5, 0, 0.25),
+    (0.25, 0.5, 0.25, 0.5, 0.25, 0.25, 0.2),
+]
 LAYERS = [
     *({"structure": "einsum", "theta": theta} for theta in THETAS),
     {"structure": "dense"},
@@ -41,7 +47,9 @@ def test_equals_its_own_matrix_forward_and_backward(kwargs, shape):
     y = layer(x)
     expected = x @ layer.materialize().T + layer.bias
     torch.testing.assert_close(y, expected)
-    for got, want in zip(torch.autograd.grad(y, parameters, weights), torch.autograd.grad(expected, parameters, weights)):
+    for got, want in zip(
+        torch.autograd.grad(y, parameters, weights), torch.autograd.grad(expected, parameters, weights)
+    ):
         torch.testing.assert_close(got, want)
 
 

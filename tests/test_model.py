@@ -72,7 +72,9 @@ def randomised(**kwargs):
     return model
 
 
-@pytest.mark.parametrize("kwargs", [dict(rank=2), dict(structure="dense", parametrization="standard", bias=True), dict(d_head=10)], ids=str)
+@pytest.mark.parametrize(
+    "kwargs", [dict(rank=2), dict(structure="dense", parametrization="standard", bias=True), dict(d_head=10)], ids=str
+)
 def test_cached_logits_equal_recomputed_ones(kwargs):
     model = randomised(**kwargs).double()
     idx = torch.randint(96, (3, 32))
@@ -133,12 +135,16 @@ def test_sampling_draws_from_the_right_distribution():
     torch.testing.assert_close(frequencies(temperature=0.5), (logits[0] / 0.5).softmax(-1), atol=0.01, rtol=0)
     torch.testing.assert_close(frequencies(top_k=2), renormalised(2), atol=0.01, rtol=0)
     assert p[:2].sum() < 0.85 < p[:3].sum()
-    torch.testing.assert_close(frequencies(top_p=0.85), renormalised(3), atol=0.01, rtol=0)  # the third takes it past 0.85
+    torch.testing.assert_close(
+        frequencies(top_p=0.85), renormalised(3), atol=0.01, rtol=0
+    )  # the third takes it past 0.85
     torch.testing.assert_close(frequencies(top_p=0.01), renormalised(1), atol=0, rtol=0)
     torch.testing.assert_close(frequencies(temperature=0), renormalised(1), atol=0, rtol=0)
 
 
-@pytest.mark.parametrize("kwargs", [dict(rank=2), dict(structure="dense"), dict(structured_layers=("ffn",), d_head=10)], ids=str)
+@pytest.mark.parametrize(
+    "kwargs", [dict(rank=2), dict(structure="dense"), dict(structured_layers=("ffn",), d_head=10)], ids=str
+)
 def test_flops_are_those_of_the_executed_graph(kwargs):
     model = GPT(GPTConfig(**{**SMALL, **kwargs}))
     idx = torch.zeros(3, 32, dtype=torch.long)

@@ -12,7 +12,12 @@ SMALL = dict(block_size=32, vocab_size=96, n_layer=2, n_head=2)
 
 def test_multipliers_by_hand():
     multipliers = lr_multipliers(GPT(GPTConfig(**SMALL, d_model=64, rank=2, structured_layers=("ffn",))))
-    assert multipliers["token_embedding.weight"] == multipliers["final_norm.weight"] == multipliers["blocks.0.ffn.up.gains"] == 1
+    assert (
+        multipliers["token_embedding.weight"]
+        == multipliers["final_norm.weight"]
+        == multipliers["blocks.0.ffn.up.gains"]
+        == 1
+    )
     assert multipliers["blocks.0.attn.q.weight"] == multipliers["lm_head.weight"] == 768 / 64
     # 64 = 8 x 8 -> 256 = 16 x 16, rank 2: A contracts 8 of the input, B the other 8 and the rank; two cores
     assert multipliers["blocks.0.ffn.up.cores.0"] == 768 / (8 * 2)
@@ -82,7 +87,9 @@ def activation_sizes(width, multipliers_on, steps=5, lr=2e-2, **kwargs):
     return sizes
 
 
-@pytest.mark.parametrize("kwargs", [dict(structure="dense"), dict(structure="low_rank", rank=8), dict(structure="btt", rank=2)], ids=str)
+@pytest.mark.parametrize(
+    "kwargs", [dict(structure="dense"), dict(structure="low_rank", rank=8), dict(structure="btt", rank=2)], ids=str
+)
 def test_coordinate_check(kwargs):
     widths = (64, 128, 256, 512)
     spread = {}

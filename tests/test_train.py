@@ -1,0 +1,336 @@
+"""The loop: schedules, resuming, several processes, signals, faults. Real runs of a tiny model on the CPU."""
+
+import json
+import math
+import os
+import signal
+import time
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import checkpoint
+import runlog
+import train
+from configurator import ConfigError
+from conftest import losses, read_rows, run_script, start_script
+from data import TokenData
+from sample import load_model
+from train import Config, lr_at
+
+
+def out_dir(arguments):
+    return next(word for word in arguments if word.startswith("--out_dir=")).removeprefix("--out_dir=")
+
+
+@pytest.fixture(scope="module")
+def straight(char_data, tmp_path_factory):
+    """An unbroken run of 20 steps, its out_dir. One micro-batch of 8 a step."""
+    folder = str(tmp_path_factory.mktemp("straight") / "run")
+    options = dict(
+        data_dir=char_data, out_dir=folder, vocab_size=96, n_layer=2, n_head=2, d_model=36, block_size=32, micro_batch=4,
+        batch_tokens=256, max_steps=20, eval_interval=10, eval_tokens=1000, log_interval=1, warmup_steps=5, lr=5e-3,
+        device="cpu", compile=False, dropout=0.1,
+    )  # fmt: skip
+    train.main([f"--{key}={value}" for key, value in options.items()])
+    return folder
+
+
+# -- schedules
+
+
+def schedule(**kwargs):
+    config = Config(
+        vocab_size=96, d_model=36, n_head=2, max_steps=100, warmup_steps=10, lr=1.0, min_lr_ratio=0.1, **kwargs
+    )
+    return [lr_at(step, config) for step in range(100)]
+
+
+def test_schedules_at_their_corners():
+    cosine, constant, wsd = (schedule(schedule=name) for name in ("cosine", "constant", "wsd"))
+    for rates in (cosine, constant, wsd):
+        assert rates[0] == pytest.approx(0.1) and rates[9] == pytest.approx(1.0)
+        assert all(a < b for a, b in zip(rates[:9], rates[1:10]))
+    assert constant[10:] == [1.0] * 90
+    assert cosine[55] == pytest.approx(0.55) and cosine[99] == pytest.approx(0.1, abs=1e-3)
+    assert all(a > b for a, b in zip(cosine[10:], cosine[11:]))
+    assert (
+        wsd[10:81] == [1.0] * 71
+        and wsd[90] == pytest.approx(0.1 + 0.9 * 0.5)
+        and wsd[99] == pytest.approx(0.1 + 0.9 / 20)
+    )
+
+
+# -- what a run leaves, and that it learns
+
+
+def test_a_run_learns_and_leaves_what_it_should(straight):
+    assert sorted(os.listdir(straight)) == ["ckpt.pt", "ckpt_prev.pt", "config.json", "log.jsonl", "loss.png"]
+    rows = read_rows(straight)
+    assert [row["step"] for row in rows] == list(range(21))
+    val = losses(straight, "val_loss")
+    assert list(val) == [0, 10, 20] and val[0] == pytest.approx(math.log(96), abs=1e-4) and val[20] < 3
+    model, _ = load_model(straight)
+    last = rows[-1]
+    assert last["tokens"] == 20 * 256 and last["flops"] == 20 * 256 * 3 * model.flops_per_token()
+    assert last["seconds"] > 0 and last["tokens_per_second"] > 0 and last["grad_norm"] > 0 and "mfu" not in last
+    with open(os.path.join(straight, "config.json")) as file:
+        assert json.load(file)["structure"] == "btt"
+    with open(os.path.join(straight, "loss.png"), "rb") as file:
+        assert file.read(8) == b"\x89PNG\r\n\x1a\n"
+
+
+def test_validation_loss_is_the_mean_over_tokens(straight, char_data):
+    """Against a plain loop in float64, one row at a time: the denominator is the number of tokens."""
+    model, _ = load_model(straight)
+    model.double()
+    data = TokenData(char_data, 32)
+    total = count = 0
+    for offset in data.val_rows(1000):
+        x, y = data.val_batch([offset])
+        with torch.no_grad():
+            total += F.cross_entropy(model(x)[0][0], y[0], reduction="sum").item()
+        count += y.numel()
+    assert count == 31 * 32  # not a multiple of the micro-batch of 4 rows
+    assert losses(straight, "val_loss")[20] == pytest.approx(total / count, abs=1e-5)
+
+
+def test_checkpoint_holds_plain_values_under_the_models_own_names(tiny, tmp_path):
+    train.main([*tiny, "--max_steps=2", "--compile", "--wandb=False"] if compiler() else [*tiny, "--max_steps=2"])
+    saved = torch.load(tmp_path / "run" / "ckpt.pt", weights_only=True)
+    model, _ = load_model(str(tmp_path / "run"))
+    assert set(saved["model"]) == set(model.state_dict()) and not any("_orig_mod" in name for name in saved["model"])
+    assert set(saved["optimizer"]) == {name for name, _ in model.named_parameters()}
+    assert saved["step"] == 2 and saved["best_val_loss"] < 5
+
+
+def compiler():
+    import shutil
+
+    return shutil.which("g++") is not None
+
+
+def test_last_evaluation_and_checkpoint_happen_also_before_the_first_interval(tiny, tmp_path):
+    train.main([*tiny, "--max_steps=3", "--eval_interval=100"])
+    assert list(losses(tmp_path / "run", "val_loss")) == [0, 3]
+    assert checkpoint.load(tmp_path / "run")["step"] == 3
+
+
+def test_a_second_run_sets_the_first_aside(tiny, tmp_path, capsys):
+    for _ in range(2):
+        train.main([*tiny, "--max_steps=1"])
+    assert sorted(os.listdir(tmp_path)) == ["run", "run.1"]
+    assert "moved to" in capsys.readouterr().out
+
+
+# -- resuming
+
+
+def test_killed_and_resumed_equals_straight(straight, tmp_path):
+    """SIGKILL after step 12; the resumed run starts at the checkpoint of step 10 and ends bit for bit the same."""
+    with open(os.path.join(straight, "config.json")) as file:
+        options = {**json.load(file), "out_dir": str(tmp_path / "run")}
+    arguments = [f"--{key}={value}" for key, value in options.items() if value is not None]
+    process = start_script("train.py", *arguments)
+    log = tmp_path / "run" / "log.jsonl"
+    deadline = time.time() + 120
+    while process.poll() is None and time.time() < deadline:
+        if log.exists() and any(row["step"] >= 12 for row in runlog.read_log(log)):
+            break
+        time.sleep(0.005)
+    assert process.poll() is None, "the run ended before it could be killed"
+    process.kill()
+    process.wait()
+    killed_at = max(row["step"] for row in runlog.read_log(log))
+    assert 12 <= killed_at < 20 and checkpoint.load(tmp_path / "run")["step"] == 10
+    done = run_script("train.py", *arguments, "--resume")
+    assert "going on from step 10" in done.stdout, done.stdout + done.stderr
+    for key in ("loss", "val_loss", "grad_norm", "lr"):
+        got, want = losses(tmp_path / "run", key), losses(straight, key)
+        assert got.keys() == want.keys()
+        assert all(got[step] == pytest.approx(want[step], rel=1e-6) for step in want), key
+    assert checkpoint.load(tmp_path / "run")["best_val_loss"] == pytest.approx(
+        checkpoint.load(straight)["best_val_loss"]
+    )
+
+
+def test_resuming_without_the_optimizers_state_would_show(straight, tmp_path, monkeypatch):
+    """The test above can fail: without Adam's moments the losses after the checkpoint are others."""
+    with open(os.path.join(straight, "config.json")) as file:
+        options = {**json.load(file), "out_dir": str(tmp_path / "run")}
+    arguments = [f"--{key}={value}" for key, value in options.items() if value is not None]
+    os.makedirs(tmp_path / "run")
+    saved = torch.load(os.path.join(straight, "ckpt_prev.pt"), weights_only=True)
+    assert saved["step"] == 10
+    torch.save({**saved, "optimizer": {}}, tmp_path / "run" / "ckpt.pt")
+    train.main([*arguments, "--resume"])
+    got, want = losses(tmp_path / "run"), losses(straight)
+    assert got[11] == pytest.approx(want[11], rel=1e-6) and abs(got[20] - want[20]) > 1e-4
+
+
+def test_resume_refuses_another_model_and_tells_other_changes(tiny, tmp_path, capsys):
+    train.main([*tiny, "--max_steps=2"])
+    with pytest.raises(ConfigError, match="d_model=64.*36"):
+        train.main([*tiny, "--resume", "--d_model=64"])
+    train.main([*tiny, "--resume", "--max_steps=4", "--lr=1e-3"])
+    out = capsys.readouterr().out
+    assert "resumed with lr=0.001, it was 0.005" in out and "resumed with max_steps=4, it was 2" in out
+    rates = losses(tmp_path / "run", "lr")
+    assert rates[3] == pytest.approx(1e-3 * 3 / 5)  # from the new base rate, not from a saved one
+
+
+def test_a_torn_checkpoint_is_passed_over(tiny, tmp_path, capsys):
+    train.main([*tiny])
+    path = tmp_path / "run" / "ckpt.pt"
+    os.truncate(path, os.path.getsize(path) // 2)
+    train.main([*tiny, "--resume"])
+    out = capsys.readouterr().out
+    assert "not a whole checkpoint" in out and "going on from step 10" in out
+    for name in ("ckpt.pt", "ckpt_prev.pt"):
+        os.truncate(tmp_path / "run" / name, 10)
+    with pytest.raises(ConfigError, match="no whole checkpoint"):
+        train.main([*tiny, "--resume"])
+
+
+def test_torchruns_restart_resumes_without_the_flag(tiny, tmp_path, monkeypatch, capsys):
+    train.main([*tiny, "--max_steps=10"])
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    train.main(tiny)
+    assert "going on from step 10" in capsys.readouterr().out
+
+
+# -- several processes
+
+
+def test_two_processes_equal_one(tiny, tmp_path, straight):
+    """Equal global batch, two real gloo processes: losses equal to rounding, evaluation on both ranks included."""
+    train.main(tiny)
+    done = run_script("train.py", *tiny, f"--out_dir={tmp_path}/two", processes=2)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("step 20/20") == 1  # one rank speaks
+    for key in ("loss", "val_loss", "grad_norm", "tokens"):
+        one, two = losses(tmp_path / "run", key), losses(tmp_path / "two", key)
+        assert one.keys() == two.keys() and all(two[step] == pytest.approx(one[step], rel=2e-4) for step in one), key
+
+
+def test_a_run_of_two_processes_goes_on_as_one(tiny, tmp_path):
+    """The batch is that of all processes together: on resuming it is not multiplied by their number."""
+    train.main(tiny)
+    two = [*tiny, f"--out_dir={tmp_path}/two"]
+    done = run_script("train.py", *two, "--max_steps=10", "--schedule=constant", processes=2)
+    assert done.returncode == 0, done.stderr
+    train.main([*two, "--schedule=constant", "--resume"])
+    train.main([*tiny, "--schedule=constant", f"--out_dir={tmp_path}/one"])
+    one, two = losses(tmp_path / "one"), losses(tmp_path / "two")
+    assert all(two[step] == pytest.approx(one[step], rel=1e-3) for step in one)
+    assert losses(tmp_path / "two", "tokens") == losses(tmp_path / "one", "tokens")
+
+
+# -- signals and faults
+
+
+@pytest.mark.parametrize("name", [signal.SIGTERM, signal.SIGINT])
+def test_signals_save_and_end_cleanly(tiny, tmp_path, name):
+    process = start_script("train.py", *tiny, "--max_steps=100000", "--eval_interval=100000")
+    for line in process.stdout:
+        if line.startswith("step") and int(line.split()[1].split("/")[0]) >= 3:
+            break
+    process.send_signal(name)
+    rest = process.stdout.read()
+    assert process.wait(timeout=60) == 0 and "Traceback" not in rest, rest
+    saved = checkpoint.load(tmp_path / "run")
+    assert saved["step"] == max(losses(tmp_path / "run")) >= 3
+    assert f"stopped at step {saved['step']}" in rest
+
+
+def test_a_non_finite_loss_stops_before_the_update(tiny, tmp_path, monkeypatch):
+    original = train.GPT.forward
+
+    def forward(self, idx, targets=None):
+        logits, loss = original(self, idx, targets)
+        if self.training and loss is not None and forward.calls == 2 * 12:  # two micro-steps a step: step 13
+            loss = loss * math.nan
+        forward.calls += self.training
+        return logits, loss
+
+    forward.calls = 0
+    monkeypatch.setattr(train.GPT, "forward", forward)
+    with pytest.raises(ConfigError) as caught:
+        train.main(tiny)
+    message = str(caught.value)
+    assert "step 13" in message and "nan" in message and "ckpt.pt of step 10" in message and "lower lr" in message
+    saved = checkpoint.load(tmp_path / "run")
+    assert saved["step"] == 10 and all(tensor.isfinite().all() for tensor in saved["model"].values())
+
+
+def test_float16_and_bfloat16_learn_too(tiny, tmp_path):
+    for dtype in ("float16", "bfloat16"):
+        train.main([*tiny, f"--dtype={dtype}", f"--out_dir={tmp_path}/{dtype}"])
+        val = losses(tmp_path / dtype, "val_loss")
+        assert val[20] < 3.2 < val[0]
+    assert checkpoint.load(tmp_path / "float16")["scaler"]["scale"] > 1
+
+
+@pytest.mark.parametrize(
+    "words, expected",
+    [
+        (["--batch_tokens=300"], ["batch_tokens=300", "128", "take batch_tokens=256"]),
+        (["--n_head=5"], ["n_head=5", "d_model=36", "take n_head="]),
+        (["--vocab_size=90"], ["vocab_size=90", "96", "--vocab_size=96"]),
+        (["--d_model=62"], ["attn.q", "d_in=62", "nearest widths"]),
+        (["--data_dir=nowhere"], ["nowhere", "prepare_owt.py"]),
+        (["--lr=-1"], ["lr=-1", "at least 0"]),
+        (["--max_steps=0"], ["max_steps=0", "at least 1"]),
+        (["--device=cuda:x"], ["device", "cuda:x"]),
+        (["--decay_fraction=1.5"], ["decay_fraction=1.5", "less than 1"]),
+    ],
+)
+def test_impossible_options_are_one_clear_line(tiny, words, expected, tmp_path):
+    with pytest.raises(ConfigError) as caught:
+        train.main([*tiny, *words])
+    message = str(caught.value)
+    assert "\n" not in message and all(word in message for word in expected), message
+    assert not (tmp_path / "run").exists()
+
+
+def test_mistakes_on_the_command_line_end_without_traceback(tiny):
+    done = run_script("train.py", *tiny, "--n_heads=3")
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert done.stderr.strip() == "error: unknown option --n_heads: did you mean 'n_head'?"
+
+
+def test_batch_and_world_size_must_fit():
+    config = Config(vocab_size=96, d_model=36, n_head=2, block_size=32, micro_batch=4, batch_tokens=256)
+    assert train.split_batch(config, 1) == (8, 2) and train.split_batch(config, 2) == (8, 1)
+    with pytest.raises(ConfigError, match="3 processes"):
+        train.split_batch(config, 3)
+
+
+# -- the log
+
+
+def test_mfu_knows_gpus_by_their_names_and_leaves_others_out():
+    assert runlog.peak_flops("NVIDIA H100 80GB HBM3") == 989e12
+    assert runlog.peak_flops("NVIDIA H100 PCIe") == 756e12
+    assert runlog.peak_flops("NVIDIA A100-SXM4-80GB") == 312e12
+    assert runlog.peak_flops("NVIDIA GeForce RTX 4090") == 165e12
+    assert runlog.peak_flops("Quadro P1000") is None
+
+
+def test_wandb_offline_gets_the_rows_and_the_run_id_resumes(tiny, tmp_path, monkeypatch):
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    train.main([*tiny, "--wandb", "--max_steps=2"])
+    first = checkpoint.load(tmp_path / "run")["wandb_id"]
+    train.main([*tiny, "--wandb", "--max_steps=4", "--resume"])
+    assert first and checkpoint.load(tmp_path / "run")["wandb_id"] == first
+    assert len(os.listdir(tmp_path / "wandb")) >= 2
+
+
+def test_wandb_is_not_imported_when_off(tiny):
+    code = "import sys, train; train.main(sys.argv[1:]); sys.exit('wandb' in sys.modules or 'datasets' in sys.modules)"
+    done = run_script("-c", code, *tiny, "--max_steps=1")
+    assert done.returncode == 0, done.stderr
