@@ -34,17 +34,11 @@ class GPTConfig:
     d_head: int | None = None  # width of a head; None: d_model / n_head
     dropout: float = 0.0  # probability, on embeddings, attention and residual branches
     bias: bool = False  # biases in linear layers and norms (GPT-2: True)
-    parametrization: Literal["mup", "standard"] = (
-        "mup"  # structure-aware muP, or plain GPT-2 (1/sqrt(d_head), std 0.02, tied head)
-    )
+    parametrization: Literal["mup", "standard"] = "mup"  # structure-aware muP, or plain GPT-2's init, rates, tied head
     structure: str = "btt"  # of the structured layers: dense, low_rank, btt, einsum
     theta: tuple | None = None  # with structure="einsum": seven exponents (alpha beta gamma delta epsilon phi rho)
     rank: int = 1  # of low_rank and btt
-    structured_layers: tuple = (
-        "attn",
-        "ffn",
-        "lm_head",
-    )  # which get it: attn (attn.q .k .v .proj), ffn (ffn.up .down), lm_head
+    structured_layers: tuple = ("attn", "ffn", "lm_head")  # or single ones: attn.q .k .v .proj, ffn.up .down
     normalize: bool = True  # cap the RMS of each core at its initial value
 
     def __post_init__(self):

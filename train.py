@@ -39,9 +39,7 @@ class Config(GPTConfig):
     out_dir: str = "out/run"  # where log, picture and checkpoints go
     seed: int = 1337  # of weights, batches and dropout
     device: str = "auto"  # cuda, cpu, mps; auto: a GPU where there is one
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = (
-        "auto"  # of matrix products; auto: 16 bits on a GPU, else float32
-    )
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # matrix products; auto: 16 bits on GPUs
     compile: bool | None = None  # torch.compile; None: on a GPU only
     max_steps: int = 10_000  # updates in all
     batch_tokens: int = 524_288  # tokens an update, all processes together

@@ -1,22 +1,23 @@
 # A BTT GPT on the source text of Python's standard library: two to three minutes on 2 CPU cores, less on a GPU.
 out_dir = "out/quickstart"
 data_dir = "data/stdlib_char96"  # prepares itself where it is missing
-vocab_size = 96
 compile = False  # starts at once
 
 structure = "btt"
 rank = 2
 n_layer = 4
 n_head = 4
-d_model = 256
-block_size = 128
+d_model = 144
+block_size = 64
+vocab_size = 96
 
-micro_batch = 16
-batch_tokens = 16 * 128
-max_steps = 600
-warmup_steps = 50
-lr = 3e-3
-eval_interval = 100
-eval_tokens = 65_536
-log_interval = 20
-sample_tokens = 500
+micro_batch = 8
+batch_tokens = 8 * 64  # small batches: on a CPU the number of updates decides
+max_steps = 2600
+warmup_steps = 100
+lr = 4e-3
+min_lr_ratio = 0.05
+eval_interval = 400
+eval_tokens = 32 * 1024
+log_interval = 100
+sample_tokens = 600

@@ -20,7 +20,7 @@ def texts(count, seed=0):
     """Documents of printable ASCII, some with characters outside the vocabulary."""
     draw = random.Random(seed)
     alphabet = string.ascii_letters + string.digits + string.punctuation + " \n"
-    documents = ["".join(draw.choices(alphabet, k=draw.randrange(300))) for _ in range(count)]
+    documents = ["".join(draw.choices(alphabet, k=draw.randrange(1, 300))) for _ in range(count)]
     return [text + draw.choice(["", "", "", "\t", "é", "日本"]) for text in documents]
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from einsum_linear import Dense, EinsumLinear
-from model import GPT, GPTConfig
+from model import GPT, Block, GPTConfig
 from mup import lr_multipliers, make_optimizer, set_lr
 
 SMALL = dict(block_size=32, vocab_size=96, n_layer=2, n_head=2)
@@ -58,43 +58,51 @@ def test_weight_decay_takes_lr_times_decay_off_every_matrix():
         torch.testing.assert_close(parameter, before[name] * factor, msg=name)
 
 
-def activation_sizes(width, multipliers_on, steps=5, lr=2e-2, **kwargs):
-    """RMS of what every linear layer, block and the head put out after some Adam steps."""
+WIDTHS = (64, 128, 256, 512)
+
+
+def build(width, rank=1, **kwargs):
     torch.manual_seed(0)
-    model = GPT(GPTConfig(**SMALL, d_model=width, **kwargs))
-    multipliers = lr_multipliers(model)
-    if not multipliers_on:
-        multipliers = dict.fromkeys(multipliers, 1.0)
+    return GPT(GPTConfig(**SMALL, d_model=width, rank=rank(width) if callable(rank) else rank, **kwargs))
+
+
+def activation_sizes(model, multipliers, steps=5, lr=5e-4):
+    """{name: RMS of its output} of every linear layer and block, after some Adam steps."""
     optimizer = make_optimizer(model, lr, multipliers=multipliers)
     idx = torch.randint(96, (8, 33), generator=torch.Generator().manual_seed(1))
-    sizes = {}
-
-    def record(name):
-        def hook(module, args, output):
-            sizes[name] = output.detach().float().square().mean().sqrt().item()
-
-        return hook
-
-    for step in range(steps + 1):
-        if step == steps:
-            for name, module in model.named_modules():
-                if isinstance(module, (Dense, EinsumLinear)) or name in ("blocks.0", "blocks.1"):
-                    module.register_forward_hook(record(name))
+    for _ in range(steps):
         _, loss = model(idx[:, :-1], idx[:, 1:])
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
+    sizes = {}
+
+    def record(name):
+        return lambda module, args, output: sizes.update({name: output.detach().square().mean().sqrt().item()})
+
+    for name, module in model.named_modules():
+        if isinstance(module, (Dense, EinsumLinear, Block)):
+            module.register_forward_hook(record(name))
+    model(idx[:, :-1])
     return sizes
 
 
 @pytest.mark.parametrize(
-    "kwargs", [dict(structure="dense"), dict(structure="low_rank", rank=8), dict(structure="btt", rank=2)], ids=str
+    "kwargs",
+    [
+        dict(structure="dense"),
+        dict(structure="low_rank", rank=lambda width: width // 4, structured_layers=("attn", "ffn")),
+        dict(structure="btt", rank=2),
+    ],
+    ids=lambda kwargs: kwargs["structure"],
 )
 def test_coordinate_check(kwargs):
-    widths = (64, 128, 256, 512)
-    spread = {}
-    for on in (True, False):
-        sizes = [activation_sizes(width, on, **kwargs) for width in widths]
-        spread[on] = {name: max(s[name] for s in sizes) / min(s[name] for s in sizes) for name in sizes[0]}
-    assert max(spread[True].values()) < 2, spread[True]
-    assert max(spread[False].values()) > 2, spread[False]
+    """Activations keep their size over the widths; with one rate for all widths, the narrowest's, they do not."""
+
+    def largest_spread(multipliers_of):
+        sizes = [activation_sizes(model := build(width, **kwargs), multipliers_of(model)) for width in WIDTHS]
+        return max(max(size[name] for size in sizes) / min(size[name] for size in sizes) for name in sizes[0])
+
+    narrow = lr_multipliers(build(WIDTHS[0], **kwargs))
+    assert largest_spread(lr_multipliers) < 2
+    assert largest_spread(lambda model: narrow) > 3

@@ -1,5 +1,6 @@
 """The loop: schedules, resuming, several processes, signals, faults. Real runs of a tiny model on the CPU."""
 
+import functools
 import json
 import math
 import os
@@ -96,19 +97,15 @@ def test_validation_loss_is_the_mean_over_tokens(straight, char_data):
     assert losses(straight, "val_loss")[20] == pytest.approx(total / count, abs=1e-5)
 
 
-def test_checkpoint_holds_plain_values_under_the_models_own_names(tiny, tmp_path):
-    train.main([*tiny, "--max_steps=2", "--compile", "--wandb=False"] if compiler() else [*tiny, "--max_steps=2"])
+def test_checkpoint_of_a_compiled_model_has_plain_values_under_the_models_own_names(tiny, tmp_path, monkeypatch):
+    # Another backend wraps the model just the same, and needs no minute of C++.
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    train.main([*tiny, "--max_steps=2", "--compile=True"])
     saved = torch.load(tmp_path / "run" / "ckpt.pt", weights_only=True)
     model, _ = load_model(str(tmp_path / "run"))
     assert set(saved["model"]) == set(model.state_dict()) and not any("_orig_mod" in name for name in saved["model"])
     assert set(saved["optimizer"]) == {name for name, _ in model.named_parameters()}
     assert saved["step"] == 2 and saved["best_val_loss"] < 5
-
-
-def compiler():
-    import shutil
-
-    return shutil.which("g++") is not None
 
 
 def test_last_evaluation_and_checkpoint_happen_also_before_the_first_interval(tiny, tmp_path):
