@@ -44,7 +44,7 @@ class Config:
     )  # of the files taken from a local folder; an unknown one is read as text
     val_fraction: float = 0.0005  # of the documents
     seed: int = 2357  # of the split
-    num_proc: int = 0  # tokenizing processes; 0: one a core
+    num_proc: int = 0  # tokenizing processes; 0: one a core, but one for char96, which is faster than reading
     bpe_dir: str | None = None  # folder with GPT-2's vocab.bpe and encoder.json, for a machine without network
 
     def __post_init__(self):
@@ -67,11 +67,12 @@ def main(argv):
     prepare(load_config(Config, argv))
 
 
-def prepare_stdlib(data_dir):
-    """train.py's default data, where it is missing: the standard library's source text as characters."""
-    if not os.path.exists(os.path.join(data_dir, "meta.json")):
+def prepare_default(data_dir):
+    """The quickstart's data, where it is missing: the standard library's source text as characters."""
+    default = Config(source="stdlib", tokenizer="char96", val_fraction=0.05)
+    if data_dir == default.out_dir and not os.path.exists(os.path.join(data_dir, "meta.json")):
         print(f"{data_dir} is missing: preparing the source text of Python's standard library")
-        prepare(Config(source="stdlib", tokenizer="char96", out_dir=data_dir, val_fraction=0.05, num_proc=1))
+        prepare(default)
 
 
 def prepare(config):
@@ -283,7 +284,7 @@ def write_tokens(config, itemsize, documents, total, paths):
     counts = dict.fromkeys(
         ("train_tokens", "val_tokens", "documents", "left_out", "characters", "characters_left_out"), 0
     )
-    num_proc = config.num_proc or os.cpu_count()
+    num_proc = config.num_proc or (1 if config.tokenizer == "char96" else os.cpu_count())
     pending = deque()  # at most 2 batches a process are in flight: memory stays bounded
     with (
         open(paths["train"], "wb") as train,

@@ -11,31 +11,6 @@ import time
 
 from configurator import ConfigError
 
-# Dense peak in FLOP/s of 16-bit matrix products, by the makers' data sheets. MFU is left out for others.
-PEAK_FLOPS = {
-    "B200": 2250e12,
-    "H200": 989e12,
-    "H100 PCIe": 756e12,
-    "H100 NVL": 835e12,
-    "H100": 989e12,
-    "A100": 312e12,
-    "L40S": 362e12,
-    "L4": 121e12,
-    "RTX 4090": 165e12,
-    "RTX 3090": 71e12,
-    "V100": 125e12,
-    "T4": 65e12,
-}
-
-
-def peak_flops(device_name):
-    """Peak FLOP/s of the GPU so named, or None for one that is not in the table."""
-    words = device_name.replace("-", " ").split()
-    for name, peak in PEAK_FLOPS.items():
-        if all(word in words for word in name.split()):
-            return peak
-    return None
-
 
 class RunLog:
     """Writer of one run's log, on rank 0."""

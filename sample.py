@@ -3,7 +3,7 @@
     python sample.py --out_dir=out/quickstart --start="def " --num_samples=3
     python sample.py --out_dir=out/gpt2_btt --start=FILE:prompt.txt --top_p=0.9
 
-Imports from configurator, data, checkpoint and model.
+Imports from configurator, device, data, checkpoint and model.
 """
 
 import sys
@@ -14,6 +14,7 @@ import torch
 import checkpoint
 from configurator import ConfigError, load_config
 from data import make_tokenizer
+from device import choose_device
 from model import GPT, GPTConfig
 
 
@@ -85,9 +86,7 @@ def main(argv):
     model, meta = load_model(config.out_dir)
     tokenizer = make_tokenizer(meta["tokenizer"], config.bpe_dir)
     ids = read_prompt(config, tokenizer, model.config.block_size)
-    device = torch.device(
-        ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
-    )
+    device = choose_device(config.device)
     shown = "" if ids == tokenizer.document_start and not config.start else tokenizer.decode(ids)
     for text in sample(model.to(device), tokenizer, ids, config, device):
         print(shown + text)

@@ -26,16 +26,19 @@ import checkpoint
 import runlog
 from configurator import ConfigError, load_config
 from data import TokenData, make_tokenizer
+from device import choose_device, choose_dtype, device_name, peak_flops
 from model import GPT, GPTConfig
 from mup import make_optimizer, set_lr
-from prepare_owt import prepare_stdlib
+from prepare_owt import prepare_default
 from sample import Config as SampleConfig
 from sample import sample
 
 
 @dataclass
 class Config(GPTConfig):
-    data_dir: str = "data/stdlib_char96"  # folder with train.bin, val.bin, meta.json; this default prepares itself
+    data_dir: str = (
+        "data/owt_gpt2"  # train.bin, val.bin, meta.json of prepare_owt.py; data/stdlib_char96 prepares itself
+    )
     out_dir: str = "out/run"  # where log, picture and checkpoints go
     seed: int = 1337  # of weights, batches and dropout
     device: str = "auto"  # cuda, cpu, mps; auto: a GPU where there is one
@@ -99,9 +102,10 @@ def main(argv):
     )
     say = print if rank == 0 else lambda *args, **kwargs: None
     rows, micro_steps = split_batch(config, world)  # sequences an update; passes that each process takes for its share
-    if config.data_dir == Config.data_dir and rank == 0:
-        prepare_stdlib(config.data_dir)
-    device, dtype = choose_device(config, local_rank)
+    if rank == 0:
+        prepare_default(config.data_dir)
+    device = choose_device(config.device, local_rank)
+    dtype = choose_dtype(config.dtype, device)
     if world > 1:
         dist.init_process_group(
             "nccl" if device.type == "cuda" else "gloo", device_id=device if device.type == "cuda" else None
@@ -152,12 +156,11 @@ def main(argv):
     )
 
     flops_per_token = 3 * model.flops_per_token()  # forward 1, backward 2
-    device_name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    peak = runlog.peak_flops(device_name) if dtype != torch.float32 else None
+    peak = peak_flops(device_name(device)) if dtype != torch.float32 else None
     say(
         f"{sum(p.numel() for p in model.parameters()):,} parameters, {flops_per_token / 1e6:.1f} MFLOPs a token (training) | "
         f"{config.max_steps:,} steps x {config.batch_tokens:,} tokens = {micro_steps} micro-steps x {world} processes x "
-        f"{config.micro_batch} sequences | {device_name}, {str(dtype).removeprefix('torch.')}"
+        f"{config.micro_batch} sequences | {device_name(device)}, {str(dtype).removeprefix('torch.')}"
     )
 
     # -- the loop
@@ -250,7 +253,7 @@ def main(argv):
             evaluate_log_save(row) if due else write_row(row)
             lap_steps, lap_seconds = 0, 0.0
         if stop_asked:
-            say(f"stopped at step {state['step']}: {checkpoint.describe(config.out_dir)}; go on with --resume")
+            say(f"stopped at step {state['step']}, saved in {config.out_dir}: go on with --resume")
             break
 
     # -- what is left behind
@@ -277,32 +280,6 @@ def split_batch(config, world):
             f"{config.micro_batch} x {world} processes = {unit}: take batch_tokens={near}, or another micro_batch"
         )
     return config.batch_tokens // config.block_size, config.batch_tokens // unit
-
-
-def choose_device(config, local_rank):
-    """-> torch.device, dtype of matrix products"""
-    name = config.device
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda":
-        if not torch.cuda.is_available():
-            raise ConfigError("device=cuda, but torch sees no GPU: take --device=cpu")
-        name = f"cuda:{local_rank}"
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise ConfigError(f"device={config.device!r} is unknown: auto, cuda, cpu or mps") from None
-    if device.type == "cuda":
-        if device.index >= torch.cuda.device_count():
-            raise ConfigError(
-                f"process {local_rank} has no GPU, there are {torch.cuda.device_count()}: lower --nproc_per_node"
-            )
-        torch.cuda.set_device(device)
-    if config.dtype != "auto":
-        return device, getattr(torch, config.dtype)
-    if device.type != "cuda":
-        return device, torch.float32
-    return device, torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
 
 
 def check_vocabulary(config, meta, say):

@@ -17,6 +17,7 @@ import train
 from configurator import ConfigError
 from conftest import losses, read_rows, run_script, start_script
 from data import TokenData
+from device import peak_flops
 from sample import load_model
 from train import Config, lr_at
 
@@ -95,6 +96,34 @@ def test_validation_loss_is_the_mean_over_tokens(straight, char_data):
         count += y.numel()
     assert count == 31 * 32  # not a multiple of the micro-batch of 4 rows
     assert losses(straight, "val_loss")[20] == pytest.approx(total / count, abs=1e-5)
+
+
+def test_every_rank_evaluates_its_share(char_data, monkeypatch):
+    """Of 31 rows, rank 0 of 2 takes 16 and rank 1 the other 15; nobody waits for one that does all."""
+    config = Config(
+        data_dir=char_data,
+        vocab_size=96,
+        d_model=36,
+        n_head=2,
+        n_layer=1,
+        block_size=32,
+        micro_batch=4,
+        eval_tokens=1000,
+    )
+    data, model = TokenData(char_data, 32), train.GPT(config)
+    monkeypatch.setattr(train.dist, "all_reduce", lambda tensor: None)
+    seen = {}
+    for rank in (0, 1):
+        rows = seen[rank] = []
+
+        def counting(x, y, rows=rows):
+            rows += [tuple(row.tolist()) for row, targets in zip(x, y) if targets[0] != -1]
+            return model(x, y)
+
+        counting.eval = counting.train = lambda: None
+        train.evaluate(counting, data, config, torch.device("cpu"), torch.autocast("cpu", enabled=False), rank, world=2)
+    assert [len(seen[0]), len(seen[1])] == [16, 15]
+    assert sorted(seen[0] + seen[1]) == sorted(tuple(row.tolist()) for row in data.val_batch(data.val_rows(1000))[0])
 
 
 def test_checkpoint_of_a_compiled_model_has_plain_values_under_the_models_own_names(tiny, tmp_path, monkeypatch):
@@ -280,6 +309,7 @@ def test_float16_and_bfloat16_learn_too(tiny, tmp_path):
         (["--lr=-1"], ["lr=-1", "at least 0"]),
         (["--max_steps=0"], ["max_steps=0", "at least 1"]),
         (["--device=cuda:x"], ["device", "cuda:x"]),
+        (["--dtype=int8"], ["dtype", "int8", "bfloat16"]),
         (["--decay_fraction=1.5"], ["decay_fraction=1.5", "less than 1"]),
     ],
 )
@@ -308,11 +338,11 @@ def test_batch_and_world_size_must_fit():
 
 
 def test_mfu_knows_gpus_by_their_names_and_leaves_others_out():
-    assert runlog.peak_flops("NVIDIA H100 80GB HBM3") == 989e12
-    assert runlog.peak_flops("NVIDIA H100 PCIe") == 756e12
-    assert runlog.peak_flops("NVIDIA A100-SXM4-80GB") == 312e12
-    assert runlog.peak_flops("NVIDIA GeForce RTX 4090") == 165e12
-    assert runlog.peak_flops("Quadro P1000") is None
+    assert peak_flops("NVIDIA H100 80GB HBM3") == 989e12
+    assert peak_flops("NVIDIA H100 PCIe") == 756e12
+    assert peak_flops("NVIDIA A100-SXM4-80GB") == 312e12
+    assert peak_flops("NVIDIA GeForce RTX 4090") == 165e12
+    assert peak_flops("Quadro P1000") is None
 
 
 def test_wandb_offline_gets_the_rows_and_the_run_id_resumes(tiny, tmp_path, monkeypatch):

@@ -1,0 +1,61 @@
+"""Which device, which 16 bits, and how fast it could be. Imports from configurator."""
+
+import torch
+
+from configurator import ConfigError
+
+# Dense peak in FLOP/s of 16-bit matrix products, by the makers' data sheets. MFU is left out for others.
+PEAK_FLOPS = {
+    "B200": 2250e12,
+    "H200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H100": 989e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "L4": 121e12,
+    "RTX 4090": 165e12,
+    "RTX 3090": 71e12,
+    "V100": 125e12,
+    "T4": 65e12,
+}
+
+
+def choose_device(name, local_rank=0):
+    """torch.device for an option `device`: "auto" is a GPU where there is one. A process takes the GPU of its rank."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ConfigError(f"device={name!r} is unknown: auto, cuda, cpu or mps") from None
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise ConfigError(f"device={name}, but torch sees no GPU: take --device=cpu")
+        device = torch.device("cuda", local_rank if device.index is None else device.index)
+        if device.index >= torch.cuda.device_count():
+            raise ConfigError(f"no GPU {device.index}, there are {torch.cuda.device_count()}: lower --nproc_per_node")
+        torch.cuda.set_device(device)
+    return device
+
+
+def choose_dtype(name, device):
+    """torch.dtype for an option `dtype`: "auto" is 16 bits on a GPU, bfloat16 where it has them, else float32."""
+    if name != "auto":
+        return getattr(torch, name)
+    if device.type != "cuda":
+        return torch.float32
+    return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+
+
+def device_name(device):
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def peak_flops(name):
+    """Peak FLOP/s of the GPU so named, or None for one that is not in the table."""
+    words = name.replace("-", " ").split()
+    for known, peak in PEAK_FLOPS.items():
+        if all(word in words for word in known.split()):
+            return peak
+    return None
