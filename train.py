@@ -36,9 +36,7 @@ from sample import sample
 
 @dataclass
 class Config(GPTConfig):
-    data_dir: str = (
-        "data/owt_gpt2"  # train.bin, val.bin, meta.json of prepare_owt.py; data/stdlib_char96 prepares itself
-    )
+    data_dir: str = "data/owt_gpt2"  # of prepare_owt.py's files; data/stdlib_char96 prepares itself
     out_dir: str = "out/run"  # where log, picture and checkpoints go
     seed: int = 1337  # of weights, batches and dropout
     device: str = "auto"  # cuda, cpu, mps; auto: a GPU where there is one
