@@ -161,8 +161,7 @@ def test_characters_of_a_local_folder(tmp_path, monkeypatch, kind, num_proc):
 
 def test_bpe_of_the_hubs_layout(tmp_path, small_bpe):
     """A local folder laid out as a data set on the hub; each document ends with 50256; the published split."""
-    import datasets
-
+    datasets = pytest.importorskip("datasets")
     folder, reference = small_bpe
     documents = [text for text in texts(200) if text]
     (tmp_path / "hub" / "plain_text").mkdir(parents=True)
