@@ -100,6 +100,9 @@ def _split_argv(argv, fields, hints):
                 raise ConfigError(f"--{key} needs a value: --{key}={fields[key].default!r}, say")
             else:
                 text = rest.pop(0)
+                if tuple in (hints[key], *typing.get_args(hints[key])):  # --theta .5 0 .5 0 .5 .5 0
+                    while rest and not rest[0].startswith("--") and not rest[0].endswith(".py"):
+                        text += " " + rest.pop(0)
         flags.append((key, text))
     return files, flags
 
@@ -148,8 +151,8 @@ def _checked(key, value, fields, hints, where):
                 return value
         elif kind in (tuple, list) and isinstance(value, (tuple, list)):
             return kind(value)
-        elif kind is tuple and isinstance(value, str):  # --structured_layers=ffn or ffn,attn
-            return tuple(word.strip() for word in value.split(",") if word.strip())
+        elif kind is tuple and isinstance(value, str):  # --structured_layers=ffn,attn or --theta ".5 0 .5"
+            return tuple(_parse(word, object) for word in value.replace(",", " ").split())
         elif kind is float and isinstance(value, int) and not isinstance(value, bool):
             return float(value)
         elif kind is int and isinstance(value, float) and value.is_integer():

@@ -9,6 +9,7 @@ Shapes: B batch, T time, C = d_model, nh = n_head, hs = d_head.
 Imports from configurator and einsum_linear.
 """
 
+import difflib
 import math
 from dataclasses import dataclass
 from typing import Literal
@@ -20,8 +21,8 @@ from torch import nn
 from configurator import ConfigError
 from einsum_linear import Dense, make_linear
 
-# What `structured_layers` may name, one by one or as a group ("attn" is the four attn.* roles).
-ROLES = ("attn.q", "attn.k", "attn.v", "attn.proj", "ffn.up", "ffn.down", "lm_head")
+# What `structured_layers` and `overrides` may name, one by one or as a group ("attn" is the four attn.* roles).
+ROLES = ("embed", "attn.q", "attn.k", "attn.v", "attn.proj", "ffn.up", "ffn.down", "lm_head")
 
 
 @dataclass
@@ -32,13 +33,18 @@ class GPTConfig:
     n_head: int = 12  # attention heads
     d_model: int = 768  # width of the residual stream
     d_head: int | None = None  # width of a head; None: d_model / n_head
+    d_embed: int | None = None  # width of the token embedding, which the layer "embed" brings to d_model; None: d_model
     dropout: float = 0.0  # probability, on embeddings, attention and residual branches
     bias: bool = False  # biases in linear layers and norms (GPT-2: True)
     parametrization: Literal["mup", "standard"] = "mup"  # structure-aware muP, or plain GPT-2's init, rates, tied head
-    structure: str = "btt"  # of the structured layers: dense, low_rank, btt, einsum
+    structure: str = "btt"  # of the structured layers: dense, low_rank, kronecker, tt, monarch, btt, einsum
     theta: tuple | None = None  # with structure="einsum": seven exponents (alpha beta gamma delta epsilon phi rho)
-    rank: int = 1  # of low_rank and btt
-    structured_layers: tuple = ("attn", "ffn", "lm_head")  # or single ones: attn.q .k .v .proj, ffn.up .down
+    rank: int = 1  # of low_rank, tt and btt
+    num_blocks: int | None = None  # of monarch; None: near the square root of the width
+    num_cores: int = 2  # of tt and btt
+    align_heads: bool = False  # with btt and monarch: blocks of q, k, v and of proj's input are heads
+    structured_layers: tuple = ("attn", "ffn", "lm_head")  # or embed, attn.q .k .v .proj, ffn.up .down
+    overrides: dict | None = None  # by layer: {"attn.q": "dense", "ffn": {"structure": "btt", "rank": 4}}
     normalize: bool = True  # cap the RMS of each core at its initial value
 
     def __post_init__(self):
@@ -55,18 +61,40 @@ class GPTConfig:
             raise ConfigError(
                 f"n_head={self.n_head} does not divide d_model={self.d_model}: take n_head={near}, or give d_head"
             )
-        for name in self.structured_layers:
-            if not any(_covers(name, role) for role in ROLES):
-                raise ConfigError(
-                    f"structured_layers: unknown layer {name!r}, choose from attn, ffn, {', '.join(ROLES)}"
-                )
+        for option, names in (("structured_layers", self.structured_layers), ("overrides", self.overrides or {})):
+            for name in names:
+                if not any(_covers(name, role) for role in ROLES):
+                    near = difflib.get_close_matches(str(name), ("attn", "ffn", *ROLES), n=1)
+                    remedy = f"did you mean {near[0]!r}?" if near else f"choose from attn, ffn, {', '.join(ROLES)}"
+                    raise ConfigError(f"{option}: unknown layer {name!r}, {remedy}")
+        if self.d_embed and self.parametrization == "standard":
+            raise ConfigError(
+                f"d_embed={self.d_embed} with parametrization='standard', which ties embedding and head: take 'mup'"
+            )
 
     @property
     def head_size(self):
         return self.d_head or self.d_model // self.n_head
 
-    def is_structured(self, role):
-        return self.structure != "dense" and any(_covers(name, role) for name in self.structured_layers)
+    def layer_options(self, role):
+        """make_linear's options for the layer that plays `role`: an override, else the structure, else dense."""
+        for name, override in (self.overrides or {}).items():
+            if _covers(name, role):
+                options = {"structure": override} if isinstance(override, str) else dict(override)
+                break
+        else:
+            if not any(_covers(name, role) for name in self.structured_layers):
+                return {"structure": "dense"}
+            options = {name: getattr(self, name) for name in ("structure", "theta", "rank", "num_blocks", "num_cores")}
+        if options.get("structure") != "dense":
+            options.setdefault("normalize", self.normalize)
+            if self.align_heads and role.startswith("attn."):
+                if options.get("structure", "btt") not in ("btt", "monarch"):
+                    raise ConfigError(
+                        f"align_heads with structure={options['structure']!r}: only btt and monarch have blocks to align"
+                    )
+                options["heads_in" if role == "attn.proj" else "heads_out"] = self.n_head
+        return options
 
 
 def _covers(name, role):
@@ -74,16 +102,14 @@ def _covers(name, role):
 
 
 def linear(config, role, d_in, d_out, **kwargs):
-    """The layer that plays `role`: structured where `structured_layers` says so, dense elsewhere."""
-    kwargs = {"bias": config.bias, **kwargs}
-    if not config.is_structured(role):
-        return make_linear(d_in, d_out, "dense", **kwargs)
+    """The layer that plays `role`, with the structure that the config gives it."""
+    options = config.layer_options(role)
     try:
-        return make_linear(
-            d_in, d_out, config.structure, config.theta, config.rank, normalize=config.normalize, **kwargs
-        )
+        return make_linear(d_in, d_out, **{"bias": config.bias, **kwargs, **options})
     except ConfigError as error:
         raise ConfigError(f"{role}: {error}") from None
+    except TypeError:
+        raise ConfigError(f"overrides: {role}={options} has an option that make_linear does not know") from None
 
 
 class Attention(nn.Module):
@@ -165,7 +191,8 @@ class GPT(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.token_embedding = nn.Embedding(config.vocab_size, config.d_model)
+        self.token_embedding = nn.Embedding(config.vocab_size, config.d_embed or config.d_model)
+        self.embed = linear(config, "embed", config.d_embed, config.d_model) if config.d_embed else nn.Identity()
         self.position_embedding = nn.Embedding(config.block_size, config.d_model)
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
@@ -207,7 +234,7 @@ class GPT(nn.Module):
         if start + T > self.config.block_size:
             raise ValueError(f"{start + T} tokens do not fit block_size={self.config.block_size}")
         position = torch.arange(start, start + T, device=idx.device)
-        x = self.dropout(self.token_embedding(idx) + self.position_embedding(position))  # (B, T, C)
+        x = self.dropout(self.embed(self.token_embedding(idx)) + self.position_embedding(position))  # (B, T, C)
         for block in self.blocks:
             x = block(x, cache)
         if cache is not None:

@@ -17,7 +17,7 @@ Imports from einsum_linear.
 
 import torch
 
-from einsum_linear import Dense, EinsumLinear
+from einsum_linear import CoreLinear, Dense
 
 BASE_WIDTH = 768
 
@@ -30,7 +30,7 @@ def lr_multipliers(model):
     for name, module in model.named_modules():
         if isinstance(module, Dense):
             multipliers[f"{name}.weight"] = BASE_WIDTH / module.in_features
-        elif isinstance(module, EinsumLinear):
+        elif isinstance(module, CoreLinear):
             for i, core in enumerate(module.cores):
                 multipliers[f"{name}.cores.{i}"] = BASE_WIDTH / (core.shape[1] * len(module.cores))
     return multipliers

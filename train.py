@@ -129,7 +129,8 @@ def main(argv):
         check_same_model(config, saved["config"], say)
         model.load_state_dict(saved["model"])
         checkpoint.load_optimizer_state(model, optimizer, saved["optimizer"])
-        scaler.load_state_dict(saved["scaler"])
+        if saved["scaler"]:  # empty where the checkpoint is of convert.py, or of a run without float16
+            scaler.load_state_dict(saved["scaler"])
         state = {key: saved[key] for key in state}
         say(f"{config.out_dir}: going on from step {state['step']}")
     elif config.resume:

@@ -8,7 +8,18 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from configurator import ConfigError
-from einsum_linear import EinsumLinear, Sizes, factor_sizes, init_std, make_linear, multiplications
+from einsum_linear import (
+    ChainLinear,
+    EinsumLinear,
+    Sizes,
+    factor_sizes,
+    init_std,
+    main,
+    make_linear,
+    multiplications,
+    num_parameters,
+    taxonomy,
+)  # fmt: skip
 
 BTT = (0.5, 0, 0.5, 0, 0.5, 0.5, 0)
 THETAS = [
@@ -24,8 +35,13 @@ LAYERS = [
     {"structure": "low_rank", "rank": 5},
     {"structure": "btt", "rank": 1},
     {"structure": "btt", "rank": 3},
+    {"structure": "kronecker"},
+    {"structure": "tt", "rank": 3},
+    {"structure": "tt", "rank": 2, "num_cores": 3},
+    {"structure": "btt", "rank": 2, "num_cores": 3},
+    {"structure": "monarch"},
 ]  # fmt: skip
-SHAPES = [(60, 60), (24, 210), (105, 64), (81, 15)]
+SHAPES = [(60, 60), (24, 210), (105, 64), (72, 16)]
 
 
 def name(value):
@@ -68,7 +84,7 @@ def test_matrix_is_the_definition_written_as_a_loop(order):
             entry = A[ig, ia, (ir * f + if_) * d + id_] * B[if_, (ib * g + ig) * r + ir, ie]
         else:
             entry = B[ig, ib, (ir * f + if_) * e + ie] * A[if_, (ia * g + ig) * r + ir, id_]
-        W[(id_ * f + if_) * e + ie, (ib * g + ig) * a + ia] += entry  # memory: y is (δ φ ε), x is (β γ α)
+        W[(if_ * e + ie) * d + id_, (ig * b + ib) * a + ia] += entry  # memory: y is (φ ε δ), x is (γ β α)
     torch.testing.assert_close(layer.materialize(), W)
 
 
@@ -94,6 +110,234 @@ def test_sizes_are_the_nearest_exact_factorisation(d_in, d_out, theta):
 def test_btt_has_full_rank_also_where_the_width_is_no_square(d):
     layer = make_linear(d, d, "btt", normalize=False).double()
     assert torch.linalg.matrix_rank(layer.materialize()) == d
+
+
+def test_a_monarch_is_two_block_diagonal_matrices_and_a_permutation():
+    """d_in -> d_out with b blocks, as Dao et al. define it, built from block_diag and a permutation."""
+    d_in, d_out, b = 32, 64, 4
+    layer = make_linear(d_in, d_out, "monarch", num_blocks=b, normalize=False).double()
+    first, second = layer.cores  # (b, d_in / b, ρ·b), (b, b·ρ, d_out / b)
+    r = d_in // b**2
+    one = torch.block_diag(*(core.T for core in first))  # values in order (γ, ρ, φ)
+    two = torch.block_diag(*(core.T for core in second))  # takes them in order (φ, γ, ρ)
+    order = torch.arange(b * r * b).view(b, r, b).permute(2, 0, 1).flatten()
+    torch.testing.assert_close(layer.materialize(), two @ one[order])
+    assert sum(core.numel() for core in layer.cores) == d_in * d_in // b + d_in * d_out // b
+    assert torch.linalg.matrix_rank(layer.materialize()) == d_in
+
+
+def test_kronecker_is_a_kronecker_product():
+    layer = make_linear(36, 36, "kronecker", normalize=False).double()
+    A, B = (core[0].T for core in layer.cores)
+    W = layer.materialize()
+    assert any(torch.allclose(W, torch.kron(P, Q)) for P, Q in ((A, B), (B, A)))
+
+
+def test_chains_of_cores_equal_their_sums_written_out():
+    """A Tensor-Train and a BTT of three cores, entry by entry."""
+    for structure in ("tt", "btt"):
+        layer = make_linear(12, 18, structure, rank=2, num_cores=3, normalize=False).double()
+        (i1, i2, i3), (j1, j2, j3) = layer.in_sizes, layer.out_sizes
+        G1, G2, G3 = (core.detach() for core in layer.cores)
+        W = torch.zeros(18, 12, dtype=torch.float64)
+        for x1, x2, x3, y1, y2, y3, r1, r2 in itertools.product(*map(range, (i1, i2, i3, j1, j2, j3, 2, 2))):
+            b1, b2, b3 = (x2 * i3 + x3, y1 * i3 + x3, y1 * j2 + y2) if structure == "btt" else (0, 0, 0)
+            entry = G1[b1, x1, y1 * 2 + r1] * G2[b2, x2 * 2 + r1, y2 * 2 + r2] * G3[b3, x3 * 2 + r2, y3]
+            W[(y1 * j2 + y2) * j3 + y3, (x1 * i2 + x2) * i3 + x3] += entry
+        torch.testing.assert_close(layer.materialize(), W)
+
+
+def test_a_chain_of_two_cores_is_the_einsum_of_two_cores():
+    """ChainLinear with c = 2 has the sizes, parameters and FLOPs of EinsumLinear's BTT and TT."""
+    for structure, blocks in (("btt", True), ("tt", False)):
+        two = make_linear(64, 36, structure, rank=2)
+        s = two.sizes
+        i, j = ((s.alpha, s.gamma), (s.phi, s.epsilon)) if blocks else ((s.alpha, s.beta), (s.delta, s.epsilon))
+        chain = ChainLinear(i, j, 2, blocks)
+        assert sum(c.numel() for c in chain.cores) == sum(c.numel() for c in two.cores)
+        assert chain.flops_per_token in (2 * m for m in multiplications(s).values())
+
+
+def test_heads_align_with_blocks():
+    """Zeroing head 2's block of the last core of q silences that head's output, and no other's; likewise proj's input."""
+    heads, d = 6, 48
+    q = make_linear(d, d, "btt", heads_out=heads, normalize=False)
+    assert q.sizes.phi == heads and q.sizes.epsilon == d // heads and q.sizes.gamma == d // heads
+    with torch.no_grad():
+        q.cores[1][2] = 0
+    out = q(torch.randn(5, d)).view(5, heads, d // heads)
+    assert [head for head in range(heads) if out[:, head].abs().max() == 0] == [2]
+    proj = make_linear(d, d, "btt", heads_in=heads, normalize=False)
+    assert proj.sizes.gamma == heads and proj.sizes.alpha == d // heads
+    with torch.no_grad():
+        proj.cores[0][2] = 0
+    W = proj.materialize().view(d, heads, d // heads)
+    assert [head for head in range(heads) if W[:, head].abs().max() == 0] == [2]
+    for layer in (q, proj):
+        layer.reset_parameters()
+        assert torch.linalg.matrix_rank(layer.double().materialize()) == d  # aligned blocks keep full rank
+
+
+# -- the 23 structures of the published GPT sweep: (exponents, taxonomy)
+
+SWEEP = [
+    # full-rank BTT
+    (0.5, 0, 0.5, 0, 0.5, 0.5, 0), (0.33, 0, 0.67, 0, 0.67, 0.33, 0), (0.25, 0, 0.75, 0, 0.75, 0.25, 0),
+    (0.67, 0, 0.33, 0, 0.33, 0.67, 0), (0.75, 0, 0.25, 0, 0.25, 0.75, 0),
+    # low-rank and other BTT
+    (0.67, 0, 0.33, 0, 0.67, 0.33, 0), (0.33, 0, 0.67, 0, 0.33, 0.67, 0), (0.75, 0, 0.25, 0, 0.75, 0.25, 0),
+    (0.25, 0, 0.75, 0, 0.25, 0.75, 0),
+    # rank above 1
+    (0.5, 0, 0.5, 0, 0.5, 0.5, 0.25), (0.5, 0, 0.5, 0, 0.5, 0.5, 0.33), (0.33, 0, 0.67, 0, 0.67, 0.33, 0.25),
+    (0.67, 0, 0.33, 0, 0.33, 0.67, 0.25), (0.67, 0, 0.33, 0, 0.67, 0.33, 0.25), (0.33, 0, 0.67, 0, 0.33, 0.67, 0.25),
+    # Kronecker and Tensor-Train
+    (0.5, 0.5, 0, 0.5, 0.5, 0, 0), (0.33, 0.67, 0, 0.33, 0.67, 0, 0),
+    (0.5, 0.5, 0, 0.5, 0.5, 0, 0.25), (0.33, 0.67, 0, 0.33, 0.67, 0, 0.25),
+    # low rank
+    (1, 0, 0, 0, 1, 0, 0.75), (1, 0, 0, 0, 1, 0, 0.5),
+    # generic
+    (0.5, 0.25, 0.25, 0.25, 0.5, 0.25, 0), (0.5, 0.25, 0.25, 0.25, 0.5, 0.25, 0.25),
+]  # fmt: skip
+
+
+def thirds(theta):
+    """0.33 and 0.67 are written for 1/3 and 2/3."""
+    return tuple({0.33: 1 / 3, 0.67: 2 / 3}.get(t, t) for t in theta)
+
+
+def slope(widths, values):
+    """Exponent fitted to values over widths, least squares in log space."""
+    x, y = (torch.tensor(v, dtype=torch.float64).log() for v in (widths, values))
+    return (((x - x.mean()) * (y - y.mean())).sum() / (x - x.mean()).square().sum()).item()
+
+
+@pytest.mark.parametrize("theta", SWEEP, ids=name)
+def test_taxonomy_equals_fitted_exponents(theta):
+    omega, psi, nu = taxonomy(thirds(theta))
+    widths = [2**24, 2**36, 2**48, 2**60]  # counted by formula: nothing of this width is made
+    sizes = [factor_sizes(d, d, thirds(theta)) for d in widths]
+    flops = [2 * min(multiplications(s).values()) for s in sizes]
+    parameters = [num_parameters(s) for s in sizes]
+    assert slope(widths, flops) == pytest.approx(1 + nu, abs=0.02)
+    assert slope(widths, [p / f for p, f in zip(parameters, flops)]) == pytest.approx(-omega, abs=0.02)
+    # Ranks are measured: widths at which the sizes are near θ, and small enough to decompose.
+    widths = [64, 216, 512] if 0.33 in theta[:6] else [81, 256, 625]
+    ranks = []
+    for d in widths:
+        torch.manual_seed(0)
+        layer = EinsumLinear(factor_sizes(d, d, theta), normalize=False).double()
+        ranks.append(torch.linalg.matrix_rank(layer.materialize()).item())
+        # the formulas above count what is there
+        assert num_parameters(layer.sizes) == sum(core.numel() for core in layer.cores)
+    assert slope(widths, ranks) == pytest.approx(psi, abs=0.04), ranks
+
+
+def test_taxonomy_does_not_depend_on_which_core_is_called_A():
+    for a, b, g, d, e, f, r in SWEEP:
+        assert taxonomy((a, b, g, d, e, f, r)) == pytest.approx(taxonomy((b, a, g, e, d, f, r)))
+
+
+def test_taxonomy_of_what_everybody_knows():
+    assert taxonomy((0.5, 0, 0.5, 0, 0.5, 0.5, 0)) == pytest.approx((0, 1, 0.5))  # BTT, Monarch
+    assert taxonomy((0.5, 0.5, 0, 0.5, 0.5, 0, 0)) == pytest.approx((0.5, 1, 0.5))  # Kronecker: shared, full rank
+    assert taxonomy((1, 0, 0, 0, 1, 0, 0.5)) == pytest.approx((0, 0.5, 0.5))  # low rank
+    assert taxonomy((0, 0, 1, 0, 1, 0, 0)) == pytest.approx((0, 1, 1))  # dense
+
+
+# -- approximation of a dense matrix
+
+
+def tail(M, rank):
+    """Squared Frobenius error of the best approximation of rank `rank` (Eckart and Young)."""
+    return torch.linalg.svdvals(M)[rank:].square().sum().item()
+
+
+def error(layer, W):
+    layer.load_dense(W)
+    return (layer.materialize() - W).square().sum().item()
+
+
+def test_low_rank_and_btt_approximations_are_truncated_svds():
+    torch.manual_seed(0)
+    W = torch.randn(36, 48, dtype=torch.float64)
+    low_rank = make_linear(48, 36, "low_rank", rank=7).double()
+    assert error(low_rank, W) == pytest.approx(tail(W, 7))
+    btt = make_linear(48, 36, "btt", rank=2).double()
+    a, _, g, _, e, f, _ = btt.sizes
+    blocks = [W[i * e : (i + 1) * e, j * a : (j + 1) * a] for i in range(f) for j in range(g)]
+    assert error(btt, W) == pytest.approx(sum(tail(block, 2) for block in blocks))
+    monarch = make_linear(48, 36, "monarch", num_blocks=2).double()
+    assert error(monarch, W) == pytest.approx(
+        sum(tail(block, 9) for half in W.chunk(2) for block in half.chunk(2, dim=1))
+    )
+
+
+def test_kronecker_and_tt_approximations_are_svds_of_the_rearrangement():
+    torch.manual_seed(0)
+    W = torch.randn(36, 36, dtype=torch.float64)
+    rearranged = torch.stack([block.flatten() for row in W.chunk(6) for block in row.chunk(6, dim=1)])  # 36 blocks × 36
+    assert error(make_linear(36, 36, "kronecker").double(), W) == pytest.approx(tail(rearranged, 1))
+    assert error(make_linear(36, 36, "tt", rank=5).double(), W) == pytest.approx(tail(rearranged, 5))
+
+
+@pytest.mark.parametrize("kwargs", LAYERS, ids=name)
+def test_a_matrix_of_the_structure_is_recovered(kwargs):
+    torch.manual_seed(0)
+    with torch.no_grad():
+        W = 30 * make_linear(60, 96, **kwargs).double().materialize()  # far above the RMS cap: gains make up for it
+    layer = make_linear(60, 96, **kwargs).double()
+    assert error(layer, W) <= 1e-16 * W.square().sum().item()
+
+
+def test_alternating_least_squares_beats_random_search_and_svd_alone():
+    torch.manual_seed(0)
+    W = torch.randn(60, 48, dtype=torch.float64)
+    for kwargs in (dict(structure="tt", rank=3, num_cores=3), dict(structure="btt", rank=1, num_cores=3)):
+        layer = make_linear(48, 60, **kwargs).double()
+        found = error(layer, W)
+        layer.load_dense(W, sweeps=0)
+        assert found < (layer.materialize() - W).square().sum().item()
+        # A stationary point: no small step of any core along minus the gradient improves it.
+        layer.load_dense(W, sweeps=200)
+        loss = (layer.materialize() - W).square().sum()
+        for gradient, core in zip(torch.autograd.grad(loss, list(layer.cores)), layer.cores):
+            assert gradient.norm() * core.norm() < 1e-3 * loss
+
+
+def test_from_dense_makes_the_layer():
+    W = torch.randn(36, 48)
+    layer = EinsumLinear.from_dense(W, rank=6)
+    torch.testing.assert_close(layer.materialize(), W, atol=1e-5, rtol=0)  # rank 6 fills the 6 × 6 blocks
+
+
+# -- the command
+
+
+def test_command_prints_the_figures_of_a_theta(capsys):
+    main(["--d_in", "256", "--d_out=1024", "--theta", ".5", "0", ".5", "0", ".5", ".5", "0"])
+    out = capsys.readouterr().out
+    sizes = factor_sizes(256, 1024, BTT)
+    mults = multiplications(sizes)
+    for text in (
+        "alpha 16",
+        "epsilon 32",
+        f"{2 * mults['AB']:,} FLOPs",
+        f"{2 * mults['BA']:,} FLOPs",
+        f"{num_parameters(sizes):,}",
+    ):
+        assert text in out, out
+    assert "omega 0 (sharing)  psi 1 (rank)  nu 0.5" in out and "256 measured, of 256" in out
+    assert [line for line in out.splitlines() if "<- taken" in line][0].startswith("A first")
+
+
+def test_command_prints_a_table_and_draws_the_picture(capsys, tmp_path):
+    main(["--d_in=64", "--d_out=64"])
+    out = capsys.readouterr().out
+    for structure in ("dense", "low_rank", "kronecker", "tt", "monarch", "btt"):
+        row = next(line for line in out.splitlines() if line.startswith(structure + " "))
+        assert row.split()[-1].isdigit(), row
+    main([f"--plot={tmp_path}/taxonomy.png"])
+    assert (tmp_path / "taxonomy.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_low_rank_has_its_rank():
@@ -170,10 +414,22 @@ def test_a_width_that_does_not_factor_is_refused_with_the_nearest_that_do(d_in, 
     [
         (dict(structure="butterfly"), ["butterfly", "btt"]),
         (dict(structure="einsum"), ["theta", "einsum"]),
+        (dict(structure="kronecker", rank=2), ["rank=2", "kronecker", "tt, btt"]),
+        (dict(structure="monarch", num_blocks=3), ["num_blocks=3", "take 2", "1, 2, 4, 8"]),
+        (dict(structure="btt", num_blocks=2), ["num_blocks=2", "monarch"]),
+        (dict(structure="low_rank", num_cores=3), ["num_cores=3", "tt, btt"]),
+        (dict(structure="btt", num_cores=1), ["num_cores=1", "2 or more"]),
+        (dict(structure="btt", num_cores=3, rank=5), ["rank 5", "rank <= 4"]),
+        (dict(structure="tt", num_cores=3, rank=17), ["rank 17", "rank <= 16"]),
+        (dict(structure="btt", heads_out=3), ["heads_out=3", "64"]),
+        (dict(structure="tt", heads_out=4), ["heads_out=4", "monarch, btt"]),
         (dict(structure="btt", theta=BTT), ["theta", "einsum"]),
         (dict(structure="einsum", theta=(0.5, 0.5)), ["theta", "2 values", "seven"]),
-        (dict(structure="einsum", theta=(0.5, 0, 0.6, 0, 0.5, 0.5, 0)), ["alpha + beta + gamma", "1.1"]),
-        (dict(structure="einsum", theta=(0.5, 0, 0.5, -0.5, 1, 0.5, 0)), ["at least 0"]),
+        (
+            dict(structure="einsum", theta=(0.5, 0, 0.6, 0, 0.5, 0.5, 0)),
+            ["alpha + beta + gamma", "1.1", "(0.454545 0 0.545455"],
+        ),
+        (dict(structure="einsum", theta=(0.5, 0, 0.5, -0.5, 1, 0.5, 0)), ["between 0 and 1"]),
         (dict(structure="einsum", theta=(0.5, 0, 0.5, 0, 0.5, 0.5, 0), rank=2), ["rank=2"]),
         (dict(structure="einsum", theta="abc"), ["theta", "seven"]),
         (dict(structure="btt", rank=0), ["rank=0", "1 or more"]),

@@ -11,6 +11,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from configurator import ConfigError
 from einsum_linear import Dense, EinsumLinear
 from model import GPT, GPTConfig, KVCache, sample_token
+from mup import make_optimizer
+from test_einsum_linear import SWEEP
 
 SMALL = dict(block_size=32, vocab_size=96, n_layer=2, n_head=2, d_model=36)
 
@@ -162,6 +164,48 @@ def test_structured_layers_choose_the_layers():
     assert all(isinstance(layer, Dense) for layer in (attn.k, attn.v, attn.proj, model.lm_head))
 
 
+def test_overrides_by_layer():
+    overrides = {"attn.q": "dense", "ffn": {"structure": "low_rank", "rank": 3}}
+    model = GPT(GPTConfig(**SMALL, rank=2, overrides=overrides))
+    block = model.blocks[0]
+    assert isinstance(block.attn.q, Dense) and block.attn.k.sizes.rho == 2
+    assert block.ffn.up.sizes == (36, 1, 1, 1, 144, 1, 3)
+
+
+def test_a_narrow_embedding_is_brought_to_the_models_width():
+    for layers in (("attn", "ffn", "lm_head"), ("embed",)):
+        model = GPT(GPTConfig(**SMALL, d_embed=16, structured_layers=layers))
+        assert isinstance(model.embed, EinsumLinear) == ("embed" in layers)
+        assert model.token_embedding.weight.shape == (96, 16) and model.embed.materialize().shape == (36, 16)
+    idx = torch.randint(96, (2, 32))
+    hidden = model.token_embedding(idx) @ model.embed.materialize().T + model.position_embedding(torch.arange(32))
+    torch.testing.assert_close(model.trunk(idx), model.final_norm(hidden))  # branches are zero at first
+
+
+def test_aligned_heads_in_the_model():
+    model = GPT(GPTConfig(**{**SMALL, "d_model": 48, "n_head": 6}, align_heads=True))
+    attn = model.blocks[0].attn
+    assert [layer.sizes.phi for layer in (attn.q, attn.k, attn.v)] == [6] * 3 and attn.q.sizes.epsilon == 8
+    assert attn.proj.sizes.gamma == 6 and attn.proj.sizes.alpha == 8
+
+
+@pytest.mark.parametrize("theta", SWEEP, ids=lambda theta: str(theta).replace(" ", ""))
+def test_the_published_sweep_builds_and_trains(theta):
+    torch.manual_seed(0)
+    shape = dict(block_size=16, vocab_size=96, n_layer=1, n_head=2, d_model=64)
+    model = GPT(GPTConfig(**shape, structure="einsum", theta=theta, structured_layers=("attn", "ffn")))
+    optimizer = make_optimizer(model, 5e-3)
+    idx = torch.randint(96, (4, 17), generator=torch.Generator().manual_seed(0))
+    losses = []
+    for _ in range(12):
+        _, loss = model(idx[:, :-1], idx[:, 1:])
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < 0.9 * losses[0], losses
+
+
 def test_every_parameter_gets_a_gradient_once_nothing_is_zero():
     model = randomised(rank=2, bias=True)
     idx = torch.randint(96, (2, 32))
@@ -179,11 +223,28 @@ def test_every_parameter_gets_a_gradient_once_nothing_is_zero():
         (dict(n_layer=0), ["n_layer=0", "at least 1"]),
         (dict(dropout=1.0), ["dropout=1.0"]),
         (dict(structured_layers=("mlp",)), ["structured_layers", "mlp", "ffn"]),
+        (dict(overrides={"attn.w": "dense"}), ["overrides", "attn.w", "did you mean"]),
+        (dict(d_embed=8, parametrization="standard"), ["d_embed=8", "mup"]),
     ],
 )
 def test_impossible_configs_are_refused(kwargs, words):
     with pytest.raises(ConfigError) as caught:
         GPTConfig(**{**SMALL, **kwargs})
+    assert all(word in str(caught.value) for word in words), str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "kwargs, words",
+    [
+        (dict(align_heads=True, structure="low_rank"), ["align_heads", "low_rank", "btt"]),
+        (dict(overrides={"ffn": {"structure": "btt", "ranks": 2}}), ["overrides", "ffn.up", "ranks"]),
+        (dict(overrides={"ffn": "butterfly"}), ["ffn.up", "butterfly", "monarch"]),
+        (dict(structure="dense", rank=2), ["attn.q", "rank=2", "dense"]),
+    ],
+)
+def test_impossible_structures_are_refused_and_name_the_layer(kwargs, words):
+    with pytest.raises(ConfigError) as caught:
+        GPT(GPTConfig(**{**SMALL, **kwargs}))
     assert all(word in str(caught.value) for word in words), str(caught.value)
 
 
