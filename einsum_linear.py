@@ -764,8 +764,12 @@ def plot_taxonomy(png):
         xlim=(0, 0.6),
         ylim=(0.4, 1.05),
     )
-    axes.set_title("Structures by how parameters (d^-ω per FLOP), rank (d^ψ) and FLOPs (d^(1+ν)) scale\n"
-                   "green: no sharing and full rank, where scaling laws match dense", fontsize=10)  # fmt: skip
+    axes.set_title(
+        "How parameters per FLOP (d^-ω), rank (d^ψ) and FLOPs (d^(1+ν)) scale with width d\n"
+        "green: no sharing (ω = 0) and full rank (ψ = 1)",
+        fontsize=10,
+        y=0.93,
+    )
     axes.view_init(elev=18, azim=-55)
     figure.savefig(png, dpi=130, bbox_inches="tight")
     plt.close(figure)

@@ -278,6 +278,17 @@ class GPT(nn.Module):
 
         theirs = GPT2LMHeadModel.from_pretrained(name)
         c = theirs.config
+        wanted = dict(
+            activation_function="gelu_new",
+            layer_norm_epsilon=1e-5,
+            scale_attn_weights=True,
+            scale_attn_by_inverse_layer_idx=False,
+        )
+        for key, value in {**wanted, "n_inner": c.n_inner and 4 * c.n_embd}.items():
+            if getattr(c, key) != value:
+                raise ConfigError(
+                    f"{name} has {key}={getattr(c, key)}, which this GPT-2 has not (it has {value}): take another model"
+                )
         model = cls(
             GPTConfig(
                 block_size=c.n_positions, vocab_size=c.vocab_size, n_layer=c.n_layer, n_head=c.n_head, d_model=c.n_embd,

@@ -43,6 +43,16 @@ def test_dense_standard_equals_hugging_face(hugging_face):
     assert ours.lm_head.weight is ours.token_embedding.weight
 
 
+def test_a_model_that_is_no_plain_gpt2_is_refused(tmp_path):
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    GPT2LMHeadModel(
+        GPT2Config(vocab_size=11, n_positions=8, n_embd=8, n_layer=1, n_head=2, activation_function="relu")
+    ).save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match="activation_function=relu.*gelu_new"):
+        GPT.from_pretrained(str(tmp_path))
+
+
 def test_standard_is_initialised_as_gpt2():
     torch.manual_seed(0)
     model = GPT(GPTConfig(**{**SMALL, "d_model": 256, "n_layer": 8}, parametrization="standard", structure="dense"))
