@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from einsum_linear import Dense, EinsumLinear
-from model import GPT, Block, GPTConfig
+from model import GPT, GPTConfig
 from mup import lr_multipliers, make_optimizer, set_lr
+from mup_check import CoordsConfig, coordinate_check, largest_spread, parse_structure
 
 SMALL = dict(block_size=32, vocab_size=96, n_layer=2, n_head=2)
 
@@ -58,51 +58,14 @@ def test_weight_decay_takes_lr_times_decay_off_every_matrix():
         torch.testing.assert_close(parameter, before[name] * factor, msg=name)
 
 
-WIDTHS = (64, 128, 256, 512)
-
-
-def build(width, rank=1, **kwargs):
-    torch.manual_seed(0)
-    return GPT(GPTConfig(**SMALL, d_model=width, rank=rank(width) if callable(rank) else rank, **kwargs))
-
-
-def activation_sizes(model, multipliers, steps=5, lr=5e-4):
-    """{name: RMS of its output} of every linear layer and block, after some Adam steps."""
-    optimizer = make_optimizer(model, lr, multipliers=multipliers)
-    idx = torch.randint(96, (8, 33), generator=torch.Generator().manual_seed(1))
-    for _ in range(steps):
-        _, loss = model(idx[:, :-1], idx[:, 1:])
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    sizes = {}
-
-    def record(name):
-        return lambda module, args, output: sizes.update({name: output.detach().square().mean().sqrt().item()})
-
-    for name, module in model.named_modules():
-        if isinstance(module, (Dense, EinsumLinear, Block)):
-            module.register_forward_hook(record(name))
-    model(idx[:, :-1])
-    return sizes
-
-
 @pytest.mark.parametrize(
-    "kwargs",
-    [
-        dict(structure="dense"),
-        dict(structure="low_rank", rank=lambda width: width // 4, structured_layers=("attn", "ffn")),
-        dict(structure="btt", rank=2),
-    ],
-    ids=lambda kwargs: kwargs["structure"],
+    "structure",
+    ["dense", "low_rank:rank=width/4,structured_layers=attn ffn", "btt:rank=2"],
+    ids=["dense", "low_rank", "btt"],
 )
-def test_coordinate_check(kwargs):
+def test_coordinate_check(structure):
     """Activations keep their size over the widths; with one rate for all widths, the narrowest's, they do not."""
-
-    def largest_spread(multipliers_of):
-        sizes = [activation_sizes(model := build(width, **kwargs), multipliers_of(model)) for width in WIDTHS]
-        return max(max(size[name] for size in sizes) / min(size[name] for size in sizes) for name in sizes[0])
-
-    narrow = lr_multipliers(build(WIDTHS[0], **kwargs))
-    assert largest_spread(lr_multipliers) < 2
-    assert largest_spread(lambda model: narrow) > 3
+    sizes = coordinate_check(parse_structure(structure), CoordsConfig(widths=(64, 128, 256, 512), steps=5, seeds=1))
+    assert {"blocks.0", "blocks.1.attn.k", "blocks.1.ffn.down", "lm_head"} < set(sizes["with"])
+    assert largest_spread(sizes["with"]) < 2
+    assert largest_spread(sizes["without"]) > 3
