@@ -2,12 +2,10 @@
 
     python bench.py data            # the character encoder, and batches from a memory-mapped file
 
-`--json=FILE` writes the figures as rows too. Imports from configurator, data and prepare_owt.
+`--json=FILE` writes the figures as rows too. Imports from configurator, device, data and prepare_owt.
 """
 
-import json
 import os
-import platform
 import sys
 import tempfile
 import time
@@ -18,6 +16,7 @@ import torch
 
 from configurator import ConfigError, load_config
 from data import CharTokenizer, TokenData
+from device import write_rows
 from prepare_owt import Config as PrepareConfig
 from prepare_owt import prepare, stdlib_files
 
@@ -38,26 +37,6 @@ def seconds(function, repeats=5):
         function()
         times.append(time.perf_counter() - start)
     return float(np.median(times[1:]))
-
-
-def write_rows(path, rows):
-    """Rows with what they were measured on, as JSON."""
-    where = {
-        "device": processor_name(),
-        "python": platform.python_version(),
-        "numpy": np.__version__,
-        "torch": torch.__version__,
-    }
-    with open(path, "w") as file:
-        json.dump([{**where, **row} for row in rows], file, indent=1)
-
-
-def processor_name():
-    try:
-        with open("/proc/cpuinfo") as file:
-            return next(line.split(":")[1].strip() for line in file if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
 
 
 def bench_data(config):
@@ -91,7 +70,7 @@ def bench_data(config):
         batch = seconds(lambda: [data.train_batch(0, step, count, 0, count) for step in range(20)]) / 20
         report(f"training batch, {count} x {config.block_size}", count * config.block_size, "tokens", batch)
     if config.json:
-        write_rows(config.json, rows)
+        write_rows(config.json, rows, torch.device("cpu"))
 
 
 def main(argv):

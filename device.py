@@ -1,4 +1,7 @@
-"""Which device, which 16 bits, and how fast it could be. Imports from configurator."""
+"""Which device, which 16 bits, how fast it could be, and how a measurement names it. Imports from configurator."""
+
+import json
+import platform
 
 import torch
 
@@ -49,7 +52,21 @@ def choose_dtype(name, device):
 
 
 def device_name(device):
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    """The GPU's name, or that of the processor."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    try:
+        with open("/proc/cpuinfo") as file:
+            return next(line.split(":")[1].strip() for line in file if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def write_rows(path, rows, device):
+    """A list of measurements (dicts of plain values) as JSON, each with what it was measured on."""
+    where = {"device": device_name(device), "python": platform.python_version(), "torch": torch.__version__}
+    with open(path, "w") as file:
+        json.dump([{**where, **row} for row in rows], file, indent=1)
 
 
 def peak_flops(name):

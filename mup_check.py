@@ -14,10 +14,9 @@ without: the narrowest model's at all widths, which is one rate for all, tuned a
 A structure may carry options of GPTConfig: name:option=value,option=value, and so on. Spaces
 separate the values of a tuple ("einsum:theta=.5 .25 .25 .25 .5 .25 0"), a number may be a fraction
 of the width ("low_rank:rank=width/4"), and ";" separates structures that have options.
-Imports from configurator, device, data, model, mup, prepare_owt and bench.
+Imports from configurator, device, data, model, mup and prepare_owt.
 """
 
-import json
 import math
 import os
 import re
@@ -28,10 +27,9 @@ from typing import Literal, NamedTuple
 
 import torch
 
-from bench import processor_name
 from configurator import ConfigError, load_config
 from data import TokenData
-from device import choose_device, choose_dtype, device_name
+from device import choose_device, choose_dtype, write_rows
 from model import GPT, Block, GPTConfig
 from mup import lr_multipliers, make_optimizer, set_lr
 from prepare_owt import prepare_default
@@ -519,13 +517,6 @@ def draw_landscape(losses, lrs, initial, label, path):
 
 # ---------------------------------------------------------------------------------------
 # Files
-
-
-def write_rows(path, rows, device):
-    """Rows with what they were measured on, as JSON."""
-    name = device_name(device) if device.type == "cuda" else processor_name()
-    with open(path, "w") as file:
-        json.dump([{"device": name, "torch": torch.__version__, **row} for row in rows], file, indent=1)
 
 
 def _finite(value):
