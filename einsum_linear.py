@@ -20,6 +20,7 @@ In code a b g = α β γ, d e f = δ ε φ, r = ρ and n is the number of tokens
 Imports from configurator and kernels.
 """
 
+import difflib
 import math
 import sys
 from dataclasses import dataclass
@@ -519,7 +520,8 @@ def init_std(fan_in, fan_out):
 
 
 # ---------------------------------------------------------------------------------------
-# Named structures: functions (d_in, d_out, options) -> layer, where options are make_linear's own.
+# Named structures: functions (d_in, d_out, options, kwargs) -> layer. options are make_linear's that say what the
+# structure is (theta, rank, …), kwargs those that every layer takes (bias, normalize, gain, zero_init).
 
 LOW_RANK = (1, 0, 0, 0, 1, 0, 0)
 KRONECKER = TENSOR_TRAIN = (0.5, 0.5, 0, 0.5, 0.5, 0, 0)
@@ -628,7 +630,9 @@ def make_linear(
     Raises ConfigError, also for an option that the structure does not heed.
     """
     if structure not in STRUCTURES:
-        raise ConfigError(f"structure={structure!r} is unknown: choose one of {', '.join(STRUCTURES)}")
+        near = difflib.get_close_matches(str(structure), STRUCTURES, n=1)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise ConfigError(f"structure={structure!r} is unknown: {hint}choose one of {', '.join(STRUCTURES)}")
     function, heeded = STRUCTURES[structure]
     options = dict(
         theta=theta, rank=rank, num_blocks=num_blocks, num_cores=num_cores, heads_in=heads_in, heads_out=heads_out
@@ -664,7 +668,7 @@ class Config:
     theta: tuple | None = (
         None  # seven exponents (alpha beta gamma delta epsilon phi rho); None: a table of the named structures
     )
-    plot: str | None = None  # PNG file for the picture of (omega, psi, nu) with every named structure in it
+    plot: bool | str = False  # draw every named structure at its (omega, psi, nu); --plot=FILE, or taxonomy.png
 
 
 # Points of the space by name, for the table's taxonomy and the picture: square layers, ranks as d^ρ.
@@ -778,8 +782,9 @@ def plot_taxonomy(png):
 def main(argv):
     config = load_config(Config, argv)
     if config.plot:
-        plot_taxonomy(config.plot)
-        print(f"drawn: {config.plot}")
+        path = "taxonomy.png" if config.plot is True else config.plot
+        plot_taxonomy(path)
+        print(f"drawn: {path}")
     elif config.theta is None:
         print("\n".join(table_of_structures(config.d_in, config.d_out)))
     if config.theta is not None:
