@@ -639,9 +639,9 @@ def make_linear(
     )
     for name, value in options.items():
         if value != DEFAULTS[name] and name not in heeded:
-            others = ", ".join(key for key, (_, names) in STRUCTURES.items() if name in names)
+            others = ", ".join(key for key, (_, names) in STRUCTURES.items() if name in names and key != "dense")
             raise ConfigError(
-                f"{name}={value} with structure={structure!r}, which has none: leave it out, or take {others}"
+                f"{name}={value} with structure={structure!r}, which has none: make it {DEFAULTS[name]}, or take {others}"
             )
     if structure == "einsum" and theta is None:
         raise ConfigError("structure='einsum' needs theta: seven numbers, such as (.5, 0, .5, 0, .5, .5, 0)")
