@@ -30,7 +30,7 @@ def save(out_dir, checkpoint):
 
 
 def load(out_dir, say=print):
-    """The newest whole checkpoint in out_dir, on the CPU, or None where there is none.
+    """The newest whole checkpoint in out_dir, on the CPU, with its "path", or None where there is none.
 
     A torn one is passed over with a message; where all that are there are torn, ConfigError.
     """
@@ -42,7 +42,7 @@ def load(out_dir, say=print):
         try:
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
             checkpoint["step"], checkpoint["model"], checkpoint["config"]
-            return checkpoint
+            return {**checkpoint, "path": path}
         except Exception as error:  # torch raises many kinds for a torn file
             say(f"{path} is not a whole checkpoint ({type(error).__name__}): passed over")
             torn.append(path)
@@ -67,7 +67,7 @@ def describe(out_dir):
     """Which checkpoint a run would go on from, in words."""
     checkpoint = load(out_dir, say=lambda message: None)
     return (
-        f"last checkpoint: {os.path.join(out_dir, NEWEST)} of step {checkpoint['step']}"
+        f"last checkpoint: {checkpoint['path']} of step {checkpoint['step']}"
         if checkpoint
         else "there is no checkpoint"
     )

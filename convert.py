@@ -22,7 +22,7 @@ import checkpoint
 from configurator import ConfigError, load_config
 from data import GPT2Tokenizer
 from einsum_linear import Dense
-from model import GPT, GPTConfig
+from model import GPT, GPT2_BLOCK_NAMES, GPTConfig
 from sample import load_model
 
 
@@ -189,15 +189,6 @@ def save_converted(model, meta, config):
 # ---------------------------------------------------------------------------------------
 # Ours -> Hugging Face
 
-# The modules of a block, by our name and by theirs.
-BLOCK_NAMES = {
-    "attn_norm": "ln_1",
-    "attn.proj": "attn.c_proj",
-    "ffn_norm": "ln_2",
-    "ffn.up": "mlp.c_fc",
-    "ffn.down": "mlp.c_proj",
-}
-
 
 def export(model, folder, source, meta):
     """Write a GPT of parametrization="standard" as config.json and model.safetensors. ConfigError where GPT-2 has no place for it."""
@@ -256,7 +247,7 @@ def hugging_face_state_dict(model):
     theirs["transformer.ln_f.weight"], theirs["transformer.ln_f.bias"] = tensors(model.final_norm)
     for layer, block in enumerate(model.blocks):
         there = f"transformer.h.{layer}"
-        for our_name, their_name in BLOCK_NAMES.items():
+        for our_name, their_name in GPT2_BLOCK_NAMES.items():
             weight, bias = tensors(block.get_submodule(our_name))
             theirs[f"{there}.{their_name}.weight"], theirs[f"{there}.{their_name}.bias"] = weight, bias
         qkv = zip(*(tensors(projection) for projection in (block.attn.q, block.attn.k, block.attn.v)))

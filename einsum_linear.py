@@ -247,9 +247,8 @@ class CoreLinear(nn.Module):
         cores = list(self.cores)
         if self.normalize:
             for i, std in enumerate(self.init_std):
-                excess = torch.linalg.vector_norm(cores[i]) / (std * math.sqrt(cores[i].numel()))  # RMS / init_std
                 scale = 1 if self.gains is None else self.gains[i]
-                cores[i] = cores[i] * (scale / excess.clamp(min=1))
+                cores[i] = cores[i] * (scale / _excess(cores[i], std))
         return cores
 
     @torch.no_grad()
@@ -258,12 +257,17 @@ class CoreLinear(nn.Module):
         for i, (core, std) in enumerate(zip(cores, self.init_std)):
             self.cores[i].copy_(core.reshape(self.cores[i].shape))
             if self.gains is not None:
-                self.gains[i] = (self.cores[i].square().mean().sqrt() / std).clamp(min=1)
+                self.gains[i] = _excess(self.cores[i], std)
 
     def finish(self, y, x):
         """(n, …) outputs -> (..., d_out) as x's leading axes say, plus bias."""
         y = y.reshape(*x.shape[:-1], self.out_features)
         return y if self.bias is None else y + self.bias.to(y.dtype)
+
+
+def _excess(core, std):
+    """By what factor the RMS of a core is above its initial value; 1 where it is not."""
+    return (torch.linalg.vector_norm(core) / (std * math.sqrt(core.numel()))).clamp(min=1)
 
 
 class EinsumLinear(CoreLinear):
@@ -601,7 +605,7 @@ def chain(d_in, d_out, options, kwargs, blocks):
 
 # name: (function, the options of make_linear that it heeds)
 STRUCTURES = {
-    "dense": (dense, ("heads_in", "heads_out")),
+    "dense": (dense, ()),
     "low_rank": (low_rank, ("rank",)),
     "kronecker": (kronecker, ()),
     "tt": (tt, ("rank", "num_cores")),
@@ -639,7 +643,7 @@ def make_linear(
     )
     for name, value in options.items():
         if value != DEFAULTS[name] and name not in heeded:
-            others = ", ".join(key for key, (_, names) in STRUCTURES.items() if name in names and key != "dense")
+            others = ", ".join(key for key, (_, names) in STRUCTURES.items() if name in names)
             raise ConfigError(
                 f"{name}={value} with structure={structure!r}, which has none: make it {DEFAULTS[name]}, or take {others}"
             )

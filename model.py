@@ -24,6 +24,8 @@ from einsum_linear import Dense, make_linear
 # What `structured_layers` and `overrides` may name, one by one or as a group ("attn" is the four attn.* roles).
 ROLES = ("embed", "attn.q", "attn.k", "attn.v", "attn.proj", "ffn.up", "ffn.down", "lm_head")
 
+EMBEDDING_STD = 1.0  # muP: embeddings are of size 1 whatever the width
+
 
 @dataclass
 class GPTConfig:
@@ -299,7 +301,14 @@ class GPT(nn.Module):
         return model
 
 
-EMBEDDING_STD = 1.0  # muP: embeddings are of size 1 whatever the width
+# A block's modules, by our name and by Hugging Face's GPT-2; q, k and v are one module there.
+GPT2_BLOCK_NAMES = {
+    "attn_norm": "ln_1",
+    "attn.proj": "attn.c_proj",
+    "ffn_norm": "ln_2",
+    "ffn.up": "mlp.c_fc",
+    "ffn.down": "mlp.c_proj",
+}
 
 
 def gpt2_state_dict(theirs, n_layer):
@@ -311,17 +320,10 @@ def gpt2_state_dict(theirs, n_layer):
         "final_norm.bias": theirs["transformer.ln_f.bias"],
         "lm_head.weight": theirs["transformer.wte.weight"],
     }
-    names = {
-        "attn_norm": "ln_1",
-        "attn.proj": "attn.c_proj",
-        "ffn_norm": "ln_2",
-        "ffn.up": "mlp.c_fc",
-        "ffn.down": "mlp.c_proj",
-    }
     for layer in range(n_layer):
         for kind in ("weight", "bias"):
             here, there = f"blocks.{layer}", f"transformer.h.{layer}"
-            for our_name, their_name in names.items():
+            for our_name, their_name in GPT2_BLOCK_NAMES.items():
                 ours[f"{here}.{our_name}.{kind}"] = theirs[f"{there}.{their_name}.{kind}"].t()
             for our_name, part in zip("qkv", theirs[f"{there}.attn.c_attn.{kind}"].t().chunk(3)):
                 ours[f"{here}.attn.{our_name}.{kind}"] = part
