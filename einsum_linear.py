@@ -216,6 +216,16 @@ class Dense(nn.Linear):
         self.weight.copy_(W)
 
 
+def apply_all(layers, x):
+    """[layer(x) for layer in layers]; dense layers in training as one product, which a GPU does faster than several."""
+    if not all(type(layer) is Dense for layer in layers) or not torch.is_grad_enabled():
+        return [layer(x) for layer in layers]
+    biases = [layer.bias for layer in layers]
+    bias = None if any(bias is None for bias in biases) else torch.cat(biases)
+    y = nn.functional.linear(x, torch.cat([layer.weight for layer in layers]), bias)
+    return y.split([layer.out_features for layer in layers], dim=-1)
+
+
 class CoreLinear(nn.Module):
     """What layers made of cores share: the cores, their RMS cap, their gains, the bias.
 

@@ -5,8 +5,8 @@ with depth-µP and QK-norm) keeps the best learning rate where it is when width 
 changes. "standard" is GPT-2 as published: with structure="dense" it loads GPT-2's weights and
 equals it. The learning rates that belong to each are in mup.py.
 
-Shapes: B batch, T time, C = d_model, nh = n_head, hs = d_head.
-Imports from configurator and einsum_linear.
+Shapes: B batch, T time, S positions in a cache, C = d_model, nh = n_head, hs = d_head.
+Imports from configurator, einsum_linear, loss and cuda_graph.
 """
 
 import difflib
@@ -17,14 +17,19 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from configurator import ConfigError
-from einsum_linear import Dense, make_linear
+from cuda_graph import Graphed
+from einsum_linear import Dense, apply_all, make_linear
+from loss import linear_cross_entropy
 
 # What `structured_layers` and `overrides` may name, one by one or as a group ("attn" is the four attn.* roles).
 ROLES = ("embed", "attn.q", "attn.k", "attn.v", "attn.proj", "ffn.up", "ffn.down", "lm_head")
 
 EMBEDDING_STD = 1.0  # muP: embeddings are of size 1 whatever the width
+
+LOGITS_AT_ONCE = 2**29  # above this number the loss is made chunk by chunk: 1 GiB in 16 bits
 
 
 @dataclass
@@ -48,6 +53,8 @@ class GPTConfig:
     structured_layers: tuple = ("attn", "ffn", "lm_head")  # or embed, attn.q .k .v .proj, ffn.up .down
     overrides: dict | None = None  # by layer: {"attn.q": "dense", "ffn": {"structure": "btt", "rank": 4}}
     normalize: bool = True  # cap the RMS of each core at its initial value
+    fused_loss: bool = True  # LM head and loss in chunks of tokens where the logits are large; False: logits whole
+    activation_checkpointing: bool = False  # keep only the blocks' inputs for backward: less memory, 1/3 more FLOPs
 
     def __post_init__(self):
         for name in ("block_size", "vocab_size", "n_layer", "n_head", "d_model", "d_head"):
@@ -133,26 +140,17 @@ class Attention(nn.Module):
 
     def forward(self, x, cache=None):
         B, T, C = x.shape
-        q = self.q_norm(self.q(x).view(B, T, self.n_head, self.head_size)).transpose(1, 2)  # (B, nh, T, hs)
-        k = self.k_norm(self.k(x).view(B, T, self.n_head, self.head_size)).transpose(1, 2)  # (B, nh, T, hs)
-        v = self.v(x).view(B, T, self.n_head, self.head_size).transpose(1, 2)  # (B, nh, T, hs)
-        q, k = q.to(v.dtype), k.to(v.dtype)  # autocast leaves LayerNorm's output in float32
+        q, k, v = (y.view(B, T, self.n_head, self.head_size) for y in apply_all((self.q, self.k, self.v), x))
+        q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)  # autocast leaves LayerNorm's output in float32
+        q, k, v = (tensor.transpose(1, 2) for tensor in (q, k, v))  # (B, nh, T, hs)
         mask = None
         if cache is not None:
-            k, v = cache.extend(self, k, v)  # (B, nh, S, hs): all positions so far
-            S = k.size(2)
-            mask = torch.ones(T, S, dtype=torch.bool, device=x.device).tril(S - T)
+            k, v, mask = cache.extend(self, k, v)  # (B, nh, S, hs), (T, S)
+        dropout = self.dropout if self.training else 0.0
         y = F.scaled_dot_product_attention(
-            q,
-            k,
-            v,
-            attn_mask=mask,
-            is_causal=mask is None,
-            scale=self.scale,
-            dropout_p=self.dropout if self.training else 0.0,
-        )
-        y = y.transpose(1, 2).reshape(B, T, -1)  # (B, T, nh * hs)
-        return self.proj(y)
+            q, k, v, attn_mask=mask, is_causal=mask is None, scale=self.scale, dropout_p=dropout
+        )  # (B, nh, T, hs)
+        return self.proj(y.transpose(1, 2).reshape(B, T, -1))  # (B, T, C)
 
 
 class FFN(nn.Module):
@@ -162,7 +160,14 @@ class FFN(nn.Module):
         self.down = linear(config, "ffn.down", 4 * config.d_model, config.d_model, zero_init=True)
 
     def forward(self, x):
-        return self.down(F.gelu(self.up(x), approximate="tanh"))
+        return self.down(gelu(self.up(x)))
+
+
+def gelu(x):
+    """GELU in its tanh form. When compiled, with 0.5 (1 + tanh u) = sigmoid(2u): one exponential, cheaper on a GPU."""
+    if torch.compiler.is_compiling():
+        return x * torch.sigmoid(math.sqrt(8 / math.pi) * (x + 0.044715 * x**3))
+    return F.gelu(x, approximate="tanh")
 
 
 class Block(nn.Module):
@@ -177,9 +182,12 @@ class Block(nn.Module):
         self.branch_scale = math.sqrt(3 / config.n_layer) if config.parametrization == "mup" else 1.0
 
     def forward(self, x, cache=None):
-        x = x + self.branch_scale * self.dropout(self.attn(self.attn_norm(x), cache))
-        x = x + self.branch_scale * self.dropout(self.ffn(self.ffn_norm(x)))
-        return x
+        x = self.add(x, self.attn(self.attn_norm(x), cache))
+        return self.add(x, self.ffn(self.ffn_norm(x)))
+
+    def add(self, x, branch):
+        branch = self.dropout(branch)
+        return x + (branch if self.branch_scale == 1 else self.branch_scale * branch)
 
 
 class GPT(nn.Module):
@@ -187,7 +195,8 @@ class GPT(nn.Module):
 
     idx      (B, T) int64 token ids, T <= block_size
     targets  (B, T) int64, -1 where no loss is wanted
-    logits   (B, T, vocab_size) in the compute dtype;  loss  mean cross-entropy in nats, float32, or None
+    logits   (B, T, vocab_size) in the compute dtype; None where the loss was made without them (fused_loss)
+    loss     mean cross-entropy in nats, float32, or None
     """
 
     def __init__(self, config):
@@ -223,7 +232,12 @@ class GPT(nn.Module):
             self.lm_head.weight = self.token_embedding.weight
 
     def forward(self, idx, targets=None):
-        logits = self.lm_head(self.trunk(idx))  # (B, T, vocab_size)
+        x = self.trunk(idx)  # (B, T, C)
+        vocab_size = self.config.vocab_size
+        if targets is not None and self.config.fused_loss and idx.numel() * vocab_size > LOGITS_AT_ONCE:
+            chunk = max(1, LOGITS_AT_ONCE // vocab_size // 1024) * 1024
+            return None, linear_cross_entropy(self.lm_head, x.flatten(0, 1), targets.flatten(), chunk)
+        logits = self.lm_head(x)  # (B, T, vocab_size)
         if targets is None:
             return logits, None
         loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-1)
@@ -231,17 +245,19 @@ class GPT(nn.Module):
 
     def trunk(self, idx, cache=None):
         """Everything below the head: (B, T) ids -> (B, T, C). With a cache, idx continues what it holds."""
-        start = 0 if cache is None else cache.length
-        T = idx.size(1)
-        if start + T > self.config.block_size:
-            raise ValueError(f"{start + T} tokens do not fit block_size={self.config.block_size}")
-        position = torch.arange(start, start + T, device=idx.device)
-        x = self.dropout(self.embed(self.token_embedding(idx)) + self.position_embedding(position))  # (B, T, C)
+        if idx.size(1) > self.config.block_size:
+            raise ValueError(f"{idx.size(1)} tokens do not fit block_size={self.config.block_size}")
+        position = torch.arange(idx.size(1), device=idx.device) if cache is None else cache.next_positions(idx.size(1))
+        x = self.embed(self.token_embedding(idx)) + self.position_embedding(position)  # (B, T, C)
+        if torch.is_autocast_enabled(x.device.type) and torch.get_autocast_dtype(x.device.type) == torch.bfloat16:
+            x = x.bfloat16()  # the residual stream too: half the traffic of all that is not a matrix product
+        x = self.dropout(x)
         for block in self.blocks:
-            x = block(x, cache)
-        if cache is not None:
-            cache.length += T
-        return self.final_norm(x)
+            if self.config.activation_checkpointing and self.training:
+                x = checkpoint(block, x, use_reentrant=False, preserve_rng_state=self.config.dropout > 0)
+            else:
+                x = block(x, cache)
+        return self.final_norm(x).to(x.dtype)
 
     @torch.no_grad()
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, generator=None):
@@ -249,17 +265,28 @@ class GPT(nn.Module):
 
         temperature 0 takes the likeliest token. top_k keeps the k likeliest, top_p the likeliest
         whose probabilities add up to p. Keys and values are cached; when the context is full,
-        its later half is read anew and generation goes on from there.
+        its later half is read anew and generation goes on from there. On a GPU the step of one
+        token is a CUDA graph.
         """
         was_training = self.training
         self.eval()
-        cache, fresh = KVCache(self.config), idx
-        for _ in range(max_new_tokens):
-            if cache.length + fresh.size(1) > self.config.block_size:
-                cache, fresh = KVCache(self.config), idx[:, -max(1, self.config.block_size // 2) :]
-            logits = self.lm_head(self.trunk(fresh, cache)[:, -1]).float()  # (B, vocab_size)
-            fresh = sample_token(logits, temperature, top_k, top_p, generator)  # (B, 1)
-            idx = torch.cat((idx, fresh), dim=1)
+        cache = KVCache(self.config, idx.device)
+
+        def read(tokens):
+            return self.lm_head(self.trunk(tokens, cache)[:, -1]).float()  # (B, vocab_size)
+
+        read_one = Graphed(read) if idx.is_cuda else read
+        B, T = idx.shape
+        idx = torch.cat((idx, idx.new_empty(B, max_new_tokens)), dim=1)
+        held = 0  # positions in the cache
+        for end in range(T, T + max_new_tokens):
+            if held == 0 or held == self.config.block_size:
+                first = 0 if held == 0 else end - max(1, self.config.block_size // 2)
+                cache.clear()
+                logits, held = read(idx[:, first:end]), end - first
+            else:
+                logits, held = read_one(idx[:, end - 1 : end]), held + 1
+            idx[:, end : end + 1] = sample_token(logits, temperature, top_k, top_p, generator)
         self.train(was_training)
         return idx
 
@@ -331,20 +358,33 @@ def gpt2_state_dict(theirs, n_layer):
 
 
 class KVCache:
-    """Keys and values of the positions read so far, kept a layer, in buffers of full context."""
+    """Keys and values of the positions read so far, kept a layer, in buffers of full context.
 
-    def __init__(self, config):
-        self.block_size, self.length, self.buffers = config.block_size, 0, {}
+    Their number is kept on the device and all shapes are fixed, so that a step can be a CUDA graph.
+    """
+
+    def __init__(self, config, device):
+        self.every = torch.arange(config.block_size, device=device)  # (S,)
+        self.length = torch.zeros((), dtype=torch.int64, device=device)
+        self.buffers = {}
+
+    def clear(self):
+        self.length.zero_()
+
+    def next_positions(self, T):
+        """Positions of the T tokens that come next, (T,); the caller sees to it that they fit."""
+        self.positions = self.length + self.every[:T]
+        self.length += T
+        return self.positions
 
     def extend(self, layer, k, v):
-        """Append k and v (B, nh, T, hs); return all so far (B, nh, length + T, hs)."""
+        """Put k and v (B, nh, T, hs) at the next positions -> all keys, all values (B, nh, S, hs), mask (T, S)."""
         if layer not in self.buffers:
             B, nh, _, hs = k.shape
-            self.buffers[layer] = [k.new_empty(B, nh, self.block_size, hs) for _ in range(2)]
-        end = self.length + k.size(2)
+            self.buffers[layer] = [k.new_zeros(B, nh, len(self.every), hs) for _ in range(2)]
         for buffer, new in zip(self.buffers[layer], (k, v)):
-            buffer[:, :, self.length : end] = new
-        return [buffer[:, :, :end] for buffer in self.buffers[layer]]
+            buffer.index_copy_(2, self.positions, new)
+        return *self.buffers[layer], self.every <= self.positions[:, None]
 
 
 def sample_token(logits, temperature=1.0, top_k=None, top_p=None, generator=None):

@@ -41,18 +41,23 @@ def make_optimizer(model, lr, weight_decay=0.0, betas=(0.9, 0.95), multipliers=N
 
     A group keeps its multiplier as "lr_mult"; set_lr makes its rate. Matrices decay, vectors do
     not, and a step takes lr · weight_decay off a matrix whatever its multiplier: decay is
-    divided by it, so that it does not grow where the rate does.
+    divided by it, so that it does not grow where the rate does. On a GPU the rates are tensors,
+    which a recorded CUDA graph reads anew at every replay.
     """
     multipliers = lr_multipliers(model) if multipliers is None else multipliers
     groups = {}
     for name, parameter in model.named_parameters():
         decay = weight_decay / multipliers[name] if parameter.dim() >= 2 else 0.0
         groups.setdefault((multipliers[name], decay), []).append(parameter)
-    fused = next(model.parameters()).device.type in ("cuda", "cpu")
+    device = next(model.parameters()).device
+    on_gpu = device.type == "cuda"
     optimizer = torch.optim.AdamW(
         [{"params": params, "lr_mult": mult, "weight_decay": decay} for (mult, decay), params in groups.items()],
-        lr=lr, betas=betas, eps=1e-8, fused=fused,
+        lr=lr, betas=betas, eps=1e-8, fused=device.type in ("cuda", "cpu"), capturable=on_gpu,
     )  # fmt: skip
+    if on_gpu:
+        for group in optimizer.param_groups:
+            group["lr"] = torch.zeros((), device=device)
     set_lr(optimizer, lr)
     return optimizer
 
@@ -60,4 +65,7 @@ def make_optimizer(model, lr, weight_decay=0.0, betas=(0.9, 0.95), multipliers=N
 def set_lr(optimizer, lr):
     """Each group's rate from the base rate: assigned, so it is the same however often it is done."""
     for group in optimizer.param_groups:
-        group["lr"] = lr * group["lr_mult"]
+        if torch.is_tensor(group["lr"]):
+            group["lr"].fill_(lr * group["lr_mult"])
+        else:
+            group["lr"] = lr * group["lr_mult"]

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+import model as model_file
 from configurator import ConfigError
 from einsum_linear import Dense, EinsumLinear
 from model import GPT, GPTConfig, KVCache, sample_token
@@ -92,7 +93,7 @@ def test_cached_logits_equal_recomputed_ones(kwargs):
     model = randomised(**kwargs).double()
     idx = torch.randint(96, (3, 32))
     expected, _ = model(idx)
-    cache, got = KVCache(model.config), []
+    cache, got = KVCache(model.config, idx.device), []
     for start, stop in [(0, 7), (7, 8), (8, 9), (9, 20), (20, 32)]:  # a prompt, single tokens, further chunks
         got.append(model.lm_head(model.trunk(idx[:, start:stop], cache)))
     torch.testing.assert_close(torch.cat(got, dim=1), expected)
@@ -261,3 +262,59 @@ def test_impossible_structures_are_refused_and_name_the_layer(kwargs, words):
 def test_a_size_error_names_the_layer():
     with pytest.raises(ConfigError, match="lm_head: d_out=97"):
         GPT(GPTConfig(**{**SMALL, "vocab_size": 97}))
+
+
+@pytest.mark.parametrize(
+    "kwargs", [dict(rank=2), dict(structure="dense", parametrization="standard", bias=True)], ids=str
+)
+def test_chunked_loss_equals_whole_logits(kwargs, monkeypatch):
+    """With more logits than LOGITS_AT_ONCE there are none to return; loss and gradients stay."""
+    fused, whole = randomised(**kwargs), randomised(**kwargs, fused_loss=False)
+    monkeypatch.setattr(model_file, "LOGITS_AT_ONCE", 96 * 1024)  # chunks of 1024 tokens
+    idx, targets = torch.randint(96, (2, 40, 32)).unbind()
+    targets = targets.masked_fill(torch.rand(targets.shape) < 0.1, -1)
+    logits, loss = fused(idx, targets)
+    assert logits is None
+    want_logits, want = whole(idx, targets)
+    assert want_logits.shape == (40, 32, 96)
+    torch.testing.assert_close(loss, want)
+    loss.backward(), want.backward()
+    for (name, a), b in zip(fused.named_parameters(), whole.parameters()):
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_activation_checkpointing_changes_memory_only():
+    model, other = randomised(dropout=0.2).train(), randomised(dropout=0.2, activation_checkpointing=True).train()
+    idx, kept = torch.randint(96, (2, 4, 32)), {}
+    for m in (model, other):
+        torch.manual_seed(3)
+        sizes = kept[m] = []
+        hooks = torch.autograd.graph.saved_tensors_hooks(
+            lambda t, sizes=sizes: (sizes.append(t.numel()), t)[1], lambda t: t
+        )
+        with hooks:
+            _, loss = m(idx[0], idx[1])
+        loss.backward()
+    for (name, a), b in zip(model.named_parameters(), other.parameters()):
+        torch.testing.assert_close(a.grad, b.grad, msg=name)
+    assert sum(kept[other]) < 0.5 * sum(kept[model])
+
+
+def test_residual_stream_is_in_bfloat16_under_autocast_and_close_to_float32():
+    model = randomised(structure="dense")
+    idx = torch.randint(96, (4, 32))
+    seen = []
+    hook = model.blocks[1].register_forward_pre_hook(lambda module, args: seen.append(args[0].dtype))
+    want = model(idx, idx)[1].item()
+    with torch.autocast("cpu", torch.bfloat16):
+        got = model(idx, idx)[1].item()
+    hook.remove()
+    assert seen == [torch.float32, torch.bfloat16] and got == pytest.approx(want, rel=2e-2)
+
+
+def test_compiled_gelu_is_the_same_function():
+    x = torch.linspace(-12, 12, 4001, dtype=torch.float64, requires_grad=True)
+    compiled = torch.compile(model_file.gelu, backend="eager")
+    for function in (lambda y: y, lambda y: torch.autograd.grad(y.sum(), x)[0]):
+        torch.testing.assert_close(function(compiled(x)), function(model_file.gelu(x)), rtol=1e-12, atol=1e-12)
+    assert "sigmoid" in str(torch._dynamo.explain(model_file.gelu)(x).graphs[0].graph)  # it was the other form

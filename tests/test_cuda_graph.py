@@ -1,0 +1,52 @@
+"""A training step as a CUDA graph, against the same step called. Needs a GPU."""
+
+import pytest
+import torch
+
+import train
+from cuda_graph import Graphed
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+@pytest.mark.parametrize("words", [["--rank=2"], ["--structure=dense"], ["--num_cores=3"], ["--compile=True"]], ids=str)
+def test_graph_equals_calls(words, dropout):
+    """Losses and gradient norms of ten steps: two micro-steps each, rates that change, dropout seeded step by step."""
+    results = []
+    for graphs in (False, True):
+        options = ["--vocab_size=96", "--n_layer=2", "--n_head=2", "--d_model=36", "--block_size=32", "--micro_batch=4"]
+        options += ["--batch_tokens=256", f"--dropout={dropout}", f"--cuda_graphs={graphs}", "--compile=False", *words]
+        config = train.load_config(train.Config, options)
+        run = train.build(config, torch.device("cuda", 0), torch.float32, world=1)
+        assert isinstance(run.update, Graphed) == graphs
+        torch.manual_seed(0)
+        batches = torch.randint(96, (10, 2, 2, 4, 32), device="cuda")
+        rows = []
+        for step, (x, y) in enumerate(batches):
+            train.set_lr(run.optimizer, 1e-4 * (step + 1))
+            torch.manual_seed(step)
+            rows.append(run.update(x, y))
+        results.append(torch.stack(rows))
+    torch.testing.assert_close(*results, rtol=1e-3, atol=1e-5)  # TF32, and other kernels inside a graph
+    assert results[0][:, 0].diff().abs().min() > 0
+
+
+def test_rates_are_read_at_every_replay():
+    parameter = torch.nn.Parameter(torch.zeros(1, device="cuda"))
+    optimizer = torch.optim.AdamW(
+        [parameter], lr=torch.zeros((), device="cuda"), weight_decay=0, capturable=True, fused=True
+    )
+
+    def update(gradient):
+        parameter.grad = gradient.clone()
+        optimizer.step()
+        return parameter.detach()
+
+    graphed, steps = Graphed(update), []
+    for rate in (1.0, 1.0, 1.0, 1.0, 0.0, 2.0):
+        before = parameter.item()
+        optimizer.param_groups[0]["lr"].fill_(rate)
+        graphed(torch.ones(1, device="cuda"))
+        steps.append(before - parameter.item())
+    assert steps == pytest.approx([1, 1, 1, 1, 0, 2], abs=1e-5)
