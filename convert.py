@@ -68,7 +68,7 @@ class Config(GPTConfig):
 
 def load_source(source):
     """A run's folder, or GPT-2 of Hugging Face -> (GPT on the CPU in float32, meta of its data)."""
-    if any(os.path.exists(os.path.join(source, name)) for name in (checkpoint.NEWEST, checkpoint.PREVIOUS)):
+    if checkpoint.exists(source):
         return load_model(source)
     remedy = "give the out_dir of a run, or a GPT-2 of Hugging Face (gpt2, gpt2-medium, a folder)"
     parent = os.path.dirname(source)
