@@ -1,0 +1,63 @@
+"""Several processes: DDP, or FSDP2 that shards parameters, gradients and optimizer state. Imports nothing of this project.
+
+Under torchrun a process drives one GPU (NCCL), or shares the CPU (gloo).
+"""
+
+import os
+from contextlib import nullcontext
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+
+def ranks():
+    """-> rank, rank on this machine, number of processes, as torchrun says; 0, 0, 1 without it."""
+    return tuple(
+        int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1))
+    )
+
+
+def shard(model, device, compiling):
+    """Shard a GPT in place over all processes, a block at a time: gathered for its forward and backward pass only.
+
+    Before the optimizer is made: parameters become DTensors, of the same names and global shapes.
+    Blocks are compiled one by one, for gathering happens between them.
+    """
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    for block in model.blocks:
+        if compiling:
+            block.compile()
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+
+
+def replicate(model, device, micro_steps):
+    """DDP around a model; gradients live in the buckets that are exchanged.
+
+    The graph is the same every step, but torch up to 2.15 stops exchanging gradients where
+    static_graph meets no_sync (pytorch/pytorch#187732): said only where there is one micro-step.
+    """
+    return DistributedDataParallel(
+        model,
+        device_ids=[device.index] if device.type == "cuda" else None,
+        gradient_as_bucket_view=True,
+        static_graph=micro_steps == 1,
+    )
+
+
+def exchange_gradients(model, wanted):
+    """Context of one micro-step: gradients are exchanged between processes in the last one only."""
+    if isinstance(model, DistributedDataParallel):
+        return nullcontext() if wanted else model.no_sync()
+    if hasattr(model, "set_requires_gradient_sync"):  # FSDP2
+        model.set_requires_gradient_sync(wanted)
+    return nullcontext()
+
+
+def clip_gradients(parameters, most):
+    """Scale the gradients so that their common norm is at most `most` -> the norm before, a plain scalar tensor."""
+    norm = torch.nn.utils.clip_grad_norm_(parameters, most)
+    return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
