@@ -1,15 +1,22 @@
-"""What a run leaves to look at: lines on the screen, log.jsonl, loss.png, and wandb when asked.
+"""What a run shows and leaves behind: tables before it, progress, log.jsonl, loss.png, wandb when asked, a summary.
 
 A row of log.jsonl is one object: step (updates done), tokens, flops, seconds (of training, the
 clock stops for evaluation and checkpoints), loss, val_loss, lr, grad_norm, tokens_per_second, mfu;
-a key is left out where there is no figure. Imports from configurator.
+a key is left out where there is no figure. Imports from configurator and model.
 """
 
 import json
 import os
-import time
+import re
+import shlex
+import statistics
+import sys
+from contextlib import contextmanager
 
 from configurator import ConfigError
+
+# ---------------------------------------------------------------------------------------
+# The log
 
 
 class RunLog:
@@ -19,25 +26,37 @@ class RunLog:
         """resume_step: keep the rows up to it, for a run that goes on from there; None starts anew."""
         self.path = os.path.join(out_dir, "log.jsonl")
         rows = [] if resume_step is None else [row for row in read_log(self.path) if row["step"] <= resume_step]
-        with open(self.path + ".part", "w") as file:
-            file.writelines(json.dumps(row) + "\n" for row in rows)
-        os.replace(self.path + ".part", self.path)
+        with writing(self.path):
+            with open(self.path + ".part", "w") as file:
+                file.writelines(json.dumps(row) + "\n" for row in rows)
+            os.replace(self.path + ".part", self.path)
 
     def write(self, row):
-        with open(self.path, "a") as file:
+        with writing(self.path), open(self.path, "a") as file:
             file.write(json.dumps(row) + "\n")
 
 
+@contextmanager
+def writing(path, remedy="make room or give another out_dir"):
+    """A failure to write `path` (a full disk, no permission) as one line."""
+    try:
+        yield
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be written ({error.strerror or error}): {remedy}") from None
+
+
 def read_log(path):
-    """The rows of a log.jsonl; a last line that a kill cut short is left out."""
+    """The rows of a log.jsonl; what is no row, such as a line that a kill cut short, is left out."""
     rows = []
     if os.path.exists(path):
-        with open(path) as file:
+        with open(path, errors="replace") as file:
             for line in file:
                 try:
-                    rows.append(json.loads(line))
+                    row = json.loads(line)
                 except ValueError:
                     continue
+                if isinstance(row, dict) and type(row.get("step")) is int:
+                    rows.append(row)
     return rows
 
 
@@ -50,9 +69,269 @@ def start_wandb(project, config, run_id):
     return wandb.init(project=project, config=config, id=run_id, resume="allow")
 
 
+# ---------------------------------------------------------------------------------------
+# Before the run
+
+
+def model_table(model, multipliers, lr):
+    """Lines of a table of what will be trained: a row a layer, which counts that layer in all blocks.
+
+    multipliers  {parameter name: learning-rate multiplier}, as of mup.lr_multipliers
+    lr           the base rate
+    The last row has the sums of those above. A tied head's parameters are among the embeddings'.
+    """
+    names = {parameter: name for name, parameter in model.named_parameters()}  # a shared one under its first name
+    rates = {parameter: lr * multipliers[name] for parameter, name in names.items()}
+    roles = _layers_by_role(model)
+    tied = {role for role, alike in roles.items() if _kind(names[alike[0].cores[0]]) == "embeddings"}
+    layers = [_layer_row(model.config, role, alike, role in tied, rates) for role, alike in roles.items()]
+    cores = {core for role in roles.keys() - tied for layer in roles[role] for core in layer.cores}
+    others = {kind: [] for kind in KINDS}
+    for parameter, name in names.items():
+        if parameter not in cores:
+            others[_kind(name)].append(parameter)
+    embeddings, *rest = [_other_row(model.config, *item, rates) for item in others.items() if item[1]]
+
+    attention = model.flops_per_token() - sum(row["FLOPs a token"] for row in layers)
+    what = f"q k' and p v at {model.config.block_size:,} tokens"
+    behind = max(i for i, row in enumerate(layers) if "attn." in row["layer"]) + 1
+    layers.insert(behind, _table_row(f"{model.config.n_layer} x attention", "", [what], 0, attention))
+
+    rows = [embeddings, *layers, *rest]
+    parameters = sum(row["parameters"] for row in rows if row["parameters"] != "tied")
+    return _as_table([*rows, _table_row("total", "", [], parameters, sum(row["FLOPs a token"] for row in rows))])
+
+
+def _layers_by_role(model):
+    """{role: its layers, one a block}, in the order of the model."""
+    roles = {}
+    for name, module in model.named_modules():
+        if hasattr(module, "cores"):
+            roles.setdefault(re.sub(r"^blocks\.\d+\.", "", name), []).append(module)
+    return roles
+
+
+def _layer_row(config, role, alike, tied, rates):
+    layer = alike[0]
+    return _table_row(
+        f"{len(alike)} x {role}" if len(alike) > 1 else role,
+        "dense" if _is_dense(layer) else config.layer_options(role).get("structure", "btt"),
+        [(layer.in_features, layer.out_features)] if _is_dense(layer) else [core.shape for core in layer.cores],
+        "tied" if tied else sum(core.numel() for layer in alike for core in layer.cores),
+        sum(layer.flops_per_token for layer in alike),
+        [rates[core] for core in layer.cores],
+        _init_stds(config, role, layer),
+    )
+
+
+def _other_row(config, kind, parameters, rates):
+    embeddings = kind == "embeddings"
+    return _table_row(
+        kind,
+        "",
+        [parameter.shape for parameter in parameters] if embeddings else [],
+        sum(parameter.numel() for parameter in parameters),
+        0,
+        sorted({rates[parameter] for parameter in parameters}),
+        [_embedding_std(config)] if embeddings else [],
+    )
+
+
+def _is_dense(layer):
+    return layer.cores[0].dim() == 2
+
+
+# What a parameter is that is no core, by the first of these that is part of its name.
+KINDS = {"embeddings": "embedding", "norms": "norm", "gains": ".gains", "biases": ".bias", "others": ""}
+
+GPT2_STD = 0.02  # of parametrization="standard": GPT._init_as_gpt2 draws dense layers and embeddings with it
+
+
+def _kind(name):
+    return next(kind for kind, part in KINDS.items() if part in name)
+
+
+def _embedding_std(config):
+    from model import EMBEDDING_STD  # here: who reads logs only need not wait for torch
+
+    return GPT2_STD if config.parametrization == "standard" else EMBEDDING_STD
+
+
+def _init_stds(config, role, layer):
+    """Standard deviations that the layer's cores are drawn with, 0 for a core that starts at zero."""
+    if config.parametrization == "standard" and _is_dense(layer):
+        return [GPT2_STD / (2 * config.n_layer) ** 0.5 if role in ("attn.proj", "ffn.down") else GPT2_STD]
+    return [*layer.init_std[:-1], 0.0 if layer.zero_init else layer.init_std[-1]]
+
+
+def _table_row(layer, structure, sizes, parameters, flops, rates=(), stds=()):
+    return {
+        "layer": layer,
+        "structure": structure,
+        "sizes": " ".join(size if isinstance(size, str) else f"({','.join(map(str, size))})" for size in sizes),
+        "parameters": parameters,
+        "FLOPs a token": flops,
+        "learning rate": " ".join(f"{rate:.3g}" for rate in rates),
+        "init std": " ".join(f"{std:.3g}" for std in stds),
+    }
+
+
+def _as_table(rows):
+    """Lines: numbers to the right, words to the left, no wider than what is in them; 0 is left blank."""
+    texts = [{key: _cell(value) for key, value in row.items()} for row in rows]
+    widths = {key: max(len(key), *(len(text[key]) for text in texts)) for key in rows[0]}
+    right = {key for key in widths if any(isinstance(row[key], int) for row in rows)}
+
+    def line(cells):
+        return "  ".join(
+            cell.rjust(widths[key]) if key in right else cell.ljust(widths[key]) for key, cell in cells.items()
+        ).rstrip()
+
+    rule = "-" * sum(widths.values(), 2 * len(widths) - 2)
+    head, *body = [line({key: key for key in widths}), *map(line, texts)]
+    return [head, rule, *body[:-1], rule, body[-1]]
+
+
+def _cell(value):
+    return (f"{value:,}" if value else "") if isinstance(value, int) else value
+
+
+def plan(config, model, world, micro_steps, device_name, dtype, peak, first_step=0):
+    """Lines that say what the run will do, and on a GPU of known peak FLOP/s about how long that takes."""
+    parameters, flops = sum(p.numel() for p in model.parameters()), 3 * model.flops_per_token()
+    tokens = (config.max_steps - first_step) * config.batch_tokens
+    steps = f"{config.max_steps:,} steps" if not first_step else f"steps {first_step:,} to {config.max_steps:,}"
+    lines = [
+        f"{short(parameters)} parameters, {short(flops)} FLOPs a token in training (3 x forward)",
+        f"{steps} x {config.batch_tokens:,} tokens = {short(tokens)} tokens, {tokens * flops:.3g} FLOPs in all",
+        f"{_count(world, 'process', 'processes')} x {_count(micro_steps, 'micro-step')} x "
+        f"{_count(config.micro_batch, 'sequence')} of {config.block_size:,} tokens, "
+        f"{device_name}, {str(dtype).removeprefix('torch.')}",
+    ]
+    if peak:
+        speed = 0.4 * peak * world / flops
+        lines.append(f"at 40% MFU about {duration(tokens / speed)}, {short(speed)} tokens/s")
+    return lines
+
+
+def _count(number, one, many=None):
+    return f"{number:,} {one if number == 1 else many or one + 's'}"
+
+
+def short(number):
+    """Three digits and a letter: 5.24B."""
+    for size, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if number >= 0.9995 * size:
+            return f"{number / size:#.3g}".rstrip(".") + letter
+    return f"{number:.3g}"
+
+
+def duration(seconds):
+    """3 h 12 min."""
+    minutes = round(seconds / 60)
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    if minutes < 60:
+        return f"{minutes} min"
+    if minutes < 48 * 60:
+        return f"{minutes // 60} h {minutes % 60} min"
+    hours = round(minutes / 60)
+    return f"{hours // 24} d {hours % 24} h"
+
+
+# ---------------------------------------------------------------------------------------
+# During the run
+
+
+class Progress:
+    """Progress of a run: a bar on a terminal, else a line a logged row.
+
+    All that is printed while it is open goes through `say`, which leaves the bar whole.
+    """
+
+    def __init__(self, max_steps, first_step=None):
+        """first_step: where a resumed run goes on; None: found from the first step or row."""
+        self.max_steps, self.first_step = max_steps, first_step
+        self.on_terminal, self.bar = sys.stdout.isatty(), None
+        self.latest, self.seconds_a_step = {}, None  # the last row with a loss, and its speed
+
+    def say(self, *text, **how):
+        """print, above the bar."""
+        how = {"flush": True, **how}
+        if self.bar is None:
+            print(*text, **how)
+        else:
+            with self.bar.external_write_mode(file=sys.stdout):
+                print(*text, **how)
+
+    def row(self, row, seconds_left=None):
+        """Show a logged row; seconds_left is found from the row's own speed where it is not given."""
+        left = self.max_steps - row["step"]
+        if seconds_left is None and row["step"] and "tokens" in row and row.get("tokens_per_second"):
+            seconds_left = left * row["tokens"] / row["step"] / row["tokens_per_second"]
+        if not self.on_terminal:
+            return self.say(format_row(row, self.max_steps, seconds_left))
+        if "loss" in row:
+            self.latest, self.seconds_a_step = row, seconds_left / left if seconds_left and left else None
+        self.open_bar(row["step"])
+        self.step(row["step"])
+        if "val_loss" in row:
+            self.say(format_row(row, self.max_steps, seconds_left))
+
+    def step(self, step):
+        """Show that so many steps are done: cheap, the bar is drawn ten times a second at most."""
+        if self.on_terminal:
+            self.open_bar(step - 1)
+            left = None if self.seconds_a_step is None else self.seconds_a_step * (self.max_steps - step)
+            self.bar.set_postfix_str(" | ".join(_figures(self.latest, left)), refresh=False)
+            self.bar.update(step - self.bar.n)
+
+    def open_bar(self, step):
+        if self.bar is None:
+            from tqdm import tqdm
+
+            self.bar = tqdm(
+                total=self.max_steps,
+                initial=step if self.first_step is None else self.first_step,
+                file=sys.stdout,
+                dynamic_ncols=True,
+                miniters=1,
+                bar_format="step {n_fmt}/{total_fmt} |{bar}| {percentage:.0f}%{postfix}",
+            )
+
+    def close(self):
+        """Leave the bar as it is; what is said afterwards is plain."""
+        if self.bar is not None:
+            self.bar.close()
+        self.on_terminal, self.bar = False, None
+
+
+class Silent:
+    """Progress of the ranks that say nothing."""
+
+    def say(self, *text, **how):
+        pass
+
+    def row(self, row, seconds_left=None):
+        pass
+
+    def step(self, step):
+        pass
+
+    def close(self):
+        pass
+
+
 def format_row(row, max_steps, seconds_left):
     """One line of progress for the screen."""
-    parts = [f"step {row['step']:>{len(str(max_steps))}}/{max_steps}"]
+    parts = [f"step {row['step']:>{len(str(max_steps))}}/{max_steps}", *_figures(row, seconds_left)]
+    if "val_loss" in row:
+        parts.append(f"val loss {row['val_loss']:.4f}")
+    return " | ".join(parts)
+
+
+def _figures(row, seconds_left):
+    parts = []
     if "loss" in row:
         parts.append(f"loss {row['loss']:.4f}")
     if "tokens_per_second" in row:
@@ -60,10 +339,84 @@ def format_row(row, max_steps, seconds_left):
     if "mfu" in row:
         parts.append(f"MFU {row['mfu']:.1%}")
     if seconds_left is not None:
-        parts.append(f"ETA {time.strftime('%H:%M:%S' if seconds_left >= 3600 else '%M:%S', time.gmtime(seconds_left))}")
-    if "val_loss" in row:
-        parts.append(f"val loss {row['val_loss']:.4f}")
-    return " | ".join(parts)
+        parts.append(f"ETA {_clock(seconds_left)}")
+    return parts
+
+
+def _clock(seconds):
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)  # hours go on beyond 24
+    return f"{hours:02}:{minutes:02}:{seconds:02}" if hours else f"{minutes:02}:{seconds:02}"
+
+
+# ---------------------------------------------------------------------------------------
+# After the run
+
+
+FILES = {"ckpt.pt": "checkpoint", "ckpt.dcp": "checkpoint", "log.jsonl": "log", "loss.png": "picture"}
+
+
+def summary(log, config, memory=None):
+    """Lines about a run that has ended.
+
+    log     path of its log.jsonl, or rows
+    memory  peak memory of the device in GiB, where known
+    """
+    rows = log if isinstance(log, list) else read_log(log)
+    if not rows:
+        return [f"{config.out_dir}: nothing logged"]
+    last, have = rows[-1], {key: [row for row in rows if key in row] for key in ("loss", "val_loss")}
+    median = {key: median_of(rows, key) for key in ("tokens_per_second", "mfu")}
+    seconds = last.get("seconds", 0)
+    items = {
+        "steps": f"{last['step']:,} of {config.max_steps:,}",
+        "tokens": f"{last.get('tokens', 0):,}",
+        "FLOPs": f"{last.get('flops', 0):.3g}",
+        "training": f"{seconds:,.1f} s" + (f", which are {duration(seconds)}" if seconds >= 60 else ""),
+    }
+    if median["tokens_per_second"] is not None:
+        mfu = "" if median["mfu"] is None else f", MFU {median['mfu']:.1%}"
+        items["speed"] = f"{short(median['tokens_per_second'])} tokens/s{mfu} (medians)"
+    if have["val_loss"]:
+        best = min(have["val_loss"], key=lambda row: row["val_loss"])
+        ends = [have["val_loss"][i]["val_loss"] for i in (0, -1)]
+        items["val loss"] = (
+            f"{ends[0]:.4f} first, {ends[1]:.4f} last, {best['val_loss']:.4f} best at step {best['step']:,}"
+        )
+    if have["loss"]:
+        items["loss"] = f"{have['loss'][-1]['loss']:.4f} last"
+    if memory is not None:
+        items["memory"] = f"{memory:.1f} GiB at most"
+    for file, name in FILES.items():
+        path = os.path.join(config.out_dir, file)
+        if os.path.exists(path):
+            items[name] = path
+    if last["step"] < config.max_steps:
+        items["go on"] = resume_command()
+    if "checkpoint" in items:
+        items["sample"] = shlex.join(["python", "sample.py", f"--out_dir={config.out_dir}"])
+    return [f"{name:<12}{text}" for name, text in items.items()]
+
+
+def median_of(rows, key):
+    """The median of a figure over the rows that have it, or None."""
+    values = [row[key] for row in rows if key in row]
+    return statistics.median(values) if values else None
+
+
+def resume_command():
+    """The command that this run was started with, and --resume."""
+    script, *options = sys.argv
+    if os.path.basename(script) != "train.py":
+        return "the same command with --resume"
+    world, here = (os.environ.get(name) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
+    if world is None:
+        launcher = ["python"]
+    elif world == here:
+        launcher = ["torchrun", "--standalone", f"--nproc_per_node={here}"]
+    else:
+        return "on every machine the same command with --resume"
+    return shlex.join([*launcher, script, *(word for word in options if word != "--resume"), "--resume"])
 
 
 def plot_loss(log_path, png_path):
@@ -84,7 +437,16 @@ def plot_loss(log_path, png_path):
             axes.plot(*zip(*points), label=label, **style)
     axes.set(xlabel="step", ylabel="loss (nats per token)")
     axes.grid(alpha=0.3)
-    axes.legend()
-    figure.savefig(png_path + ".part", format="png", dpi=120)
+    if axes.lines:
+        axes.legend()
+    save_figure(figure, png_path)
+
+
+def save_figure(figure, png_path, remedy="make room or give another out_dir"):
+    """Write a matplotlib figure as a PNG, whole or not at all, and close it."""
+    import matplotlib.pyplot as plt
+
+    with writing(png_path, remedy):
+        figure.savefig(png_path + ".part", format="png", dpi=120)
+        os.replace(png_path + ".part", png_path)
     plt.close(figure)
-    os.replace(png_path + ".part", png_path)

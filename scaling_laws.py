@@ -1,0 +1,226 @@
+"""Loss of several runs, by their logs, against what they cost.
+
+    python scaling_laws.py plot out/gpt2_btt out/gpt2_dense            # folders of runs, or their log.jsonl
+    python scaling_laws.py plot out/*/log.jsonl --key=val_loss --png=validation.png
+    python scaling_laws.py plot out/a out/b --labels="rank 1,rank 4"
+
+plot    loss against steps, tokens, FLOPs and seconds of training in one picture, and a table
+
+Imports from configurator and runlog.
+"""
+
+import math
+import os
+import sys
+from dataclasses import dataclass
+from typing import Literal
+
+from configurator import ConfigError, load_config
+from runlog import read_log, save_figure
+
+
+@dataclass
+class PlotConfig:
+    png: str = "runs.png"  # the picture
+    key: Literal["both", "loss", "val_loss"] = "both"  # which loss: of training, of validation
+    labels: str = ""  # the runs' names, comma-separated; else what tells their folders apart
+
+
+def plot(argv):
+    """The command: a picture and a table of the runs in `argv`."""
+    words = [word for word in argv if not word.startswith("--")]
+    config = load_config(PlotConfig, [word for word in argv if word.startswith("--")])
+    paths = list(dict.fromkeys(log_path(word) for word in words))  # one named twice is one run
+    if not paths:
+        raise ConfigError("plot: which runs? give their folders or logs, such as out/*/log.jsonl")
+    runs = dict(zip(run_labels(paths, config.labels), [read_run(path, config.key) for path in paths]))
+    figure = draw_runs(runs, config.key)
+    save_figure(figure, config.png, remedy="give another --png")
+    print(*table_of_runs(runs), f"drawn: {config.png}", sep="\n")
+
+
+def log_path(word):
+    """A run's log, of a path to it or of its folder: absolute, for a run may be the current folder."""
+    return os.path.abspath(os.path.join(word, "log.jsonl") if os.path.isdir(word) else word)
+
+
+def read_run(path, key):
+    """The rows of a log that has figures of that loss."""
+    if not os.path.isfile(path):
+        raise ConfigError(f"{path} does not exist: give the folder of a run, or its log.jsonl")
+    try:
+        rows = read_log(path)
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read ({error.strerror})") from None
+    if not rows:
+        raise ConfigError(f"{path} has no rows: leave it out, or wait for the run's first")
+    wanted = LOSSES if key == "both" else (key,)
+    if not any(name in row for row in rows for name in wanted):
+        raise ConfigError(f"{path} has no {' or '.join(wanted)}: leave it out, or take another --key")
+    return rows
+
+
+def run_labels(paths, given=""):
+    """A name for each run: those given, or the shortest part of the folders' names that tells them apart."""
+    if given:
+        labels = [label.strip() for label in given.split(",")]
+        if len(labels) != len(paths) or len(set(labels)) != len(paths):
+            raise ConfigError(f"labels={given!r}: give {len(paths)}, one a run, all different")
+        return labels
+    names = [path.removesuffix("/log.jsonl").split("/") for path in paths]
+    depth = next(
+        k for k in range(1, max(map(len, names)) + 1) if len({tuple(name[-k:]) for name in names}) == len(names)
+    )
+    names = ["/".join(name[-depth:]) for name in names]
+    if len(names) == 1:
+        return names
+    ahead = common(names)
+    names = [name[ahead:] for name in names]
+    behind = common([name[::-1] for name in names])
+    return [name[: len(name) - behind] for name in names]
+
+
+def common(names):
+    """Length of the beginning that all names share, in whole words: up to a "/" or "_" that none of them ends with."""
+    shared = os.path.commonprefix(names)
+    shared = shared[: min(len(name) for name in names) - 1]
+    return max(shared.rfind("/"), shared.rfind("_")) + 1
+
+
+# ---------------------------------------------------------------------------------------
+# The picture
+
+LOSSES = ("loss", "val_loss")
+
+# key of a row: (title of the axis, its scale)
+COSTS = {
+    "step": ("steps", "linear"),
+    "tokens": ("tokens", "log"),
+    "flops": ("FLOPs", "log"),
+    "seconds": ("seconds of training", "linear"),
+}
+
+
+def draw_runs(runs, key="both"):
+    """A matplotlib figure of runs, {label: rows}: one panel for each cost, one colour for each run.
+
+    A line's gid is what it shows: "loss" as logged, thin; "smooth", its running mean; "val_loss", with dots.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, panels = plt.subplots(2, 2, figsize=(12, 8), sharey=True, layout="constrained")
+    for panel, (cost, (title, scale)) in zip(panels.flat, COSTS.items()):
+        for (label, rows), colour in zip(runs.items(), colours(len(runs))):
+            draw_run(panel, rows, cost, key, label, colour)
+        frame(panel, runs.values(), cost, scale, key)
+        panel.set_xlabel(title)
+        panel.grid(alpha=0.3)
+    for panel in panels[:, 0]:
+        panel.set_ylabel("loss (nats per token)")
+    handles = [plt.Line2D([], [], color=colour, lw=2, label=label) for label, colour in zip(runs, colours(len(runs)))]
+    columns = max(1, min(len(runs), 6, 150 // (6 + max(map(len, runs)))))  # as many as their names leave room for
+    figure.legend(handles=handles, loc="outside lower center", ncols=columns, frameon=False)
+    figure.suptitle(TITLES[key], fontsize=11)
+    return figure
+
+
+TITLES = {
+    "both": "training loss (lines: running mean, thin: as logged) and validation loss (dots)",
+    "loss": "training loss (running mean, thin: as logged)",
+    "val_loss": "validation loss",
+}
+
+
+def draw_run(panel, rows, cost, key, label, colour):
+    if key != "val_loss":
+        x, y = points(rows, cost, "loss")
+        panel.plot(x, y, gid="loss", label=label, color=colour, lw=0.5, alpha=0.35)
+        panel.plot(x, running_mean(y), gid="smooth", label=label, color=colour, lw=1.2)
+    if key != "loss":
+        x, y = points(rows, cost, "val_loss")
+        line = {"lw": 0} if key == "both" else {"lw": 1}
+        panel.plot(x, y, gid="val_loss", label=label, color=colour, marker="o", ms=4.5, mec="white", mew=0.5, **line)
+
+
+def frame(panel, runs, cost, scale, key):
+    """Scale, and limits that leave out the first hundredth of every run, whose fall would press all the rest together."""
+    wanted = LOSSES if key == "both" else (key,)
+    late = [row for rows in runs for row in rows if row["step"] >= rows[-1]["step"] / 100]
+    late = [row for row in late if any(name in row for name in wanted)]
+    losses = [row[name] for row in late for name in wanted if name in row]
+    losses = [loss for loss in losses if math.isfinite(loss)]
+    if losses:
+        margin = 0.04 * (max(losses) - min(losses)) or 0.1
+        panel.set_ylim(min(losses) - margin, max(losses) + margin)
+    costs = [row[cost] for row in late if row.get(cost, 0) > 0]
+    if costs and scale == "log":
+        panel.set_xscale("log", nonpositive="mask")  # step 0 has cost nothing
+        panel.set_xlim(min(costs) / 1.1, max(costs) * 1.1)
+
+
+def points(rows, cost, key):
+    """-> costs, losses, of the rows that have both."""
+    pairs = [(row[cost], row[key]) for row in rows if cost in row and key in row]
+    return [x for x, _ in pairs], [y for _, y in pairs]
+
+
+def running_mean(values):
+    """Means over a symmetric window: a fiftieth of the values, less at the end and at the beginning, where they fall."""
+    half, n = len(values) // 100, len(values)
+    means = []
+    for i in range(n):
+        reach = min(half, i // 10, n - 1 - i)
+        window = values[i - reach : i + reach + 1]
+        means.append(sum(window) / len(window))
+    return means
+
+
+def colours(number):
+    import matplotlib
+
+    if number <= 10:
+        return [matplotlib.colormaps["tab10"](i) for i in range(number)]
+    return [matplotlib.colormaps["turbo"](0.05 + 0.9 * i / (number - 1)) for i in range(number)]
+
+
+# ---------------------------------------------------------------------------------------
+# The table
+
+
+def table_of_runs(runs):
+    """Lines: what each run, {label: rows}, has cost and reached."""
+    head = ("run", "steps", "tokens", "FLOPs", "seconds", "final loss", "final val loss", "best val loss")
+    table = [head] + [(label, *run_figures(rows)) for label, rows in runs.items()]
+    widths = [max(len(line[i]) for line in table) for i in range(len(head))]
+    for first, *others in table:
+        yield "  ".join([first.ljust(widths[0]), *(text.rjust(width) for text, width in zip(others, widths[1:]))])
+
+
+def run_figures(rows):
+    last = rows[-1]
+    training, validation = ([row[key] for row in rows if key in row] for key in LOSSES)
+    return (
+        f"{last['step']:,}",
+        f"{last['tokens']:,}" if "tokens" in last else "",
+        f"{last['flops']:.3g}" if "flops" in last else "",
+        f"{last['seconds']:,.1f}" if "seconds" in last else "",
+        *(f"{values[-1]:.4f}" if values else "" for values in (training, validation)),
+        f"{min(validation):.4f}" if validation else "",
+    )
+
+
+def main(argv):
+    commands = {"plot": plot}
+    if argv[:1] in (["--help"], ["-h"]):
+        print(f"{__doc__.strip()}\n\n--help behind a command prints its options.")
+        return
+    if not argv or argv[0] not in commands:
+        raise ConfigError(f"{' '.join(['scaling_laws.py', *argv[:1]])}: say what to do, {' or '.join(commands)}")
+    commands[argv[0]](argv[1:])
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
