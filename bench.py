@@ -1,11 +1,18 @@
 """Timings.
 
-    python bench.py data            # the character encoder, and batches from a memory-mapped file
+    python bench.py step config/gpt2_dense.py --micro_batch=32 --batch_tokens=32768    # an update, on random tokens
+    python bench.py step config/gpt2_btt.py --against="config/gpt2_dense.py"           # two configs side by side
+    python bench.py step config/gpt2_btt.py --profile=out/profile                      # where the time goes
+    python bench.py sample --out_dir=out/gpt2_btt       # tokens a second, with the cache of keys and values and without
+    python bench.py data                                # the character encoder, and batches from a memory-mapped file
 
-`--json=FILE` writes the figures as rows too. Imports from configurator, device, data and prepare_owt.
+`--json=FILE` writes the figures as rows too. Imports from all files above it.
 """
 
+import gc
+import json
 import os
+import shlex
 import sys
 import tempfile
 import time
@@ -14,11 +21,260 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+import train
 from configurator import ConfigError, load_config
+from cuda_graph import Graphed
 from data import CharTokenizer, TokenData
-from device import write_rows
+from device import choose_device, choose_dtype, device_name, peak_flops, to_device, write_rows
+from model import GPT, GPTConfig
 from prepare_owt import Config as PrepareConfig
 from prepare_owt import prepare, stdlib_files
+
+# ---------------------------------------------------------------------------------------
+# An update
+
+
+@dataclass
+class StepConfig(train.Config):
+    steps: int = 20  # timed updates, after five that do not count
+    against: str = ""  # a second config, as one word: --against="config/gpt2_dense.py --fused_loss=False"
+    profile: str | None = None  # folder for a table of kernels, and a trace for Perfetto or chrome://tracing
+    json: str | None = None  # file for the rows
+
+
+def bench_step(argv):
+    config = load_config(StepConfig, argv)
+    command_lines = [argv] + [shlex.split(config.against)] * bool(config.against)
+    rows = []
+    for words in command_lines:
+        rows.append(
+            {"what": "step", "command": " ".join(words), **time_step(load_config(StepConfig, words), config.steps)}
+        )
+        if config.profile and len(rows) == 1:
+            os.makedirs(config.profile, exist_ok=True)
+            profile_step(load_config(StepConfig, words), config.profile)
+    for key in rows[0]:
+        cells = [f"{row[key]:,.4g}" if isinstance(row[key], float) else str(row[key])[:50] for row in rows]
+        ratio = f"x {rows[0][key] / rows[1][key]:.3f}" if len(rows) > 1 and isinstance(rows[0][key], float) else ""
+        print(f"{key:<26}" + "".join(f"{cell:>20}" for cell in cells), ratio)
+    if config.json:
+        write_rows(config.json, rows, choose_device(config.device))
+
+
+class Bench:
+    """A run's update, and its batches of random tokens, read from a memory-mapped file as in training."""
+
+    def __init__(self, config):
+        self.config, self.device = config, choose_device(config.device)
+        self.dtype = choose_dtype(config.dtype, self.device)
+        self.rows, self.micro_steps = train.split_batch(config, world=1)
+        self.run = train.build(config, self.device, self.dtype, world=1)
+        self.folder = tempfile.TemporaryDirectory()
+        ids = np.random.default_rng(0).integers(config.vocab_size, size=2**22, dtype=np.uint16)
+        for split in ("train", "val"):
+            ids.tofile(os.path.join(self.folder.name, f"{split}.bin"))
+        meta = dict(dtype="uint16", vocab_size=config.vocab_size, train_tokens=len(ids), val_tokens=len(ids))
+        with open(os.path.join(self.folder.name, "meta.json"), "w") as file:
+            json.dump(meta, file)
+        self.data = TokenData(self.folder.name, config.block_size)
+
+    def batch(self, step):
+        tensors = self.data.train_batch(self.config.seed, step, self.rows, 0, self.rows)
+        shape = (self.micro_steps, self.config.micro_batch, self.config.block_size)
+        return [to_device(tensor.reshape(shape), self.device) for tensor in tensors]
+
+    def synchronize(self):
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    def milliseconds(self, function, repeats):
+        """Of each of `repeats` calls one after the other, by the device's clock where it has one; warm-up is the caller's."""
+        if self.device.type != "cuda":
+            return [1e3 * elapsed for elapsed in host_seconds(function, repeats)]
+        events = [torch.cuda.Event(enable_timing=True) for _ in range(repeats + 1)]
+        events[0].record()
+        for event in events[1:]:
+            function()
+            event.record()
+        torch.cuda.synchronize()
+        return [a.elapsed_time(b) for a, b in zip(events, events[1:])]
+
+
+def time_step(config, steps):
+    """Figures of one config, a dict: floats are figures, the rest says what was timed."""
+    gc.collect()
+    torch._dynamo.reset()
+    if config.device != "cpu" and torch.cuda.is_available():
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    bench = Bench(config)
+    run, count = bench.run, iter(range(10**9))
+
+    def update():
+        run.update(*bench.batch(next(count)))
+
+    start = time.perf_counter()
+    for _ in range(5):
+        update()
+    bench.synchronize()
+    first = time.perf_counter() - start
+    start = time.perf_counter()
+    times = bench.milliseconds(update, steps)
+    whole = (time.perf_counter() - start) / steps * 1e3
+    memory = torch.cuda.max_memory_allocated() / 2**30 if bench.device.type == "cuda" else None
+
+    # Parts: forward alone, forward and backward, all; as graphs where the update is one.
+    def forward(x, y):
+        with run.autocast:
+            return sum(run.fast(x[i], y[i])[1] for i in range(len(x)))
+
+    def forward_backward(x, y):
+        for i in range(len(x)):
+            with run.autocast:
+                _, loss = run.fast(x[i], y[i])
+            loss.backward()
+        run.optimizer.zero_grad(set_to_none=True)
+        return loss.detach()
+
+    x, y = bench.batch(0)
+    data = 1e3 * seconds(lambda: bench.batch(0), repeats=10)
+    parts = []
+    for function in (forward, forward_backward):
+        timed = Graphed(function) if isinstance(run.update, Graphed) else function
+        for _ in range(5):
+            timed(x, y)
+        parts.append(float(np.median(bench.milliseconds(lambda timed=timed: timed(x, y), max(3, steps // 2)))))
+        del timed
+        gc.collect()
+    median = float(np.median(times))
+    name, tokens = device_name(bench.device), config.batch_tokens
+    peak = peak_flops(name) if bench.dtype != torch.float32 else None
+    flops = 3 * run.model.flops_per_token()
+    figures = {
+        "parameters": sum(p.numel() for p in run.model.parameters()),
+        "tokens_an_update": tokens,
+        "training_mflops_a_token": flops / 1e6,
+        "ms_median": median,
+        "ms_mean_of_all": whole,
+        "tokens_per_second": tokens / median * 1e3,
+        "mfu": tokens / median * 1e3 * flops / peak if peak else None,
+        "peak_memory_gib": memory,
+        "first_five_updates_s": first,
+        "data_ms_of_the_host": data,
+        "forward_share": parts[0] / median,
+        "backward_share": (parts[1] - parts[0]) / median,
+        "optimizer_share": (median - parts[1]) / median,
+        "data_share_not_hidden": max(0.0, whole - median) / whole if bench.device.type == "cuda" else data / whole,
+    }
+    bench.folder.cleanup()
+    return figures
+
+
+# What a kernel does, by words in its name, the first that fits: the table's groups.
+KERNEL_GROUPS = {
+    "attention": ("flash", "sdpa", "fmha", "attention", "dot_do_o", "convert_dq"),
+    "matrix products": ("gemm", "nvjet", "cutlass", "splitk", "mm_", "cublas", "_mkl", "addmm", "bmm"),
+    "loss": ("cross_entropy", "softmax", "nll_loss"),
+    "optimizer": ("adam", "optimizer", "lpnorm", "multi_tensor", "foreach"),
+    "norms, activations, sums": ("triton", "layer_norm", "gelu", "reduce", "elementwise"),
+    "copies": ("memcpy", "memset", "copy"),
+}
+
+
+def profile_step(config, folder):
+    """Write folder/profile.txt, kernels by their share of three updates, and folder/trace.json."""
+    from torch.profiler import ProfilerActivity, profile
+
+    bench = Bench(config)
+    for step in range(5):
+        bench.run.update(*bench.batch(step))
+    bench.synchronize()
+    on_gpu = bench.device.type == "cuda"
+    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * on_gpu
+    with profile(activities=activities) as profiler:
+        for step in range(3):
+            bench.run.update(*bench.batch(step))
+        bench.synchronize()
+    kernels = {}  # name: [ms, calls] of an update
+    for event in profiler.events():
+        device = event.device_type == torch.autograd.DeviceType.CUDA
+        time_us = event.device_time if on_gpu else event.self_cpu_time_total
+        if device == on_gpu and time_us and not event.name.startswith(("Optimizer.", "ProfilerStep")):
+            kernel = kernels.setdefault(event.name, [0.0, 0.0])
+            kernel[0] += time_us / 3e3
+            kernel[1] += 1 / 3
+    groups = {}
+    for name, (ms, _) in kernels.items():
+        fits = (group for group, words in KERNEL_GROUPS.items() if any(word in name.lower() for word in words))
+        group = next(fits, "other")
+        groups[group] = groups.get(group, 0.0) + ms
+    busy = sum(groups.values())
+    lines = [f"{device_name(bench.device)}, torch {torch.__version__}: {busy:.2f} ms of kernels an update", ""]
+    lines += [f"{ms:9.3f} ms {ms / busy:6.1%}  {group}" for group, ms in sorted(groups.items(), key=lambda kv: -kv[1])]
+    lines += [""]
+    for name, (ms, calls) in sorted(kernels.items(), key=lambda kv: -kv[1][0])[:50]:
+        lines.append(f"{ms:9.3f} ms {ms / busy:6.1%} {calls:7.1f} x  {name[:110]}")
+    with open(os.path.join(folder, "profile.txt"), "w") as file:
+        file.write("\n".join(lines) + "\n")
+    profiler.export_chrome_trace(os.path.join(folder, "trace.json"))
+    print("\n".join(lines[: len(groups) + 13]))
+    print(f"written: {folder}/profile.txt, {folder}/trace.json")
+
+
+# ---------------------------------------------------------------------------------------
+# Sampling
+
+
+@dataclass
+class SampleBenchConfig(GPTConfig):
+    device: str = "auto"  # cuda, cpu, mps; auto: a GPU where there is one
+    dtype: str = "auto"  # of the weights; auto: 16 bits on GPUs
+    context: int = 512  # tokens read before the first that is timed
+    batches: tuple = (1, 16, 64)  # texts generated together
+    tokens: int = 100  # timed tokens a text
+    json: str | None = None  # file for the rows
+
+
+@torch.no_grad()
+def bench_sample(argv):
+    """Tokens a second after `context` tokens: with the cache, and by reading the whole text anew for every token."""
+    config = load_config(SampleBenchConfig, argv)
+    device = choose_device(config.device)
+    dtype = choose_dtype(config.dtype, device)
+    torch.manual_seed(0)
+    with device:
+        model = GPT(config).to(dtype).eval()
+    rows = []
+    for batch in config.batches:
+        idx = torch.randint(config.vocab_size, (batch, config.context), device=device)
+
+        def cached(idx=idx):
+            return model.generate(idx, config.tokens)
+
+        def recomputed(idx=idx):
+            for _ in range(config.tokens // 10):
+                logits = model.lm_head(model.trunk(idx)[:, -1]).float()
+                torch.multinomial(logits.softmax(dim=-1), 1)
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+
+        def prompt(idx=idx):
+            return model.generate(idx, 5).tolist()  # reading the prompt, recording the graph
+
+        seconds_of = {f.__name__: seconds(f, repeats=3) for f in (cached, recomputed, prompt)}
+        with_cache = batch * (config.tokens - 5) / (seconds_of["cached"] - seconds_of["prompt"])
+        without = batch * (config.tokens // 10) / seconds_of["recomputed"]
+        row = {"what": "sample", "texts": batch, "context": config.context, "dtype": str(dtype)}
+        rows.append({**row, "tokens_per_second": with_cache, "recomputed": without, "ratio": with_cache / without})
+        print(
+            f"{batch:>4} texts: {with_cache:>9,.0f} tokens/s with the cache, {without:>9,.0f} recomputed, x {with_cache / without:.1f}"
+        )
+    if config.json:
+        write_rows(config.json, rows, device)
+
+
+# ---------------------------------------------------------------------------------------
+# Data
 
 
 @dataclass
@@ -31,15 +287,21 @@ class DataConfig:
 
 def seconds(function, repeats=5):
     """Median seconds of a call, after one that does not count."""
-    times = []
-    for _ in range(repeats + 1):
-        start = time.perf_counter()
+    function()
+    return float(np.median(host_seconds(function, repeats)))
+
+
+def host_seconds(function, repeats):
+    """Of each of `repeats` calls one after the other."""
+    marks = [time.perf_counter()]
+    for _ in range(repeats):
         function()
-        times.append(time.perf_counter() - start)
-    return float(np.median(times[1:]))
+        marks.append(time.perf_counter())
+    return [b - a for a, b in zip(marks, marks[1:])]
 
 
-def bench_data(config):
+def bench_data(argv):
+    config = load_config(DataConfig, argv)
     tokenizer, rows = CharTokenizer(), []
 
     def report(what, amount, unit, elapsed):
@@ -73,10 +335,13 @@ def bench_data(config):
         write_rows(config.json, rows, torch.device("cpu"))
 
 
+BENCHES = {"step": bench_step, "sample": bench_sample, "data": bench_data}
+
+
 def main(argv):
-    if argv[:1] != ["data"]:
-        raise ConfigError(f"bench.py {' '.join(argv[:1])}: say what to time, 'data'")
-    bench_data(load_config(DataConfig, argv[1:]))
+    if not argv or argv[0] not in BENCHES:
+        raise ConfigError(f"bench.py {' '.join(argv[:1])}: say what to time, {', '.join(BENCHES)}")
+    BENCHES[argv[0]](argv[1:])
 
 
 if __name__ == "__main__":

@@ -42,10 +42,9 @@ class TokenData:
 
         -> inputs and targets, int64 (stop - start, block_size); targets are one token ahead.
         """
-        tokens = self.tokens["train"]
         generator = np.random.Generator(np.random.Philox(key=[seed, step]))
-        offsets = generator.integers(0, len(tokens) - self.block_size, size=rows)[start:stop]
-        return self._rows(tokens, offsets)
+        offsets = generator.integers(0, len(self.tokens["train"]) - self.block_size, size=rows)[start:stop]
+        return self._rows("train", offsets)
 
     def val_rows(self, eval_tokens):
         """Offsets of the fixed validation set: whole contexts that do not overlap, spread evenly over the file."""
@@ -54,10 +53,15 @@ class TokenData:
         return np.arange(count) * available // count * self.block_size
 
     def val_batch(self, offsets):
-        return self._rows(self.tokens["val"], offsets)
+        return self._rows("val", offsets)
 
-    def _rows(self, tokens, offsets):
-        rows = tokens[np.asarray(offsets)[:, None] + np.arange(self.block_size + 1)]
+    def _rows(self, split, offsets):
+        rows = self.tokens[split][np.asarray(offsets)[:, None] + np.arange(self.block_size + 1)]
+        if rows.max() >= self.meta["vocab_size"]:
+            raise ConfigError(
+                f"{self.data_dir}/{split}.bin holds token {rows.max()}, but meta.json counts {self.meta['vocab_size']} "
+                "of them: one of the two is of other data; make both anew with prepare_owt.py"
+            )
         rows = torch.from_numpy(rows.astype(np.int64))  # (rows, block_size + 1)
         return rows[:, :-1], rows[:, 1:]
 

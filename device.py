@@ -1,4 +1,4 @@
-"""Which device, which 16 bits, how fast it could be, and how a measurement names it. Imports from configurator."""
+"""Which device, which 16 bits, how data get there and back, how fast it could be. Imports from configurator."""
 
 import json
 import platform
@@ -60,6 +60,29 @@ def device_name(device):
             return next(line.split(":")[1].strip() for line in file if line.startswith("model name"))
     except (OSError, StopIteration):
         return platform.processor() or platform.machine()
+
+
+def to_device(tensor, device):
+    """The tensor on the device; to a GPU without waiting for it."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
+class Numbers:
+    """A few numbers on their way from the device to the host."""
+
+    def __init__(self, tensor):
+        self.event = None
+        if tensor.is_cuda:
+            self.host = torch.empty_like(tensor, device="cpu", pin_memory=True).copy_(tensor, non_blocking=True)
+            self.event = torch.cuda.Event()
+            self.event.record()
+        else:
+            self.host = tensor
+
+    def wait(self):
+        if self.event is not None:
+            self.event.synchronize()
+        return self.host.tolist()
 
 
 def write_rows(path, rows, device):

@@ -14,24 +14,27 @@ import os
 import signal
 import sys
 import time
-from contextlib import nullcontext
+from collections import deque
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch.nn.parallel import DistributedDataParallel
 
 import checkpoint
 import runlog
 from configurator import ConfigError, load_config
+from cuda_graph import Graphed
 from data import TokenData, make_tokenizer
-from device import choose_device, choose_dtype, device_name, peak_flops
+from device import Numbers, choose_device, choose_dtype, device_name, peak_flops, to_device
+from heartbeat import init_distributed
 from model import GPT, GPTConfig
-from mup import make_optimizer, set_lr
+from mup import lr_multipliers, make_optimizer, set_lr
+from parallel import clip_gradients, exchange_gradients, ranks, replicate, shard
 from prepare_owt import prepare_default
 from sample import Config as SampleConfig
-from sample import sample
+from sample import load_model, sample
 
 
 @dataclass
@@ -42,6 +45,9 @@ class Config(GPTConfig):
     device: str = "auto"  # cuda, cpu, mps; auto: a GPU where there is one
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # matrix products; auto: 16 bits on GPUs
     compile: bool | None = None  # torch.compile; None: on a GPU only
+    cuda_graphs: bool | None = None  # an update as one CUDA graph; None: where it can be, on one GPU
+    shard: Literal["none", "fsdp"] = "none"  # fsdp: parameters, gradients and optimizer state over all processes
+    timeout: float = 600.0  # seconds without progress after which a run of several processes ends
     max_steps: int = 10_000  # updates in all
     batch_tokens: int = 524_288  # tokens an update, all processes together
     micro_batch: int = 16  # sequences a process takes at a time; the rest of its batch is accumulated
@@ -69,6 +75,8 @@ class Config(GPTConfig):
         for name in ("seed", "lr", "warmup_steps", "min_lr_ratio", "weight_decay", "grad_clip", "sample_tokens"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name}={getattr(self, name)}: make it at least 0")
+        if self.timeout <= 0:
+            raise ConfigError(f"timeout={self.timeout}: make it more than 0 seconds")
         for name in ("decay_fraction", "beta2"):
             if not 0 < getattr(self, name) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)}: make it more than 0 and less than 1")
@@ -93,42 +101,47 @@ def lr_at(step, config):
 
 def main(argv):
     config = load_config(Config, argv)
+    progress = runlog.Silent() if ranks()[0] else runlog.Progress(config.max_steps)
+    try:
+        train(config, progress)
+    except torch.OutOfMemoryError:
+        shards = "" if config.shard == "fsdp" else ", --shard=fsdp on several GPUs"
+        checkpoints = "" if config.activation_checkpointing else ", --activation_checkpointing"
+        raise ConfigError(
+            f"GPU out of memory with micro_batch={config.micro_batch} sequences of {config.block_size} tokens: lower "
+            f"micro_batch (batch_tokens stays){checkpoints}{shards}. {checkpoint.describe(config.out_dir)}"
+        ) from None
+    finally:
+        progress.close()
 
+
+def train(config, progress):
     # -- processes and device
-    rank, local_rank, world = (
-        int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1))
-    )
-    say = print if rank == 0 else lambda *args, **kwargs: None
+    rank, local_rank, world = ranks()
     rows, micro_steps = split_batch(config, world)  # sequences an update; passes that each process takes for its share
     if rank == 0:
         prepare_default(config.data_dir)
     device = choose_device(config.device, local_rank)
     dtype = choose_dtype(config.dtype, device)
-    if world > 1:
-        dist.init_process_group(
-            "nccl" if device.type == "cuda" else "gloo", device_id=device if device.type == "cuda" else None
-        )
+    watchdog = init_distributed(device, config.timeout)
     data = TokenData(config.data_dir, config.block_size)
+    say = progress.say
     check_vocabulary(config, data.meta, say)
 
     # -- model and optimizer
-    torch.manual_seed(config.seed)
-    torch.set_float32_matmul_precision("high")
-    with device:
-        model = GPT(config)
-    optimizer = make_optimizer(model, config.lr, config.weight_decay, betas=(0.9, config.beta2))
-    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+    run = build(config, device, dtype, world, watchdog.beat)
+    model, optimizer, scaler = run.model, run.optimizer, run.scaler
+    flops_per_token = 3 * model.flops_per_token()  # forward 1, backward 2
+    peak = peak_flops(device_name(device)) if dtype != torch.float32 else None
 
     # -- a run that goes on, or a new one
     state = dict(step=0, seconds=0.0, best_val_loss=math.inf, wandb_id=None)
     saved = None
-    if config.resume or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0:
+    if config.resume or watchdog.restarts > 0:
         saved = checkpoint.load(config.out_dir, say)
     if saved is not None:
         check_same_model(config, saved["config"], say)
-        model.load_state_dict(saved["model"])
-        checkpoint.load_optimizer_state(model, optimizer, saved["optimizer"])
+        checkpoint.restore(saved, model, optimizer)
         if saved["scaler"]:  # empty where the checkpoint is of convert.py, or of a run without float16
             scaler.load_state_dict(saved["scaler"])
         state = {key: saved[key] for key in state}
@@ -137,42 +150,86 @@ def main(argv):
         say(f"{config.out_dir}: no checkpoint to go on from, starting at step 0")
     log = wandb_run = None
     if rank == 0:
-        if saved is None:
-            checkpoint.set_aside(config.out_dir, say)
-        os.makedirs(config.out_dir, exist_ok=True)
-        with open(os.path.join(config.out_dir, "config.json"), "w") as file:
-            json.dump(asdict(config), file, indent=1)
-        log = runlog.RunLog(config.out_dir, resume_step=None if saved is None else state["step"])
+        log = open_log(config, None if saved is None else state["step"], say)
         if config.wandb:
             wandb_run = runlog.start_wandb(config.wandb_project, asdict(config), state["wandb_id"])
             state["wandb_id"] = wandb_run.id
     del saved
-    compiled = torch.compile(model) if (device.type == "cuda" if config.compile is None else config.compile) else model
-    parallel = (
-        DistributedDataParallel(compiled, device_ids=[local_rank] if device.type == "cuda" else None)
-        if world > 1
-        else compiled
-    )
-
-    flops_per_token = 3 * model.flops_per_token()  # forward 1, backward 2
-    peak = peak_flops(device_name(device)) if dtype != torch.float32 else None
-    say(
-        f"{sum(p.numel() for p in model.parameters()):,} parameters, {flops_per_token / 1e6:.1f} MFLOPs a token (training) | "
-        f"{config.max_steps:,} steps x {config.batch_tokens:,} tokens = {micro_steps} micro-steps x {world} processes x "
-        f"{config.micro_batch} sequences | {device_name(device)}, {str(dtype).removeprefix('torch.')}"
-    )
+    say(*runlog.model_table(model, lr_multipliers(model), config.lr), sep="\n")
+    say(*runlog.plan(config, model, world, micro_steps, device_name(device), dtype, peak, state["step"]), sep="\n")
 
     # -- the loop
     stop = StopSignal(say)
-    started, first_step = time.perf_counter(), state["step"]
-    lap_steps, lap_seconds = 0, 0.0  # since the last row of the log
+    first_step, sent = state["step"], deque()  # updates that the device was given and the host has not waited for
+    ahead = 1 if device.type == "cuda" else 0  # so many of them, that the device never waits for the host
+    lap = Lap()
+    stopping = False
+
+    def send():
+        """Give the next update to the device."""
+        step = state["step"]
+        lr = lr_at(step, config)
+        set_lr(optimizer, lr)
+        if config.dropout:
+            torch.manual_seed(hash((config.seed, step, rank)))  # dropout too is a function of the step
+        share = rows // world
+        batch = data.train_batch(config.seed, step, rows, rank * share, (rank + 1) * share)  # (share, block_size) twice
+        shape = (micro_steps, config.micro_batch, config.block_size)
+        x, y = (to_device(tensor.reshape(shape), device) for tensor in batch)
+        watchdog.beat(step)
+        loss, norm = run.update(x, y).unbind()
+        agreed = torch.stack((loss / world, torch.full_like(loss, stop.asked)))
+        watchdog.beat()
+        if world > 1:
+            dist.all_reduce(agreed)
+        sent.append((step + 1, lr, Numbers(torch.cat((agreed, norm.view(1))))))
+        state["step"] = step + 1
+
+    def receive():
+        """Wait for the oldest update that was sent -> its row, where one is due, and whether somebody asked to stop."""
+        step, lr, numbers = sent.popleft()
+        loss, stop_asked, norm = numbers.wait()
+        # GradScaler itself skips updates with overflown float16 gradients; anything else non-finite is an end.
+        if not math.isfinite(loss) or not (math.isfinite(norm) or scaler.is_enabled()):
+            raise ConfigError(
+                f"step {step}: loss {loss}, gradient norm {norm}; stopped, nothing of it is saved. "
+                f"{checkpoint.describe(config.out_dir)}; resume with a lower lr (it is {config.lr:g}) or more warmup_steps"
+            )
+        state["seconds"] += lap.step()
+        progress.step(step)
+        row = {**totals(step), "loss": loss, "lr": lr}
+        if math.isfinite(norm):
+            row["grad_norm"] = norm
+        return row, stop_asked > 0
+
+    def totals(step):
+        tokens = step * config.batch_tokens
+        return {
+            "step": step,
+            "tokens": tokens,
+            "flops": tokens * flops_per_token,
+            "seconds": round(state["seconds"], 3),
+        }
+
+    def write(row):
+        if lap.steps:
+            speed = config.batch_tokens * lap.steps / lap.seconds
+            row["tokens_per_second"] = round(speed, 1)
+            if peak is not None:
+                row["mfu"] = speed * flops_per_token / (peak * world)
+            lap.steps, lap.seconds = 0, 0.0
+        if rank == 0:
+            progress.row(row)
+            log.write(row)
+            if wandb_run is not None:
+                wandb_run.log(row, step=row["step"])
 
     def evaluate_log_save(row):
         """Validation loss into the row; the row to the log; then a checkpoint."""
-        row["val_loss"] = evaluate(compiled, data, config, device, autocast, rank, world)
+        row["val_loss"] = evaluate(run.fast, data, config, device, run.autocast, rank, world, watchdog.beat)
         state["best_val_loss"] = min(state["best_val_loss"], row["val_loss"])
-        write_row(row)
-        if rank == 0:
+        write(row)
+        with watchdog.paused():
             checkpoint.save(
                 config.out_dir,
                 {
@@ -180,93 +237,136 @@ def main(argv):
                     "optimizer": checkpoint.optimizer_state(model, optimizer), "scaler": scaler.state_dict(),
                 },
             )  # fmt: skip
+        lap.start()
 
-    def write_row(row):
-        if rank == 0:
-            done = state["step"] - first_step
-            seconds_left = (time.perf_counter() - started) / done * (config.max_steps - state["step"]) if done else None
-            say(runlog.format_row(row, config.max_steps, seconds_left), flush=True)
-            log.write(row)
-            if wandb_run is not None:
-                wandb_run.log(row, step=row["step"])
-
-    def new_row():
-        tokens = state["step"] * config.batch_tokens
-        return {
-            "step": state["step"],
-            "tokens": tokens,
-            "flops": tokens * flops_per_token,
-            "seconds": round(state["seconds"], 3),
-        }
-
-    if state["step"] == 0:
-        evaluate_log_save(new_row())
-    while state["step"] < config.max_steps:
-        mark = time.perf_counter()
-        step = state["step"]
-        lr = lr_at(step, config)
-        set_lr(optimizer, lr)
-        if config.dropout:
-            torch.manual_seed(hash((config.seed, step, rank)))  # dropout too is a function of the step
-        loss_sum = torch.zeros((), device=device)
-        for micro_step in range(micro_steps):
-            first = (micro_step * world + rank) * config.micro_batch
-            x, y = to_device(data.train_batch(config.seed, step, rows, first, first + config.micro_batch), device)
-            last = micro_step == micro_steps - 1
-            with nullcontext() if last or world == 1 else parallel.no_sync():
-                with autocast:
-                    _, loss = parallel(x, y)
-                scaler.scale(loss / micro_steps).backward()
-            loss_sum += loss.detach() / micro_steps
-        scaler.unscale_(optimizer)
-        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf)
-        # One exchange between processes, one wait for the device: what all must agree on.
-        agreed = torch.stack((loss_sum / world, torch.full_like(loss_sum, stop.asked)))
-        if world > 1:
-            dist.all_reduce(agreed)
-        train_loss, stop_asked, norm = torch.cat((agreed, grad_norm.view(1))).tolist()
-        # GradScaler itself skips updates with overflown float16 gradients; anything else non-finite is an end.
-        if not math.isfinite(train_loss) or not (math.isfinite(norm) or scaler.is_enabled()):
-            raise ConfigError(
-                f"step {step + 1}: loss {train_loss}, gradient norm {norm}; stopped before the update. "
-                f"{checkpoint.describe(config.out_dir)}; resume with a lower lr (it is {config.lr:g}) or more warmup_steps"
-            )
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad(set_to_none=True)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        state["step"] += 1
-        elapsed = time.perf_counter() - mark
-        state["seconds"] += elapsed
-        lap_steps, lap_seconds = lap_steps + 1, lap_seconds + elapsed
-
-        due = state["step"] % config.eval_interval == 0 or state["step"] == config.max_steps or stop_asked > 0
-        if due or state["step"] % config.log_interval == 0:
-            speed = config.batch_tokens * lap_steps / lap_seconds
-            row = {**new_row(), "loss": train_loss, "lr": lr, "tokens_per_second": round(speed, 1)}
-            if math.isfinite(norm):
-                row["grad_norm"] = norm
-            if peak is not None:
-                row["mfu"] = speed * flops_per_token / (peak * world)
-            evaluate_log_save(row) if due else write_row(row)
-            lap_steps, lap_seconds = 0, 0.0
-        if stop_asked:
-            say(f"stopped at step {state['step']}, saved in {config.out_dir}: go on with --resume")
-            break
+    if first_step == 0:
+        evaluate_log_save(totals(0))
+    lap.start()
+    while state["step"] < config.max_steps and not stopping:
+        send()
+        due = state["step"] % config.eval_interval == 0 or state["step"] == config.max_steps
+        while sent and (due or stopping or len(sent) > ahead):
+            row, asked = receive()
+            stopping = stopping or asked
+            if not sent and (due or stopping):
+                evaluate_log_save(row)
+            elif row["step"] % config.log_interval == 0:
+                write(row)
 
     # -- what is left behind
+    watchdog.stop()
+    if world > 1:
+        dist.destroy_process_group()
+    if stopping:
+        say(f"stopped at step {state['step']}, saved in {config.out_dir}: go on with --resume")
     if rank == 0:
+        progress.close()
         runlog.plot_loss(log.path, os.path.join(config.out_dir, "loss.png"))
         if wandb_run is not None:
             wandb_run.finish()
-        if config.sample_tokens and not stop.asked:
-            print_sample(model, data.meta, config, device, autocast)
-        say(
-            f"best validation loss {state['best_val_loss']:.4f} | {state['seconds']:.0f} s of training | see {config.out_dir}"
-        )
-    if world > 1:
-        dist.destroy_process_group()
+        if config.sample_tokens and not stopping:
+            print_sample(config, device)
+        memory = torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else None
+        say(*runlog.summary(log.path, config, memory), sep="\n")
+
+
+class Run(NamedTuple):
+    """What an update needs."""
+
+    model: GPT  # as written; its parameters are those of `fast`
+    fast: torch.nn.Module  # compiled or sharded, where asked for: for evaluation
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    autocast: torch.autocast
+    update: Callable  # (x, y) -> loss and norm of the gradient
+
+
+def build(config, device, dtype, world, beat=lambda: None):
+    """Model, optimizer and the update that they make: compiled, sharded, replicated, as a CUDA graph, as config says."""
+    as_graph = choose_cuda_graphs(config, device, dtype, world)
+    compiling = device.type == "cuda" if config.compile is None else config.compile
+    torch.manual_seed(config.seed)
+    torch.set_float32_matmul_precision("high")
+    with device:
+        model = GPT(config)
+    if config.shard == "fsdp" and world > 1:
+        shard(model, device, compiling)
+        fast = parallel = model
+    else:
+        fast = parallel = torch.compile(model) if compiling else model
+        if world > 1:
+            parallel = replicate(fast, device, micro_steps=split_batch(config, world)[1])
+    optimizer = make_optimizer(model, config.lr, config.weight_decay, betas=(0.9, config.beta2))
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+
+    def update(x, y):
+        """One step of the optimizer on this process's share of a batch.
+
+        x, y (micro_steps, micro_batch, block_size) int64 -> (2,) float32: mean loss of the share, norm of the
+        whole gradient. It never waits for the device, so that it can be a CUDA graph.
+        """
+        micro_steps, total = len(x), torch.zeros((), device=device)
+        for i in range(micro_steps):
+            with exchange_gradients(parallel, wanted=i == micro_steps - 1):
+                beat()  # whoever hangs between two of these is behind the others
+                with autocast:
+                    _, loss = parallel(x[i], y[i])
+                beat()
+                scaler.scale(loss / micro_steps).backward()
+            total += loss.detach() / micro_steps
+        scaler.unscale_(optimizer)
+        norm = clip_gradients(model.parameters(), config.grad_clip or math.inf)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+        return torch.stack((total, norm))
+
+    return Run(model, fast, optimizer, scaler, autocast, Graphed(update) if as_graph else update)
+
+
+def choose_cuda_graphs(config, device, dtype, world):
+    """Whether an update runs as one CUDA graph: by default where it can, on one GPU."""
+    reasons = [
+        (device.type != "cuda", f"device {device.type}"),
+        (world > 1, f"{world} processes"),
+        (dtype == torch.float16, "float16, whose scaler reads the gradients"),
+        (config.activation_checkpointing and config.dropout > 0, "activation_checkpointing with dropout"),
+    ]
+    against = [reason for holds, reason in reasons if holds]
+    if config.cuda_graphs and against:
+        raise ConfigError(f"cuda_graphs=True does not go with {against[0]}: leave it out")
+    return not against if config.cuda_graphs is None else config.cuda_graphs
+
+
+def open_log(config, resume_step, say):
+    """out_dir with config.json and the log in it; an earlier run's is set aside where a new one starts."""
+    try:
+        if resume_step is None:
+            checkpoint.set_aside(config.out_dir, say)
+        os.makedirs(config.out_dir, exist_ok=True)
+        with open(os.path.join(config.out_dir, "config.json"), "w") as file:
+            json.dump(asdict(config), file, indent=1)
+    except OSError as error:
+        raise ConfigError(f"out_dir={config.out_dir} cannot be written ({error.strerror}): take another") from None
+    return runlog.RunLog(config.out_dir, resume_step)
+
+
+class Lap:
+    """Training's clock: steps and seconds since the last row of the log. It stands still for evaluation and saving."""
+
+    def __init__(self):
+        self.steps, self.seconds, self.mark = 0, 0.0, None
+
+    def start(self):
+        self.mark = time.perf_counter()
+
+    def step(self):
+        """-> seconds since the step before, or since the start."""
+        now = time.perf_counter()
+        elapsed, self.mark = now - self.mark, now
+        self.steps, self.seconds = self.steps + 1, self.seconds + elapsed
+        return elapsed
 
 
 def split_batch(config, world):
@@ -294,7 +394,7 @@ def check_vocabulary(config, meta, say):
 
 def check_same_model(config, saved, say):
     """A resumed run has the model it had; other options may change, and the change is said."""
-    shape = {field.name for field in fields(GPTConfig)} - {"dropout"}
+    shape = {field.name for field in fields(GPTConfig)} - {"dropout", "fused_loss", "activation_checkpointing"}
     for key, value in asdict(config).items():
         if key in ("resume", "out_dir") or key not in saved or value == saved[key]:
             continue
@@ -319,45 +419,42 @@ class StopSignal:
         self.asked = True
 
 
-def to_device(batch, device):
-    if device.type != "cuda":
-        return [tensor.to(device) for tensor in batch]
-    return [tensor.pin_memory().to(device, non_blocking=True) for tensor in batch]
-
-
 @torch.no_grad()
-def evaluate(model, data, config, device, autocast, rank, world):
+def evaluate(model, data, config, device, autocast, rank, world, beat=lambda: None):
     """Mean validation loss in nats a token: every rank takes its share, sums and counts are added up."""
     model.eval()
-    offsets = data.val_rows(config.eval_tokens)[rank::world]
+    rows = data.val_rows(config.eval_tokens)
+    offsets = rows[rank::world]
     total = torch.zeros(2, dtype=torch.float64, device=device)  # sum of losses, number of tokens
-    for start in range(0, len(offsets), config.micro_batch):
+    # As many passes on every rank, for under FSDP a pass takes all of them; of one shape, so that nothing is
+    # compiled anew: rows that do not count fill up.
+    for start in range(0, -(-len(rows) // world), config.micro_batch):
+        beat()
         chosen = offsets[start : start + config.micro_batch]
-        missing = config.micro_batch - len(chosen)
-        # A last batch of the same shape, so that nothing is compiled anew: rows that do not count fill it.
-        x, y = data.val_batch([*chosen, *chosen[:1].repeat(missing)])
+        x, y = data.val_batch([*chosen, *rows[:1].repeat(config.micro_batch - len(chosen))])
         y = y.clone()
         y[len(chosen) :] = -1
-        x, y = to_device((x, y), device)
         with autocast:
-            _, loss = model(x, y)
+            _, loss = model(to_device(x, device), to_device(y, device))
         count = len(chosen) * config.block_size
-        total += torch.stack((loss.double() * count, torch.full_like(loss, count, dtype=torch.float64)))
+        if count:
+            total += torch.stack((loss.double() * count, torch.full_like(loss, count, dtype=torch.float64)))
     if world > 1:
         dist.all_reduce(total)
     model.train()
     return (total[0] / total[1]).item()
 
 
-def print_sample(model, meta, config, device, autocast):
+def print_sample(config, device):
+    """Text from the checkpoint just saved."""
+    model, meta = load_model(config.out_dir)
     try:
         tokenizer = make_tokenizer(meta["tokenizer"])
     except ConfigError as error:  # no network for GPT-2's merges: the run is whole all the same
         print(f"no sample: {error}")
         return
     options = SampleConfig(max_new_tokens=config.sample_tokens, seed=config.seed)
-    with autocast:
-        (text,) = sample(model, tokenizer, tokenizer.document_start, options, device)
+    (text,) = sample(model.to(device), tokenizer, tokenizer.document_start, options, device)
     print(f"{'-' * 30} sample {'-' * 30}\n{text}\n{'-' * 68}")
 
 
