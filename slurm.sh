@@ -1,0 +1,26 @@
+#!/usr/bin/env bash
+# A run on several nodes under SLURM; once more the same command, and it goes on where it was:
+#   sbatch --nodes=4 slurm.sh config/gpt2_btt.py --out_dir=out/gpt2_btt
+# The folder this is submitted from, with its .venv, data and out, must be seen by all nodes.
+#SBATCH --job-name=nanoeinsum
+#SBATCH --nodes=2
+#SBATCH --ntasks-per-node=1
+#SBATCH --gpus-per-node=8
+#SBATCH --cpus-per-task=32
+#SBATCH --time=24:00:00
+#SBATCH --signal=TERM@120
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --output=slurm-%j.log
+# (two minutes before its time is over the run is asked to stop: it saves and ends)
+set -euo pipefail
+cd "${SLURM_SUBMIT_DIR:-.}"
+if [ -f .venv/bin/activate ]; then . .venv/bin/activate; fi
+hosts=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
+head=${hosts%%$'\n'*}
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-4}
+# One torchrun a node; the processes find each other on the first. A failure restarts all of them, once, from the newest checkpoint.
+exec srun torchrun \
+    --nnodes="$SLURM_NNODES" --nproc_per_node="${SLURM_GPUS_ON_NODE:-1}" --max-restarts=1 \
+    --rdzv_backend=c10d --rdzv_id="$SLURM_JOB_ID" --rdzv_endpoint="$head:$((29500 + SLURM_JOB_ID % 1000))" \
+    train.py "$@" --resume

@@ -1,0 +1,40 @@
+"""slurm.sh, with stand-ins for SLURM's own two commands: real torchruns, two nodes on one machine."""
+
+import os
+import stat
+import subprocess
+
+import pytest
+
+import checkpoint
+from conftest import ROOT, losses, run_script
+
+SRUN = """#!/usr/bin/env bash
+# As srun on two nodes: the command once a node, and the first failure is the status.
+"$@" & first=$!
+"$@" & second=$!
+wait $first; a=$?
+wait $second; b=$?
+exit $((a > b ? a : b))
+"""
+SCONTROL = "#!/usr/bin/env bash\necho localhost\necho elsewhere\n"
+
+
+def test_slurm_script_trains_on_two_nodes_and_goes_on(tiny, tmp_path):
+    bin_dir = tmp_path / "bin"
+    bin_dir.mkdir()
+    for name, text in (("srun", SRUN), ("scontrol", SCONTROL)):
+        (bin_dir / name).write_text(text)
+        (bin_dir / name).chmod(stat.S_IRWXU)
+    job = dict(SLURM_JOB_ID=str(os.getpid()), SLURM_NNODES="2", SLURM_JOB_NODELIST="localhost,elsewhere")
+    environment = {**os.environ, **job, "PATH": f"{bin_dir}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
+    for steps in (10, 20):
+        words = ["bash", "slurm.sh", *tiny, f"--max_steps={steps}", "--schedule=constant"]
+        done = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert checkpoint.load(tmp_path / "run")["step"] == steps
+    assert "going on from step 10" in done.stdout
+    alone = run_script("train.py", *tiny, "--schedule=constant", f"--out_dir={tmp_path}/alone")
+    assert alone.returncode == 0, alone.stderr
+    want, got = losses(tmp_path / "alone"), losses(tmp_path / "run")
+    assert want.keys() == got.keys() and all(got[step] == pytest.approx(want[step], rel=1e-3) for step in want)
