@@ -4,6 +4,9 @@ Under torchrun a process drives one GPU (NCCL), or shares the CPU (gloo).
 """
 
 import os
+import signal
+import sys
+import time
 from contextlib import nullcontext
 
 import torch
@@ -18,6 +21,18 @@ def ranks():
     return tuple(
         int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1))
     )
+
+
+def speak_for_this_rank(error):
+    """Print an error that only this rank may have met: of a ConfigError's line rank 0 alone says its own.
+
+    Where rank 0 met it too, torchrun ends this process during the wait, and the line is said once.
+    """
+    rank = ranks()[0]
+    if rank:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        time.sleep(2)
+        print(f"error: rank {rank}: {error}", file=sys.stderr, flush=True)
 
 
 def shard(model, device, compiling):

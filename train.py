@@ -31,7 +31,7 @@ from device import Numbers, choose_device, choose_dtype, device_name, peak_flops
 from heartbeat import init_distributed
 from model import GPT, GPTConfig
 from mup import lr_multipliers, make_optimizer, set_lr
-from parallel import clip_gradients, exchange_gradients, ranks, replicate, shard
+from parallel import clip_gradients, exchange_gradients, ranks, replicate, shard, speak_for_this_rank
 from prepare_owt import prepare_default
 from sample import Config as SampleConfig
 from sample import load_model, sample
@@ -104,13 +104,18 @@ def main(argv):
     progress = runlog.Silent() if ranks()[0] else runlog.Progress(config.max_steps)
     try:
         train(config, progress)
+    except ConfigError as error:
+        speak_for_this_rank(error)
+        raise
     except torch.OutOfMemoryError:
         shards = "" if config.shard == "fsdp" else ", --shard=fsdp on several GPUs"
         checkpoints = "" if config.activation_checkpointing else ", --activation_checkpointing"
-        raise ConfigError(
+        error = ConfigError(
             f"GPU out of memory with micro_batch={config.micro_batch} sequences of {config.block_size} tokens: lower "
             f"micro_batch (batch_tokens stays){checkpoints}{shards}. {checkpoint.describe(config.out_dir)}"
-        ) from None
+        )
+        speak_for_this_rank(error)
+        raise error from None
     finally:
         progress.close()
 
@@ -160,7 +165,7 @@ def train(config, progress):
 
     # -- the loop
     stop = StopSignal(say)
-    first_step, sent = state["step"], deque()  # updates that the device was given and the host has not waited for
+    sent = deque()  # updates that the device was given and the host has not waited for
     ahead = 1 if device.type == "cuda" else 0  # so many of them, that the device never waits for the host
     lap = Lap()
     stopping = False
@@ -239,8 +244,8 @@ def train(config, progress):
             )  # fmt: skip
         lap.start()
 
-    if first_step == 0:
-        evaluate_log_save(totals(0))
+    if math.isinf(state["best_val_loss"]):  # not evaluated yet
+        evaluate_log_save(totals(state["step"]))
     lap.start()
     while state["step"] < config.max_steps and not stopping:
         send()
@@ -345,8 +350,10 @@ def open_log(config, resume_step, say):
         if resume_step is None:
             checkpoint.set_aside(config.out_dir, say)
         os.makedirs(config.out_dir, exist_ok=True)
-        with open(os.path.join(config.out_dir, "config.json"), "w") as file:
+        path = os.path.join(config.out_dir, "config.json")
+        with open(path + ".part", "w") as file:
             json.dump(asdict(config), file, indent=1)
+        os.replace(path + ".part", path)
     except OSError as error:
         raise ConfigError(f"out_dir={config.out_dir} cannot be written ({error.strerror}): take another") from None
     return runlog.RunLog(config.out_dir, resume_step)

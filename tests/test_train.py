@@ -4,6 +4,7 @@ import functools
 import json
 import math
 import os
+import shutil
 import signal
 import time
 
@@ -251,6 +252,28 @@ def test_a_run_of_two_processes_goes_on_as_one(tiny, tmp_path):
     assert losses(tmp_path / "two", "tokens") == losses(tmp_path / "one", "tokens")
 
 
+def test_sharded_on_two_goes_on_sharded_on_four_and_whole_on_one(tiny, tmp_path):
+    """FSDP2: saved by 2 processes, resumed by 4 and by 1, losses equal to an unbroken run's on one process."""
+    tiny = [*tiny, "--micro_batch=2", "--schedule=constant", "--dropout=0.0"]
+    train.main([*tiny, f"--out_dir={tmp_path}/straight"])
+    done = run_script("train.py", *tiny, "--shard=fsdp", "--max_steps=10", processes=2)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert sorted(os.listdir(tmp_path / "run")) == ["ckpt.dcp", "ckpt_prev.dcp", "config.json", "log.jsonl", "loss.png"]
+    for name in ("four", "one"):
+        shutil.copytree(tmp_path / "run", tmp_path / name)
+    done = run_script("train.py", *tiny, "--shard=fsdp", "--resume", f"--out_dir={tmp_path}/four", processes=4)
+    assert done.returncode == 0 and "going on from step 10" in done.stdout, done.stdout + done.stderr
+    train.main([*tiny, "--resume", f"--out_dir={tmp_path}/one"])
+    for key in ("loss", "val_loss", "grad_norm", "lr"):
+        want = losses(tmp_path / "straight", key)
+        for name in ("four", "one"):
+            got = losses(tmp_path / name, key)
+            assert got.keys() == want.keys() and all(got[step] == pytest.approx(want[step], rel=1e-3) for step in want)
+    weights = [load_model(str(tmp_path / name))[0].state_dict() for name in ("four", "one")]
+    for name in weights[0]:
+        torch.testing.assert_close(weights[0][name], weights[1][name], rtol=1e-3, atol=1e-4)
+
+
 # -- signals and faults
 
 
@@ -309,6 +332,8 @@ def test_float16_and_bfloat16_learn_too(tiny, tmp_path):
         (["--device=cuda:x"], ["device", "cuda:x"]),
         (["--dtype=int8"], ["dtype", "int8", "bfloat16"]),
         (["--decay_fraction=1.5"], ["decay_fraction=1.5", "less than 1"]),
+        (["--cuda_graphs=True"], ["cuda_graphs=True", "device cpu", "leave it out"]),
+        (["--timeout=0"], ["timeout=0", "more than 0"]),
     ],
 )
 def test_impossible_options_are_one_clear_line(tiny, words, expected, tmp_path):
