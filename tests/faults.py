@@ -1,0 +1,737 @@
+"""Faults on purpose: kills, hangs, full disks, damaged files, NaN, leaks. What does the user see, and what is lost?
+
+    python tests/faults.py             all of them: 10 minutes on 2 cores
+    python tests/faults.py --short     fewer kills and steps: 7 minutes
+    python tests/faults.py --only=disk_full --json=faults.json
+
+Runs train.py on the CPU as a user would, with tiny data in a temporary folder. One line a fault; exit status 0 only
+if all passed. test_faults.py runs some of them under pytest. For Linux: processes are found in /proc.
+"""
+
+import itertools
+import json
+import os
+import pickle
+import random
+import re
+import resource
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import uuid
+import zipfile
+from contextlib import suppress
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+sys.path.insert(0, ROOT)
+
+import checkpoint  # noqa: E402
+from data import TokenData  # noqa: E402
+
+LIMIT = 300  # seconds for a command; one that takes longer has failed
+OPTIONS = dict(
+    vocab_size=96, n_layer=2, n_head=2, d_model=36, block_size=32, micro_batch=4, batch_tokens=256, eval_tokens=1000,
+    max_steps=30, eval_interval=10, log_interval=1, warmup_steps=5, lr=5e-3, dropout=0.1, device="cpu", compile=False,
+)  # fmt: skip
+DDP, FSDP = dict(processes=2, shard="none"), dict(processes=2, shard="fsdp")
+
+# Scripts that do harm from within, {…} filled in. `step` is the number of the update in progress, 1 for the first.
+HARM = """
+import math, os, sys, time
+sys.path.insert(0, {root!r})
+import torch
+import data, train
+
+mine, first = int(os.environ.get("RANK", 0)) == {rank}, os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
+train_batch, forward = data.TokenData.train_batch, train.GPT.forward
+
+def harmed_batch(self, seed, number, *rest):
+    global step
+    step = number + 1
+    if "hang" == {what!r} and mine and first and step == 7:
+        time.sleep(1000)
+    return train_batch(self, seed, number, *rest)
+
+def harmed_forward(self, *args, **kwargs):
+    if self.training and mine and step == 13:
+        if "nan" == {what!r}:  # in one parameter's gradient; the loss stays finite
+            next(self.parameters()).register_hook(lambda gradient: gradient * math.nan)
+        if "memory" == {what!r}:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total …")
+    return forward(self, *args, **kwargs)
+
+data.TokenData.train_batch, train.GPT.forward = harmed_batch, harmed_forward
+train.main(sys.argv[1:])
+"""
+
+# ---------------------------------------------------------------------------------------
+# Running commands
+
+
+class Done(NamedTuple):
+    """How a command ended."""
+
+    status: int
+    out: str
+    err: str
+    left: bool  # whether processes of it were left
+
+    @property
+    def message(self):
+        """Our last line of error; else the last there is."""
+        lines = self.err.strip().splitlines() or [""]
+        return ([line for line in lines if line.startswith("error: ")] or lines)[-1]
+
+
+class Command:
+    """A command in the background. A tag in their environment finds all of its processes, orphans too."""
+
+    def __init__(self, words, folder, limit=None):
+        tag = uuid.uuid4().hex
+        self.tag = f"FAULTS_TAG={tag}".encode()
+        self.paths = [os.path.join(folder, f"{tag}.{name}") for name in ("out", "err")]
+        env = {**os.environ, "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1", "FAULTS_TAG": tag}
+        with open(self.paths[0], "wb") as out, open(self.paths[1], "wb") as err:
+            self.popen = subprocess.Popen(
+                words, cwd=ROOT, stdout=out, stderr=err, env=env, start_new_session=True,
+                preexec_fn=limit and (lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))),
+            )  # fmt: skip
+
+    def pids(self, variable=b""):
+        """Of all its processes, or of those with this b"NAME=value" in their environment; zombies have none."""
+        found = []
+        for pid in filter(str.isdigit, os.listdir("/proc")):
+            with suppress(OSError):  # it has just ended
+                environment = read(f"/proc/{pid}/environ").split(b"\0")
+                if self.tag in environment and (not variable or variable in environment):
+                    found.append(int(pid))
+        return found
+
+    def out(self):
+        return read(self.paths[0]).decode(errors="replace")
+
+    def wait_until(self, condition):
+        """True when condition() holds, False where the command ends before."""
+        deadline = time.monotonic() + LIMIT
+        while not condition():
+            if self.popen.poll() is not None:
+                return False
+            if time.monotonic() > deadline:
+                self.kill()
+                raise TimeoutError(f"nothing happened for {LIMIT} s")
+            time.sleep(0.0002)
+        return True
+
+    def kill(self, pids=None):
+        """SIGKILL to all of it at once: pids may have been collected before, when there was time."""
+        for pid in pids or self.pids():
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        self.popen.wait()
+        while self.pids():
+            time.sleep(0.01)
+
+    def wait(self):
+        try:
+            self.popen.wait(LIMIT)
+        except subprocess.TimeoutExpired:
+            self.kill()
+            raise TimeoutError(f"not ended after {LIMIT} s") from None
+        patience = time.monotonic() + 2
+        while (left := bool(self.pids())) and time.monotonic() < patience:
+            time.sleep(0.05)
+        self.kill()
+        return Done(self.popen.returncode, self.out(), read(self.paths[1]).decode(errors="replace"), left)
+
+
+class Lab:
+    """A temporary folder with data and runs."""
+
+    def __init__(self, folder):
+        self.folder, self.numbers, self.whole, self.random = str(folder), itertools.count(), {}, random.Random(1)
+        self.data = self.path("data")
+        os.mkdir(self.data)
+        text = "".join(f"{a} + {b} = {a + b}\n" for a in range(40) for b in range(40))
+        ids = np.frombuffer(text.encode(), dtype=np.uint8)
+        ids = np.where(ids == 10, 0, ids - 31).astype(np.uint8)
+        ids[:-4000].tofile(os.path.join(self.data, "train.bin"))
+        ids[-4000:].tofile(os.path.join(self.data, "val.bin"))
+        meta = dict(tokenizer="char96", vocab_size=96, dtype="uint8", train_tokens=len(ids) - 4000, val_tokens=4000)
+        write(os.path.join(self.data, "meta.json"), json.dumps(meta))
+
+    def path(self, name):
+        """A new path, whose last part is `name`."""
+        folder = os.path.join(self.folder, str(next(self.numbers)))
+        os.mkdir(folder)
+        return os.path.join(folder, name)
+
+    def start(self, out_dir, processes=1, restarts=0, harm=None, rank=0, limit=None, **options):
+        """train.py on so many processes. harm: what goes wrong on that rank; limit: of a file's bytes."""
+        script, launcher = "train.py", [sys.executable]
+        if harm:
+            script = self.path("harm.py")
+            write(script, HARM.format(root=ROOT, what=harm, rank=rank))
+        if processes > 1:
+            launcher += ["-m", "torch.distributed.run", "--standalone"]
+            launcher += [f"--nproc_per_node={processes}", f"--max-restarts={restarts}"]
+        options = {"data_dir": self.data, "out_dir": out_dir, **OPTIONS, **options}
+        return Command([*launcher, script, *(f"--{k}={v}" for k, v in options.items())], self.folder, limit)
+
+    def run(self, out_dir, **options):
+        return self.start(out_dir, **options).wait()
+
+    def unbroken(self, **options):
+        """out_dir of a run with these options that nothing disturbs, not to be written to; made once."""
+        key = tuple(sorted(options.items()))
+        if key not in self.whole:
+            out_dir = self.path("unbroken")
+            done = self.run(out_dir, **options)
+            if done.status or done.left or done.err and "processes" not in options:
+                raise RuntimeError(f"the undisturbed run failed: {done.err}")
+            self.whole[key] = out_dir
+        return self.whole[key]
+
+
+def read(path):
+    with open(path, "rb") as file:
+        return file.read()
+
+
+def write(path, text):
+    with open(path, "w") as file:
+        file.write(text)
+
+
+# ---------------------------------------------------------------------------------------
+# Judging
+
+
+class Verdict(NamedTuple):
+    message: str  # that the user saw last
+    passed: bool
+    detail: str
+    status: int | None
+
+
+def judge(done, claims, figures=""):
+    """claims: {what must be so: whether it is}"""
+    broken = [f"NOT SO: {claim}" for claim, holds in claims.items() if not holds]
+    return Verdict(done.message, not broken, "; ".join(filter(None, [*broken, figures])), done.status)
+
+
+def ended_well(done):
+    return {"exit status 0": done.status == 0, "no process left": not done.left}
+
+
+def ended_clearly(done, *words, processes=1):
+    """An end that a user can make sense of: one line, which has these words. torchrun adds a report of its own."""
+    ours = [line for line in done.err.splitlines() if line.startswith("error: ")]
+    return {
+        "exit status not 0": done.status != 0,
+        "one line of error, and it is ours": len(ours) == 1 and (processes > 1 or done.err.count("\n") == 1),
+        "no traceback": processes > 1 or "Traceback" not in done.out + done.err,
+        **{f"the message has {word!r}": word in done.message for word in words},
+        "no process left": not done.left,
+    }
+
+
+def rows_of(out_dir):
+    """Rows of the log; a last line that a kill has cut short is none."""
+    lines = read(os.path.join(out_dir, "log.jsonl")).splitlines(keepends=True)
+    return [json.loads(line) for line in lines if line.endswith(b"}\n")]
+
+
+def last_step(out_dir):
+    """Last step in the log, -1 before the first. Looks at the end only: it is called often."""
+    with suppress(FileNotFoundError), open(os.path.join(out_dir, "log.jsonl"), "rb") as file:
+        file.seek(max(0, os.fstat(file.fileno()).st_size - 1000))
+        return max(map(int, re.findall(rb'\{"step": (\d+).*\}\n', file.read())), default=-1)
+    return -1
+
+
+def saved_in(out_dir):
+    """The checkpoint a run would go on from, and its tensors."""
+    saved = checkpoint.load(out_dir, say=lambda text: None, alone=True)
+    return saved, checkpoint.flat({key: saved[key] for key in ("model", "optimizer")})
+
+
+def equals(out_dir, unbroken):
+    """Claims that two runs are the same, bit for bit."""
+    keys = ("step", "loss", "val_loss", "grad_norm", "lr")
+    ours, theirs = ([[row.get(key) for key in keys] for row in rows_of(path)] for path in (out_dir, unbroken))
+    (left, mine), (right, other) = saved_in(out_dir), saved_in(unbroken)
+    same = left["step"] == right["step"] and mine.keys() == other.keys() and len(mine) > 20
+    return {
+        "every row of the log equals the unbroken run's": len(theirs) > 10 and ours == theirs,
+        "so does the last checkpoint": same and all(torch.equal(mine[name], other[name]) for name in mine),
+    }
+
+
+def unfinished(out_dir):
+    """{name: what tells it from an earlier one} of what stands in a folder only while a checkpoint is written."""
+    found = {}
+    for name in os.listdir(out_dir):
+        if name.startswith("ckpt") and (name.endswith(".part") or "aside" in name):
+            with suppress(FileNotFoundError):
+                status = os.stat(os.path.join(out_dir, name))
+                found[name] = (status.st_ino, status.st_mtime_ns, status.st_size)
+    return found
+
+
+# ---------------------------------------------------------------------------------------
+# Kills and hangs
+
+
+def kills(lab, count, **options):
+    """SIGKILL to the whole run again and again. Half aim at a checkpoint in writing, some between its two renames."""
+    options = {"max_steps": 30 * count + 30, **options}
+    out_dir, unbroken = lab.path("run"), lab.unbroken(**options)
+    hits, troubles, newest = dict(writing=0, renaming=0, training=0, resuming=0), [], 0
+    writing = 0.1 if options.get("shard") == "fsdp" else 0.006  # seconds
+    for number in range(count):
+        command, aim = lab.start(out_dir, resume=number > 0, **options), AIMS[number % len(AIMS)]
+        check_resumed(command, number, newest, troubles)
+        target, pids = max(0, last_step(out_dir)) + lab.random.randint(1, 15), None
+        if aim != "resuming":
+            command.wait_until(lambda target=target: last_step(out_dir) >= target)
+            pids = command.pids()
+        before = unfinished(out_dir)  # an earlier kill's
+        if aim == "writing":
+            command.wait_until(lambda before=before: unfinished(out_dir) not in ({}, before))
+        elif aim == "renaming":
+            command.wait_until(lambda before=before: "aside" in str(unfinished(out_dir).keys() - before.keys()))
+        time.sleep(dict(writing=writing, renaming=0, training=0.05, resuming=0.02)[aim] * lab.random.random())
+        if command.popen.poll() is not None:
+            return judge(command.wait(), {f"kill {number + 1} came before the end": False}, "; ".join(troubles))
+        command.kill(pids)
+        new = [name for name, what in unfinished(out_dir).items() if before.get(name) != what]
+        hits["renaming" if "aside" in str(new) else "writing" if new else "resuming" if not pids else "training"] += 1
+        # An evaluation's checkpoint is saved for sure when a later step is in the log.
+        rows = rows_of(out_dir)
+        newest = max([newest, *(row["step"] for row in rows[:-1] if "val_loss" in row)])
+    command = lab.start(out_dir, resume=True, **options)
+    check_resumed(command, count, newest, troubles)
+    done = command.wait()
+    claims = {
+        **ended_well(done),
+        "every restart goes on from the newest whole checkpoint": not troubles,
+        "a fifth of the kills fell in writing": hits["writing"] + hits["renaming"] >= count // 5,
+        "a fifth of them in training": hits["training"] >= count // 5,
+        "nothing unfinished is left": not unfinished(out_dir),
+        **equals(out_dir, unbroken),
+    }
+    figures = ", ".join(f"{number} in {where}" for where, number in hits.items())
+    return judge(done, claims, "; ".join([*troubles, f"{count} kills: {figures}; {options['max_steps']} steps"]))
+
+
+AIMS = ["writing", "training", "renaming", "training", "writing", "training", "resuming", "writing"]
+
+
+def check_resumed(command, number, newest, troubles):
+    """Wait until a restart has found its checkpoint; note where it is older than the newest that was surely saved."""
+    if number and command.wait_until(lambda: "going on from step" in command.out()):
+        step = int(re.search(r"going on from step (\d+)", command.out())[1])
+        if step < newest or "not a whole" in command.out():
+            troubles.append(f"restart {number} went on from step {step}, {newest} was saved")
+    elif number:
+        troubles.append(f"restart {number} found no checkpoint: {command.wait().message}")
+
+
+def rank_killed(lab, writing=False, **options):
+    """SIGKILL to rank 1, in training or while a checkpoint is written; torchrun restarts the group."""
+    out_dir, unbroken, at = lab.path("run"), lab.unbroken(**options), lab.random.randint(12, 30)
+    command = lab.start(out_dir, restarts=1, **options)
+    reached = command.wait_until(lambda: last_step(out_dir) >= at)
+    (pid,) = command.pids(b"RANK=1")
+    if writing:
+        reached = command.wait_until(lambda: unfinished(out_dir))
+    os.kill(pid, signal.SIGKILL)
+    done = command.wait()
+    resumed = re.findall(r"going on from step (\d+)", done.out)
+    claims = {"rank 1 was killed": reached, **ended_well(done), "the group was restarted, once": len(resumed) == 1}
+    return judge(done, {**claims, **equals(out_dir, unbroken)}, f"killed after step {at}, went on from step {resumed}")
+
+
+def hang(lab, restarts, timeout, **options):
+    """Rank 1 sleeps for ever in step 7 of the first attempt."""
+    out_dir = lab.path("run")
+    command = lab.start(out_dir, restarts=restarts, harm="hang", rank=1, timeout=timeout, **options)
+    command.wait_until(lambda: last_step(out_dir) >= 6)
+    begun = time.monotonic()
+    done = command.wait()
+    seconds = time.monotonic() - begun
+    if restarts:
+        named = "rank 1" in done.message and "no progress" in done.message
+        return judge(done, {**ended_well(done), "rank 1 is named": named, **equals(out_dir, lab.unbroken(**options))})
+    claims = {
+        **ended_clearly(done, "rank 1", "no progress", "--timeout", **options),
+        "it ends soon": seconds < timeout + 15,
+        "the log ends with step 6": last_step(out_dir) == 6,
+        "the checkpoint of step 0 is whole": saved_in(out_dir)[0]["step"] == 0,
+    }
+    return judge(done, claims, f"ended {seconds:.0f} s after step 6")
+
+
+# ---------------------------------------------------------------------------------------
+# Disks and checkpoints
+
+
+def disk_full(lab, mounted, **options):
+    """No room for a checkpoint; with room again the run goes on and ends as the unbroken one."""
+    options["max_steps"] = 40
+    unbroken, folder, limit = lab.unbroken(**options), lab.path("disk"), None
+    path, out_dir = saved_in(unbroken)[0]["path"], os.path.join(folder, "run")
+    files = [os.path.join(path, name) for name in os.listdir(path)] if os.path.isdir(path) else [path]
+    size = sum(map(os.path.getsize, files))  # of a checkpoint; that of step 0 has no optimizer state: a third
+    os.mkdir(folder)
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={int(2.55 * size) + 50_000}", "faults", folder]
+    mounted = mounted and subprocess.run(mount, capture_output=True).returncode == 0
+    if not mounted:
+        limit = 6 * size // len(files) // 10
+    try:
+        done = lab.run(out_dir, limit=limit, **options)
+        step, saved = last_step(out_dir), saved_in(out_dir)[0]["step"]
+        words = "No space left on device" if mounted else "File too large", f"of step {saved}", "intact", "make room"
+        claims = {
+            **ended_clearly(done, *words, processes=options.get("processes", 1)),
+            "the checkpoint before is whole": saved == step - 10,
+            "nothing unfinished is left": not unfinished(out_dir),
+            "no row of the log is lost": [row["step"] for row in rows_of(out_dir)] == list(range(step + 1)),
+        }
+        if mounted:
+            claims |= resumed_while_full(lab, folder, out_dir, options)
+            subprocess.run(["mount", "-o", f"remount,size={10 * size}", folder], check=True)
+        again = lab.run(out_dir, resume=True, **options)
+        went_on = again.status == 0 and f"going on from step {saved}" in again.out
+        claims |= {"with room again it goes on from there": went_on, **equals(out_dir, unbroken)}
+    finally:
+        if mounted:
+            subprocess.run(["umount", "-l", folder], check=True)
+    return judge(done, claims, f"{'tmpfs' if mounted else 'RLIMIT_FSIZE'}, full at step {step}")
+
+
+def resumed_while_full(lab, folder, out_dir, options):
+    """Claims about --resume with not one byte free."""
+    paths = [os.path.join(out_dir, name) for name in ("config.json", "log.jsonl")]
+    before, filler = [read(path) for path in paths], os.path.join(folder, "filler")
+    with open(filler, "wb", buffering=0) as file, suppress(OSError):
+        while file.write(bytes(4096)):
+            pass
+    full = lab.run(out_dir, resume=True, **options)
+    os.remove(filler)
+    changed = [path for path, content in zip(paths, before) if read(path) != content]
+    claims = ended_clearly(full, "No space left", processes=options.get("processes", 1))
+    claims[f"files stay as they were: {changed}"] = not changed
+    return {f"{claim}, resumed while full": holds for claim, holds in claims.items()}
+
+
+def no_folder(lab):
+    file = lab.path("file")
+    write(file, "")
+    done = lab.run(os.path.join(file, "run"))
+    return judge(done, ended_clearly(done, f"out_dir={file}/run", "cannot be written", "take another"))
+
+
+def damaged(lab, spoil, words=None, **options):
+    """A run's checkpoints of steps 30 and 20 spoilt, then resumed on one process.
+
+    spoil(newest, previous, marker)  code in what it makes would create `marker`
+    words  of the message that ends the run; None: the one before is taken, and the run ends as the unbroken one
+    """
+    out_dir, marker = shutil.copytree(lab.unbroken(**options), lab.path("run")), lab.path("marker")
+    newest = saved_in(out_dir)[0]["path"]
+    spoil(newest, newest.replace("ckpt", "ckpt_prev"), marker)
+    log = rows_of(out_dir)
+    done = lab.run(out_dir, resume=True)
+    claims = {"no code in it was run": not os.path.exists(marker)}
+    if words is not None:
+        claims |= {**ended_clearly(done, *words), "the log stays as it was": rows_of(out_dir) == log}
+        return judge(done, claims)
+    said = next((line for line in done.out.splitlines() if "not a whole checkpoint" in line), "")
+    went_on = said.startswith(newest) and "going on from step 20" in done.out
+    claims |= {**ended_well(done), "it says that it goes on from the one before": went_on}
+    if not options:  # on as many processes as before, so that sums round the same
+        claims |= equals(out_dir, lab.unbroken())
+    return judge(done._replace(err=said), claims)
+
+
+def truncated(newest, *_):
+    os.truncate(newest, os.path.getsize(newest) // 2)
+
+
+def both_truncated(newest, previous, _):
+    os.truncate(newest, os.path.getsize(newest) // 2)
+    os.truncate(previous, 10)
+
+
+def bit_flipped(newest, *_):
+    """In the middle of the largest tensor, where PyTorch alone would not notice."""
+    if os.path.isdir(newest):
+        path = os.path.join(newest, "__0_0.distcp")
+        at = os.path.getsize(path) // 2
+    else:
+        path = newest
+        with zipfile.ZipFile(path) as archive:
+            tensors = [part for part in archive.infolist() if "/data/" in part.filename]
+        largest = max(tensors, key=lambda part: part.file_size)
+        at = largest.header_offset + largest.file_size // 2
+    content = bytearray(read(path))
+    content[at] ^= 1
+    with open(path, "wb") as file:
+        file.write(content)
+
+
+class Evil:
+    """What makes a folder when it is unpickled."""
+
+    def __init__(self, marker):
+        self.marker = marker
+
+    def __reduce__(self):
+        return os.mkdir, (self.marker,)
+
+
+def evil(newest, previous, marker):
+    """Code in the newest: as torch.save writes it, or as the metadata of a directory whose sums are right."""
+    path = os.path.join(newest, ".metadata") if os.path.isdir(newest) else newest
+    with open(path, "wb") as file:
+        (pickle.dump if os.path.isdir(newest) else torch.save)({"step": 30, "config": Evil(marker)}, file)
+    with open(path, "rb") as file:
+        pickle.load(file) if os.path.isdir(newest) else torch.load(file, weights_only=False)
+    os.rmdir(marker)  # raises where the code would not work if it were run
+    if os.path.isdir(newest):
+        manifest = os.path.join(newest, "manifest.json")
+        write(manifest, json.dumps({**json.loads(read(manifest)), ".metadata": checkpoint.checksum(path)}))
+
+
+def both_evil(newest, previous, marker):
+    evil(newest, previous, marker)
+    with open(previous, "wb") as file:
+        pickle.dump({"step": 20, "config": Evil(marker)}, file)  # a bare pickle, as of old versions of PyTorch
+
+
+def a_folder(newest, *_):
+    os.remove(newest)
+    os.mkdir(newest)
+
+
+def a_text(newest, *_):
+    write(newest, "This is not a checkpoint.\n")
+
+
+def other_model(newest, previous, _):
+    """Narrower tensors, although the options in it are the same."""
+    for path in (newest, previous):
+        saved = torch.load(path, weights_only=True)
+        torch.save({**saved, "model": {name: tensor[..., :-1] for name, tensor in saved["model"].items()}}, path)
+
+
+# ---------------------------------------------------------------------------------------
+# Data, options, numbers, memory
+
+
+def bad_data(lab, spoil, words, **options):
+    folder = shutil.copytree(lab.data, lab.path("spoilt"))
+    spoil(folder)
+    done = lab.run(lab.path("run"), data_dir=folder, **options)
+    return judge(done, ended_clearly(done, folder, *words, processes=options.get("processes", 1)))
+
+
+def data(train_bytes=None, meta_bytes=None, **changes):
+    """Spoiler: train.bin and meta.json cut to so many bytes, keys of meta.json changed, or left out (None)."""
+
+    def spoil(folder):
+        path = os.path.join(folder, "meta.json")
+        meta = {**json.loads(read(path)), **changes}
+        write(path, json.dumps({key: value for key, value in meta.items() if value is not None})[:meta_bytes])
+        if train_bytes is not None:
+            os.truncate(os.path.join(folder, "train.bin"), train_bytes)
+
+    return spoil
+
+
+def no_meta(folder):
+    os.remove(os.path.join(folder, "meta.json"))
+
+
+def bad_token(row):
+    """Spoiler: one token that is none, which the fifth update reads in this row of its batch."""
+
+    def spoil(folder):
+        tokens = TokenData(folder, OPTIONS["block_size"])
+        count = len(tokens.tokens["train"])
+        tokens.tokens["train"], tokens.meta["vocab_size"] = np.arange(count), count  # a batch now tells its places
+        with open(os.path.join(folder, "train.bin"), "r+b") as file:
+            file.seek(int(tokens.train_batch(1337, 4, 8, row, row + 1)[0][0, 5]))
+            file.write(bytes([200]))
+
+    return spoil
+
+
+def other_shape(lab):
+    out_dir, claims = shutil.copytree(lab.unbroken(), lab.path("run")), {}
+    log = rows_of(out_dir)
+    for key, value, was in (("d_model", 64, 36), ("n_layer", 3, 2), ("structure", "dense", "btt")):
+        done = lab.run(out_dir, resume=True, **{key: value})
+        claims |= {f"{key}: {claim}": so for claim, so in ended_clearly(done, f"{key}={value!r}", repr(was)).items()}
+    unchanged = rows_of(out_dir) == log and saved_in(out_dir)[0]["step"] == 30
+    return judge(done, {**claims, "log and checkpoint stay as they were": unchanged})
+
+
+def other_options(lab):
+    out_dir, was = shutil.copytree(lab.unbroken(), lab.path("run")), {**OPTIONS, "seed": 1337, "weight_decay": 0.1}
+    changes = dict(lr=1e-3, max_steps=34, seed=7, batch_tokens=128, weight_decay=0.2)
+    done = lab.run(out_dir, resume=True, **changes)
+    said = [line for line in done.out.splitlines() if line.startswith("resumed with")]
+    claims = {f"{k} is said": f"resumed with {k}={new!r}, it was {was[k]!r}" in said for k, new in changes.items()}
+    last = rows_of(out_dir)[-1]
+    claims |= {**ended_well(done), "it went on to step 34 at the new rate": last["step"] == 34 and last["lr"] < 1e-3}
+    return judge(done._replace(err="; ".join(said)), claims)
+
+
+def in_step_13(lab, harm, words, rank=0, **options):
+    """A gradient that is NaN, or no memory, on one rank."""
+    out_dir = lab.path("run")
+    done = lab.run(out_dir, harm=harm, rank=rank, **options)
+    saved, tensors = saved_in(out_dir)
+    claims = {
+        **ended_clearly(done, *words, processes=options.get("processes", 1)),
+        "the loss is finite": harm != "nan" or bool(re.search(r"loss \d+\.\d+", done.message)),
+        "the checkpoint is of step 10": saved["step"] == 10,
+        "it is finite": all(tensor.isfinite().all() for tensor in tensors.values()),
+        "the log ends with step 12": last_step(out_dir) == 12,
+    }
+    return judge(done, claims)
+
+
+def leak(lab, steps):
+    """Memory, open files and threads, by what the system says. The first quarter of the run is its warm-up."""
+    out_dir, samples = lab.path("run"), []
+    command = lab.start(out_dir, max_steps=steps)
+    process = f"/proc/{command.popen.pid}"
+
+    def sample():
+        step = last_step(out_dir)
+        if steps // 4 <= step < steps:
+            numbers = dict(re.findall(rb"^(VmRSS|Threads):\s+(\d+)", read(f"{process}/status"), re.M))
+            files = len(os.listdir(f"{process}/fd"))
+            samples.append((step, int(numbers[b"VmRSS"]) / 1024, files, int(numbers[b"Threads"])))
+        time.sleep(0.02)
+        return step >= steps  # what comes then is no training: loss.png
+
+    command.wait_until(sample)
+    done = command.wait()
+    early, late = ([s for s in samples if low <= s[0] < low + steps // 4] for low in (steps // 4, steps - steps // 4))
+    memory = [statistics.median(s[1] for s in part) for part in (early, late)]
+    files = [min(s[2] for s in part) for part in (early, late)]  # while neither the log nor a checkpoint is open
+    threads = [max(s[3] for s in part) for part in (early, late)]
+    claims = {
+        **ended_well(done),
+        "sampled often enough": min(len(early), len(late)) >= 20,
+        "memory grows by less than 3 % or 8 MB": memory[1] - memory[0] < max(0.03 * memory[0], 8),
+        "open files and threads stay": files[0] == files[1] and threads[0] == threads[1],
+    }
+    figures = f"RSS {memory[0]:.1f} -> {memory[1]:.1f} MiB, files {files}, threads {threads}"
+    return judge(done, claims, f"{figures}, {len(samples)} samples, {steps} steps")
+
+
+# ---------------------------------------------------------------------------------------
+# All of them
+
+
+def table(short):
+    """{name: (what is done, function of a Lab, its arguments)}"""
+    count, few, steps, timeout = (5, 2, 300, 5) if short else (25, 5, 2000, 10)
+    ddp, fsdp = ({**processes, "max_steps": 30 * few + 30} for processes in (DDP, FSDP))  # share the unbroken run
+    again, gone, memory = "prepare_owt.py", ["no whole checkpoint"], ["micro_batch=4", "lower micro_batch"]
+    nan = ["step 13", "gradient norm nan", "of step 10", "lower lr"]
+    odd = dict(dtype="uint16", train_tokens=4500, train_bytes=9001)
+    halved = dict(dtype="uint16", train_tokens=7900, train_bytes=15800, val_tokens=2000)
+    rows = [
+        ("kills", f"{count} x SIGKILL, then --resume", kills, dict(count=count, eval_interval=5)),
+        ("kills_fsdp", f"{few} x SIGKILL to the whole group", kills, dict(count=few, **fsdp)),
+        ("rank_killed_ddp", "SIGKILL to rank 1 of 2, --max-restarts=1", rank_killed, ddp),
+        ("rank_killed_fsdp", "the same, --shard=fsdp", rank_killed, fsdp),
+        ("rank_killed_writing", "the same while a checkpoint is written", rank_killed, dict(writing=True, **fsdp)),
+        ("hang", "rank 1 of 2 sleeps in step 7", hang, dict(restarts=0, timeout=timeout, processes=2)),
+        ("hang_restart", "the same, --max-restarts=1", hang, dict(restarts=1, timeout=timeout, **ddp)),
+        ("disk_full", "file system with room for 2.5 checkpoints", disk_full, dict(mounted=True)),
+        ("disk_full_fsdp", "the same, 2 processes", disk_full, dict(mounted=True, **FSDP)),
+        ("file_limit", "RLIMIT_FSIZE below a checkpoint's size", disk_full, dict(mounted=False)),
+        ("no_folder", "out_dir below a regular file", no_folder, {}),
+        ("ckpt_truncated", "newest truncated", damaged, dict(spoil=truncated)),
+        ("ckpt_bit", "one bit of a tensor flipped", damaged, dict(spoil=bit_flipped)),
+        ("ckpt_bit_fsdp", "the same in a directory", damaged, dict(spoil=bit_flipped, **FSDP)),
+        ("ckpt_both", "both truncated", damaged, dict(spoil=both_truncated, words=gone)),
+        ("ckpt_other", "both of another model", damaged, dict(spoil=other_model, words=["ckpt.pt", "another model"])),
+        ("ckpt_evil", "newest a malicious pickle", damaged, dict(spoil=evil)),
+        ("ckpt_evil_fsdp", "the same in a directory", damaged, dict(spoil=evil, **FSDP)),
+        ("ckpt_evil_both", "both malicious pickles", damaged, dict(spoil=both_evil, words=gone)),
+        ("ckpt_folder", "ckpt.pt a directory", damaged, dict(spoil=a_folder)),
+        ("ckpt_text", "ckpt.pt a text", damaged, dict(spoil=a_text)),
+        ("data_truncated", "train.bin cut", bad_data, dict(spoil=data(9000), words=["9000 bytes", "15945", again])),
+        (
+            "data_odd",
+            "uint16, odd length",
+            bad_data,
+            dict(spoil=data(**odd), words=["9001 bytes", "4500", again]),
+        ),
+        ("data_dtype", "uint8 read as uint16", bad_data, dict(spoil=data(**halved), words=["holds token", again])),
+        ("data_token", "a token that is none", bad_data, dict(spoil=bad_token(0), words=["token 200", "96", again])),
+        ("data_token_1", "rank 1 reads it", bad_data, dict(spoil=bad_token(5), words=["token 200", again], **DDP)),
+        ("data_short", "train.bin of 20 tokens", bad_data, dict(spoil=data(20, train_tokens=20), words=["block_size"])),
+        ("meta_missing", "no meta.json", bad_data, dict(spoil=no_meta, words=["meta.json is missing", again])),
+        ("meta_broken", "meta.json cut", bad_data, dict(spoil=data(meta_bytes=50), words=["meta.json", again])),
+        ("meta_key", "no train_tokens in it", bad_data, dict(spoil=data(train_tokens=None), words=["train_tokens"])),
+        ("resume_shape", "resumed with another d_model, n_layer, structure", other_shape, {}),
+        ("resume_options", "resumed with another lr, max_steps, seed, …", other_options, {}),
+        ("nan", "a gradient is NaN in step 13", in_step_13, dict(harm="nan", words=nan)),
+        ("nan_ddp", "on rank 1 of 2 only", in_step_13, dict(harm="nan", words=nan, rank=1, **DDP)),
+        ("nan_fsdp", "the same, --shard=fsdp", in_step_13, dict(harm="nan", words=nan, rank=1, **FSDP)),
+        ("memory", "torch.OutOfMemoryError in step 13", in_step_13, dict(harm="memory", words=memory)),
+        ("memory_1", "on rank 1 of 2 only", in_step_13, dict(harm="memory", words=memory, rank=1, **DDP)),
+        ("leak", f"{steps} steps", leak, dict(steps=steps)),
+    ]
+    return {name: (what, function, arguments) for name, what, function, arguments in rows}
+
+
+def inflict(lab, name, what, function, arguments):
+    """-> a row: what was done, what the user saw, whether that is as it should be."""
+    begun = time.monotonic()
+    try:
+        verdict = function(lab, **arguments)
+    except Exception as error:  # a command that takes too long, a file that is not there: it has failed
+        verdict = Verdict("", False, f"{type(error).__name__}: {error}", None)
+    return {"name": name, "what": what, "seconds": round(time.monotonic() - begun, 1), **verdict._asdict()}
+
+
+def main(argv):
+    options = dict(word.removeprefix("--").partition("=")[::2] for word in argv)
+    faults, rows = table("short" in options), []
+    only = options.get("only")
+    if options.keys() - {"short", "only", "json"} or (only and only not in faults):
+        raise SystemExit(f"error: give --short, --json=FILE, --only=NAME of {', '.join(faults)}")
+    with tempfile.TemporaryDirectory(prefix="faults") as folder:
+        lab = Lab(folder)
+        for name in [only] if only else faults:
+            row = inflict(lab, name, *faults[name])
+            rows.append(row)
+            head = f"{'pass' if row['passed'] else 'FAIL'} {name}: {row['what']} ({row['seconds']} s)"
+            print(head, row["message"], f"status {row['status']}", row["detail"], sep=" | ", flush=True)
+    passed = sum(row["passed"] for row in rows)
+    print(f"{passed} of {len(rows)} passed")
+    if "json" in options:
+        write(options["json"], json.dumps(rows, indent=1))
+    return 0 if passed == len(rows) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
