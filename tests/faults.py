@@ -156,7 +156,8 @@ class Lab:
     """A temporary folder with data and runs."""
 
     def __init__(self, folder):
-        self.folder, self.numbers, self.whole, self.random = str(folder), itertools.count(), {}, random.Random(1)
+        self.folder, self.numbers, self.random = str(folder), itertools.count(), random.Random(1)
+        self.whole, self.commands = {}, []
         self.data = self.path("data")
         os.mkdir(self.data)
         text = "".join(f"{a} + {b} = {a + b}\n" for a in range(40) for b in range(40))
@@ -183,7 +184,14 @@ class Lab:
             launcher += ["-m", "torch.distributed.run", "--standalone"]
             launcher += [f"--nproc_per_node={processes}", f"--max-restarts={restarts}"]
         options = {"data_dir": self.data, "out_dir": out_dir, **OPTIONS, **options}
-        return Command([*launcher, script, *(f"--{k}={v}" for k, v in options.items())], self.folder, limit)
+        words = [*launcher, script, *(f"--{key}={value}" for key, value in options.items())]
+        self.commands.append(Command(words, self.folder, limit))
+        return self.commands[-1]
+
+    def end(self):
+        """Nothing that a fault started outlives it, whatever became of it."""
+        while self.commands:
+            self.commands.pop().kill()
 
     def run(self, out_dir, **options):
         return self.start(out_dir, **options).wait()
@@ -219,12 +227,14 @@ class Verdict(NamedTuple):
     passed: bool
     detail: str
     status: int | None
+    stderr: str = ""  # its end, where the fault has failed
 
 
 def judge(done, claims, figures=""):
     """claims: {what must be so: whether it is}"""
     broken = [f"NOT SO: {claim}" for claim, holds in claims.items() if not holds]
-    return Verdict(done.message, not broken, "; ".join(filter(None, [*broken, figures])), done.status)
+    detail = "; ".join(filter(None, [*broken, figures]))
+    return Verdict(done.message, not broken, detail, done.status, done.err[-10_000:] if broken else "")
 
 
 def ended_well(done):
@@ -710,6 +720,8 @@ def inflict(lab, name, what, function, arguments):
         verdict = function(lab, **arguments)
     except Exception as error:  # a command that takes too long, a file that is not there: it has failed
         verdict = Verdict("", False, f"{type(error).__name__}: {error}", None)
+    finally:
+        lab.end()
     return {"name": name, "what": what, "seconds": round(time.monotonic() - begun, 1), **verdict._asdict()}
 
 
