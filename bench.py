@@ -3,6 +3,7 @@
     python bench.py step config/gpt2_dense.py --micro_batch=32 --batch_tokens=32768    # an update, on random tokens
     python bench.py step config/gpt2_btt.py --against="config/gpt2_dense.py"           # two configs side by side
     python bench.py step config/gpt2_btt.py --profile=out/profile                      # where the time goes
+    torchrun --standalone --nproc_per_node=8 bench.py step config/gpt2_btt.py --parts=False    # on eight GPUs
     python bench.py sample --out_dir=out/gpt2_btt       # tokens a second, with the cache of keys and values and without
     python bench.py data                                # the character encoder, and batches from a memory-mapped file
 
@@ -20,13 +21,16 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.distributed as dist
 
 import train
 from configurator import ConfigError, load_config
 from cuda_graph import Graphed
 from data import CharTokenizer, TokenData
 from device import choose_device, choose_dtype, device_name, peak_flops, to_device, write_rows
+from heartbeat import init_distributed
 from model import GPT, GPTConfig
+from parallel import ranks
 from prepare_owt import Config as PrepareConfig
 from prepare_owt import prepare, stdlib_files
 
@@ -37,38 +41,48 @@ from prepare_owt import prepare, stdlib_files
 @dataclass
 class StepConfig(train.Config):
     steps: int = 20  # timed updates, after five that do not count
-    against: str = ""  # a second config, as one word: --against="config/gpt2_dense.py --fused_loss=False"
+    against: str = ""  # other configs, as one word, ; between them: --against="config/gpt2_dense.py --fused_loss=False"
+    parts: bool = True  # time forward and backward passes apart, too
     profile: str | None = None  # folder for a table of kernels, and a trace for Perfetto or chrome://tracing
     json: str | None = None  # file for the rows
 
 
 def bench_step(argv):
     config = load_config(StepConfig, argv)
-    command_lines = [argv] + [shlex.split(config.against)] * bool(config.against)
+    configs = [(argv, config)]
+    for text in filter(None, config.against.split(";")):
+        words = shlex.split(text)
+        configs.append((words, load_config(StepConfig, [f"--steps={config.steps}", f"--parts={config.parts}", *words])))
+    rank, local_rank, world = ranks()
+    device = choose_device(config.device, local_rank)
+    init_distributed(device, config.timeout).stop()  # nobody beats here
     rows = []
-    for words in command_lines:
-        rows.append(
-            {"what": "step", "command": " ".join(words), **time_step(load_config(StepConfig, words), config.steps)}
-        )
-        if config.profile and len(rows) == 1:
-            os.makedirs(config.profile, exist_ok=True)
-            profile_step(load_config(StepConfig, words), config.profile)
+    for words, one in configs:
+        rows.append({"what": "step", "command": " ".join(words), **time_step(one)})
+        if config.json and rank == 0:  # what there is, should a later one fail
+            write_rows(config.json, rows, device)
+    if config.profile:
+        os.makedirs(config.profile, exist_ok=True)
+        profile_step(config, config.profile)
+    if world > 1:
+        dist.destroy_process_group()
+    if rank:
+        return
     for key in rows[0]:
         cells = [f"{row[key]:,.4g}" if isinstance(row[key], float) else str(row[key])[:50] for row in rows]
-        ratio = f"x {rows[0][key] / rows[1][key]:.3f}" if len(rows) > 1 and isinstance(rows[0][key], float) else ""
+        ratio = f"x {rows[0][key] / rows[1][key]:.3f}" if len(rows) == 2 and isinstance(rows[0][key], float) else ""
         print(f"{key:<26}" + "".join(f"{cell:>20}" for cell in cells), ratio)
-    if config.json:
-        write_rows(config.json, rows, choose_device(config.device))
 
 
 class Bench:
     """A run's update, and its batches of random tokens, read from a memory-mapped file as in training."""
 
     def __init__(self, config):
-        self.config, self.device = config, choose_device(config.device)
+        self.rank, local_rank, self.world = ranks()
+        self.config, self.device = config, choose_device(config.device, local_rank)
         self.dtype = choose_dtype(config.dtype, self.device)
-        self.rows, self.micro_steps = train.split_batch(config, world=1)
-        self.run = train.build(config, self.device, self.dtype, world=1)
+        self.rows, self.micro_steps = train.split_batch(config, self.world)
+        self.run = train.build(config, self.device, self.dtype, self.world)
         self.folder = tempfile.TemporaryDirectory()
         ids = np.random.default_rng(0).integers(config.vocab_size, size=2**22, dtype=np.uint16)
         for split in ("train", "val"):
@@ -79,7 +93,10 @@ class Bench:
         self.data = TokenData(self.folder.name, config.block_size)
 
     def batch(self, step):
-        tensors = self.data.train_batch(self.config.seed, step, self.rows, 0, self.rows)
+        """This process's share."""
+        share = self.rows // self.world
+        first = self.rank * share
+        tensors = self.data.train_batch(self.config.seed, step, self.rows, first, first + share)
         shape = (self.micro_steps, self.config.micro_batch, self.config.block_size)
         return [to_device(tensor.reshape(shape), self.device) for tensor in tensors]
 
@@ -100,14 +117,14 @@ class Bench:
         return [a.elapsed_time(b) for a, b in zip(events, events[1:])]
 
 
-def time_step(config, steps):
-    """Figures of one config, a dict: floats are figures, the rest says what was timed."""
+def time_step(config):
+    """Figures of one config, a dict: floats are figures, the rest says what was timed. On several processes, rank 0's."""
     gc.collect()
     torch._dynamo.reset()
     if config.device != "cpu" and torch.cuda.is_available():
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-    bench = Bench(config)
+    bench, steps = Bench(config), config.steps
     run, count = bench.run, iter(range(10**9))
 
     def update():
@@ -123,7 +140,7 @@ def time_step(config, steps):
     whole = (time.perf_counter() - start) / steps * 1e3
     memory = torch.cuda.max_memory_allocated() / 2**30 if bench.device.type == "cuda" else None
 
-    # Parts: forward alone, forward and backward, all; as graphs where the update is one.
+    # Parts: forward alone, forward and backward, all; as graphs where the update is one. DDP exchanges in the last only.
     def forward(x, y):
         with run.autocast:
             return sum(run.fast(x[i], y[i])[1] for i in range(len(x)))
@@ -139,7 +156,7 @@ def time_step(config, steps):
     x, y = bench.batch(0)
     data = 1e3 * seconds(lambda: bench.batch(0), repeats=10)
     parts = []
-    for function in (forward, forward_backward):
+    for function in (forward, forward_backward) * config.parts:
         timed = Graphed(function) if isinstance(run.update, Graphed) else function
         for _ in range(5):
             timed(x, y)
@@ -151,27 +168,30 @@ def time_step(config, steps):
     peak = peak_flops(name) if bench.dtype != torch.float32 else None
     flops = 3 * run.model.flops_per_token()
     figures = {
+        "processes": bench.world,
         "parameters": sum(p.numel() for p in run.model.parameters()),
         "tokens_an_update": tokens,
         "training_mflops_a_token": flops / 1e6,
         "ms_median": median,
         "ms_mean_of_all": whole,
         "tokens_per_second": tokens / median * 1e3,
-        "mfu": tokens / median * 1e3 * flops / peak if peak else None,
+        "mfu": tokens / median * 1e3 * flops / (peak * bench.world) if peak else None,
         "peak_memory_gib": memory,
         "first_five_updates_s": first,
         "data_ms_of_the_host": data,
-        "forward_share": parts[0] / median,
-        "backward_share": (parts[1] - parts[0]) / median,
-        "optimizer_share": (median - parts[1]) / median,
         "data_share_not_hidden": max(0.0, whole - median) / whole if bench.device.type == "cuda" else data / whole,
     }
+    if parts:
+        figures["forward_share"] = parts[0] / median
+        figures["backward_share"] = (parts[1] - parts[0]) / median
+        figures["optimizer_share"] = (median - parts[1]) / median
     bench.folder.cleanup()
     return figures
 
 
 # What a kernel does, by words in its name, the first that fits: the table's groups.
 KERNEL_GROUPS = {
+    "exchange between GPUs": ("nccl",),
     "attention": ("flash", "sdpa", "fmha", "attention", "dot_do_o", "convert_dq"),
     "matrix products": ("gemm", "nvjet", "cutlass", "splitk", "mm_", "cublas", "_mkl", "addmm", "bmm"),
     "loss": ("cross_entropy", "softmax", "nll_loss"),
@@ -182,7 +202,7 @@ KERNEL_GROUPS = {
 
 
 def profile_step(config, folder):
-    """Write folder/profile.txt, kernels by their share of three updates, and folder/trace.json."""
+    """Write folder/profile.txt, kernels by their share of three updates, and folder/trace.json, of rank 0."""
     from torch.profiler import ProfilerActivity, profile
 
     bench = Bench(config)
@@ -195,6 +215,8 @@ def profile_step(config, folder):
         for step in range(3):
             bench.run.update(*bench.batch(step))
         bench.synchronize()
+    if bench.rank:
+        return
     kernels = {}  # name: [ms, calls] of an update
     for event in profiler.events():
         device = event.device_type == torch.autograd.DeviceType.CUDA

@@ -49,8 +49,11 @@ def shard(model, device, compiling):
     fully_shard(model, mesh=mesh)
 
 
-def replicate(model, device, micro_steps):
-    """DDP around a model; gradients live in the buckets that are exchanged.
+def replicate(model, device, micro_steps, bucket_mb):
+    """DDP around a model; gradients live in the buckets that are exchanged, of bucket_mb MiB.
+
+    A bucket is exchanged while those below it are still computed. A compiled graph hands out all of its gradients
+    at its end, so inside DDP torch.compile makes a graph a bucket: small ones hide the exchange, large ones fuse more.
 
     The graph is the same every step, but torch up to 2.15 stops exchanging gradients where
     static_graph meets no_sync (pytorch/pytorch#187732): said only where there is one micro-step.
@@ -58,6 +61,7 @@ def replicate(model, device, micro_steps):
     return DistributedDataParallel(
         model,
         device_ids=[device.index] if device.type == "cuda" else None,
+        bucket_cap_mb=bucket_mb,
         gradient_as_bucket_view=True,
         static_graph=micro_steps == 1,
     )

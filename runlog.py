@@ -391,7 +391,7 @@ def summary(log, config, memory=None):
         path = os.path.join(config.out_dir, file)
         if os.path.exists(path):
             items[name] = path
-    if last["step"] < config.max_steps:
+    if last["step"] < config.max_steps and "checkpoint" in items:
         items["go on"] = resume_command()
     if "checkpoint" in items:
         items["sample"] = shlex.join(["python", "sample.py", f"--out_dir={config.out_dir}"])

@@ -47,12 +47,14 @@ class Config(GPTConfig):
     compile: bool | None = None  # torch.compile; None: on a GPU only
     cuda_graphs: bool | None = None  # an update as one CUDA graph; None: where it can be, on one GPU
     shard: Literal["none", "fsdp"] = "none"  # fsdp: parameters, gradients and optimizer state over all processes
+    bucket_mb: int = 25  # MiB of gradients that unsharded processes exchange at a time; compiled graphs end there too
     timeout: float = 600.0  # seconds without progress after which a run of several processes ends
     max_steps: int = 10_000  # updates in all
     batch_tokens: int = 524_288  # tokens an update, all processes together
     micro_batch: int = 16  # sequences a process takes at a time; the rest of its batch is accumulated
     eval_interval: int = 500  # steps between evaluations, each followed by a checkpoint
     eval_tokens: int = 2_097_152  # validation tokens, the same ones every time
+    save: bool = True  # False: no checkpoints, log and picture only
     log_interval: int = 10  # steps between lines on the screen and in log.jsonl
     lr: float = 2e-3  # peak rate, of a dense layer of width 768 under mup
     warmup_steps: int = 200  # of linear warm-up
@@ -69,12 +71,18 @@ class Config(GPTConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        for name in ("max_steps", "batch_tokens", "micro_batch", "eval_interval", "eval_tokens", "log_interval"):
+        for name in (
+            "max_steps", "batch_tokens", "micro_batch", "bucket_mb", "eval_interval", "eval_tokens", "log_interval"
+        ):  # fmt: skip
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)}: make it at least 1")
         for name in ("seed", "lr", "warmup_steps", "min_lr_ratio", "weight_decay", "grad_clip", "sample_tokens"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name}={getattr(self, name)}: make it at least 0")
+        if self.sample_tokens and not self.save:
+            raise ConfigError(
+                f"sample_tokens={self.sample_tokens}: the text is the checkpoint's, so not with save=False"
+            )
         if self.timeout <= 0:
             raise ConfigError(f"timeout={self.timeout}: make it more than 0 seconds")
         for name in ("decay_fraction", "beta2"):
@@ -164,7 +172,7 @@ def train(config, progress):
     say(*runlog.plan(config, model, world, micro_steps, device_name(device), dtype, peak, state["step"]), sep="\n")
 
     # -- the loop
-    stop = StopSignal(say)
+    stop = StopSignal(say, config.save)
     sent = deque()  # updates that the device was given and the host has not waited for
     ahead = 1 if device.type == "cuda" else 0  # so many of them, that the device never waits for the host
     lap = Lap()
@@ -230,18 +238,19 @@ def train(config, progress):
                 wandb_run.log(row, step=row["step"])
 
     def evaluate_log_save(row):
-        """Validation loss into the row; the row to the log; then a checkpoint."""
+        """Validation loss into the row; the row to the log; then a checkpoint, where one is wanted."""
         row["val_loss"] = evaluate(run.fast, data, config, device, run.autocast, rank, world, watchdog.beat)
         state["best_val_loss"] = min(state["best_val_loss"], row["val_loss"])
         write(row)
-        with watchdog.paused():
-            checkpoint.save(
-                config.out_dir,
-                {
-                    **state, "config": asdict(config), "meta": data.meta, "model": model.state_dict(),
-                    "optimizer": checkpoint.optimizer_state(model, optimizer), "scaler": scaler.state_dict(),
-                },
-            )  # fmt: skip
+        if config.save:
+            with watchdog.paused():
+                checkpoint.save(
+                    config.out_dir,
+                    {
+                        **state, "config": asdict(config), "meta": data.meta, "model": model.state_dict(),
+                        "optimizer": checkpoint.optimizer_state(model, optimizer), "scaler": scaler.state_dict(),
+                    },
+                )  # fmt: skip
         lap.start()
 
     if math.isinf(state["best_val_loss"]):  # not evaluated yet
@@ -263,7 +272,8 @@ def train(config, progress):
     if world > 1:
         dist.destroy_process_group()
     if stopping:
-        say(f"stopped at step {state['step']}, saved in {config.out_dir}: go on with --resume")
+        saved = f"saved in {config.out_dir}: go on with --resume" if config.save else "not saved (save=False)"
+        say(f"stopped at step {state['step']}, {saved}")
     if rank == 0:
         progress.close()
         runlog.plot_loss(log.path, os.path.join(config.out_dir, "loss.png"))
@@ -300,7 +310,7 @@ def build(config, device, dtype, world, beat=lambda: None):
     else:
         fast = parallel = torch.compile(model) if compiling else model
         if world > 1:
-            parallel = replicate(fast, device, micro_steps=split_batch(config, world)[1])
+            parallel = replicate(fast, device, split_batch(config, world)[1], config.bucket_mb)
     optimizer = make_optimizer(model, config.lr, config.weight_decay, betas=(0.9, config.beta2))
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
@@ -413,16 +423,16 @@ def check_same_model(config, saved, say):
 
 
 class StopSignal:
-    """Ctrl-C and SIGTERM ask the loop to save and end after the step in progress."""
+    """Ctrl-C and SIGTERM ask the loop to end, and to save where it does, after the step in progress."""
 
-    def __init__(self, say):
-        self.asked, self.say = False, say
+    def __init__(self, say, saving=True):
+        self.asked, self.say, self.what = False, say, "saving" if saving else "ending"
         for name in (signal.SIGINT, signal.SIGTERM):
             signal.signal(name, self.ask)
 
     def ask(self, *_):
         if not self.asked:
-            self.say("\nasked to stop: saving after this step", flush=True)
+            self.say(f"\nasked to stop: {self.what} after this step", flush=True)
         self.asked = True
 
 

@@ -518,6 +518,8 @@ def test_an_unfinished_run_says_how_it_goes_on(tmp_path, monkeypatch, argv, envi
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
+    assert "go on" not in summarised(run_rows(), tmp_path, max_steps=61)  # nothing was saved
+    (tmp_path / "ckpt.pt").touch()
     assert summarised(run_rows(), tmp_path, max_steps=61)["go on"] == command
     assert "go on" not in summarised(run_rows(), tmp_path, max_steps=60)
 

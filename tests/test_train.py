@@ -4,6 +4,7 @@ import functools
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import time
@@ -144,6 +145,14 @@ def test_last_evaluation_and_checkpoint_happen_also_before_the_first_interval(ti
     assert checkpoint.load(tmp_path / "run")["step"] == 3
 
 
+def test_without_checkpoints_a_run_leaves_its_log_and_picture(tiny, tmp_path, straight, capsys):
+    train.main([*tiny, "--dropout=0.1", "--save=False"])
+    assert sorted(os.listdir(tmp_path / "run")) == ["config.json", "log.jsonl", "loss.png"]
+    for key in ("loss", "val_loss", "grad_norm"):
+        assert losses(tmp_path / "run", key) == losses(straight, key)
+    assert "ckpt" not in capsys.readouterr().out
+
+
 def test_a_second_run_sets_the_first_aside(tiny, tmp_path, capsys):
     for _ in range(2):
         train.main([*tiny, "--max_steps=1"])
@@ -274,6 +283,40 @@ def test_sharded_on_two_goes_on_sharded_on_four_and_whole_on_one(tiny, tmp_path)
         torch.testing.assert_close(weights[0][name], weights[1][name], rtol=1e-3, atol=1e-4)
 
 
+COMPILED = f"""
+import functools, sys
+sys.path.insert(0, {os.path.dirname(train.__file__)!r})
+import torch
+graphs = []
+
+def backend(graph, inputs):
+    graphs.append(graph)
+    return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
+
+torch.compile = functools.partial(torch.compile, backend=backend)
+import train
+train.main(sys.argv[1:])
+print("graphs:", len(graphs) if train.ranks()[0] == 0 else None)
+"""
+
+
+def test_a_compiled_copy_has_a_graph_a_bucket(tiny, tmp_path):
+    """So that the buckets' exchange can begin before the backward pass ends; two micro-steps, losses as of one process."""
+    (tmp_path / "compiled.py").write_text(COMPILED)
+    tiny = [*tiny, "--d_model=256", "--structure=dense", "--micro_batch=2", "--max_steps=3", "--save=False"]
+    train.main(tiny)
+    one, graphs = losses(tmp_path / "run"), {}
+    for bucket_mb in (1, 1000):
+        out = tmp_path / f"{bucket_mb}"
+        words = [tmp_path / "compiled.py", *tiny, "--compile=True", f"--bucket_mb={bucket_mb}", f"--out_dir={out}"]
+        done = run_script(*words, processes=2)
+        assert done.returncode == 0, done.stdout + done.stderr
+        graphs[bucket_mb] = int(re.search(r"graphs: (\d+)", done.stdout)[1])
+        two = losses(out)
+        assert two.keys() == one.keys() and all(two[step] == pytest.approx(one[step], rel=2e-4) for step in one)
+    assert graphs[1] >= graphs[1000] + 2
+
+
 # -- signals and faults
 
 
@@ -334,6 +377,8 @@ def test_float16_and_bfloat16_learn_too(tiny, tmp_path):
         (["--decay_fraction=1.5"], ["decay_fraction=1.5", "less than 1"]),
         (["--cuda_graphs=True"], ["cuda_graphs=True", "device cpu", "leave it out"]),
         (["--timeout=0"], ["timeout=0", "more than 0"]),
+        (["--bucket_mb=0"], ["bucket_mb=0", "at least 1"]),
+        (["--save=False", "--sample_tokens=9"], ["sample_tokens=9", "save=False"]),
     ],
 )
 def test_impossible_options_are_one_clear_line(tiny, words, expected, tmp_path):

@@ -1,0 +1,571 @@
+"""Speed and correctness on the GPUs of one host: the rows of results/multi_gpu.md.
+
+    python results/multi_gpu/measure.py --out=OUT                          # all parts, on all GPUs there are
+    python results/multi_gpu/measure.py --out=OUT speed                    # some: speed equal resume kill large
+    python results/multi_gpu/measure.py --out=OUT --device=cpu             # 2 processes, tiny models: does it run?
+    python results/multi_gpu/measure.py --report OUT/multi_gpu.json …      # tables, and multi_gpu.png beside the first
+
+speed   an update on 1, 2, 4, … GPUs: DDP and FSDP2, weak scaling (tokens a GPU stay) and strong (tokens of all stay)
+equal   one run on 1 GPU and on all: the largest relative difference of the losses
+resume  saved sharded on all GPUs, resumed on half of them and on one, against the unbroken run
+kill    SIGKILL to the last rank; torchrun restarts, the run completes, against the unbroken run
+large   a model whose parameters, gradients and optimizer state do not fit one GPU: 1 GPU runs out of memory, all train it
+
+All are the project's own commands. OUT/multi_gpu.json is written as rows come; those of other parts in it stay.
+A part that fails says so in a row, with the end of the command's output. On two H100s: speed about 6 minutes,
+equal, resume and kill together 2, large 2. NVLink multicast stays off. For Linux: processes are found in /proc.
+"""
+
+import argparse
+import json
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import traceback
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+
+import torch
+
+ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+os.chdir(ROOT)
+sys.path.insert(0, ROOT)
+
+from device import choose_device, write_rows  # noqa: E402
+from model import GPT, GPTConfig  # noqa: E402
+from prepare_owt import prepare_default  # noqa: E402
+from runlog import median_of, read_log, save_figure, short  # noqa: E402
+
+TEXT = "--data_dir=data/stdlib_char96"  # prepares itself: structure to learn
+
+# What an update of one GPU, or of several, can be: its options.
+HOW = {
+    "CUDA graph": "",
+    "no graph": "--cuda_graphs=False",
+    "DDP": "",
+    "DDP, one bucket": "--bucket_mb=100000",
+    "FSDP2": "--shard=fsdp",
+}
+
+
+def models(world, on_gpu):
+    """{name: (options, tokens an update of all GPUs together)}; a model more is a line more."""
+    if on_gpu:
+        return {
+            "GPT-2 124M": ("config/gpt2_dense.py --micro_batch=32", 2**19),
+            "BTT, 6 layers, d=1024": ("config/char_btt.py --d_model=1024 --n_head=16 --micro_batch=512", 2**16 * world),
+        }
+    tiny = "--n_layer=2 --d_model=64 --n_head=2 --block_size=32 --vocab_size=96 --micro_batch=4 --device=cpu"
+    return {
+        "dense, tiny": (f"--structure=dense {tiny}", 512 * world),
+        "BTT, tiny": (f"--structure=btt {tiny}", 128 * world),
+    }
+
+
+# ---------------------------------------------------------------------------------------
+# Running commands
+
+
+class Bench:
+    """The machine, and a folder for what the commands write."""
+
+    def __init__(self, device, world, folder):
+        self.device, self.world, self.folder = device, world, folder
+        self.on_gpu, self.commands, self.ended = device.type == "cuda", [], False
+
+    def end(self):
+        """Asked to stop: nothing outlives this process."""
+        self.ended = True
+        for command in self.commands:
+            command.kill()
+        sys.exit(1)
+
+    def path(self, name):
+        """A new path, whose last part is `name`."""
+        return os.path.join(tempfile.mkdtemp(dir=self.folder), name)
+
+    def start(self, script, options, processes, gpu=0, restarts=0, env=None):
+        """A command in the background; of one process: on that GPU."""
+        if self.ended:
+            raise RuntimeError("asked to stop")
+        words = [script, *shlex.split(options)]
+        if processes > 1:
+            words = ["--standalone", f"--nproc_per_node={processes}", f"--max-restarts={restarts}", *words]
+        fixed = {"PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1", "NCCL_NVLS_ENABLE": "0"}
+        # A command that compiles leaves those beside it some cores.
+        fixed["TORCHINDUCTOR_COMPILE_THREADS"] = str(max(1, min(16, os.cpu_count() // 4)))
+        if processes == 1 and self.on_gpu:
+            fixed["CUDA_VISIBLE_DEVICES"] = visible_gpus()[gpu]
+        command = Command(words, processes > 1, {**os.environ, **fixed, **(env or {})}, self.path("output.txt"))
+        self.commands.append(command)
+        return command
+
+    def train(self, options, processes, out_dir=None, **how):
+        """train.py, in a new out_dir if none is given."""
+        out_dir = out_dir or self.path("run")
+        command = self.start("train.py", f"{options} --out_dir={out_dir}", processes, **how)
+        command.out_dir = out_dir
+        return command
+
+
+class Command:
+    """A command of python, or of torchrun, in the background."""
+
+    def __init__(self, words, torchrun, env, path):
+        self.text = ("torchrun " if torchrun else "python ") + shlex.join(words)
+        launcher = [sys.executable, *["-m", "torch.distributed.run"] * torchrun]
+        self.path, self.begun, self.done = path, time.monotonic(), None
+        with open(path, "w") as output:
+            self.popen = subprocess.Popen(
+                launcher + words, env=env, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT
+            )
+
+    def finish(self, limit=240):
+        """Wait -> figures that all rows have, and what it printed. It is killed `limit` seconds after its start."""
+        if self.done is None:
+            with suppress(subprocess.TimeoutExpired):
+                self.popen.wait(max(1, self.begun + limit - time.monotonic()))
+            status, seconds = self.popen.poll(), round(time.monotonic() - self.begun, 1)
+            self.kill()
+            with open(self.path, errors="replace") as file:
+                text = file.read()
+            figures = {"command": self.text, "status": status, "seconds": seconds}
+            if status is None:
+                figures["output"] = f"killed after {limit} s: …{text[-3000:]}"
+            elif status:
+                figures["output"] = text[-6000:]
+            self.done = figures, text
+        return self.done
+
+    def kill(self):
+        """SIGKILL to it and to all below it, if it still runs: torchrun's workers are in sessions of their own."""
+        pids = [self.popen.pid] if self.popen.poll() is None else []
+        for pid in pids:
+            pids += children(pid)
+        for pid in pids:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        self.popen.wait()
+
+
+def visible_gpus():
+    names = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return names.split(",") if names else [str(i) for i in range(torch.cuda.device_count())]
+
+
+def children(pid):
+    """Ids of a process's children."""
+    found = []
+    for name in filter(str.isdigit, os.listdir("/proc")):
+        with suppress(OSError), open(f"/proc/{name}/stat") as file:
+            if int(file.read().rpartition(")")[2].split()[1]) == pid:
+                found.append(int(name))
+    return found
+
+
+def rank_of(pid):
+    with suppress(OSError), open(f"/proc/{pid}/environ", "rb") as file:
+        for variable in file.read().split(b"\0"):
+            if variable.startswith(b"RANK="):
+                return int(variable[5:])
+    return None
+
+
+# ---------------------------------------------------------------------------------------
+# Speed
+
+
+def cases(count, world, tokens):
+    """[(scaling, tokens an update, how)] of `count` GPUs."""
+    weak = tokens * count // world
+    if count == 1:
+        return [("weak", weak, "CUDA graph"), ("weak", weak, "no graph"), ("strong", tokens, "CUDA graph")]
+    if count == world:  # the same, weak or strong
+        return [("both", tokens, "DDP"), ("both", tokens, "DDP, one bucket"), ("both", tokens, "FSDP2")]
+    return [("weak", weak, "DDP"), ("weak", weak, "FSDP2"), ("strong", tokens, "DDP")]
+
+
+def speed(bench):
+    """One-GPU commands go side by side, each on its own GPU and cores; those of several GPUs alone."""
+    counts = [count for count in (1, 2, 4, 8, 16) if count <= bench.world]
+    for count in counts:
+        started = []
+        for gpu, (name, (options, tokens)) in enumerate(models(bench.world, bench.on_gpu).items()):
+            todo = cases(count, bench.world, tokens)
+            commands = []
+            for _, batch, how in todo:
+                steps = max(10, min(40, 5_500_000 // (batch // count))) if bench.on_gpu else 3
+                commands.append(f"{options} --batch_tokens={batch} {HOW[how]} --steps={steps}")
+            first, *others = commands
+            path = bench.path("step.json")
+            words = f"step {first} --parts=False --json={path} --against={shlex.quote('; '.join(others))}"
+            started.append((name, todo, path, bench.start("bench.py", words, count, gpu=gpu % bench.world)))
+            if count > 1 or not bench.on_gpu:
+                started[-1][-1].finish(limit=400)
+        for name, todo, path, command in started:
+            figures, _ = command.finish(limit=400)
+            measured = []
+            with suppress(OSError), open(path) as file:
+                measured = json.load(file)
+            for (scaling, _, how), row in zip(todo, measured):
+                launcher = "python" if count == 1 else f"torchrun --standalone --nproc_per_node={count}"
+                row["command"] = f"{launcher} bench.py step {row['command']}"
+                yield {"part": "speed", "model": name, "gpus": count, "scaling": scaling, "how": how, **row}
+            if len(measured) < len(todo):
+                yield {"part": "speed", "model": name, "gpus": count, "failed": True, **figures}
+            print(f"speed: {name} on {count}: {figures['seconds']} s, status {figures['status']}", flush=True)
+
+
+# ---------------------------------------------------------------------------------------
+# The same run, however many processes
+
+
+def small(bench):
+    """Options of a run of 60 steps that any number of processes up to 8 can take."""
+    shape = "--n_head=8 --micro_batch=64" if bench.on_gpu else "--n_layer=2 --d_model=64 --n_head=2 --micro_batch=4"
+    batch = 65_536 if bench.on_gpu else 4 * 128 * 8
+    return (
+        f"config/char_btt.py {TEXT} {shape} --batch_tokens={batch} --max_steps=60 --warmup_steps=10 --schedule=constant "
+        f"--eval_interval=20 --eval_tokens={batch} --log_interval=1 --dtype=float32 --compile=False "
+        f"--device={bench.device.type}"
+    )
+
+
+EXACT = {"NVIDIA_TF32_OVERRIDE": "0"}  # float32 that is float32
+
+
+def compare(out_dir, reference, first=1):
+    """Figures of how far two runs' losses are apart, from step `first` on."""
+    figures = {}
+    for key in ("loss", "val_loss"):
+        ours, theirs = (
+            {row["step"]: row[key] for row in read_log(f"{run}/log.jsonl") if key in row}
+            for run in (out_dir, reference)
+        )
+        steps = [step for step in theirs if step >= first]
+        apart = [abs(ours[step] / theirs[step] - 1) for step in steps if step in ours]
+        figures |= {
+            f"{key}_rows": len(apart), f"{key}_rows_missing": len(steps) - len(apart), f"{key}_equal": apart.count(0.0),
+            f"{key}_largest_difference": max(apart, default=None), f"{key}_last": ours.get(max(steps, default=0)),
+        }  # fmt: skip
+    return figures
+
+
+def equal(bench):
+    """All runs side by side: nothing is timed here."""
+    runs = {"BTT, float32, not compiled": (small(bench), EXACT)}
+    if bench.on_gpu:
+        runs["GPT-2 124M, bfloat16, compiled"] = (
+            f"config/gpt2_dense.py {TEXT} --micro_batch=32 --batch_tokens={2 * 32_768 * bench.world} --max_steps=30 "
+            f"--warmup_steps=10 --eval_interval=30 --eval_tokens={32_768 * bench.world} --log_interval=1 --save=False",
+            None,
+        )
+    rows = []
+    for name, (options, env) in runs.items():
+        one = bench.train(options, 1, gpu=bench.world - 1, env=env)
+        rest = {"DDP": options, "FSDP2": f"{options} --shard=fsdp"}
+        rows.append((name, one, {how: bench.train(words, bench.world, env=env) for how, words in rest.items()}))
+        if not bench.on_gpu:
+            one.finish()
+    result = []
+    for name, one, several in rows:
+        one.finish()
+        for how, command in several.items():
+            figures, _ = command.finish()
+            figures |= compare(command.out_dir, one.out_dir)
+            result.append({"part": "equal", "what": f"{name}: {how} on {bench.world} against 1", **figures})
+    return result
+
+
+def resume(bench):
+    options, how = small(bench), dict(env=EXACT)
+    whole = bench.train(f"{options} --shard=fsdp", bench.world, **how)
+    first = bench.train(f"{options} --shard=fsdp --max_steps=30", bench.world, **how)
+    whole.finish()
+    failed = first.finish()[0]
+    if failed["status"] != 0:
+        return [{"part": "resume", "what": "the first half", **failed}]
+    started = []
+    for count in sorted({bench.world // 2, 1}, reverse=True):
+        out_dir = shutil.copytree(first.out_dir, bench.path("run"))
+        shard = " --shard=fsdp" * (count > 1)
+        started.append((count, bench.train(f"{options} --resume{shard}", count, out_dir=out_dir, **how)))
+    rows = []
+    for count, command in started:
+        figures, text = command.finish()
+        figures["went_on_from_30"] = "going on from step 30" in text
+        what = f"saved on {bench.world} at step 30, resumed on {count}, against the unbroken run on {bench.world}"
+        rows.append({"part": "resume", "what": what, **figures, **compare(command.out_dir, whole.out_dir, first=31)})
+    return rows
+
+
+def kill(bench):
+    def one(how):
+        options = f"{small(bench)} {HOW[how]}"
+        whole = bench.train(options, bench.world, env=EXACT)
+        if not bench.on_gpu:
+            whole.finish()
+        killed = bench.train(options, bench.world, restarts=1, env=EXACT)
+        step = kill_last_rank(bench, killed)
+        figures, text = killed.finish()
+        whole.finish()
+        what = f"{how} on {bench.world}: rank {bench.world - 1} killed, against the unbroken run"
+        figures |= {"failed": step is None, "killed_at_step": step, "went_on": "going on from step" in text}
+        return {"part": "kill", "what": what, **figures, **compare(killed.out_dir, whole.out_dir)}
+
+    with ThreadPoolExecutor(2 if bench.on_gpu else 1) as threads:
+        return list(threads.map(one, ("DDP", "FSDP2")))
+
+
+def kill_last_rank(bench, command, step=30):
+    """SIGKILL when the log has that step -> the last step in the log; None where the run ended before."""
+    while command.popen.poll() is None and time.monotonic() < command.begun + 200:
+        rows = read_log(f"{command.out_dir}/log.jsonl")
+        if rows and rows[-1]["step"] >= step:
+            for pid in children(command.popen.pid):
+                if rank_of(pid) == bench.world - 1:
+                    os.kill(pid, signal.SIGKILL)
+                    return rows[-1]["step"]
+        time.sleep(0.01)
+    return None
+
+
+# ---------------------------------------------------------------------------------------
+# A model too large for one GPU
+
+
+def large(bench):
+    """A dense GPT with 16 bytes a parameter (float32: itself, gradient, two moments) beyond 1.1 times a GPU's memory."""
+    if bench.on_gpu:
+        memory = torch.cuda.get_device_properties(0).total_memory
+        shape, micro_batch = dict(d_model=4096, n_head=32, block_size=1024, vocab_size=50304), 8
+    else:
+        memory, shape, micro_batch = 5e6, dict(d_model=64, n_head=2, block_size=32, vocab_size=96), 4
+    n_layer, parameters = 0, 0
+    while 16 * parameters < 1.1 * memory:
+        n_layer += 1
+        with torch.device("meta"):
+            model = GPT(GPTConfig(structure="dense", n_layer=n_layer, **shape))
+        parameters = sum(p.numel() for p in model.parameters())
+    words = " ".join(f"--{key}={value}" for key, value in shape.items())
+    options = (
+        f"--structure=dense --n_layer={n_layer} {words} {TEXT} --activation_checkpointing --save=False --max_steps=50 "
+        f"--warmup_steps=10 --lr=1e-3 --eval_interval=50 --log_interval=1 --micro_batch={micro_batch} "
+        f"--device={bench.device.type}"
+    )
+    tokens = micro_batch * shape["block_size"]
+    size = {"part": "large", "parameters": parameters, "n_layer": n_layer, "gib_of_state": 16 * parameters / 2**30}
+    for count, more in ((1, "--compile=False"), (bench.world, "--shard=fsdp")):
+        batch = tokens * count
+        command = bench.train(f"{options} --batch_tokens={batch} --eval_tokens={2 * batch} {more}", count)
+        figures, text = command.finish(limit=400)
+        log = read_log(f"{command.out_dir}/log.jsonl")
+        lines = text.splitlines()
+        yield {
+            **size, "gpus": count, "gib_of_a_gpu": memory / 2**30, "tokens_an_update": batch, **figures,
+            "errors": [line for line in lines if line.startswith("error: ")], "traceback": "Traceback" in text,
+            "memory": next((line for line in lines if line.startswith("memory")), None),
+            "steps": log[-1]["step"] if log else None,
+            "val_losses": [row["val_loss"] for row in log if "val_loss" in row],
+            "losses": [row["loss"] for row in log if "loss" in row][::7],
+            **{key: median_of(log, key) for key in ("tokens_per_second", "mfu")},
+        }  # fmt: skip
+        print(f"large: {short(parameters)} parameters on {count}: {figures['seconds']} s", flush=True)
+
+
+# ---------------------------------------------------------------------------------------
+# Tables and picture
+
+
+def efficiency(row, rows):
+    """Tokens a second over those of as many single GPUs -> {"CUDA graph": …, "no graph": …}, of the same scaling."""
+    result = {}
+    for one in rows:
+        same = one["model"] == row["model"] and one["gpus"] == 1 and row["scaling"] in (one["scaling"], "both")
+        if same:
+            key = one["how"] + (", all tokens" if one["scaling"] == "strong" else "")
+            result[key] = row["tokens_per_second"] / row["gpus"] / one["tokens_per_second"]
+    return result
+
+
+def report(paths):
+    """Print Markdown tables of all rows; the picture goes beside the first file."""
+    rows = []
+    for path in paths:
+        with open(path) as file:
+            rows += json.load(file)
+    speeds = [row for row in rows if row["part"] == "speed" and not row.get("failed")]
+    if speeds:
+        references = list(dict.fromkeys(key for row in speeds for key in efficiency(row, speeds)))
+        head = ["model", "GPUs", "how", "scaling", "tokens an update", "ms", "tokens/s", "MFU", "GiB"]
+        table(
+            head + [f"to 1 GPU, {key}" for key in references],
+            [
+                [
+                    row["model"], row["gpus"], row["how"], row["scaling"], f"{row['tokens_an_update']:,}",
+                    f"{row['ms_median']:.1f}", f"{row['tokens_per_second']:,.0f}", percent(row["mfu"]),
+                    "" if row["peak_memory_gib"] is None else f"{row['peak_memory_gib']:.1f}",
+                    *(percent(efficiency(row, speeds).get(key)) for key in references),
+                ]
+                for row in speeds
+            ],
+        )  # fmt: skip
+        draw(speeds, os.path.splitext(paths[0])[0] + ".png")
+    runs = [row for row in rows if row["part"] in ("equal", "resume", "kill") and "loss_rows" in row]
+    if runs:
+        head = ["part", "run", "status", "s", "losses", "bit-equal", "largest difference", "of validation", "notes"]
+        table(
+            head,
+            [
+                [
+                    row["part"], row["what"], row["status"], row["seconds"],
+                    f"{row['loss_rows']}" + f", {row['loss_rows_missing']} missing" * (row["loss_rows_missing"] > 0),
+                    row["loss_equal"], number(row["loss_largest_difference"]), number(row["val_loss_largest_difference"]),
+                    "; ".join(f"{key}: {row[key]}" for key in ("went_on_from_30", "killed_at_step", "went_on") if key in row),
+                ]
+                for row in runs
+            ],
+        )  # fmt: skip
+    larges = [row for row in rows if row["part"] == "large"]
+    if larges:
+        head = ["parameters", "layers", "GPUs", "GiB of state", "GiB a GPU", "status", "steps", "tokens/s", "MFU", ""]
+        table(
+            head,
+            [
+                [
+                    short(row["parameters"]), row["n_layer"], row["gpus"], f"{row['gib_of_state']:.1f}",
+                    f"{row['gib_of_a_gpu']:.1f}", row["status"], row["steps"],
+                    "" if row["tokens_per_second"] is None else f"{row['tokens_per_second']:,.0f}", percent(row["mfu"]),
+                    "; ".join([*row["errors"], *filter(None, [row["memory"]])]),
+                ]
+                for row in larges
+            ],
+        )  # fmt: skip
+    for row in rows:
+        if row.get("failed") or (row.get("status", 0) != 0 and row["part"] != "large"):
+            print(f"FAILED: {row['part']}: {row.get('what') or row.get('model')}\n{row.get('output', '')}\n")
+
+
+def table(head, rows):
+    for row in [head, ["---"] * len(head), *rows]:
+        print("| " + " | ".join("" if cell is None else str(cell) for cell in row) + " |")
+    print()
+
+
+def percent(value):
+    return "" if value is None else f"{value:.1%}"
+
+
+def number(value):
+    return "" if value is None else f"{value:.2g}"
+
+
+def draw(rows, png):
+    """Tokens a second against GPUs, a panel a model; the legend has the efficiency of weak scaling on most GPUs."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    names = list(dict.fromkeys(row["model"] for row in rows))
+    figure, panels = plt.subplots(1, len(names), figsize=(5.5 * len(names), 4.5), layout="constrained", squeeze=False)
+    for axes, name in zip(panels[0], names):
+        ours = sorted((row for row in rows if row["model"] == name), key=lambda row: row["gpus"])
+        counts = sorted({row["gpus"] for row in ours})
+        one = next((row["tokens_per_second"] for row in ours if row["how"] == "CUDA graph"), None)
+        if one:
+            axes.plot([0, counts[-1]], [0, one * counts[-1]], "k--", lw=1, label="ideal")
+        for how, color in (("DDP", "C0"), ("DDP, one bucket", "C2"), ("FSDP2", "C1")):
+            for scaling, style in (("weak", "o-"), ("strong", "s:")):
+                points = [row for row in ours if row["scaling"] in (scaling, "both")]
+                several = [row for row in points if row["how"] == how]
+                points = [row for row in points if row["how"] == "CUDA graph"] + several
+                if not several or (scaling == "strong" and how != "DDP"):
+                    continue
+                label = f"{how}, {scaling}"
+                if one and scaling == "weak":
+                    last = several[-1]
+                    label += f", {last['tokens_per_second'] / one / last['gpus']:.1%} on {last['gpus']}"
+                x, y = ([row[key] for row in points] for key in ("gpus", "tokens_per_second"))
+                axes.plot(x, y, style, color=color, mfc=color if scaling == "weak" else "none", label=label)
+        axes.set(title=name, xlabel="GPUs", ylabel="tokens/s", xticks=counts, ylim=(0, None))
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=8)
+    figure.suptitle(f"{rows[0]['device']}, torch {rows[0]['torch']}", fontsize=9)
+    save_figure(figure, png)
+    print(f"written: {png}\n")
+
+
+# ---------------------------------------------------------------------------------------
+
+PARTS = {"speed": speed, "equal": equal, "resume": resume, "kill": kill, "large": large}
+LOCK = threading.Lock()  # of the file
+TOGETHER = [["speed"], ["equal", "resume", "kill"], ["large"]]  # of a line side by side: what is not timed
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("parts", nargs="*", help=f"{' '.join(PARTS)}; none: all")
+    parser.add_argument("--out", default="out/multi_gpu", help="folder for multi_gpu.json")
+    parser.add_argument("--device", default="auto", help="cpu: a smoke test")
+    parser.add_argument("--processes", type=int, help="GPUs to use, all by default; on the CPU 2")
+    parser.add_argument("--report", nargs="+", metavar="JSON", help="no runs: tables and picture of these rows")
+    arguments = parser.parse_args()
+    if arguments.report:
+        return report(arguments.report)
+    if set(arguments.parts) - set(PARTS):
+        parser.error(f"parts are {' '.join(PARTS)}")
+    device = choose_device(arguments.device)
+    world = arguments.processes or (torch.cuda.device_count() if device.type == "cuda" else 2)
+    if world < 2:
+        parser.error("one GPU: nothing to compare it with")
+    os.makedirs(arguments.out, exist_ok=True)
+    path = os.path.join(arguments.out, "multi_gpu.json")
+    prepare_default(TEXT.partition("=")[2])
+    with tempfile.TemporaryDirectory(prefix="multi_gpu") as folder:
+        bench = Bench(device, world, folder)
+        signal.signal(signal.SIGTERM, lambda *_: bench.end())
+        for line in TOGETHER:
+            chosen = [part for part in line if part in (arguments.parts or PARTS)]
+            with ThreadPoolExecutor(len(line) if bench.on_gpu else 1) as threads:
+                list(threads.map(lambda part: measure(part, bench, path), chosen))
+
+
+def measure(part, bench, path):
+    """Rows of a part, written as they come in the place of those that the file had of it."""
+    begun, rows = time.monotonic(), []
+    try:
+        for row in PARTS[part](bench):
+            rows.append({**row, **versions()})
+            write(part, rows, path, bench.device)
+    except Exception:  # the other parts go on
+        rows.append({"part": part, "failed": True, "output": traceback.format_exc()})
+        write(part, rows, path, bench.device)
+    print(f"{part}: {time.monotonic() - begun:.0f} s", flush=True)
+
+
+def write(part, rows, path, device):
+    with LOCK:
+        others = []
+        if os.path.exists(path):
+            with open(path) as file:
+                others = [row for row in json.load(file) if row["part"] != part]
+        write_rows(path, others + rows, device)
+
+
+def versions():
+    if not torch.cuda.is_available():
+        return {}
+    import triton
+
+    return {"triton": triton.__version__, "nccl": ".".join(map(str, torch.cuda.nccl.version()))}
+
+
+if __name__ == "__main__":
+    main()

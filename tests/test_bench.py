@@ -1,0 +1,35 @@
+"""bench.py's update, on one process and on several."""
+
+import json
+
+import pytest
+
+from conftest import run_script
+
+SHAPE = "--vocab_size=96 --n_layer=1 --n_head=2 --d_model=36 --block_size=32 --micro_batch=2 --batch_tokens=256"
+
+
+@pytest.mark.parametrize("processes", [None, 2])
+def test_an_update_is_timed(tmp_path, processes):
+    """Three configs, the last of them sharded; one process prints, and writes a row each."""
+    words = f"{SHAPE} --device=cpu --compile=False"
+    against = f"--against={words} --structure=dense; {words} --shard=fsdp"
+    path = tmp_path / "step.json"
+    done = run_script(
+        "bench.py", "step", *words.split(), "--steps=2", "--parts=False", f"--json={path}", against, processes=processes
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("tokens_per_second") == 1
+    rows = json.loads(path.read_text())
+    assert len(rows) == 3 and "--structure=dense" in rows[1]["command"]
+    for row in rows:
+        assert row["processes"] == (processes or 1) and row["tokens_an_update"] == 256
+        assert row["tokens_per_second"] == pytest.approx(256e3 / row["ms_median"]) and "forward_share" not in row
+
+
+def test_parts_and_profile(tmp_path):
+    words = f"{SHAPE} --device=cpu --compile=False --steps=2 --profile={tmp_path}".split()
+    done = run_script("bench.py", "step", *words, processes=2)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "optimizer_share" in done.stdout and "matrix products" in (tmp_path / "profile.txt").read_text()
+    assert (tmp_path / "trace.json").stat().st_size > 1000
