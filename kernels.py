@@ -1,13 +1,36 @@
-"""The products inside a structured layer, in plain torch.
+"""The products inside a structured layer: Triton kernels for BTT, plain torch for the rest.
 
-An EinsumLinear is two batched matrix products with a permutation between them. Left to autograd,
-the permutations turn into copies of large strided tensors, forward and backward; written out here,
-each product is given the orientation in which its operands are views and its result is what the
-next one reads. For a BTT (q = s = 1 below) that leaves one copy of the output, one of the input
-gradient, and one of z's gradient. Imports nothing of this project.
+A BTT is two block-diagonal products with a permutation between them (rows n are tokens):
+
+    z[n, g, r, f] = Σ_a x[n, g, a] · A[g, a, (r f)]        y[n, f, e] = Σ_{g r} z[n, g, r, f] · B[f, (g r), e]
+
+It needs few FLOPs, so that time goes where the bytes go: z, and copies of it in another order, are what
+makes it slower than a dense product when it is written as two calls of torch.bmm. btt() has three ways,
+and takes the one that a model of their cost expects to be the fastest (results/kernels.md):
+
+    fused   one kernel forward, one backward; z never leaves the chip. Where both cores fit on a multiprocessor
+    staged  a kernel a product; z crosses device memory once, transposed, so that both sides read whole rows of it
+    dense   the matrix is multiplied out, then cuBLAS. Where the cores hold nearly as many FLOPs as the matrix
+
+Sums are float32 and in a fixed order: the same inputs give the same bits. On a CPU, in float32 and without
+Triton there is plain torch, `two_products`, which also serves every other θ. Imports nothing of this project.
 """
 
+import functools
+import math
+from typing import NamedTuple
+
 import torch
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # no GPU: plain torch
+    triton = None
+
+
+# ---------------------------------------------------------------------------------------
+# Plain torch
 
 
 class TwoProducts(torch.autograd.Function):
@@ -15,6 +38,9 @@ class TwoProducts(torch.autograd.Function):
 
     n is the number of tokens, the other letters are sizes of a layer (EinsumLinear.forward).
     x (g, p, n, q), first (g, p, r·f·s), second (f, q·g·r, t), all of one dtype -> y (f, s, n, t).
+    Left to autograd the permutations turn into copies, forward and backward; written out here, each product
+    has the orientation in which its operands are views and its result is what the next one reads. For a BTT
+    (q = s = 1) that leaves one copy of the output, one of the input gradient, and one of z's gradient.
     """
 
     @staticmethod
@@ -48,8 +74,476 @@ class TwoProducts(torch.autograd.Function):
         return dx.view(g, n, q, p).permute(0, 3, 1, 2), d_first, d_second
 
 
-def two_products(x, first, second):
-    """TwoProducts in autocast's dtype where autocast is on, else in the dtype of x."""
+def compute_dtype(x):
+    """Autocast's dtype where autocast is on, else that of x."""
     device = x.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+
+
+def two_products(x, first, second):
+    """TwoProducts in the compute dtype."""
+    dtype = compute_dtype(x)
     return TwoProducts.apply(x.to(dtype), first.to(dtype), second.to(dtype))
+
+
+def btt_matrix(A, B):
+    """The matrix of a BTT, (f·e, g·a): each of its g × f blocks is a product of rank r."""
+    g, a, rf = A.shape
+    f, gr, e = B.shape
+    r = gr // g
+    W = torch.einsum("garf,fgre->fega", A.view(g, a, r, f), B.view(f, g, r, e))
+    return W.reshape(f * e, g * a)
+
+
+# ---------------------------------------------------------------------------------------
+# BTT
+
+
+def btt(x, A, B, way=None):
+    """y = W x for a Block Tensor-Train W of two cores.
+
+    x (..., g·a), A (g, a, r·f), B (f, g·r, e) -> y (..., f·e), in x's dtype or autocast's.
+    way: "fused", "staged", "dense" or "torch"; None takes what should be the fastest.
+    """
+    g, a, rf = A.shape
+    f, gr, e = B.shape
+    sizes = BTTSizes(g, a, f, e, gr // g)
+    if x.shape[-1] != g * a or gr % g or rf != sizes.r * f:
+        raise ValueError(f"btt: x {tuple(x.shape)}, A {tuple(A.shape)} and B {tuple(B.shape)} do not fit together")
+    dtype = compute_dtype(x)
+    x_2d, A, B = x.to(dtype).reshape(-1, g * a), A.to(dtype), B.to(dtype)
+    n = x_2d.shape[0]
+    if way is None:
+        way = choose_way(n, sizes) if runs_triton(x_2d) and dtype in (torch.float16, torch.bfloat16) else "torch"
+    if way == "fused":
+        y = torch.ops.nanoeinsum.btt_fused(x_2d, A, B)
+    elif way == "staged":
+        y, _ = torch.ops.nanoeinsum.btt_staged(x_2d, A, B)
+    elif way == "dense":
+        y = torch.nn.functional.linear(x_2d, btt_matrix(A, B))
+    else:
+        x_4d = x_2d.view(n, g, 1, a).permute(1, 3, 0, 2)
+        y = TwoProducts.apply(x_4d, A, B).permute(2, 0, 1, 3)  # (f, 1, n, e) -> (n, f, 1, e)
+    return y.reshape(*x.shape[:-1], f * e)
+
+
+class BTTSizes(NamedTuple):
+    g: int  # γ, blocks of the input
+    a: int  # α, width of such a block
+    f: int  # φ, blocks of the output
+    e: int  # ε, width of such a block
+    r: int  # ρ, rank
+
+
+def runs_triton(tensor):
+    """Whether kernels run where the tensor is: on a CUDA GPU, or anywhere in Triton's interpreter."""
+    return triton is not None and (tensor.is_cuda or triton.knobs.runtime.interpret)
+
+
+# Of one H100, measured (results/kernels.md): bytes/s of streaming kernels, FLOP/s of large cuBLAS products. Only
+# their ratio decides, and it is much the same on its neighbours.
+BANDWIDTH, FLOP_RATE = 2.6e12, 650e12
+
+
+@functools.cache
+def choose_way(n, sizes):
+    """The way with the least expected time, forward and backward. n: number of tokens."""
+    if n == 0:
+        return "torch"
+    g, a, f, e, r = sizes
+    d_in, d_out, z = g * a, f * e, g * r * f
+    if fused_blocks(sizes) is not None and n >= 16 * 64:
+        return "fused"  # reads x and dy and writes y and dx, little more
+    dense = 3 * 2 * n * d_in * d_out / FLOP_RATE + 12 * d_in * d_out / BANDWIDTH
+    # x z | z y | dy z dz | dz x dx, of 2 bytes each
+    staged = 2 * n * (3 * d_in + 2 * d_out + 6 * z) / BANDWIDTH + 5e-6
+    return "staged" if max(r * f, g * r) <= MAX_ROWS and staged < dense else "dense"
+
+
+def _pow2(n, least=1):
+    return max(least, 1 << (n - 1).bit_length())
+
+
+# ---------------------------------------------------------------------------------------
+# Fused: a tile of tokens, both cores and what is between stay on one multiprocessor
+
+SHARED_MEMORY = 232_448  # bytes a block may have on a Hopper GPU; the fused way is for those with as much
+
+
+class FusedBlocks(NamedTuple):
+    tokens: int  # BM: tokens a tile
+    g_block: int  # GB: blocks γ of which a program of the backward kernel makes the gradients
+    warps: int  # of the forward kernel
+    backward_warps: int
+
+
+@functools.cache
+def fused_blocks(sizes):
+    """Block sizes of the fused kernels for a layer, or None where they do not fit on a multiprocessor."""
+    g, a, f, e, r = sizes
+    G, AP, F, EP, R = _pow2(g), _pow2(a, 16), _pow2(f), _pow2(e, 16), _pow2(r)
+    tokens = 16
+    if G * R < 16 or F * R < 16 or F < 8 or G < 8:
+        return None
+    cores = 2 * (G * AP * R * F + F * G * R * EP)
+    forward = cores + 2 * tokens * (2 * G * AP + max(G * R * F, F * EP))
+    g_block = G
+    while g_block * F * R * (AP + EP) > 32_768 and g_block * R > 16:
+        g_block //= 2  # the accumulators of both gradients stay in registers
+    share = g_block / G
+    backward = share * cores + 2 * tokens * (2 * (g_block * AP + F * EP) + 2 * g_block * R * F)
+    fits = max(forward, backward) <= SHARED_MEMORY and g_block * F * R * (AP + EP) <= 32_768
+    largest = max(G * R * F, F * EP, G * AP) * tokens
+    warps = 16 if largest > 8192 else 8
+    return FusedBlocks(tokens, g_block, min(warps, G, F), min(8, g_block, F)) if fits else None
+
+
+if triton is not None:
+
+    @triton.jit
+    def _load_tokens(base, n, stride, blocks, k, N, BLOCKS: tl.constexpr, K: tl.constexpr):
+        """(blocks, n, k) tile of a matrix (N, BLOCKS·K)."""
+        pointers = base + n[None, :, None].to(tl.int64) * stride + blocks[:, None, None] * K + k[None, None, :]
+        mask = (n[None, :, None] < N) & (blocks[:, None, None] < BLOCKS) & (k[None, None, :] < K)
+        return tl.load(pointers, mask, 0.0)
+
+    @triton.jit
+    def _store_tokens(base, n, stride, blocks, k, N, BLOCKS: tl.constexpr, K: tl.constexpr, tile):
+        pointers = base + n[None, :, None].to(tl.int64) * stride + blocks[:, None, None] * K + k[None, None, :]
+        mask = (n[None, :, None] < N) & (blocks[:, None, None] < BLOCKS) & (k[None, None, :] < K)
+        tl.store(pointers, tile.to(base.dtype.element_ty), mask)
+
+    @triton.jit
+    def _core_a(g, a, rf, G: tl.constexpr, AL: tl.constexpr, F: tl.constexpr, R: tl.constexpr, FB: tl.constexpr):
+        """Where the tile (g, (r f), a) of core A lies, transposed, and its mask; f < FB runs faster than r."""
+        r, f = rf // FB, rf % FB
+        offsets = (g[:, None, None] * AL + a[None, None, :]) * (R * F) + (r * F + f)[None, :, None]
+        return offsets, (g[:, None, None] < G) & (a[None, None, :] < AL) & ((r < R) & (f < F))[None, :, None]
+
+    @triton.jit
+    def _core_b(f, gr, e, G: tl.constexpr, EL: tl.constexpr, F: tl.constexpr, R: tl.constexpr, RB: tl.constexpr):
+        """Where the tile (f, (g r), e) of core B lies, and its mask; r < RB runs faster than g."""
+        g, r = gr // RB, gr % RB
+        offsets = (f[:, None, None] * (G * R) + (g * R + r)[None, :, None]) * EL + e[None, None, :]
+        return offsets, (f[:, None, None] < F) & ((g < G) & (r < R))[None, :, None] & (e[None, None, :] < EL)
+
+    @triton.jit
+    def _fused_forward(
+        x, A, B, y, N, x_stride,
+        G: tl.constexpr, AL: tl.constexpr, F: tl.constexpr, EL: tl.constexpr, R: tl.constexpr,
+        GB: tl.constexpr, AP: tl.constexpr, FB: tl.constexpr, EP: tl.constexpr, RB: tl.constexpr, BM: tl.constexpr,
+    ):  # fmt: skip
+        """y of one tile of tokens after the other; the cores are read once. Sizes …B and …P are rounded up to powers of 2."""
+        g, a, f, e = tl.arange(0, GB), tl.arange(0, AP), tl.arange(0, FB), tl.arange(0, EP)
+        offsets, mask = _core_a(g, a, tl.arange(0, RB * FB), G, AL, F, R, FB)
+        A_t = tl.load(A + offsets, mask, 0.0)  # (GB, RB·FB, AP)
+        offsets, mask = _core_b(f, tl.arange(0, GB * RB), e, G, EL, F, R, RB)
+        B_t = tl.load(B + offsets, mask, 0.0)  # (FB, GB·RB, EP)
+        for tile in tl.range(tl.program_id(0), tl.cdiv(N, BM), tl.num_programs(0), num_stages=3):
+            n = tile * BM + tl.arange(0, BM)
+            x_t = _load_tokens(x, n, x_stride, g, a, N, G, AL)  # (GB, BM, AP)
+            # z is made with tokens as its last index: then what moves between warps are rows of 16 bytes and more.
+            z = tl.dot(A_t, x_t.permute(0, 2, 1)).to(x_t.dtype)  # (GB, RB·FB, BM)
+            z = z.reshape(GB, RB, FB, BM).permute(2, 0, 1, 3).reshape(FB, GB * RB, BM)
+            y_t = tl.dot(z.permute(0, 2, 1), B_t)  # (FB, BM, EP)
+            _store_tokens(y, n, F * EL, f, e, N, F, EL, y_t)
+
+    @triton.jit
+    def _fused_backward(
+        x, dy, A, B, dx, dA, dB, N, x_stride, dy_stride, part_stride,
+        G: tl.constexpr, AL: tl.constexpr, F: tl.constexpr, EL: tl.constexpr, R: tl.constexpr,
+        GB: tl.constexpr, AP: tl.constexpr, FB: tl.constexpr, EP: tl.constexpr, RB: tl.constexpr, BM: tl.constexpr,
+        G_BLOCKS: tl.constexpr,
+    ):  # fmt: skip
+        """All three gradients. For a block of γ everything is local: x and dx of it, dA of it, its rows of dB; only dy is read by all.
+
+        A program has one such block and every so-manieth tile of tokens; its sums dA and dB go to a part of their own.
+        """
+        part = tl.program_id(0) // G_BLOCKS
+        g0 = (tl.program_id(0) % G_BLOCKS) * GB
+        g, a, f, e = g0 + tl.arange(0, GB), tl.arange(0, AP), tl.arange(0, FB), tl.arange(0, EP)
+        offsets_A, mask_A = _core_a(g, a, tl.arange(0, RB * FB), G, AL, F, R, FB)
+        offsets_B, mask_B = _core_b(f, g0 * RB + tl.arange(0, GB * RB), e, G, EL, F, R, RB)
+        A_t = tl.load(A + offsets_A, mask_A, 0.0)  # (GB, RB·FB, AP)
+        B_t = tl.load(B + offsets_B, mask_B, 0.0)  # (FB, GB·RB, EP)
+        dA_t = tl.zeros((GB, RB * FB, AP), tl.float32)
+        dB_t = tl.zeros((FB, GB * RB, EP), tl.float32)
+        for tile in tl.range(part, tl.cdiv(N, BM), tl.num_programs(0) // G_BLOCKS, num_stages=3):
+            n = tile * BM + tl.arange(0, BM)
+            x_t = _load_tokens(x, n, x_stride, g, a, N, G, AL)  # (GB, BM, AP)
+            dy_t = _load_tokens(dy, n, dy_stride, f, e, N, F, EL)  # (FB, BM, EP)
+            z = tl.dot(A_t, x_t.permute(0, 2, 1)).to(x_t.dtype)  # (GB, RB·FB, BM)
+            z = z.reshape(GB, RB, FB, BM).permute(2, 0, 1, 3).reshape(FB, GB * RB, BM)
+            dB_t = tl.dot(z, dy_t, dB_t)
+            dz = tl.dot(B_t, dy_t.permute(0, 2, 1)).to(x_t.dtype)  # (FB, GB·RB, BM)
+            dz = dz.reshape(FB, GB, RB, BM).permute(1, 2, 0, 3).reshape(GB, RB * FB, BM)
+            dA_t = tl.dot(dz, x_t, dA_t)
+            dx_t = tl.dot(dz.permute(0, 2, 1), A_t)  # (GB, BM, AP)
+            _store_tokens(dx, n, G * AL, g, a, N, G, AL, dx_t)
+        tl.store(dA + part * part_stride + offsets_A, dA_t, mask_A)
+        tl.store(dB + part * part_stride + offsets_B, dB_t, mask_B)
+
+
+def _constants(sizes, g_block):
+    g, a, f, e, r = sizes
+    return dict(
+        G=g, AL=a, F=f, EL=e, R=r, GB=g_block, AP=_pow2(a, 16), FB=_pow2(f), EP=_pow2(e, 16), RB=_pow2(r)
+    )  # fmt: skip
+
+
+def _multiprocessors(tensor):
+    return torch.cuda.get_device_properties(tensor.device).multi_processor_count if tensor.is_cuda else 2
+
+
+def _sizes(A, B):
+    (g, a, _), (f, gr, e) = A.shape, B.shape
+    return BTTSizes(g, a, f, e, gr // g)
+
+
+def _rows(x):
+    """x (n, d) with its rows whole in memory."""
+    return x if x.stride(1) == 1 else x.contiguous()
+
+
+@torch.library.custom_op("nanoeinsum::btt_fused", mutates_args=())
+def btt_fused(x: torch.Tensor, A: torch.Tensor, B: torch.Tensor) -> torch.Tensor:
+    x, A, B, sizes = _rows(x), A.contiguous(), B.contiguous(), _sizes(A, B)
+    blocks, n = fused_blocks(sizes), len(x)
+    y = x.new_empty(n, sizes.f * sizes.e)
+    programs = min(triton.cdiv(n, blocks.tokens), _multiprocessors(x))
+    _fused_forward[(programs,)](
+        x, A, B, y, n, x.stride(0), **_constants(sizes, _pow2(sizes.g)), BM=blocks.tokens, num_warps=blocks.warps
+    )  # fmt: skip
+    return y
+
+
+@btt_fused.register_fake
+def _(x, A, B):
+    return x.new_empty(x.shape[0], B.shape[0] * B.shape[2])
+
+
+@torch.library.custom_op("nanoeinsum::btt_fused_backward", mutates_args=())
+def btt_fused_backward(
+    x: torch.Tensor, dy: torch.Tensor, A: torch.Tensor, B: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    x, dy, A, B, sizes = _rows(x), _rows(dy), A.contiguous(), B.contiguous(), _sizes(A, B)
+    blocks, n = fused_blocks(sizes), len(x)
+    g_blocks = triton.cdiv(sizes.g, blocks.g_block)
+    parts = max(1, min(triton.cdiv(n, blocks.tokens), _multiprocessors(x) // g_blocks))
+    dx = x.new_empty(n, sizes.g * sizes.a)
+    sums = torch.empty(parts, A.numel() + B.numel(), dtype=torch.float32, device=x.device)
+    _fused_backward[(g_blocks * parts,)](
+        x, dy, A, B, dx, sums, sums[:, A.numel() :], n, x.stride(0), dy.stride(0), sums.stride(0),
+        **_constants(sizes, blocks.g_block), BM=blocks.tokens, G_BLOCKS=g_blocks, num_warps=blocks.backward_warps,
+    )  # fmt: skip
+    return dx, *_sum_parts(sums, A, B)
+
+
+def _sum_parts(sums, A, B):
+    """(parts, sizes of A and B) in float32 -> dA, dB in their dtype; copies, for an operator's results may not share memory."""
+    total = sums.sum(dim=0)
+    dA, dB = total.split([A.numel(), B.numel()])
+    return torch.empty_like(A).copy_(dA.view_as(A)), torch.empty_like(B).copy_(dB.view_as(B))
+
+
+@btt_fused_backward.register_fake
+def _(x, dy, A, B):
+    return x.new_empty(x.shape), A.new_empty(A.shape), B.new_empty(B.shape)
+
+
+def _fused_setup(ctx, inputs, output):
+    ctx.save_for_backward(*inputs)
+
+
+def _fused_gradients(ctx, dy):
+    x, A, B = ctx.saved_tensors
+    return torch.ops.nanoeinsum.btt_fused_backward(x, dy, A, B)
+
+
+btt_fused.register_autograd(_fused_gradients, setup_context=_fused_setup)
+
+
+# ---------------------------------------------------------------------------------------
+# Staged: z in device memory as (g, r, f, n), tokens last. The first product writes it and the second reads it by
+# whole rows; every operand is then what Hopper's matrix units take as it lies. A program has one core's block and
+# every so-manieth tile of tokens.
+
+MAX_ROWS = 256  # of a block of z, r·f or g·r, that a program can hold
+
+if triton is not None:
+
+    @triton.jit
+    def _staged_first(
+        x, A, z, N, z_stride, x_stride, G: tl.constexpr, AL: tl.constexpr, RF: tl.constexpr, AP: tl.constexpr,
+        CB: tl.constexpr, BM: tl.constexpr, PARTS, STAGES: tl.constexpr,
+    ):  # fmt: skip
+        """z_g (r·f, n) = A_gᵀ x_gᵀ"""
+        C_BLOCKS: tl.constexpr = (RF + CB - 1) // CB
+        pid = tl.program_id(0)
+        g = pid % G
+        c = (pid // G) % C_BLOCKS * CB + tl.arange(0, CB)
+        a = tl.arange(0, AP)
+        mask = (a[:, None] < AL) & (c[None, :] < RF)
+        A_g = tl.load(A + g * (AL * RF) + a[:, None] * RF + c[None, :], mask, 0.0)
+        for tile in tl.range(pid // (G * C_BLOCKS), tl.cdiv(N, BM), PARTS, num_stages=STAGES):
+            n = tile * BM + tl.arange(0, BM)
+            mask = (n[:, None] < N) & (a[None, :] < AL)
+            x_t = tl.load(x + n[:, None].to(tl.int64) * x_stride + g * AL + a[None, :], mask, 0.0)
+            z_t = tl.dot(A_g.T, x_t.T).to(z.dtype.element_ty)  # (CB, BM)
+            rows = z + (g * RF + c)[:, None].to(tl.int64) * z_stride
+            tl.store(rows + n[None, :], z_t, (c[:, None] < RF) & (n[None, :] < N))
+
+    @triton.jit
+    def _staged_second(
+        z, B, y, N, z_stride, F: tl.constexpr, EL: tl.constexpr, GR: tl.constexpr, EP: tl.constexpr, KP: tl.constexpr,
+        BM: tl.constexpr, PARTS, STAGES: tl.constexpr,
+    ):  # fmt: skip
+        """y_f (n, e) = z_fᵀ B_f"""
+        pid = tl.program_id(0)
+        f = pid % F
+        k, e = tl.arange(0, KP), tl.arange(0, EP)
+        mask = (k[:, None] < GR) & (e[None, :] < EL)
+        B_f = tl.load(B + f * (GR * EL) + k[:, None] * EL + e[None, :], mask, 0.0)
+        for tile in tl.range(pid // F, tl.cdiv(N, BM), PARTS, num_stages=STAGES):
+            n = tile * BM + tl.arange(0, BM)
+            rows = z + (k * F + f)[:, None].to(tl.int64) * z_stride
+            z_t = tl.load(rows + n[None, :], (k[:, None] < GR) & (n[None, :] < N), 0.0)
+            y_t = tl.dot(z_t.T, B_f).to(y.dtype.element_ty)  # (BM, EP)
+            rows = y + n[:, None].to(tl.int64) * (F * EL)
+            tl.store(rows + f * EL + e[None, :], y_t, (n[:, None] < N) & (e[None, :] < EL))
+
+    @triton.jit
+    def _staged_second_backward(
+        z, dy, B, dz, dB, N, z_stride, dy_stride, part_stride,
+        F: tl.constexpr, EL: tl.constexpr, GR: tl.constexpr, EP: tl.constexpr, KB: tl.constexpr,
+        BM: tl.constexpr, PARTS, STAGES: tl.constexpr,
+    ):  # fmt: skip
+        """dz_f (g·r, n) = B_f dy_fᵀ and dB_f = z_f dy_f, for KB of the g·r rows."""
+        K_BLOCKS: tl.constexpr = (GR + KB - 1) // KB
+        pid = tl.program_id(0)
+        f = pid % F
+        k = (pid // F) % K_BLOCKS * KB + tl.arange(0, KB)
+        part = pid // (F * K_BLOCKS)
+        e = tl.arange(0, EP)
+        offsets = f * (GR * EL) + k[:, None] * EL + e[None, :]
+        mask_B = (k[:, None] < GR) & (e[None, :] < EL)
+        B_f = tl.load(B + offsets, mask_B, 0.0)
+        dB_f = tl.zeros((KB, EP), tl.float32)
+        for tile in tl.range(part, tl.cdiv(N, BM), PARTS, num_stages=STAGES):
+            n = tile * BM + tl.arange(0, BM)
+            mask = (n[:, None] < N) & (e[None, :] < EL)
+            dy_t = tl.load(dy + n[:, None].to(tl.int64) * dy_stride + f * EL + e[None, :], mask, 0.0)
+            at = (k * F + f)[:, None].to(tl.int64) * z_stride + n[None, :]
+            mask = (k[:, None] < GR) & (n[None, :] < N)
+            z_t = tl.load(z + at, mask, 0.0)
+            dz_t = tl.dot(B_f, dy_t.T).to(dz.dtype.element_ty)  # (KB, BM)
+            tl.store(dz + at, dz_t, mask)
+            dB_f = tl.dot(z_t, dy_t, dB_f)
+        tl.store(dB + part * part_stride + offsets, dB_f, mask_B)
+
+    @triton.jit
+    def _staged_first_backward(
+        dz, x, A, dx, dA, N, z_stride, x_stride, part_stride,
+        G: tl.constexpr, AL: tl.constexpr, RF: tl.constexpr, AP: tl.constexpr, CP: tl.constexpr,
+        BM: tl.constexpr, PARTS, STAGES: tl.constexpr,
+    ):  # fmt: skip
+        """dx_g (n, a) = dz_gᵀ A_gᵀ and dA_gᵀ (r·f, a) = dz_g x_g"""
+        pid = tl.program_id(0)
+        g = pid % G
+        part = pid // G
+        a, c = tl.arange(0, AP), tl.arange(0, CP)
+        offsets = g * (AL * RF) + a[None, :] * RF + c[:, None]
+        mask_A = (a[None, :] < AL) & (c[:, None] < RF)
+        A_g = tl.load(A + offsets, mask_A, 0.0)  # (r·f, a)
+        dA_g = tl.zeros((CP, AP), tl.float32)
+        for tile in tl.range(part, tl.cdiv(N, BM), PARTS, num_stages=STAGES):
+            n = tile * BM + tl.arange(0, BM)
+            rows = dz + (g * RF + c)[:, None].to(tl.int64) * z_stride
+            dz_t = tl.load(rows + n[None, :], (c[:, None] < RF) & (n[None, :] < N), 0.0)
+            mask = (n[:, None] < N) & (a[None, :] < AL)
+            x_t = tl.load(x + n[:, None].to(tl.int64) * x_stride + g * AL + a[None, :], mask, 0.0)
+            dx_t = tl.dot(dz_t.T, A_g).to(dx.dtype.element_ty)  # (BM, AP)
+            tl.store(dx + n[:, None].to(tl.int64) * (G * AL) + g * AL + a[None, :], dx_t, mask)
+            dA_g = tl.dot(dz_t, x_t, dA_g)
+        tl.store(dA + part * part_stride + offsets, dA_g, mask_A)
+
+
+def _parts(blocks, n, tokens, tensor):
+    """So many programs share the tokens of one block that there are about 4 programs a multiprocessor."""
+    return max(1, min(triton.cdiv(n, tokens), round(4 * _multiprocessors(tensor) / blocks)))
+
+
+@torch.library.custom_op("nanoeinsum::btt_staged", mutates_args=())
+def btt_staged(x: torch.Tensor, A: torch.Tensor, B: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    x, A, B, (g, a, f, e, r) = _rows(x), A.contiguous(), B.contiguous(), _sizes(A, B)
+    n = len(x)
+    z, y = x.new_empty(g * r * f, _z_stride(n)), x.new_empty(n, f * e)
+    columns = min(_pow2(r * f, 16), 128)
+    small = columns <= 64
+    parts = _parts(g * triton.cdiv(r * f, columns), n, 128, x)
+    _staged_first[(g * triton.cdiv(r * f, columns) * parts,)](
+        x, A, z, n, z.stride(0), x.stride(0), G=g, AL=a, RF=r * f, AP=_pow2(a, 16), CB=columns,
+        BM=128, PARTS=parts, STAGES=3 if small else 2, num_warps=8 if small else 4,
+    )  # fmt: skip
+    rows = _pow2(g * r, 16)
+    tokens = 128 if rows <= 64 else 64
+    parts = _parts(f, n, tokens, x)
+    _staged_second[(f * parts,)](
+        z, B, y, n, z.stride(0), F=f, EL=e, GR=g * r, EP=_pow2(e, 16), KP=rows,
+        BM=tokens, PARTS=parts, STAGES=3, num_warps=4,
+    )  # fmt: skip
+    return y, z
+
+
+def _z_stride(n):
+    return -(-n // 64) * 64  # rows of z begin at a multiple of 128 bytes
+
+
+@btt_staged.register_fake
+def _(x, A, B):
+    n, g, (f, gr, e) = x.shape[0], A.shape[0], B.shape
+    return x.new_empty(n, f * e), x.new_empty(gr * f, _z_stride(n))
+
+
+@torch.library.custom_op("nanoeinsum::btt_staged_backward", mutates_args=())
+def btt_staged_backward(
+    x: torch.Tensor, dy: torch.Tensor, A: torch.Tensor, B: torch.Tensor, z: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    x, dy, A, B, (g, a, f, e, r) = _rows(x), _rows(dy), A.contiguous(), B.contiguous(), _sizes(A, B)
+    n = len(x)
+    dz, dx = torch.empty_like(z), x.new_empty(n, g * a)
+    rows = min(_pow2(g * r, 16), 128)
+    tokens = 128 if rows <= 64 and e <= 64 else 64
+    k_blocks = triton.cdiv(g * r, rows)
+    parts_B, parts_A = _parts(f * k_blocks, n, tokens, x), _parts(g, n, 128, x)
+    sums_A = torch.empty(parts_A, A.numel(), dtype=torch.float32, device=x.device)
+    sums_B = torch.empty(parts_B, B.numel(), dtype=torch.float32, device=x.device)
+    _staged_second_backward[(f * k_blocks * parts_B,)](
+        z, dy, B, dz, sums_B, n, z.stride(0), dy.stride(0), B.numel(), F=f, EL=e, GR=g * r, EP=_pow2(e, 16), KB=rows,
+        BM=tokens, PARTS=parts_B, STAGES=3, num_warps=8,
+    )  # fmt: skip
+    columns = _pow2(r * f, 16)
+    tokens = 128 if columns <= 64 and a <= 64 else 64
+    _staged_first_backward[(g * parts_A,)](
+        dz, x, A, dx, sums_A, n, z.stride(0), x.stride(0), A.numel(), G=g, AL=a, RF=r * f, AP=_pow2(a, 16), CP=columns,
+        BM=tokens, PARTS=parts_A, STAGES=3, num_warps=8 if columns <= 64 else 4,
+    )  # fmt: skip
+    return dx, sums_A.sum(dim=0).to(A.dtype).view_as(A), sums_B.sum(dim=0).to(B.dtype).view_as(B)
+
+
+@btt_staged_backward.register_fake
+def _(x, dy, A, B, z):
+    return x.new_empty(x.shape), A.new_empty(A.shape), B.new_empty(B.shape)
+
+
+def _staged_setup(ctx, inputs, output):
+    ctx.save_for_backward(*inputs, output[1])
+    ctx.set_materialize_grads(False)
+
+
+def _staged_gradients(ctx, dy, _):
+    x, A, B, z = ctx.saved_tensors
+    return torch.ops.nanoeinsum.btt_staged_backward(x, dy, A, B, z)
+
+
+btt_staged.register_autograd(_staged_gradients, setup_context=_staged_setup)
