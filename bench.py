@@ -1,5 +1,6 @@
 """Timings.
 
+    python bench.py layers --json=out/layers.json --png=out/layers.png                 # structured layers against dense
     python bench.py step config/gpt2_dense.py --micro_batch=32 --batch_tokens=32768    # an update, on random tokens
     python bench.py step config/gpt2_btt.py --against="config/gpt2_dense.py"           # two configs side by side
     python bench.py step config/gpt2_btt.py --profile=out/profile                      # where the time goes
@@ -24,6 +25,7 @@ import torch
 import torch.distributed as dist
 
 import train
+from bench_layers import bench_layers
 from configurator import ConfigError, load_config
 from cuda_graph import Graphed
 from data import CharTokenizer, TokenData
@@ -357,7 +359,7 @@ def bench_data(argv):
         write_rows(config.json, rows, torch.device("cpu"))
 
 
-BENCHES = {"step": bench_step, "sample": bench_sample, "data": bench_data}
+BENCHES = {"layers": bench_layers, "step": bench_step, "sample": bench_sample, "data": bench_data}
 
 
 def main(argv):

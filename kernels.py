@@ -17,7 +17,6 @@ Triton there is plain torch, `two_products`, which also serves every other θ. I
 """
 
 import functools
-import math
 from typing import NamedTuple
 
 import torch
@@ -501,7 +500,7 @@ def _z_stride(n):
 
 @btt_staged.register_fake
 def _(x, A, B):
-    n, g, (f, gr, e) = x.shape[0], A.shape[0], B.shape
+    n, (f, gr, e) = x.shape[0], B.shape
     return x.new_empty(n, f * e), x.new_empty(gr * f, _z_stride(n))
 
 

@@ -1,0 +1,211 @@
+"""One structured layer against a dense one: `python bench.py layers`.
+
+For every layer and number of tokens: milliseconds forward, and forward with backward, of cuBLAS's dense product, of
+the plain torch.bmm path, and of each way that kernels.btt has; the floor, below which no kernel can be on this GPU;
+the error of each against float64. On a GPU calls are recorded in a CUDA graph, so that launches are not timed.
+Imports from kernels, einsum_linear, configurator and device.
+"""
+
+import itertools
+import time
+from dataclasses import dataclass
+
+import torch
+
+import kernels
+from configurator import ConfigError, load_config
+from device import choose_device, choose_dtype, device_name, write_rows
+from einsum_linear import BTT, factor_sizes
+
+
+@dataclass
+class LayersConfig:
+    # "in-out:rank", with spaces between: the layers
+    layers: str = (
+        "1024-1024:1 1024-1024:4 2048-2048:1 2048-2048:4 4096-4096:1 4096-4096:4 "
+        "768-3072:1 3072-768:1 768-3072:4 3072-768:4 2048-8192:1 8192-2048:1 2048-8192:4 8192-2048:4"
+    )
+    tokens: tuple = (2048, 32_768, 262_144)  # tokens in a batch
+    ways: tuple = ("torch", "fused", "staged", "dense", "chosen")  # of kernels.btt; torch is the plain bmm path
+    device: str = "auto"  # cuda, cpu; auto: a GPU where there is one
+    dtype: str = "auto"  # auto: bfloat16 on a GPU
+    errors: bool = True  # compare with float64
+    json: str | None = None  # file for the rows
+    png: str | None = None  # file for a roofline picture
+
+
+def bench_layers(argv):
+    config = load_config(LayersConfig, argv)
+    device = choose_device(config.device)
+    dtype = choose_dtype(config.dtype, device)
+    bandwidth, rate = ceilings(device, dtype)
+    name = device_name(device)
+    print(f"{name}, torch {torch.__version__}, {dtype}: {bandwidth / 1e12:.2f} TB/s, {rate / 1e12:.0f} TFLOP/s; ms")
+    print(
+        f"{'layer':<16}{'tokens':>8}  {'way':<22}{'fwd':>8}{'fwd+bwd':>9}{'floor':>8}{'/floor':>8}{'dense/':>8}  error"
+    )
+    rows = []
+    for tokens, text in itertools.product(config.tokens, config.layers.split()):
+        d_in, d_out, rank = parse_layer(text)
+        for row in time_layer(d_in, d_out, rank, tokens, config, device, dtype, bandwidth, rate):
+            rows.append(
+                {"what": "layer", "dtype": str(dtype), "copy_bytes_per_second": bandwidth, "flops": rate, **row}
+            )
+            print(format_row(row), flush=True)
+            if config.json:
+                write_rows(config.json, rows, device)
+    if config.png:
+        draw_roofline(rows, bandwidth, rate, f"{name}, {dtype}", config.png)
+
+
+def parse_layer(text):
+    try:
+        widths, rank = text.split(":")
+        d_in, d_out = widths.split("-")
+        return int(d_in), int(d_out), int(rank)
+    except ValueError:
+        raise ConfigError(f"layers: {text!r} is no layer: write 1024-4096:2 for rank 2") from None
+
+
+def format_row(row):
+    cells = [f"{row[key]:>{width}.3f}" for key, width in (("forward_ms", 8), ("ms", 9), ("floor_ms", 8))]
+    ratios = [f"{row[key]:>8.2f}" for key in ("times_floor", "times_faster_than_dense")]
+    error = f"  {row['error']:.1e}" if "error" in row else ""
+    return f"{row['layer']:<16}{row['tokens']:>8}  {row['way']:<22}" + "".join(cells + ratios) + error
+
+
+def ceilings(device, dtype):
+    """-> bytes/s of a large copy, read and written; FLOP/s of a large product."""
+    size = 2**28 if device.type == "cuda" else 2**22
+    a = torch.randn(size // 2, device=device).to(dtype)
+    b = torch.empty_like(a)
+    seconds = milliseconds(lambda: b.copy_(a), device, repeats=20) / 1e3
+    side = 8192 if device.type == "cuda" else 512
+    m = torch.randn(side, side, device=device).to(dtype)
+    return 2 * a.numel() * a.element_size() / seconds, 2 * side**3 / (milliseconds(lambda: m @ m, device) / 1e3)
+
+
+def milliseconds(function, device, repeats=10, rounds=7):
+    """Median over rounds of the mean of so many calls one after the other."""
+    for _ in range(2):
+        function()
+    if device.type != "cuda":
+        times = []
+        for _ in range(rounds):
+            start = time.perf_counter()
+            function()
+            times.append(1e3 * (time.perf_counter() - start))
+        return sorted(times)[rounds // 2]
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        function()
+        with torch.cuda.graph(graph, stream=stream):
+            for _ in range(repeats):
+                function()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph.replay()
+    times = []
+    for _ in range(rounds):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(begin.elapsed_time(end) / repeats)
+    return sorted(times)[rounds // 2]
+
+
+def time_layer(d_in, d_out, rank, tokens, config, device, dtype, bandwidth, rate):
+    """Rows of one layer, the dense one first."""
+    generator = torch.Generator(device).manual_seed(0)
+
+    def normal(*shape, std=1.0):
+        return (std * torch.randn(shape, generator=generator, device=device)).to(dtype)
+
+    a, _, g, _, e, f, r = factor_sizes(d_in, d_out, BTT, rank)
+    x, dy = normal(tokens, d_in).requires_grad_(), normal(tokens, d_out)
+    A = normal(g, a, r * f, std=a**-0.5).requires_grad_()
+    B = normal(f, g * r, e, std=(g * r) ** -0.5).requires_grad_()
+    W = normal(d_out, d_in, std=d_in**-0.5).requires_grad_()
+    # Every input read and every output written once; or the products, where they take longer.
+    size, mults = x.element_size(), g * r * f * (a + e)
+    io = size * tokens * (d_in + d_out)
+    floors = [max(io / bandwidth, 2 * tokens * mults / rate), None]
+    floors[1] = floors[0] + max(size * tokens * (2 * d_in + d_out) / bandwidth, 4 * tokens * mults / rate)
+    repeats = max(2, min(20, 2**30 // (tokens * (d_in + d_out))))
+
+    def row(way, forward, parameters):
+        gradients = [x, *parameters]
+
+        def both():
+            return torch.autograd.grad(forward(), gradients, dy)
+
+        with torch.no_grad():
+            forward_ms = milliseconds(forward, device, repeats)
+        ms = milliseconds(both, device, repeats)
+        return {
+            "layer": f"{d_in}-{d_out}:{rank}", "d_in": d_in, "d_out": d_out, "rank": rank, "tokens": tokens, "way": way,
+            "forward_ms": forward_ms, "ms": ms, "floor_forward_ms": 1e3 * floors[0], "floor_ms": 1e3 * floors[1],
+            "times_floor": ms / (1e3 * floors[1]), "training_flops": 6 * tokens * mults, "bytes": io * 3,
+        }  # fmt: skip
+
+    rows = [row("dense", lambda: torch.nn.functional.linear(x, W), [W])]
+    rows[0]["training_flops"] = 6 * tokens * d_in * d_out
+    sizes = kernels.BTTSizes(g, a, f, e, r)
+    chosen = kernels.choose_way(tokens, sizes) if kernels.runs_triton(x) else "torch"
+    for way in config.ways:
+        if way == "fused" and kernels.fused_blocks(sizes) is None:
+            continue
+        if way == "staged" and max(r * f, g * r) > kernels.MAX_ROWS:
+            continue
+        use = {"chosen": None}.get(way, way)
+        label = f"chosen: {chosen}" if way == "chosen" else f"btt, {way}"
+        measured = row(label, lambda use=use: kernels.btt(x, A, B, use), [A, B])
+        if config.errors:
+            measured["error"] = worst_error(use, x, dy, A, B)
+        rows.append(measured)
+    for measured in rows:
+        measured["times_faster_than_dense"] = rows[0]["ms"] / measured["ms"]
+    return rows
+
+
+def worst_error(way, x, dy, A, B, most=512):
+    """Largest relative error of y, dx, dA and dB on the first tokens against float64."""
+    x, dy = x[:most].detach().requires_grad_(), dy[:most]
+    y = kernels.btt(x, A, B, way)
+    ours = [y, *torch.autograd.grad(y, (x, A, B), dy)]
+    x, A, B = (tensor.detach().double().requires_grad_() for tensor in (x, A, B))
+    y = torch.nn.functional.linear(x, kernels.btt_matrix(A, B))
+    true = [y, *torch.autograd.grad(y, (x, A, B), dy.double())]
+    return max(((a.double() - b).norm() / b.norm()).item() for a, b in zip(ours, true))
+
+
+def draw_roofline(rows, bandwidth, rate, title, png):
+    """FLOP/s reached against FLOPs a byte that must move, under the GPU's two ceilings."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(8, 5.5), constrained_layout=True)
+    edge = rate / bandwidth
+    span = [min(row["training_flops"] / row["bytes"] for row in rows) / 1.5, max(edge * 4, 3000)]
+    axes.plot([span[0], edge, span[1]], [span[0] * bandwidth / 1e12, rate / 1e12, rate / 1e12], "k-", lw=1)
+    markers = {"dense": "s", "btt, torch": "x"}
+    for kind, colour in (("dense", "0.5"), ("btt, torch", "tab:red"), ("chosen", "tab:blue")):
+        mine = [row for row in rows if row["way"].startswith(kind)]
+        axes.scatter(
+            [row["training_flops"] / row["bytes"] for row in mine],
+            [row["training_flops"] / row["ms"] / 1e9 for row in mine],
+            s=[12 + 4 * (row["tokens"] // 32_768) for row in mine], c=colour, marker=markers.get(kind, "o"),
+            label={"chosen": "btt, the way chosen", "btt, torch": "btt, torch.bmm"}.get(kind, kind),
+        )  # fmt: skip
+    axes.set(
+        xscale="log", yscale="log", xlabel="FLOPs a byte of input and output", ylabel="TFLOP/s, forward and backward"
+    )
+    axes.set_title(f"Layers under the ceilings of memory and arithmetic\n{title}", fontsize=10)
+    axes.legend()
+    axes.grid(alpha=0.3, which="both")
+    figure.savefig(png, dpi=130)
+    plt.close(figure)
