@@ -382,12 +382,12 @@ if triton is not None:
         g = pid % G
         c = (pid // G) % C_BLOCKS * CB + tl.arange(0, CB)
         a = tl.arange(0, AP)
-        mask = (a[:, None] < AL) & (c[None, :] < RF)
-        A_g = tl.load(A + g * (AL * RF) + a[:, None] * RF + c[None, :], mask, 0.0)
+        mask_A = (a[:, None] < AL) & (c[None, :] < RF)
+        A_g = tl.load(A + g * (AL * RF) + a[:, None] * RF + c[None, :], mask_A, 0.0)
         for tile in tl.range(pid // (G * C_BLOCKS), tl.cdiv(N, BM), PARTS, num_stages=STAGES):
             n = tile * BM + tl.arange(0, BM)
-            mask = (n[:, None] < N) & (a[None, :] < AL)
-            x_t = tl.load(x + n[:, None].to(tl.int64) * x_stride + g * AL + a[None, :], mask, 0.0)
+            mask_x = (n[:, None] < N) & (a[None, :] < AL)
+            x_t = tl.load(x + n[:, None].to(tl.int64) * x_stride + g * AL + a[None, :], mask_x, 0.0)
             z_t = tl.dot(A_g.T, x_t.T).to(z.dtype.element_ty)  # (CB, BM)
             rows = z + (g * RF + c)[:, None].to(tl.int64) * z_stride
             tl.store(rows + n[None, :], z_t, (c[:, None] < RF) & (n[None, :] < N))
@@ -401,15 +401,15 @@ if triton is not None:
         pid = tl.program_id(0)
         f = pid % F
         k, e = tl.arange(0, KP), tl.arange(0, EP)
-        mask = (k[:, None] < GR) & (e[None, :] < EL)
-        B_f = tl.load(B + f * (GR * EL) + k[:, None] * EL + e[None, :], mask, 0.0)
+        mask_B = (k[:, None] < GR) & (e[None, :] < EL)
+        B_f = tl.load(B + f * (GR * EL) + k[:, None] * EL + e[None, :], mask_B, 0.0)
         for tile in tl.range(pid // F, tl.cdiv(N, BM), PARTS, num_stages=STAGES):
             n = tile * BM + tl.arange(0, BM)
             rows = z + (k * F + f)[:, None].to(tl.int64) * z_stride
             z_t = tl.load(rows + n[None, :], (k[:, None] < GR) & (n[None, :] < N), 0.0)
             y_t = tl.dot(z_t.T, B_f).to(y.dtype.element_ty)  # (BM, EP)
-            rows = y + n[:, None].to(tl.int64) * (F * EL)
-            tl.store(rows + f * EL + e[None, :], y_t, (n[:, None] < N) & (e[None, :] < EL))
+            to = y + n[:, None].to(tl.int64) * (F * EL) + f * EL + e[None, :]
+            tl.store(to, y_t, (n[:, None] < N) & (e[None, :] < EL))
 
     @triton.jit
     def _staged_second_backward(
@@ -430,13 +430,13 @@ if triton is not None:
         dB_f = tl.zeros((KB, EP), tl.float32)
         for tile in tl.range(part, tl.cdiv(N, BM), PARTS, num_stages=STAGES):
             n = tile * BM + tl.arange(0, BM)
-            mask = (n[:, None] < N) & (e[None, :] < EL)
-            dy_t = tl.load(dy + n[:, None].to(tl.int64) * dy_stride + f * EL + e[None, :], mask, 0.0)
+            mask_y = (n[:, None] < N) & (e[None, :] < EL)
+            dy_t = tl.load(dy + n[:, None].to(tl.int64) * dy_stride + f * EL + e[None, :], mask_y, 0.0)
             at = (k * F + f)[:, None].to(tl.int64) * z_stride + n[None, :]
-            mask = (k[:, None] < GR) & (n[None, :] < N)
-            z_t = tl.load(z + at, mask, 0.0)
+            mask_z = (k[:, None] < GR) & (n[None, :] < N)
+            z_t = tl.load(z + at, mask_z, 0.0)
             dz_t = tl.dot(B_f, dy_t.T).to(dz.dtype.element_ty)  # (KB, BM)
-            tl.store(dz + at, dz_t, mask)
+            tl.store(dz + at, dz_t, mask_z)
             dB_f = tl.dot(z_t, dy_t, dB_f)
         tl.store(dB + part * part_stride + offsets, dB_f, mask_B)
 
@@ -459,10 +459,10 @@ if triton is not None:
             n = tile * BM + tl.arange(0, BM)
             rows = dz + (g * RF + c)[:, None].to(tl.int64) * z_stride
             dz_t = tl.load(rows + n[None, :], (c[:, None] < RF) & (n[None, :] < N), 0.0)
-            mask = (n[:, None] < N) & (a[None, :] < AL)
-            x_t = tl.load(x + n[:, None].to(tl.int64) * x_stride + g * AL + a[None, :], mask, 0.0)
+            mask_x = (n[:, None] < N) & (a[None, :] < AL)
+            x_t = tl.load(x + n[:, None].to(tl.int64) * x_stride + g * AL + a[None, :], mask_x, 0.0)
             dx_t = tl.dot(dz_t.T, A_g).to(dx.dtype.element_ty)  # (BM, AP)
-            tl.store(dx + n[:, None].to(tl.int64) * (G * AL) + g * AL + a[None, :], dx_t, mask)
+            tl.store(dx + n[:, None].to(tl.int64) * (G * AL) + g * AL + a[None, :], dx_t, mask_x)
             dA_g = tl.dot(dz_t, x_t, dA_g)
         tl.store(dA + part * part_stride + offsets, dA_g, mask_A)
 
