@@ -16,7 +16,6 @@ Sums are float32 and in a fixed order: the same inputs give the same bits. On a 
 Triton there is plain torch, `two_products`, which also serves every other θ. Imports nothing of this project.
 """
 
-import functools
 from typing import NamedTuple
 
 import torch
@@ -144,7 +143,6 @@ def runs_triton(tensor):
 BANDWIDTH, FLOP_RATE = 2.6e12, 650e12
 
 
-@functools.cache
 def choose_way(n, sizes):
     """The way with the least expected time, forward and backward. n: number of tokens."""
     if n == 0:
@@ -176,7 +174,6 @@ class FusedBlocks(NamedTuple):
     backward_warps: int
 
 
-@functools.cache
 def fused_blocks(sizes):
     """Block sizes of the fused kernels for a layer, or None where they do not fit on a multiprocessor."""
     g, a, f, e, r = sizes
