@@ -7,6 +7,7 @@ Imports from kernels, einsum_linear, configurator and device.
 """
 
 import itertools
+import json
 import time
 from dataclasses import dataclass
 
@@ -31,11 +32,17 @@ class LayersConfig:
     dtype: str = "auto"  # auto: bfloat16 on a GPU
     errors: bool = True  # compare with float64
     json: str | None = None  # file for the rows
-    png: str | None = None  # file for a roofline picture
+    png: str | None = None  # file for a picture: times, and the roofline
+    draw: str | None = None  # file of rows to draw again, instead of measuring
 
 
 def bench_layers(argv):
     config = load_config(LayersConfig, argv)
+    if config.draw:
+        with open(config.draw) as file:
+            rows = [row for row in json.load(file) if row["what"] == "layer"]
+        draw_layers(rows, config.png or "layers.png")
+        return
     device = choose_device(config.device)
     dtype = choose_dtype(config.dtype, device)
     bandwidth, rate = ceilings(device, dtype)
@@ -55,7 +62,7 @@ def bench_layers(argv):
             if config.json:
                 write_rows(config.json, rows, device)
     if config.png:
-        draw_roofline(rows, bandwidth, rate, f"{name}, {dtype}", config.png)
+        draw_layers([{"device": name, **row} for row in rows], config.png)
 
 
 def parse_layer(text):
@@ -181,31 +188,46 @@ def worst_error(way, x, dy, A, B, most=512):
     return max(((a.double() - b).norm() / b.norm()).item() for a, b in zip(ours, true))
 
 
-def draw_roofline(rows, bandwidth, rate, title, png):
-    """FLOP/s reached against FLOPs a byte that must move, under the GPU's two ceilings."""
+def draw_layers(rows, png):
+    """Left: time of each layer as a share of dense. Right: FLOP/s reached, under the GPU's two ceilings."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(8, 5.5), constrained_layout=True)
-    edge = rate / bandwidth
-    span = [min(row["training_flops"] / row["bytes"] for row in rows) / 1.5, max(edge * 4, 3000)]
-    axes.plot([span[0], edge, span[1]], [span[0] * bandwidth / 1e12, rate / 1e12, rate / 1e12], "k-", lw=1)
-    markers = {"dense": "s", "btt, torch": "x"}
-    for kind, colour in (("dense", "0.5"), ("btt, torch", "tab:red"), ("chosen", "tab:blue")):
+    kinds = {  # what a row's way begins with: label, colour, marker
+        "dense": ("dense, cuBLAS", "0.55", "s"),
+        "btt, torch": ("BTT by torch.bmm", "tab:red", "x"),
+        "chosen": ("BTT, kernels.btt", "tab:blue", "o"),
+    }
+    tokens = max(row["tokens"] for row in rows if row["tokens"] <= 32_768)
+    layers = list(dict.fromkeys(row["layer"] for row in rows if row["tokens"] == tokens))
+    figure, (bars, roofline) = plt.subplots(1, 2, figsize=(12, 4.8), constrained_layout=True, width_ratios=[1.3, 1])
+    for i, (kind, (label, colour, marker)) in enumerate(kinds.items()):
         mine = [row for row in rows if row["way"].startswith(kind)]
-        axes.scatter(
-            [row["training_flops"] / row["bytes"] for row in mine],
-            [row["training_flops"] / row["ms"] / 1e9 for row in mine],
-            s=[12 + 4 * (row["tokens"] // 32_768) for row in mine], c=colour, marker=markers.get(kind, "o"),
-            label={"chosen": "btt, the way chosen", "btt, torch": "btt, torch.bmm"}.get(kind, kind),
+        ms = {row["layer"]: row["ms"] for row in mine if row["tokens"] == tokens}
+        share = {row["layer"]: 1 / row["times_faster_than_dense"] for row in mine if row["tokens"] == tokens}
+        at = [j + 0.27 * (i - 1) for j in range(len(layers))]
+        bars.bar(at, [share[layer] for layer in layers], 0.26, label=label, color=colour)
+        for x, layer in zip(at, layers):
+            bars.text(x, share[layer] + 0.03, f"{ms[layer]:.2f}", ha="center", va="bottom", fontsize=7, rotation=90)
+        roofline.scatter(
+            [row["training_flops"] / row["bytes"] for row in mine], [row["training_flops"] / row["ms"] / 1e9 for row in mine],
+            s=14 if marker == "x" else 20, c=colour, marker=marker, label=label,
         )  # fmt: skip
-    axes.set(
-        xscale="log", yscale="log", xlabel="FLOPs a byte of input and output", ylabel="TFLOP/s, forward and backward"
+    bars.axhline(1, color="k", lw=0.8)
+    names = [f"{row.replace('-', '→').replace(':', chr(10) + 'rank ')}" for row in layers]
+    bars.set_xticks(range(len(layers)), names, fontsize=8)
+    bars.set(ylabel="time, as a share of dense", title=f"Forward and backward of {tokens:,} tokens; labels are ms")
+    bars.margins(y=0.12)
+    bars.legend(fontsize=8)
+    bandwidth, rate = rows[0]["copy_bytes_per_second"], rows[0]["flops"]
+    edge, low = rate / bandwidth, min(row["training_flops"] / row["bytes"] for row in rows) / 1.5
+    roofline.plot([low, edge, 4 * edge], [low * bandwidth / 1e12, rate / 1e12, rate / 1e12], "k-", lw=1)
+    roofline.set(xscale="log", yscale="log", xlabel="FLOPs a byte of input and output", ylabel="TFLOP/s")
+    roofline.set_title(
+        f"Under the ceilings of memory and arithmetic\n{rows[0]['device']}, {rows[0]['dtype']}", fontsize=10
     )
-    axes.set_title(f"Layers under the ceilings of memory and arithmetic\n{title}", fontsize=10)
-    axes.legend()
-    axes.grid(alpha=0.3, which="both")
+    roofline.grid(alpha=0.3, which="both")
     figure.savefig(png, dpi=130)
     plt.close(figure)

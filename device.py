@@ -1,7 +1,9 @@
 """Which device, which 16 bits, how data get there and back, how fast it could be. Imports from configurator."""
 
+import importlib
 import json
 import platform
+from contextlib import suppress
 
 import torch
 
@@ -88,6 +90,8 @@ class Numbers:
 def write_rows(path, rows, device):
     """A list of measurements (dicts of plain values) as JSON, each with what it was measured on."""
     where = {"device": device_name(device), "python": platform.python_version(), "torch": torch.__version__}
+    with suppress(ImportError):
+        where["triton"] = importlib.import_module("triton").__version__
     with open(path, "w") as file:
         json.dump([{**where, **row} for row in rows], file, indent=1)
 

@@ -1,0 +1,257 @@
+"""BTT kernels: in Triton's interpreter against float64, and compiled for Hopper without a GPU. `pytest tests/test_kernels.py`."""
+
+import inspect
+import re
+import subprocess
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+
+import kernels
+from conftest import ROOT, run_script
+from einsum_linear import BTT, factor_sizes
+from kernels import BTTSizes, btt, btt_matrix, choose_way, fused_blocks
+
+triton = pytest.importorskip("triton")
+on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+def layer_sizes(d_in, d_out, rank):
+    a, _, g, _, e, f, r = factor_sizes(d_in, d_out, BTT, rank)
+    return BTTSizes(g, a, f, e, r)
+
+
+def example(sizes, shape, dtype, device="cpu", seed=0):
+    """x of shape (*shape, g·a), the cores, and a gradient of y, all of size 1 in y."""
+    g, a, f, e, r = sizes
+    generator = torch.Generator(device).manual_seed(seed)
+
+    def normal(*shape, std=1.0):
+        return (std * torch.randn(shape, generator=generator, device=device)).to(dtype)
+
+    A, B = normal(g, a, r * f, std=a**-0.5), normal(f, g * r, e, std=(g * r) ** -0.5)
+    return normal(*shape, g * a), A, B, normal(*shape, f * e)
+
+
+def results(way, x, A, B, dy):
+    """y, dx, dA, dB"""
+    x, A, B = (tensor.detach().requires_grad_() for tensor in (x, A, B))
+    y = btt(x, A, B, way)
+    return [y.detach(), *torch.autograd.grad(y, (x, A, B), dy)]
+
+
+def exact(x, A, B, dy):
+    """The same in float64 by the matrix."""
+    x, A, B = (tensor.double().requires_grad_() for tensor in (x, A, B))
+    y = x @ btt_matrix(A, B).T
+    return [y.detach(), *torch.autograd.grad(y, (x, A, B), dy.double())]
+
+
+def errors(way, *inputs):
+    return [
+        (a.double() - b).norm().item() / (b.norm().item() or 1) for a, b in zip(results(way, *inputs), exact(*inputs))
+    ]
+
+
+# ---------------------------------------------------------------------------------------
+# Plain torch
+
+
+def test_matrix_is_the_definition():
+    sizes = g, a, f, e, r = BTTSizes(3, 4, 5, 2, 2)
+    x, A, B, _ = example(sizes, (7,), torch.float64)
+    z = torch.einsum("nga,garf->ngrf", x.view(7, g, a), A.view(g, a, r, f))
+    y = torch.einsum("ngrf,fgre->nfe", z, B.view(f, g, r, e)).reshape(7, f * e)
+    torch.testing.assert_close(x @ btt_matrix(A, B).T, y)
+
+
+@pytest.mark.parametrize("way", ["torch", "dense", None])
+def test_plain_torch_in_float64(way):
+    assert max(errors(way, *example(BTTSizes(3, 4, 5, 2, 2), (2, 7), torch.float64))) < 1e-14
+
+
+def test_what_does_not_fit_is_refused():
+    x, A, B, _ = example(BTTSizes(3, 4, 5, 2, 2), (7,), torch.float32)
+    with pytest.raises(ValueError, match="do not fit together"):
+        btt(x, A, B[:, 1:])
+    with pytest.raises(ValueError, match="do not fit together"):
+        btt(x[:, 1:], A, B)
+
+
+def test_the_way_follows_cost():
+    """Small cores stay on a multiprocessor, large ones are streamed, ranks that save nothing are multiplied out."""
+    assert choose_way(32_768, layer_sizes(1024, 1024, 1)) == "fused"
+    assert choose_way(32_768, layer_sizes(4096, 4096, 1)) == choose_way(32_768, layer_sizes(4096, 4096, 4)) == "staged"
+    assert choose_way(32_768, layer_sizes(1024, 1024, 16)) == choose_way(32_768, layer_sizes(1024, 1024, 4)) == "dense"
+    assert fused_blocks(layer_sizes(4096, 4096, 1)) is None
+
+
+# ---------------------------------------------------------------------------------------
+# The kernels in the interpreter. In a process of its own: the interpreter is chosen at import.
+
+
+def test_kernels_in_the_interpreter():
+    path = {"TRITON_INTERPRET": "1", "PYTHONPATH": f"{ROOT}:{ROOT}/tests"}
+    done = run_script("tests/test_kernels.py", env=path)
+    assert done.returncode == 0 and done.stdout.endswith("passed\n"), done.stdout + done.stderr
+
+
+def interpreted():
+    """What the test above runs. Memory that a kernel does not write is NaN here."""
+    from hypothesis import given, settings
+    from hypothesis import strategies as st
+
+    torch.use_deterministic_algorithms(True)  # fills what is uninitialised
+    sizes = st.builds(BTTSizes, *(st.integers(1, most) for most in (20, 20, 20, 20, 5)))
+    ways = {"fused": 0, "staged": 0}
+
+    @settings(max_examples=60, deadline=None, database=None, derandomize=True)
+    @given(sizes, st.integers(0, 70), st.sampled_from([torch.float32, torch.float16]))
+    def odd_sizes(sizes, n, dtype):
+        inputs = example(sizes, (n,), dtype)
+        for way in ways:
+            if way == "staged" or fused_blocks(sizes) is not None:
+                ways[way] += 1
+                assert max(errors(way, *inputs)) < (1e-5 if dtype == torch.float32 else 4e-3), (way, sizes, n)
+
+    odd_sizes()
+    assert min(ways.values()) >= 10, ways  # both were tried
+
+    for way, sizes in (("fused", BTTSizes(16, 16, 16, 12, 1)), ("staged", BTTSizes(16, 16, 16, 12, 3))):
+        x, A, B, dy = example(sizes, (5, 9), torch.float32)
+        # rows with a gap between them, a transposed x, a third axis
+        wide = torch.randn(5, 9, 300)
+        wide[..., :256] = x
+        across = x.flatten(0, 1).t().contiguous().t()
+        assert max(errors(way, wide[..., :256], A, B, dy)) < 1e-5
+        assert max(errors(way, across, A, B, dy.flatten(0, 1))) < 1e-5
+        assert all(torch.equal(a, b) for a, b in zip(results(way, x, A, B, dy), results(way, x, A, B, dy)))
+        op = {"fused": torch.ops.nanoeinsum.btt_fused, "staged": torch.ops.nanoeinsum.btt_staged}[way]
+        inputs = [tensor.detach().requires_grad_() for tensor in (x.flatten(0, 1), A, B)]
+        torch.library.opcheck(
+            op.default, inputs, test_utils=("test_schema", "test_autograd_registration", "test_faketensor")
+        )
+        # under autocast and torch.compile, without a break of the graph
+        fast = torch.compile(btt, fullgraph=True, backend="aot_eager")
+        with torch.autocast("cpu", torch.float16):
+            y = fast(*inputs, way)
+        assert y.dtype == torch.float16
+        got = torch.autograd.grad(y, inputs, dy.flatten(0, 1).half())
+        want = results(way, x.flatten(0, 1).half(), A.half(), B.half(), dy.flatten(0, 1).half())
+        assert [grad.dtype for grad in got] == [torch.float32] * 3
+        assert all(torch.equal(a.half(), b) for a, b in zip(got, want[1:]))
+    print("passed")
+
+
+# ---------------------------------------------------------------------------------------
+# The kernels compiled for Hopper, which needs no GPU
+
+
+class Compiler:
+    """In a kernel's place: a launch is compiled for an H100 instead of made."""
+
+    TYPES = {torch.bfloat16: "*bf16", torch.float32: "*fp32"}
+
+    def __init__(self, kernel, compiled):
+        self.kernel, self.compiled = kernel, compiled
+
+    def __getitem__(self, grid):
+        def launch(*args, num_warps, **constants):
+            from triton.backends.compiler import GPUTarget
+            from triton.compiler import ASTSource
+
+            names = self.kernel.arg_names
+            values = {**dict(zip(names, args)), **constants}
+            fixed = {p.name: values[p.name] for p in self.kernel.params if p.is_constexpr or values[p.name] is None}
+            signature, hints = {}, {}
+            for i, name in enumerate(names):
+                value = values[name]
+                tensor = isinstance(value, torch.Tensor)
+                signature[name] = "constexpr" if name in fixed else self.TYPES[value.dtype] if tensor else "i32"
+                if name not in fixed and (tensor or value % 16 == 0):
+                    hints[(i,)] = [["tt.divisibility", 16]]
+            source = ASTSource(self.kernel, signature, constexprs=fixed, attrs=hints)
+            options = {"num_warps": num_warps}
+            result = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+            self.compiled[self.kernel.__name__] = result
+
+        return launch
+
+
+@pytest.mark.parametrize(
+    "d_in, d_out, rank", [(1024, 1024, 1), (768, 768, 1), (512, 512, 2), (768, 3072, 1), (4096, 4096, 4)]
+)
+def test_compiles_for_hopper(monkeypatch, d_in, d_out, rank):
+    """Within shared memory, and registers do not spill by more than a few; large layers are on the wgmma path."""
+    compiled, sizes = {}, layer_sizes(d_in, d_out, rank)
+    for name, kernel in inspect.getmembers(kernels, lambda member: isinstance(member, triton.runtime.jit.JITFunction)):
+        if re.match("_(fused|staged)_", name):
+            monkeypatch.setattr(kernels, name, Compiler(kernel, compiled))
+    monkeypatch.setattr(kernels, "_multiprocessors", lambda tensor: 132)
+    x, A, B, dy = example(sizes, (4096,), torch.bfloat16)
+    way = choose_way(4096, sizes)
+    results(way, x, A, B, dy)
+    assert set(compiled) == {
+        name for name in vars(kernels) if name.startswith(f"_{way}_") and isinstance(getattr(kernels, name), Compiler)
+    }
+    for name, result in compiled.items():
+        assert result.metadata.shared <= kernels.SHARED_MEMORY, name
+        assert spilled(result) <= 128, name
+        assert way == "fused" or d_in < 4096 or "wgmma" in result.asm["ptx"], name
+
+
+def spilled(compiled):
+    """Bytes of registers that ptxas puts in memory."""
+    binaries = Path(triton.__file__).parent / "backends/nvidia/bin"
+    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
+        file.write(compiled.asm["ptx"])
+        file.flush()
+        for ptxas in ("ptxas", "ptxas-blackwell"):  # the newer one where the PTX is too new for the other
+            words = [str(binaries / ptxas), "-v", "--gpu-name=sm_90a", file.name, "-o", "/dev/null"]
+            done = subprocess.run(words, capture_output=True, text=True)
+            if done.returncode == 0:
+                return int(re.search(r"(\d+) bytes spill stores", done.stderr)[1])
+    pytest.skip(f"no ptxas for this PTX: {done.stderr}")
+
+
+# ---------------------------------------------------------------------------------------
+# On a GPU
+
+
+@on_gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("n", [1, 77, 5000])
+@pytest.mark.parametrize(
+    "d_in, d_out, rank", [(1024, 1024, 1), (768, 768, 1), (512, 512, 2), (768, 3072, 3), (4096, 4096, 4), (600, 480, 5)]
+)
+def test_errors_on_a_gpu(d_in, d_out, rank, n, dtype):
+    sizes = layer_sizes(d_in, d_out, rank)
+    inputs = example(sizes, (n,), dtype, "cuda")
+    plain = errors("torch", *inputs)
+    for way in ("fused", "staged", "dense"):
+        if way == "fused" and fused_blocks(sizes) is None:
+            continue
+        found = errors(way, *inputs)
+        assert max(found) <= 5e-3
+        assert all(ours <= 1.5 * theirs + 1e-4 for ours, theirs in zip(found, plain)), (way, found, plain)
+        assert all(torch.equal(a, b) for a, b in zip(results(way, *inputs), results(way, *inputs)))
+
+
+@on_gpu
+@pytest.mark.parametrize("way", ["fused", "staged"])
+def test_more_than_2_to_the_31_elements(way):
+    """Rows at the far end of x and y, where 32 bits of offset would not do."""
+    sizes = BTTSizes(16, 16, 16, 16, 1)
+    n = 2**31 // 256 + 1000
+    x, A, B, _ = example(sizes, (64,), torch.bfloat16, "cuda")
+    far = torch.zeros(n, 256, dtype=torch.bfloat16, device="cuda")
+    far[-64:] = x
+    y = btt(far, A, B, way)
+    torch.testing.assert_close(y[-64:], btt(x, A, B, way), rtol=0, atol=0)
+    assert not y[:-64].any()
+
+
+if __name__ == "__main__":
+    interpreted()
