@@ -196,6 +196,7 @@ KERNEL_GROUPS = {
     "exchange between GPUs": ("nccl",),
     "attention": ("flash", "sdpa", "fmha", "attention", "dot_do_o", "convert_dq"),
     "matrix products": ("gemm", "nvjet", "cutlass", "splitk", "mm_", "cublas", "_mkl", "addmm", "bmm"),
+    "structured layers": ("_fused_forward_kernel", "_fused_backward_kernel", "_staged_first", "_staged_second"),
     "loss": ("cross_entropy", "softmax", "nll_loss"),
     "optimizer": ("adam", "optimizer", "lpnorm", "multi_tensor", "foreach"),
     "norms, activations, sums": ("triton", "layer_norm", "gelu", "reduce", "elementwise"),

@@ -224,7 +224,7 @@ if triton is not None:
         return offsets, (f[:, None, None] < F) & ((g < G) & (r < R))[None, :, None] & (e[None, None, :] < EL)
 
     @triton.jit
-    def _fused_forward(
+    def _fused_forward_kernel(
         x, A, B, y, N, x_stride,
         G: tl.constexpr, AL: tl.constexpr, F: tl.constexpr, EL: tl.constexpr, R: tl.constexpr,
         GB: tl.constexpr, AP: tl.constexpr, FB: tl.constexpr, EP: tl.constexpr, RB: tl.constexpr, BM: tl.constexpr,
@@ -245,7 +245,7 @@ if triton is not None:
             _store_tokens(y, n, F * EL, f, e, N, F, EL, y_t)
 
     @triton.jit
-    def _fused_backward(
+    def _fused_backward_kernel(
         x, dy, A, B, dx, dA, dB, N, x_stride, dy_stride, part_stride,
         G: tl.constexpr, AL: tl.constexpr, F: tl.constexpr, EL: tl.constexpr, R: tl.constexpr,
         GB: tl.constexpr, AP: tl.constexpr, FB: tl.constexpr, EP: tl.constexpr, RB: tl.constexpr, BM: tl.constexpr,
@@ -307,7 +307,7 @@ def btt_fused(x: torch.Tensor, A: torch.Tensor, B: torch.Tensor) -> torch.Tensor
     blocks, n = fused_blocks(sizes), len(x)
     y = x.new_empty(n, sizes.f * sizes.e)
     programs = min(triton.cdiv(n, blocks.tokens), _multiprocessors(x))
-    _fused_forward[(programs,)](
+    _fused_forward_kernel[(programs,)](
         x, A, B, y, n, x.stride(0), **_constants(sizes, _pow2(sizes.g)), BM=blocks.tokens, num_warps=blocks.warps
     )  # fmt: skip
     return y
@@ -328,7 +328,7 @@ def btt_fused_backward(
     parts = max(1, min(triton.cdiv(n, blocks.tokens), _multiprocessors(x) // g_blocks))
     dx = x.new_empty(n, sizes.g * sizes.a)
     sums = torch.empty(parts, A.numel() + B.numel(), dtype=torch.float32, device=x.device)
-    _fused_backward[(g_blocks * parts,)](
+    _fused_backward_kernel[(g_blocks * parts,)](
         x, dy, A, B, dx, sums, sums[:, A.numel() :], n, x.stride(0), dy.stride(0), sums.stride(0),
         **_constants(sizes, blocks.g_block), BM=blocks.tokens, G_BLOCKS=g_blocks, num_warps=blocks.backward_warps,
     )  # fmt: skip
@@ -369,7 +369,7 @@ MAX_ROWS = 256  # of a block of z, r·f or g·r, that a program can hold
 if triton is not None:
 
     @triton.jit
-    def _staged_first(
+    def _staged_first_kernel(
         x, A, z, N, z_stride, x_stride, G: tl.constexpr, AL: tl.constexpr, RF: tl.constexpr, AP: tl.constexpr,
         CB: tl.constexpr, BM: tl.constexpr, PARTS, STAGES: tl.constexpr,
     ):  # fmt: skip
@@ -390,7 +390,7 @@ if triton is not None:
             tl.store(rows + n[None, :], z_t, (c[:, None] < RF) & (n[None, :] < N))
 
     @triton.jit
-    def _staged_second(
+    def _staged_second_kernel(
         z, B, y, N, z_stride, F: tl.constexpr, EL: tl.constexpr, GR: tl.constexpr, EP: tl.constexpr, KP: tl.constexpr,
         BM: tl.constexpr, PARTS, STAGES: tl.constexpr,
     ):  # fmt: skip
@@ -409,7 +409,7 @@ if triton is not None:
             tl.store(to, y_t, (n[:, None] < N) & (e[None, :] < EL))
 
     @triton.jit
-    def _staged_second_backward(
+    def _staged_second_backward_kernel(
         z, dy, B, dz, dB, N, z_stride, dy_stride, part_stride,
         F: tl.constexpr, EL: tl.constexpr, GR: tl.constexpr, EP: tl.constexpr, KB: tl.constexpr,
         BM: tl.constexpr, PARTS, STAGES: tl.constexpr,
@@ -438,7 +438,7 @@ if triton is not None:
         tl.store(dB + part * part_stride + offsets, dB_f, mask_B)
 
     @triton.jit
-    def _staged_first_backward(
+    def _staged_first_backward_kernel(
         dz, x, A, dx, dA, N, z_stride, x_stride, part_stride,
         G: tl.constexpr, AL: tl.constexpr, RF: tl.constexpr, AP: tl.constexpr, CP: tl.constexpr,
         BM: tl.constexpr, PARTS, STAGES: tl.constexpr,
@@ -477,14 +477,14 @@ def btt_staged(x: torch.Tensor, A: torch.Tensor, B: torch.Tensor) -> tuple[torch
     columns = min(_pow2(r * f, 16), 128)
     small = columns <= 64
     parts = _parts(g * triton.cdiv(r * f, columns), n, 128, x)
-    _staged_first[(g * triton.cdiv(r * f, columns) * parts,)](
+    _staged_first_kernel[(g * triton.cdiv(r * f, columns) * parts,)](
         x, A, z, n, z.stride(0), x.stride(0), G=g, AL=a, RF=r * f, AP=_pow2(a, 16), CB=columns,
         BM=128, PARTS=parts, STAGES=3 if small else 2, num_warps=8 if small else 4,
     )  # fmt: skip
     rows = _pow2(g * r, 16)
     tokens = 128 if rows <= 64 else 64
     parts = _parts(f, n, tokens, x)
-    _staged_second[(f * parts,)](
+    _staged_second_kernel[(f * parts,)](
         z, B, y, n, z.stride(0), F=f, EL=e, GR=g * r, EP=_pow2(e, 16), KP=rows,
         BM=tokens, PARTS=parts, STAGES=3, num_warps=4,
     )  # fmt: skip
@@ -514,13 +514,13 @@ def btt_staged_backward(
     parts_B, parts_A = _parts(f * k_blocks, n, tokens, x), _parts(g, n, 128, x)
     sums_A = torch.empty(parts_A, A.numel(), dtype=torch.float32, device=x.device)
     sums_B = torch.empty(parts_B, B.numel(), dtype=torch.float32, device=x.device)
-    _staged_second_backward[(f * k_blocks * parts_B,)](
+    _staged_second_backward_kernel[(f * k_blocks * parts_B,)](
         z, dy, B, dz, sums_B, n, z.stride(0), dy.stride(0), B.numel(), F=f, EL=e, GR=g * r, EP=_pow2(e, 16), KB=rows,
         BM=tokens, PARTS=parts_B, STAGES=3, num_warps=8,
     )  # fmt: skip
     columns = _pow2(r * f, 16)
     tokens = 128 if columns <= 64 and a <= 64 else 64
-    _staged_first_backward[(g * parts_A,)](
+    _staged_first_backward_kernel[(g * parts_A,)](
         dz, x, A, dx, sums_A, n, z.stride(0), x.stride(0), A.numel(), G=g, AL=a, RF=r * f, AP=_pow2(a, 16), CP=columns,
         BM=tokens, PARTS=parts_A, STAGES=3, num_warps=8 if columns <= 64 else 4,
     )  # fmt: skip

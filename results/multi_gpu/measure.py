@@ -7,13 +7,14 @@
 
 speed   an update on 1, 2, 4, … GPUs: DDP and FSDP2, weak scaling (tokens a GPU stay) and strong (tokens of all stay)
 equal   one run on 1 GPU and on all: the largest relative difference of the losses
-resume  saved sharded on all GPUs, resumed on half of them and on one, against the unbroken run
+resume  saved sharded on all GPUs, resumed on half of them and on one, against the unbroken run; what they have in
+        common is run twice, which shows how far equal commands come apart
 kill    SIGKILL to the last rank; torchrun restarts, the run completes, against the unbroken run
 large   a model whose parameters, gradients and optimizer state do not fit one GPU: 1 GPU runs out of memory, all train it
 
 All are the project's own commands. OUT/multi_gpu.json is written as rows come; those of other parts in it stay.
 A part that fails says so in a row, with the end of the command's output. On two H100s: speed about 6 minutes,
-equal, resume and kill together 2, large 2. NVLink multicast stays off. For Linux: processes are found in /proc.
+equal, resume and kill together 2 at most, large 2. NVLink multicast stays off. For Linux: processes are found in /proc.
 """
 
 import argparse
@@ -49,7 +50,7 @@ HOW = {
     "CUDA graph": "",
     "no graph": "--cuda_graphs=False",
     "DDP": "",
-    "DDP, one bucket": "--bucket_mb=100000",
+    "DDP, buckets of 25 MB": "--bucket_mb=25",
     "FSDP2": "--shard=fsdp",
 }
 
@@ -78,6 +79,7 @@ class Bench:
     def __init__(self, device, world, folder):
         self.device, self.world, self.folder = device, world, folder
         self.on_gpu, self.commands, self.ended = device.type == "cuda", [], False
+        self.references, self.lock = {}, threading.Lock()
 
     def end(self):
         """Asked to stop: nothing outlives this process."""
@@ -110,8 +112,18 @@ class Bench:
         """train.py, in a new out_dir if none is given."""
         out_dir = out_dir or self.path("run")
         command = self.start("train.py", f"{options} --out_dir={out_dir}", processes, **how)
-        command.out_dir = out_dir
+        command.out_dir, command.text = out_dir, command.text.replace(f" --out_dir={out_dir}", "")
         return command
+
+    def reference(self, options, processes, **how):
+        """A run to compare others with: the same one for all parts that ask for it."""
+        with self.lock:
+            key = (options, processes)
+            if key not in self.references:
+                self.references[key] = self.train(options, processes, **how)
+                if not self.on_gpu:
+                    self.references[key].finish()
+            return self.references[key]
 
 
 class Command:
@@ -126,7 +138,7 @@ class Command:
                 launcher + words, env=env, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT
             )
 
-    def finish(self, limit=240):
+    def finish(self, limit=110):
         """Wait -> figures that all rows have, and what it printed. It is killed `limit` seconds after its start."""
         if self.done is None:
             with suppress(subprocess.TimeoutExpired):
@@ -187,7 +199,7 @@ def cases(count, world, tokens):
     if count == 1:
         return [("weak", weak, "CUDA graph"), ("weak", weak, "no graph"), ("strong", tokens, "CUDA graph")]
     if count == world:  # the same, weak or strong
-        return [("both", tokens, "DDP"), ("both", tokens, "DDP, one bucket"), ("both", tokens, "FSDP2")]
+        return [("both", tokens, how) for how in ("DDP", "DDP, buckets of 25 MB", "FSDP2")]
     return [("weak", weak, "DDP"), ("weak", weak, "FSDP2"), ("strong", tokens, "DDP")]
 
 
@@ -201,21 +213,22 @@ def speed(bench):
             commands = []
             for _, batch, how in todo:
                 steps = max(10, min(40, 5_500_000 // (batch // count))) if bench.on_gpu else 3
-                commands.append(f"{options} --batch_tokens={batch} {HOW[how]} --steps={steps}")
+                commands.append(" ".join(filter(None, (options, f"--batch_tokens={batch}", HOW[how], f"--steps={steps}"))))
             first, *others = commands
             path = bench.path("step.json")
             words = f"step {first} --parts=False --json={path} --against={shlex.quote('; '.join(others))}"
-            started.append((name, todo, path, bench.start("bench.py", words, count, gpu=gpu % bench.world)))
+            command = bench.start("bench.py", words, count, gpu=gpu % bench.world)
+            started.append((name, todo, commands, path, command))
             if count > 1 or not bench.on_gpu:
-                started[-1][-1].finish(limit=400)
-        for name, todo, path, command in started:
+                command.finish(limit=400)
+        for name, todo, commands, path, command in started:
             figures, _ = command.finish(limit=400)
             measured = []
             with suppress(OSError), open(path) as file:
                 measured = json.load(file)
-            for (scaling, _, how), row in zip(todo, measured):
+            for (scaling, _, how), words, row in zip(todo, commands, measured):
                 launcher = "python" if count == 1 else f"torchrun --standalone --nproc_per_node={count}"
-                row["command"] = f"{launcher} bench.py step {row['command']}"
+                row["command"] = f"{launcher} bench.py step {words} --parts=False"
                 yield {"part": "speed", "model": name, "gpus": count, "scaling": scaling, "how": how, **row}
             if len(measured) < len(todo):
                 yield {"part": "speed", "model": name, "gpus": count, "failed": True, **figures}
@@ -226,14 +239,17 @@ def speed(bench):
 # The same run, however many processes
 
 
+STEPS = 40  # of the small run; a checkpoint half way
+
+
 def small(bench):
-    """Options of a run of 60 steps that any number of processes up to 8 can take."""
+    """Options of a run that any number of processes up to 8 can take, calm: what differs by rounding stays close."""
     shape = "--n_head=8 --micro_batch=64" if bench.on_gpu else "--n_layer=2 --d_model=64 --n_head=2 --micro_batch=4"
-    batch = 65_536 if bench.on_gpu else 4 * 128 * 8
+    batch = 2 * 64 * 128 * bench.world if bench.on_gpu else 4 * 128 * 8
     return (
-        f"config/char_btt.py {TEXT} {shape} --batch_tokens={batch} --max_steps=60 --warmup_steps=10 --schedule=constant "
-        f"--eval_interval=20 --eval_tokens={batch} --log_interval=1 --dtype=float32 --compile=False "
-        f"--device={bench.device.type}"
+        f"config/char_btt.py {TEXT} {shape} --batch_tokens={batch} --max_steps={STEPS} --lr=3e-4 --warmup_steps=20 "
+        f"--schedule=constant --eval_interval={STEPS // 2} --eval_tokens={batch} --log_interval=1 --dtype=float32 "
+        f"--compile=False --device={bench.device.type}"
     )
 
 
@@ -241,7 +257,7 @@ EXACT = {"NVIDIA_TF32_OVERRIDE": "0"}  # float32 that is float32
 
 
 def compare(out_dir, reference, first=1):
-    """Figures of how far two runs' losses are apart, from step `first` on."""
+    """Figures of how far two runs' losses are apart, from step `first` on; *_equal_at_first: before any difference."""
     figures = {}
     for key in ("loss", "val_loss"):
         ours, theirs = (
@@ -252,67 +268,66 @@ def compare(out_dir, reference, first=1):
         apart = [abs(ours[step] / theirs[step] - 1) for step in steps if step in ours]
         figures |= {
             f"{key}_rows": len(apart), f"{key}_rows_missing": len(steps) - len(apart), f"{key}_equal": apart.count(0.0),
-            f"{key}_largest_difference": max(apart, default=None), f"{key}_last": ours.get(max(steps, default=0)),
+            f"{key}_equal_at_first": next((i for i, difference in enumerate(apart) if difference), len(apart)),
+            f"{key}_largest_difference": max(apart, default=None),
+            f"{key}_largest_difference_of_10": max(apart[:10], default=None),
+            f"{key}_last": ours.get(max(steps, default=0)),
         }  # fmt: skip
     return figures
 
 
 def equal(bench):
-    """All runs side by side: nothing is timed here."""
+    """The small runs side by side, for nothing is timed here; then GPT-2's, in micro-batches of which three fit a GPU."""
     runs = {"BTT, float32, not compiled": (small(bench), EXACT)}
     if bench.on_gpu:
         runs["GPT-2 124M, bfloat16, compiled"] = (
-            f"config/gpt2_dense.py {TEXT} --micro_batch=32 --batch_tokens={2 * 32_768 * bench.world} --max_steps=30 "
-            f"--warmup_steps=10 --eval_interval=30 --eval_tokens={32_768 * bench.world} --log_interval=1 --save=False",
+            f"config/gpt2_dense.py {TEXT} --micro_batch=8 --batch_tokens={2 * 8 * 1024 * bench.world} --max_steps=30 "
+            f"--lr=3e-4 --warmup_steps=20 --schedule=constant --eval_interval=30 --eval_tokens={8 * 1024 * bench.world} "
+            "--log_interval=1 --save=False",
             None,
         )
-    rows = []
     for name, (options, env) in runs.items():
-        one = bench.train(options, 1, gpu=bench.world - 1, env=env)
-        rest = {"DDP": options, "FSDP2": f"{options} --shard=fsdp"}
-        rows.append((name, one, {how: bench.train(words, bench.world, env=env) for how, words in rest.items()}))
-        if not bench.on_gpu:
-            one.finish()
-    result = []
-    for name, one, several in rows:
+        one = bench.reference(options, 1, gpu=bench.world - 1, env=env)
+        several = {how: bench.reference(f"{options} {HOW[how]}", bench.world, env=env) for how in ("DDP", "FSDP2")}
         one.finish()
+        for command in several.values():
+            command.finish()
         for how, command in several.items():
-            figures, _ = command.finish()
-            figures |= compare(command.out_dir, one.out_dir)
-            result.append({"part": "equal", "what": f"{name}: {how} on {bench.world} against 1", **figures})
-    return result
+            what = f"{name}: {how} on {bench.world} against 1"
+            yield {"part": "equal", "what": what, **command.finish()[0], **compare(command.out_dir, one.out_dir)}
 
 
 def resume(bench):
-    options, how = small(bench), dict(env=EXACT)
-    whole = bench.train(f"{options} --shard=fsdp", bench.world, **how)
-    first = bench.train(f"{options} --shard=fsdp --max_steps=30", bench.world, **how)
+    options, half = small(bench), STEPS // 2
+    whole = bench.reference(f"{options} {HOW['FSDP2']}", bench.world, env=EXACT)
+    first = bench.train(f"{options} {HOW['FSDP2']} --max_steps={half}", bench.world, env=EXACT)
     whole.finish()
-    failed = first.finish()[0]
-    if failed["status"] != 0:
-        return [{"part": "resume", "what": "the first half", **failed}]
+    figures, _ = first.finish()
+    figures |= compare(first.out_dir, whole.out_dir)
+    figures["loss_rows_missing"] = figures["val_loss_rows_missing"] = 0  # it ends half way
+    what = f"the first half on {bench.world}, against the unbroken run on {bench.world}: the same command twice"
+    yield {"part": "resume", "what": what, **figures}
+    if figures["status"] != 0:
+        return
     started = []
     for count in sorted({bench.world // 2, 1}, reverse=True):
         out_dir = shutil.copytree(first.out_dir, bench.path("run"))
-        shard = " --shard=fsdp" * (count > 1)
-        started.append((count, bench.train(f"{options} --resume{shard}", count, out_dir=out_dir, **how)))
-    rows = []
+        shard = f" {HOW['FSDP2']}" * (count > 1)
+        started.append((count, bench.train(f"{options} --resume{shard}", count, out_dir=out_dir, env=EXACT)))
     for count, command in started:
-        figures, text = command.finish()
-        figures["went_on_from_30"] = "going on from step 30" in text
-        what = f"saved on {bench.world} at step 30, resumed on {count}, against the unbroken run on {bench.world}"
-        rows.append({"part": "resume", "what": what, **figures, **compare(command.out_dir, whole.out_dir, first=31)})
-    return rows
+        figures, text = command.finish(limit=80)
+        figures["went_on"] = f"going on from step {half}" in text
+        figures |= compare(command.out_dir, whole.out_dir, first=half + 1)
+        what = f"saved on {bench.world} at step {half}, resumed on {count}, against the unbroken run on {bench.world}"
+        yield {"part": "resume", "what": what, **figures}
 
 
 def kill(bench):
     def one(how):
         options = f"{small(bench)} {HOW[how]}"
-        whole = bench.train(options, bench.world, env=EXACT)
-        if not bench.on_gpu:
-            whole.finish()
+        whole = bench.reference(options, bench.world, env=EXACT)
         killed = bench.train(options, bench.world, restarts=1, env=EXACT)
-        step = kill_last_rank(bench, killed)
+        step = kill_last_rank(bench, killed, step=STEPS // 2 + 5)
         figures, text = killed.finish()
         whole.finish()
         what = f"{how} on {bench.world}: rank {bench.world - 1} killed, against the unbroken run"
@@ -323,9 +338,9 @@ def kill(bench):
         return list(threads.map(one, ("DDP", "FSDP2")))
 
 
-def kill_last_rank(bench, command, step=30):
+def kill_last_rank(bench, command, step):
     """SIGKILL when the log has that step -> the last step in the log; None where the run ended before."""
-    while command.popen.poll() is None and time.monotonic() < command.begun + 200:
+    while command.popen.poll() is None and time.monotonic() < command.begun + 100:
         rows = read_log(f"{command.out_dir}/log.jsonl")
         if rows and rows[-1]["step"] >= step:
             for pid in children(command.popen.pid):
@@ -355,8 +370,8 @@ def large(bench):
         parameters = sum(p.numel() for p in model.parameters())
     words = " ".join(f"--{key}={value}" for key, value in shape.items())
     options = (
-        f"--structure=dense --n_layer={n_layer} {words} {TEXT} --activation_checkpointing --save=False --max_steps=50 "
-        f"--warmup_steps=10 --lr=1e-3 --eval_interval=50 --log_interval=1 --micro_batch={micro_batch} "
+        f"--structure=dense --n_layer={n_layer} {words} {TEXT} --activation_checkpointing --save=False --max_steps=30 "
+        f"--warmup_steps=10 --lr=1e-3 --eval_interval=30 --log_interval=1 --micro_batch={micro_batch} "
         f"--device={bench.device.type}"
     )
     tokens = micro_batch * shape["block_size"]
@@ -364,7 +379,7 @@ def large(bench):
     for count, more in ((1, "--compile=False"), (bench.world, "--shard=fsdp")):
         batch = tokens * count
         command = bench.train(f"{options} --batch_tokens={batch} --eval_tokens={2 * batch} {more}", count)
-        figures, text = command.finish(limit=400)
+        figures, text = command.finish(limit=100)
         log = read_log(f"{command.out_dir}/log.jsonl")
         lines = text.splitlines()
         yield {
