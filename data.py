@@ -1,8 +1,9 @@
 """Token files on disk -> batches, and the two tokenizers.
 
 A data folder holds `train.bin`, `val.bin` (uint8 or uint16 ids) and `meta.json`, as prepare_owt.py
-writes them; with `row_tokens` in meta.json sequences start at its multiples (images, by vision/data.py). A batch is a pure function of (seed, step): each rank derives the offsets of the whole
+writes them. A batch is a pure function of (seed, step): each rank derives the offsets of the whole
 batch and takes its share, so that a resumed run, or one on another number of GPUs, sees the same data.
+With `row_tokens` in meta.json sequences start at its multiples: images as tokens, by vision/data.py.
 Imports from configurator.
 """
 

@@ -43,6 +43,8 @@ class AugmentConfig:
         for name in ("random_erasing", "label_smoothing", "min_crop"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"{name}={getattr(self, name)}: make it 0 to 1")
+        if self.rand_level != 9 and not self.rand_augment:
+            raise ConfigError(f"rand_level={self.rand_level} with rand_augment=0: leave it out, or take rand_augment=2")
         if not 0 <= self.rand_level <= 30:
             raise ConfigError(f"rand_level={self.rand_level}: make it 0 to 30")
 

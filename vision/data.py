@@ -483,7 +483,8 @@ class Images(torch.utils.data.Dataset):
         width, height = image.size
         if self.training:
             return random_box(rng(self.config.seed, CROP, position), width, height, self.config.min_crop)
-        side = min(width, height) * self.config.image_size / self.config.eval_resize
+        S = self.config.image_size
+        side = min(width, height) * S / (self.config.eval_resize or round(S * 256 / 224))
         return (width - side) / 2, (height - side) / 2, (width + side) / 2, (height + side) / 2
 
 

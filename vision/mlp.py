@@ -19,13 +19,22 @@ from torch.utils.checkpoint import checkpoint
 from configurator import ConfigError
 from model import FFN, BlockConfig, as_autocast, gelu, linear
 
+ATTENTION = {"n_head": 1, "d_head": None, "align_heads": False}  # options of it, as they are where there is none
+
+
+def refuse(config, why, holds, **defaults):
+    """ConfigError for an option that would do nothing: where `holds`, these must be left as they are."""
+    for name, default in defaults.items():
+        if holds and getattr(config, name) != default:
+            raise ConfigError(f"{name}={getattr(config, name)}: {why}: leave it out")
+
 
 @dataclass
 class MLPConfig(BlockConfig):
     """Options of the MLP, whatever its input is."""
 
     n_layer: int = 3  # blocks
-    n_head: int = 1
+    n_head: int = 1  # attention heads of a ViT
     d_model: int = 512  # width of the residual stream
     bias: bool = True  # biases in linear layers and norms
     structured_layers: tuple = ("input", "attn", "ffn")  # or attn.q .k .v .proj, ffn.up .down, head
@@ -47,34 +56,26 @@ class ImageConfig(MLPConfig):
     image_size: int = 32  # pixels a side
     channels: int = 3  # 1: grey
     n_classes: int = 10  # at least the data's
-    shuffle_pixels: bool = (
-        False  # MLP: pixels in another order, the same for all images: it makes no difference to an MLP
-    )
+    shuffle_pixels: bool = False  # MLP: pixels in another order, the same for all images
     patch_size: int = 8  # ViT: pixels a side of what is one token
     pool: Literal["token", "mean"] = "token"  # ViT: the head reads a class token, or the mean of all
 
     def __post_init__(self):
-        if self.model == "mlp":
-            of_vit = {"n_head": 1, "d_head": None, "patch_size": 8, "pool": "token", "align_heads": False}
-            for name, default in of_vit.items():
-                if getattr(self, name) != default:
-                    raise ConfigError(f"{name}={getattr(self, name)} with model='mlp', which has none: leave it out")
+        refuse(self, "model='mlp' has none", self.model == "mlp", patch_size=8, pool="token", **ATTENTION)
+        refuse(self, "model='vit' has patches", self.model == "vit", shuffle_pixels=False)
         super().__post_init__()
         for name in ("image_size", "patch_size", "n_classes"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)}: make it at least 1")
         if self.channels not in (1, 3):
             raise ConfigError(f"channels={self.channels}: 3, or 1 for grey images")
-        if self.model == "vit":
-            if self.shuffle_pixels:
-                raise ConfigError("shuffle_pixels=True with model='vit', which has patches: leave it out")
-            if self.image_size % self.patch_size:
-                fits = [k for k in range(1, self.image_size + 1) if self.image_size % k == 0]
-                near = min(fits, key=lambda k: abs(k - self.patch_size))
-                raise ConfigError(
-                    f"patch_size={self.patch_size} does not divide image_size={self.image_size}: take patch_size={near}, "
-                    f"or image_size={max(1, round(self.image_size / self.patch_size)) * self.patch_size}"
-                )
+        if self.model == "vit" and self.image_size % self.patch_size:
+            fits = [k for k in range(1, self.image_size + 1) if self.image_size % k == 0]
+            near = min(fits, key=lambda k: abs(k - self.patch_size))
+            raise ConfigError(
+                f"patch_size={self.patch_size} does not divide image_size={self.image_size}: take patch_size={near}, "
+                f"or image_size={max(1, round(self.image_size / self.patch_size)) * self.patch_size}"
+            )
 
     @property
     def d_in(self):

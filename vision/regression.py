@@ -28,7 +28,7 @@ from mup import BASE_WIDTH
 from parallel import ranks
 from train import RunConfig, Task, at_least, build, fit, in_one_line, say_summary
 from vision.data import rng
-from vision.mlp import MLP, MLPConfig
+from vision.mlp import ATTENTION, MLP, MLPConfig, refuse
 from vision.train import multipliers, split_batch
 
 INPUTS, VALIDATION = 0, 1  # what random numbers are for
@@ -44,6 +44,7 @@ class Config(RunConfig, MLPConfig):
     batch_size: int = 4096  # inputs an update, all processes together
     micro_batch: int = 4096  # inputs a process takes at a time; the rest of its batch is accumulated
     eval_inputs: int = 65_536  # inputs of an evaluation, the same ones every time
+    lr: float = 1e-3  # peak rate, of a dense layer of width base_width; of biases and norms
     base_width: int = BASE_WIDTH  # `lr` is the rate of a dense layer of this width
     input_lr: float = 1.0  # rate of the input layer, as a share of `lr`
     grad_clip: float = 0.0  # largest norm of the gradient; 0: no limit
@@ -55,6 +56,7 @@ class Config(RunConfig, MLPConfig):
     d_out = 1
 
     def __post_init__(self):
+        refuse(self, "the MLP has none", True, **ATTENTION)
         MLPConfig.__post_init__(self)
         RunConfig.__post_init__(self)
         at_least(1, self, "d_in", "teacher_layers", "teacher_width", "batch_size", "eval_inputs", "base_width")
@@ -116,7 +118,10 @@ def train(config, progress):
     @torch.no_grad()
     def validate():
         run.fast.eval()
-        size, count = config.micro_batch, -(-config.eval_inputs // (config.micro_batch * world))  # as many on every rank
+        size, count = (
+            config.micro_batch,
+            -(-config.eval_inputs // (config.micro_batch * world)),
+        )  # as many on every rank
         total = torch.zeros((), dtype=torch.float64, device=device)
         for number in range(rank * count, (rank + 1) * count):
             watchdog.beat()

@@ -13,7 +13,6 @@ import sys
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, fields
 from functools import partial
-from typing import Literal
 
 if __name__ == "__main__":  # `vision` and the root's modules are found from the root
     sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -30,7 +29,7 @@ from parallel import ranks
 from train import RunConfig, Task, at_least, build, fit, in_one_line, say_summary
 from vision.augment import Augment, AugmentConfig
 from vision.data import DataConfig, Held, Streamed, check_labels, open_splits
-from vision.mlp import MLP, ImageConfig
+from vision.mlp import MLP, ImageConfig, refuse
 from vision.vit import ViT
 
 MODELS = {"mlp": MLP, "vit": ViT}
@@ -41,12 +40,11 @@ class Config(RunConfig, AugmentConfig, DataConfig, ImageConfig):
     out_dir: str = "out/vision"  # where log, picture and checkpoints go
     batch_size: int = 256  # images an update, all processes together
     micro_batch: int = 256  # images a process takes at a time; the rest of its batch is accumulated
-    stream: bool | None = (
-        None  # decode images as they are needed; False: all at once, to be held; None: above 64 pixels
-    )
+    stream: bool | None = None  # decode images as needed; False: all at first, and hold them; None: above 64 pixels
     workers: int | None = None  # decoding processes of a streaming one; None: one a core
     gpu_decode: bool = False  # streaming: JPEGs decoded on the GPU, by torchvision
     eval_resize: int | None = None  # streaming: shorter side before the central crop; None: image_size · 256 / 224
+    lr: float = 1e-3  # peak rate, of a dense layer of width base_width; of biases, norms and embeddings
     base_width: int = BASE_WIDTH  # `lr` is the rate of a dense layer of this width; published: 64, ViT-S/32: 256
     input_lr: float = 1.0  # rate of the input layer, whose fan-in is the same at all widths, as a share of `lr`
     ema: float = 0.0  # decay of a running mean of the weights, which is evaluated in their place; 0: none
@@ -54,7 +52,6 @@ class Config(RunConfig, AugmentConfig, DataConfig, ImageConfig):
     weight_decay: float = 0.0  # of matrices; a step takes lr * weight_decay off them
     beta2: float = 0.999  # Adam's
     min_lr_ratio: float = 0.0  # last rate / peak rate, for cosine and wsd
-    schedule: Literal["cosine", "constant", "wsd"] = "cosine"  # after the warm-up; wsd: warm-up, stable, linear decay
 
     def __post_init__(self):
         ImageConfig.__post_init__(self)
@@ -66,20 +63,19 @@ class Config(RunConfig, AugmentConfig, DataConfig, ImageConfig):
             at_least(0, self, "workers")
         if not 0 <= self.ema < 1:
             raise ConfigError(f"ema={self.ema}: make it at least 0 and less than 1, 0.9999 say")
-        if self.eval_resize is None:
-            self.eval_resize = round(self.image_size * 256 / 224)
-        if self.eval_resize < self.image_size:
+        if self.stream is None:
+            self.stream = self.image_size > 64
+        refuse(self, "images that are streamed have min_crop", self.stream, crop_padding=0)
+        refuse(
+            self, "images that are held are decoded once, before", not self.stream, workers=None, gpu_decode=False,
+            eval_resize=None, min_crop=0.08,
+        )  # fmt: skip
+        if self.eval_resize is not None and self.eval_resize < self.image_size:
             raise ConfigError(
                 f"eval_resize={self.eval_resize} is less than image_size={self.image_size}: take that or more"
             )
         if (self.mixup or self.cutmix) and self.micro_batch % 2:
             raise ConfigError(f"micro_batch={self.micro_batch}: mixup and cutmix mix pairs, so make it even")
-        if self.stream is None:
-            self.stream = self.image_size > 64
-        if self.stream and self.crop_padding:
-            raise ConfigError(f"crop_padding={self.crop_padding}: images that are streamed have min_crop: leave it out")
-        if self.gpu_decode and not self.stream:
-            raise ConfigError("gpu_decode=True: images that are held are decoded once, before: leave it out")
         with torch.device("meta"):
             MODELS[self.model](self)  # sizes that do not factor are found here, before any image is read
 
@@ -97,7 +93,7 @@ def train(config, progress):
     dtype = choose_dtype(config.dtype, device)
     watchdog = init_distributed(device, config.timeout)
     with watchdog.paused():  # decoding may take minutes
-        data, classes = open_data(config, device, world, progress.say)
+        data, classes = load_images(config, device, progress.say)
     run = build(
         config, device, dtype, world, watchdog.beat, MODELS[config.model], partial(multipliers, config), micro_steps
     )
@@ -133,7 +129,7 @@ def train(config, progress):
         say_summary(config, progress, device)
 
 
-def open_data(config, device, world, say):
+def load_images(config, device, say):
     """-> images and labels (Held or Streamed), names of the classes or None"""
     splits, classes = open_splits(config)
     check_labels(config, splits, classes, say)
