@@ -23,6 +23,7 @@ Imports from configurator and kernels.
 import difflib
 import math
 import sys
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from typing import NamedTuple
@@ -244,6 +245,7 @@ class CoreLinear(nn.Module):
         self.gains = nn.Parameter(torch.ones(len(shapes))) if normalize and gain else None
         self.bias = nn.Parameter(torch.zeros(d_out)) if bias else None
         self.zero_init = zero_init
+        self.matrix = None  # what forward uses inside multiplied_out
         self.reset_parameters()
 
     def reset_parameters(self):
@@ -273,6 +275,23 @@ class CoreLinear(nn.Module):
         """(n, …) outputs -> (..., d_out) as x's leading axes say, plus bias."""
         y = y.reshape(*x.shape[:-1], self.out_features)
         return y if self.bias is None else y + self.bias.to(y.dtype)
+
+
+@contextmanager
+def multiplied_out(model):
+    """In this block the structured layers of a model are dense matrices, multiplied out once: for a few tokens at a time.
+
+    A GPU that decodes waits for launches and for weights, not for FLOPs. Parameters must stay as they are meanwhile.
+    """
+    layers = [module for module in model.modules() if isinstance(module, CoreLinear)]
+    try:
+        with torch.no_grad():
+            for layer in layers:
+                layer.matrix = layer.materialize()
+        yield
+    finally:
+        for layer in layers:
+            layer.matrix = None
 
 
 def _excess(core, std):
@@ -309,6 +328,8 @@ class EinsumLinear(CoreLinear):
         self.sizes, self.order, self.flops_per_token = sizes, order, 2 * mults[order]
 
     def forward(self, x):
+        if self.matrix is not None:
+            return nn.functional.linear(x, self.matrix, self.bias)
         a, b, g, d, e, f, r = self.sizes
         if b == d == 1:
             return self.finish(kernels.btt(x, *self.effective_cores()), x)
@@ -393,6 +414,8 @@ class ChainLinear(CoreLinear):
         self.flops_per_token = 2 * mults
 
     def forward(self, x):
+        if self.matrix is not None:
+            return nn.functional.linear(x, self.matrix, self.bias)
         n = x.numel() // self.in_features
         z, done, left = x, 1, self.in_features  # z: (n, j_1 ⋯ j_{k-1}, i_k, i_{k+1} ⋯ i_c, r_{k-1})
         for k, core in enumerate(self.effective_cores()):

@@ -11,6 +11,7 @@ Imports from configurator, einsum_linear, loss and cuda_graph.
 
 import difflib
 import math
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Literal
 
@@ -21,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 
 from configurator import ConfigError
 from cuda_graph import Graphed
-from einsum_linear import Dense, apply_all, make_linear
+from einsum_linear import Dense, apply_all, make_linear, multiplied_out
 from loss import linear_cross_entropy
 
 # What `structured_layers` and `overrides` may name, one by one or as a group ("attn" is the four attn.* roles).
@@ -265,9 +266,13 @@ class GPT(nn.Module):
 
         temperature 0 takes the likeliest token. top_k keeps the k likeliest, top_p the likeliest
         whose probabilities add up to p. Keys and values are cached; when the context is full,
-        its later half is read anew and generation goes on from there. On a GPU the step of one
-        token is a CUDA graph.
+        its later half is read anew and generation goes on from there. On a GPU structured layers
+        are multiplied out meanwhile, and the step of one token is a CUDA graph.
         """
+        with multiplied_out(self) if idx.is_cuda else nullcontext():
+            return self._generate(idx, max_new_tokens, temperature, top_k, top_p, generator)
+
+    def _generate(self, idx, max_new_tokens, temperature, top_k, top_p, generator):
         was_training = self.training
         self.eval()
         cache = KVCache(self.config, idx.device)

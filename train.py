@@ -47,7 +47,7 @@ class Config(GPTConfig):
     compile: bool | None = None  # torch.compile; None: on a GPU only
     cuda_graphs: bool | None = None  # an update as one CUDA graph; None: where it can be, on one GPU
     shard: Literal["none", "fsdp"] = "none"  # fsdp: parameters, gradients and optimizer state over all processes
-    bucket_mb: int = 1000  # MiB of gradients that unsharded processes exchange at a time; each splits the compiled graph
+    bucket_mb: int = 1000  # MiB of gradients that unsharded processes exchange at a time; each splits a compiled graph
     timeout: float = 600.0  # seconds without progress after which a run of several processes ends
     max_steps: int = 10_000  # updates in all
     batch_tokens: int = 524_288  # tokens an update, all processes together
