@@ -141,7 +141,7 @@ def fit_power_law(cost, loss):
     return Fit(float(floors[best]), math.exp(-intercept / slope), -float(slope))
 
 
-def bootstrap(runs, cost, function, samples=200, seed=0):
+def bootstrap(runs, function, samples=200, seed=0):
     """function(runs) of resampled runs, drawn with replacement, as a list; samples that it cannot use (None) left out."""
     random = np.random.default_rng(seed)
     results = []
@@ -201,11 +201,12 @@ def analyse(runs, reference, cost, samples=200):
     for name, (mine, dropped) in kept.items():
         c, loss = optimal(mine, cost)
         law = fit_group(mine, cost)
-        laws = bootstrap(mine, cost, lambda drawn: fit_group(drawn, cost), samples) if law else []
+        laws = bootstrap(mine, lambda drawn: fit_group(drawn, cost), samples) if law else []
+        enough = len(laws) >= samples / 2  # of few runs most samples have too few different ones for a law
         entry = {
             "runs": len(mine), "outliers": dropped, "frontier_cost": c.tolist(), "frontier_loss": loss.tolist(),
             "law": law and law._asdict(),
-            "intervals": {field: interval([getattr(each, field) for each in laws]) for field in Fit._fields} if law else None,
+            "intervals": {field: interval([getattr(each, field) for each in laws]) for field in Fit._fields} if enough and law else None,
         }  # fmt: skip
         entry.update(_multiplier_figures(mine, kept[reference][0], cost, samples))
         figures[name] = entry
@@ -247,8 +248,12 @@ def table(figures, cost, reference):
     yield "|---|---|---|---|---|---|---|"
     for name, entry in figures.items():
         law, ranges = entry["law"], entry["intervals"]
-        a = _with_range(law["exponent"], ranges["exponent"], "{:.3f}") if law else "too few points"
-        floor = _with_range(law["loss_at_infinity"], ranges["loss_at_infinity"], "{:.3f}") if law else ""
+        a, floor = "too few points", ""
+        if law:
+            a, floor = (
+                _with_range(law[field], ranges[field] if ranges else None, "{:.3f}")
+                for field in ("exponent", "loss_at_infinity")
+            )
         ratio = "no loss in common"
         if entry["multiplier"] is not None:
             ratio = _with_range(entry["multiplier"], entry["multiplier_interval"], "{:.2f}")
@@ -258,6 +263,8 @@ def table(figures, cost, reference):
 
 
 def _with_range(value, ends, form):
+    if ends is None:
+        return f"{form.format(value)} (too few runs for an interval)"
     return f"{form.format(value)} [{form.format(ends[0])}, {form.format(ends[1])}]"
 
 
