@@ -73,7 +73,7 @@ def load_source(source):
     if checkpoint.exists(source):
         model, meta = load_model(source)
         if model.config.moe != "none":
-            raise ConfigError(f"source={source} has moe={model.config.moe!r}: a mixture is no matrix, convert another model")
+            raise ConfigError(f"source={source} has moe={model.config.moe!r}: mixtures are no matrices, take another")
         return model, meta
     remedy = "give the out_dir of a run, or a GPT-2 of Hugging Face (gpt2, gpt2-medium, a folder)"
     parent = os.path.dirname(source)

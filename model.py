@@ -53,9 +53,9 @@ class GPTConfig:
     align_heads: bool = False  # with btt and monarch: blocks of q, k, v and of proj's input are heads
     structured_layers: tuple = ("attn", "ffn", "lm_head")  # or embed, attn.q .k .v .proj, ffn.up .down
     overrides: dict | None = None  # by layer: {"attn.q": "dense", "ffn": {"structure": "btt", "rank": 4}}
-    moe: Literal["none", "linear", "ffn"] = "none"  # mixtures: of every structured layer in attn and ffn, or of whole FFNs
+    moe: Literal["none", "linear", "ffn"] = "none"  # mixtures: each structured layer of attn and ffn, or whole FFNs
     num_experts: int = 8  # of a mixture; `rank` is the rank of one
-    top_k: int = 2  # experts that a token has
+    top_k: int = 2  # experts that a token has; of 1, routers learn from the auxiliary loss alone
     share_router: bool = False  # with moe="linear": q, k and v pick the same experts
     normalize: bool = True  # cap the RMS of each core at its initial value
     fused_loss: bool = True  # LM head and loss in chunks of tokens where the logits are large; False: logits whole
@@ -149,9 +149,9 @@ def linear(config, role, d_in, d_out, **kwargs):
     try:
         if not config.is_mixture(role):
             return make_linear(d_in, d_out, **arguments)
-        one = config.moe == "ffn" or (config.share_router and role in ("attn.q", "attn.k", "attn.v"))  # for several layers
-        mixed = config.moe == "linear"
-        return make_mixture(d_in, d_out, config.num_experts, config.top_k, routed=not one, mixed=mixed, **arguments)
+        linear = config.moe == "linear"
+        routed = linear and not (config.share_router and role in ("attn.q", "attn.k", "attn.v"))
+        return make_mixture(d_in, d_out, config.num_experts, config.top_k, routed=routed, mixed=linear, **arguments)
     except ConfigError as error:
         raise ConfigError(f"{role}: {error}") from None
     except TypeError:

@@ -166,12 +166,15 @@ def figures(names, sums):
     }
 
 
-def set_top_k(model, top_k):
-    """From now on pick so many experts a token, in all mixtures of the model: another number than in training, say."""
+def set_top_k(model, top_k, option="top_k"):
+    """From now on pick so many experts a token, in all mixtures of the model: another number than in training, say.
+
+    option: what a ConfigError calls it.
+    """
     mixtures = [module for module in model.modules() if hasattr(module, "top_k")]
     if not mixtures:
-        raise ConfigError(f"{top_k} experts a token: the model has no mixtures, leave it out")
-    check_top_k("experts a token", top_k, model.config.num_experts)
+        raise ConfigError(f"{option}={top_k}: the model has no mixtures, leave it out")
+    check_top_k(option, top_k, model.config.num_experts)
     for module in mixtures:
         module.top_k = top_k
 

@@ -473,7 +473,7 @@ def plot_experts(log_path, png_path):
     shares = [[experts * load for load in row] for row in loads]
     image = map_axes.imshow(shares, aspect="auto", cmap="RdBu_r", vmin=0, vmax=2, interpolation="nearest")
     figure.colorbar(image, ax=map_axes, label="rows / fair share", extend="max")
-    map_axes.set(ylabel="expert", title=f"step {rows[-1]['step']}: what each expert of each layer gets", yticks=range(experts))
+    map_axes.set(ylabel="expert", title=f"step {rows[-1]['step']}: load of the experts", yticks=range(experts))
     for key, label in (("mean_entropy", "of the mean of the gates"), ("token_entropy", "of a token's gates")):
         line_axes.plot([layer[key] for layer in layers], marker="o", ms=3, lw=1, label=label)
     line_axes.set(ylabel="entropy (nats)", ylim=(0, None))

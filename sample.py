@@ -88,7 +88,7 @@ def main(argv):
     config = load_config(Config, argv)
     model, meta = load_model(config.out_dir)
     if config.experts_top_k is not None:
-        set_top_k(model, config.experts_top_k)
+        set_top_k(model, config.experts_top_k, option="experts_top_k")
     tokenizer = make_tokenizer(meta["tokenizer"], config.bpe_dir)
     ids = read_prompt(config, tokenizer, model.config.block_size)
     device = choose_device(config.device)
