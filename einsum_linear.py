@@ -233,14 +233,18 @@ class CoreLinear(nn.Module):
     A core is a batched matrix, a parameter of shape (batch, fan_in, fan_out); `shapes` lists them.
     `normalize` caps each core's RMS at its initial value and gives it a learnable scale
     ("Compute Better Spent", ICML 2024, section 4); `gain=False` leaves the scale out, for a
-    layer whose output is normalised anyway. `zero_init` zeroes the last core.
+    layer whose output is normalised anyway. `zero_init` zeroes the last core. `fan_ins` sets the
+    learning rates (mup.py), `stds` the initial sizes, where those of the shapes are not the ones.
     """
 
-    def __init__(self, d_in, d_out, shapes, bias=False, normalize=True, gain=True, zero_init=False):
+    def __init__(
+        self, d_in, d_out, shapes, bias=False, normalize=True, gain=True, zero_init=False, fan_ins=None, stds=None
+    ):
         super().__init__()
         self.in_features, self.out_features = d_in, d_out
         self.cores = nn.ParameterList(nn.Parameter(torch.empty(shape)) for shape in shapes)
-        self.init_std = [init_std(fan_in, fan_out) for _, fan_in, fan_out in shapes]
+        self.fan_ins = fan_ins or [fan_in for _, fan_in, _ in shapes]
+        self.init_std = stds or [init_std(fan_in, fan_out) for _, fan_in, fan_out in shapes]
         self.normalize = normalize
         self.gains = nn.Parameter(torch.ones(len(shapes))) if normalize and gain else None
         self.bias = nn.Parameter(torch.zeros(d_out)) if bias else None
@@ -283,7 +287,7 @@ def multiplied_out(model):
 
     A GPU that decodes waits for launches and for weights, not for FLOPs. Parameters must stay as they are meanwhile.
     """
-    layers = [module for module in model.modules() if isinstance(module, CoreLinear)]
+    layers = [module for module in model.modules() if isinstance(module, (EinsumLinear, ChainLinear))]
     try:
         with torch.no_grad():
             for layer in layers:

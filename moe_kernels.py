@@ -60,6 +60,14 @@ def fits(sizes, num_experts, k):
 
 def make_plan(index, num_experts, tokens):
     """Plan for index (n, k), each row ascending, in tiles of so many tokens. No host synchronisation."""
+    return Plan(*torch.ops.nanoeinsum.btt_mixture_plan(index, num_experts, tokens))
+
+
+# An operator, so that the tables of sets are made once and not by every replay of a compiled or recorded step.
+@torch.library.custom_op("nanoeinsum::btt_mixture_plan", mutates_args=())
+def _plan(
+    index: torch.Tensor, num_experts: int, tokens: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     n, k = index.shape
     sets, addends = _sets(num_experts, k, index.device)
     number = addends[0][index[:, 0]]
@@ -74,7 +82,15 @@ def make_plan(index, num_experts, tokens):
     first = bounds[tile_set] + (every - set_tiles[tile_set]) * tokens
     end = bounds[tile_set + 1]
     first = torch.minimum(first, end)  # tiles behind the last one are empty
-    return Plan(order.int(), first.int(), end.int(), set_tiles.int(), tile_set.int(), sets)
+    return order.int(), first.int(), end.int(), set_tiles.int(), tile_set.int(), sets.clone()
+
+
+@_plan.register_fake
+def _(index, num_experts, tokens):
+    (n, k), n_sets = index.shape, math.comb(num_experts, index.shape[1])
+    tiles = -(-n // tokens) + n_sets
+    sizes = [(n,), (tiles,), (tiles,), (n_sets + 1,), (tiles,), (n_sets, k)]
+    return tuple(index.new_empty(size, dtype=torch.int32) for size in sizes)
 
 
 def btt_mixture(x, A, B, index, gate, num_experts):

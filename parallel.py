@@ -64,6 +64,7 @@ def replicate(model, device, micro_steps, bucket_mb):
         device_ids=[device.index] if device.type == "cuda" else None,
         bucket_cap_mb=bucket_mb,
         gradient_as_bucket_view=True,
+        broadcast_buffers=False,  # those of mixtures are equal on all processes
         static_graph=micro_steps == 1,
     )
 

@@ -4,7 +4,7 @@
     torchrun --standalone --nproc_per_node=8 train.py config/gpt2_btt.py --batch_tokens=524288
     torchrun --standalone --nproc_per_node=8 train.py config/gpt2_btt.py --resume
 
-Writes config.json, log.jsonl, loss.png and ckpt.pt to out_dir. Under torchrun each process
+Writes config.json, log.jsonl, loss.png and ckpt.pt to out_dir, and experts.png of mixtures. Under torchrun each process
 drives one GPU (NCCL), or shares the CPU (gloo); batch_tokens is the batch of all of them together.
 """
 
@@ -30,6 +30,7 @@ from data import TokenData, make_tokenizer
 from device import Numbers, choose_device, choose_dtype, device_name, peak_flops, to_device
 from heartbeat import init_distributed
 from model import GPT, GPTConfig
+from moe import auxiliary_loss, balance, check_top_k, figures, report_size, router_names, set_top_k
 from mup import lr_multipliers, make_optimizer, set_lr
 from parallel import clip_gradients, exchange_gradients, ranks, replicate, shard, speak_for_this_rank
 from prepare_owt import prepare_default
@@ -54,6 +55,7 @@ class Config(GPTConfig):
     micro_batch: int = 16  # sequences a process takes at a time; the rest of its batch is accumulated
     eval_interval: int = 500  # steps between evaluations, each followed by a checkpoint
     eval_tokens: int = 2_097_152  # validation tokens, the same ones every time
+    eval_top_k: int | None = None  # experts that a token of a mixture has in evaluation; None: top_k
     save: bool = True  # False: no checkpoints, log and picture only
     log_interval: int = 10  # steps between lines on the screen and in log.jsonl
     lr: float = 2e-3  # peak rate, of a dense layer of width 768 under mup
@@ -83,6 +85,10 @@ class Config(GPTConfig):
             raise ConfigError(
                 f"sample_tokens={self.sample_tokens}: the text is the checkpoint's, so not with save=False"
             )
+        if self.eval_top_k is not None:
+            if self.moe == "none":
+                raise ConfigError(f"eval_top_k={self.eval_top_k} with moe='none', which has no experts: leave it out")
+            check_top_k("eval_top_k", self.eval_top_k, self.num_experts)
         if self.timeout <= 0:
             raise ConfigError(f"timeout={self.timeout}: make it more than 0 seconds")
         for name in ("decay_fraction", "beta2"):
@@ -190,8 +196,8 @@ def train(config, progress):
         shape = (micro_steps, config.micro_batch, config.block_size)
         x, y = (to_device(tensor.reshape(shape), device) for tensor in batch)
         watchdog.beat(step)
-        loss, norm = run.update(x, y).unbind()
-        agreed = torch.stack((loss / world, torch.full_like(loss, stop.asked)))
+        loss, norm, aux = run.update(x, y).unbind()
+        agreed = torch.stack((loss / world, aux / world, torch.full_like(loss, stop.asked)))
         watchdog.beat()
         if world > 1:
             dist.all_reduce(agreed)
@@ -201,7 +207,7 @@ def train(config, progress):
     def receive():
         """Wait for the oldest update that was sent -> its row, where one is due, and whether somebody asked to stop."""
         step, lr, numbers = sent.popleft()
-        loss, stop_asked, norm = numbers.wait()
+        loss, aux, stop_asked, norm = numbers.wait()
         # GradScaler itself skips updates with overflown float16 gradients; anything else non-finite is an end.
         if not math.isfinite(loss) or not (math.isfinite(norm) or scaler.is_enabled()):
             raise ConfigError(
@@ -213,6 +219,8 @@ def train(config, progress):
         row = {**totals(step), "loss": loss, "lr": lr}
         if math.isfinite(norm):
             row["grad_norm"] = norm
+        if config.moe != "none":
+            row["aux_loss"] = aux
         return row, stop_asked > 0
 
     def totals(step):
@@ -238,8 +246,15 @@ def train(config, progress):
                 wandb_run.log(row, step=row["step"])
 
     def evaluate_log_save(row):
-        """Validation loss into the row; the row to the log; then a checkpoint, where one is wanted."""
+        """Validation loss and routing into the row; the row to the log; then a checkpoint, where one is wanted."""
+        if config.eval_top_k:
+            set_top_k(model, config.eval_top_k)
         row["val_loss"] = evaluate(run.fast, data, config, device, run.autocast, rank, world, watchdog.beat)
+        if config.eval_top_k:
+            set_top_k(model, config.top_k)
+        if run.reports is not None and "loss" in row:
+            row["moe"] = figures(router_names(model), run.reports)
+            run.reports.zero_()
         state["best_val_loss"] = min(state["best_val_loss"], row["val_loss"])
         write(row)
         if config.save:
@@ -277,6 +292,8 @@ def train(config, progress):
     if rank == 0:
         progress.close()
         runlog.plot_loss(log.path, os.path.join(config.out_dir, "loss.png"))
+        if config.moe != "none":
+            runlog.plot_experts(log.path, os.path.join(config.out_dir, "experts.png"))
         if wandb_run is not None:
             wandb_run.finish()
         if config.sample_tokens and not stopping:
@@ -293,7 +310,8 @@ class Run(NamedTuple):
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     autocast: torch.autocast
-    update: Callable  # (x, y) -> loss and norm of the gradient
+    update: Callable  # (x, y) -> loss, norm of the gradient, auxiliary loss
+    reports: torch.Tensor | None  # of mixtures: the routers' reports of all processes, summed until they are read
 
 
 def build(config, device, dtype, world, beat=lambda: None):
@@ -314,30 +332,45 @@ def build(config, device, dtype, world, beat=lambda: None):
     optimizer = make_optimizer(model, config.lr, config.weight_decay, betas=(0.9, config.beta2))
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+    reports = None
+    if config.moe != "none":
+        reports = torch.zeros(len(router_names(model)), report_size(config.num_experts), device=device)
 
     def update(x, y):
         """One step of the optimizer on this process's share of a batch.
 
-        x, y (micro_steps, micro_batch, block_size) int64 -> (2,) float32: mean loss of the share, norm of the
-        whole gradient. It never waits for the device, so that it can be a CUDA graph.
+        x, y (micro_steps, micro_batch, block_size) int64 -> (3,) float32: mean loss of the share, norm of the
+        whole gradient, mean auxiliary loss. It never waits for the device, so that it can be a CUDA graph.
         """
-        micro_steps, total = len(x), torch.zeros((), device=device)
+        micro_steps, total, total_aux = len(x), torch.zeros((), device=device), torch.zeros((), device=device)
+        here = None if reports is None else torch.zeros_like(reports)
         for i in range(micro_steps):
             with exchange_gradients(parallel, wanted=i == micro_steps - 1):
                 beat()  # whoever hangs between two of these is behind the others
                 with autocast:
-                    _, loss = parallel(x[i], y[i])
+                    if reports is None:
+                        (_, loss), aux = parallel(x[i], y[i]), torch.zeros((), device=device)
+                    else:
+                        _, loss, new = parallel(x[i], y[i], apart=True)
+                        aux = auxiliary_loss(new)
+                        here += new.detach()
                 beat()
-                scaler.scale(loss / micro_steps).backward()
+                scaler.scale((loss + aux) / micro_steps).backward()
             total += loss.detach() / micro_steps
+            total_aux += aux.detach() / micro_steps
         scaler.unscale_(optimizer)
         norm = clip_gradients(model.parameters(), config.grad_clip or math.inf)
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
-        return torch.stack((total, norm))
+        if reports is not None:
+            if world > 1:
+                dist.all_reduce(here)
+            balance(model, here)
+            reports.add_(here)
+        return torch.stack((total, norm, total_aux))
 
-    return Run(model, fast, optimizer, scaler, autocast, Graphed(update) if as_graph else update)
+    return Run(model, fast, optimizer, scaler, autocast, Graphed(update) if as_graph else update, reports)
 
 
 def choose_cuda_graphs(config, device, dtype, world):
