@@ -48,6 +48,8 @@ class Config(GPTConfig):
 
     def __post_init__(self):
         super().__post_init__()
+        if self.moe != "none":
+            raise ConfigError(f"moe={self.moe!r}: a matrix has no experts to convert it to, leave it out")
         if not self.source:
             raise ConfigError("source is missing: give --source=FOLDER of a run, or --source=gpt2")
         if bool(self.out_dir) == bool(self.export):
@@ -69,7 +71,10 @@ class Config(GPTConfig):
 def load_source(source):
     """A run's folder, or GPT-2 of Hugging Face -> (GPT on the CPU in float32, meta of its data)."""
     if checkpoint.exists(source):
-        return load_model(source)
+        model, meta = load_model(source)
+        if model.config.moe != "none":
+            raise ConfigError(f"source={source} has moe={model.config.moe!r}: mixtures are no matrices, take another")
+        return model, meta
     remedy = "give the out_dir of a run, or a GPT-2 of Hugging Face (gpt2, gpt2-medium, a folder)"
     parent = os.path.dirname(source)
     if not os.path.exists(source) and (source.count("/") > 1 or (parent and os.path.isdir(parent))):

@@ -23,6 +23,7 @@ Imports from configurator and kernels.
 import difflib
 import math
 import sys
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from typing import NamedTuple
@@ -232,18 +233,23 @@ class CoreLinear(nn.Module):
     A core is a batched matrix, a parameter of shape (batch, fan_in, fan_out); `shapes` lists them.
     `normalize` caps each core's RMS at its initial value and gives it a learnable scale
     ("Compute Better Spent", ICML 2024, section 4); `gain=False` leaves the scale out, for a
-    layer whose output is normalised anyway. `zero_init` zeroes the last core.
+    layer whose output is normalised anyway. `zero_init` zeroes the last core. `fan_ins` sets the
+    learning rates (mup.py), `stds` the initial sizes, where those of the shapes are not the ones.
     """
 
-    def __init__(self, d_in, d_out, shapes, bias=False, normalize=True, gain=True, zero_init=False):
+    def __init__(
+        self, d_in, d_out, shapes, bias=False, normalize=True, gain=True, zero_init=False, fan_ins=None, stds=None
+    ):
         super().__init__()
         self.in_features, self.out_features = d_in, d_out
         self.cores = nn.ParameterList(nn.Parameter(torch.empty(shape)) for shape in shapes)
-        self.init_std = [init_std(fan_in, fan_out) for _, fan_in, fan_out in shapes]
+        self.fan_ins = fan_ins or [fan_in for _, fan_in, _ in shapes]
+        self.init_std = stds or [init_std(fan_in, fan_out) for _, fan_in, fan_out in shapes]
         self.normalize = normalize
         self.gains = nn.Parameter(torch.ones(len(shapes))) if normalize and gain else None
         self.bias = nn.Parameter(torch.zeros(d_out)) if bias else None
         self.zero_init = zero_init
+        self.matrix = None  # what forward uses inside multiplied_out
         self.reset_parameters()
 
     def reset_parameters(self):
@@ -273,6 +279,23 @@ class CoreLinear(nn.Module):
         """(n, …) outputs -> (..., d_out) as x's leading axes say, plus bias."""
         y = y.reshape(*x.shape[:-1], self.out_features)
         return y if self.bias is None else y + self.bias.to(y.dtype)
+
+
+@contextmanager
+def multiplied_out(model):
+    """In this block the structured layers of a model are dense matrices, multiplied out once: for a few tokens at a time.
+
+    A GPU that decodes waits for launches and for weights, not for FLOPs. Parameters must stay as they are meanwhile.
+    """
+    layers = [module for module in model.modules() if isinstance(module, (EinsumLinear, ChainLinear))]
+    try:
+        with torch.no_grad():
+            for layer in layers:
+                layer.matrix = layer.materialize()
+        yield
+    finally:
+        for layer in layers:
+            layer.matrix = None
 
 
 def _excess(core, std):
@@ -309,6 +332,8 @@ class EinsumLinear(CoreLinear):
         self.sizes, self.order, self.flops_per_token = sizes, order, 2 * mults[order]
 
     def forward(self, x):
+        if self.matrix is not None:
+            return nn.functional.linear(x, self.matrix, self.bias)
         a, b, g, d, e, f, r = self.sizes
         if b == d == 1:
             return self.finish(kernels.btt(x, *self.effective_cores()), x)
@@ -393,6 +418,8 @@ class ChainLinear(CoreLinear):
         self.flops_per_token = 2 * mults
 
     def forward(self, x):
+        if self.matrix is not None:
+            return nn.functional.linear(x, self.matrix, self.bias)
         n = x.numel() // self.in_features
         z, done, left = x, 1, self.in_features  # z: (n, j_1 ⋯ j_{k-1}, i_k, i_{k+1} ⋯ i_c, r_{k-1})
         for k, core in enumerate(self.effective_cores()):

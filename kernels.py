@@ -26,6 +26,10 @@ try:
 except ImportError:  # no GPU: plain torch
     triton = None
 
+INTERPRETED = (
+    triton is not None and triton.knobs.runtime.interpret
+)  # TRITON_INTERPRET=1: kernels run on the CPU, slowly
+
 
 # ---------------------------------------------------------------------------------------
 # Plain torch
@@ -135,7 +139,7 @@ class BTTSizes(NamedTuple):
 
 def runs_triton(tensor):
     """Whether kernels run where the tensor is: on a CUDA GPU, or anywhere in Triton's interpreter."""
-    return triton is not None and (tensor.is_cuda or triton.knobs.runtime.interpret)
+    return INTERPRETED or (triton is not None and tensor.is_cuda)
 
 
 # Of one H100, measured (results/kernels.md): bytes/s of streaming kernels, FLOP/s of large cuBLAS products. Only

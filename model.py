@@ -6,11 +6,12 @@ changes. "standard" is GPT-2 as published: with structure="dense" it loads GPT-2
 equals it. The learning rates that belong to each are in mup.py.
 
 Shapes: B batch, T time, S positions in a cache, C = d_model, nh = n_head, hs = d_head.
-Imports from configurator, einsum_linear, loss and cuda_graph.
+Imports from configurator, einsum_linear, moe, loss and cuda_graph.
 """
 
 import difflib
 import math
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Literal
 
@@ -21,8 +22,9 @@ from torch.utils.checkpoint import checkpoint
 
 from configurator import ConfigError
 from cuda_graph import Graphed
-from einsum_linear import Dense, apply_all, make_linear
+from einsum_linear import Dense, make_linear, multiplied_out
 from loss import linear_cross_entropy
+from moe import DenseMixture, Router, apply, apply_ffns, apply_layers, auxiliary_loss, check_top_k, make_mixture
 
 # What `structured_layers` and `overrides` may name, one by one or as a group ("attn" is the four attn.* roles).
 ROLES = ("embed", "attn.q", "attn.k", "attn.v", "attn.proj", "ffn.up", "ffn.down", "lm_head")
@@ -51,6 +53,10 @@ class BlockConfig:
     align_heads: bool = False  # with btt and monarch: blocks of q, k, v and of proj's input are heads
     structured_layers: tuple = ("attn", "ffn", "lm_head")  # or embed, attn.q .k .v .proj, ffn.up .down
     overrides: dict | None = None  # by layer: {"attn.q": "dense", "ffn": {"structure": "btt", "rank": 4}}
+    moe: Literal["none", "linear", "ffn"] = "none"  # mixtures: each structured layer of attn and ffn, or whole FFNs
+    num_experts: int = 8  # of a mixture; `rank` is the rank of one
+    top_k: int = 2  # experts that a token has; of 1, routers learn from the auxiliary loss alone
+    share_router: bool = False  # with moe="linear": q, k and v pick the same experts
     normalize: bool = True  # cap the RMS of each core at its initial value
     activation_checkpointing: bool = False  # keep only the blocks' inputs for backward: less memory, 1/3 more FLOPs
 
@@ -77,6 +83,33 @@ class BlockConfig:
                     near = difflib.get_close_matches(str(name), ("attn", "ffn", *self.roles), n=1)
                     remedy = f"did you mean {near[0]!r}?" if near else f"choose from attn, ffn, {', '.join(self.roles)}"
                     raise ConfigError(f"{option}: unknown layer {name!r}, {remedy}")
+        self._check_mixtures()
+
+    def _check_mixtures(self):
+        defaults = {"num_experts": 8, "top_k": 2, "share_router": False}
+        for name, default in defaults.items():
+            if self.moe == "none" and getattr(self, name) != default:
+                raise ConfigError(
+                    f"{name}={getattr(self, name)} with moe='none', which has none: leave it out, or take moe='linear' or 'ffn'"
+                )
+        if self.num_experts < 2:
+            raise ConfigError(f"num_experts={self.num_experts}: make it at least 2, or take moe='none'")
+        check_top_k("top_k", self.top_k, self.num_experts)
+        if self.moe == "linear" and not any(map(self.is_mixture, ROLES)):
+            raise ConfigError(
+                f"moe='linear' with structured_layers={self.structured_layers}: name attn or ffn there, or single layers of these"
+            )
+        if self.share_router and not all(map(self.is_mixture, ("attn.q", "attn.k", "attn.v"))):
+            raise ConfigError(
+                "share_router=True: needs mixtures in q, k and v: take moe='linear' and attn in structured_layers"
+            )
+
+    def is_mixture(self, role):
+        """Whether the layer that plays `role` is a mixture, or, with moe="ffn", part of one."""
+        if self.moe == "ffn":
+            return _covers("ffn", role)
+        inside = self.moe == "linear" and (_covers("attn", role) or _covers("ffn", role))
+        return inside and any(_covers(name, role) for name in self.structured_layers)
 
     @property
     def head_size(self):
@@ -126,10 +159,15 @@ def _covers(name, role):
 
 
 def linear(config, role, d_in, d_out, **kwargs):
-    """The layer that plays `role`, with the structure that the config gives it."""
+    """The layer that plays `role`, with the structure that the config gives it: one matrix, or a mixture."""
     options = config.layer_options(role)
+    arguments = {"bias": config.bias, **kwargs, **options}
     try:
-        return make_linear(d_in, d_out, **{"bias": config.bias, **kwargs, **options})
+        if not config.is_mixture(role):
+            return make_linear(d_in, d_out, **arguments)
+        linear = config.moe == "linear"
+        routed = linear and not (config.share_router and role in ("attn.q", "attn.k", "attn.v"))
+        return make_mixture(d_in, d_out, config.num_experts, config.top_k, routed=routed, mixed=linear, **arguments)
     except ConfigError as error:
         raise ConfigError(f"{role}: {error}") from None
     except TypeError:
@@ -146,6 +184,7 @@ class Attention(nn.Module):
         self.n_head, self.head_size, self.dropout = nh, hs, config.dropout
         self.scale = 8 / hs if mup else 1 / math.sqrt(hs)
         self.causal = config.causal
+        self.router = Router(config.d_model, config.num_experts, config.top_k) if config.share_router else None
         # With QK-norm the scale of q and k is undone at once: no gain on their cores.
         self.q = linear(config, "attn.q", config.d_model, nh * hs, gain=not mup)
         self.k = linear(config, "attn.k", config.d_model, nh * hs, gain=not mup)
@@ -154,9 +193,10 @@ class Attention(nn.Module):
         self.k_norm = nn.LayerNorm(hs, bias=config.bias) if mup else nn.Identity()
         self.proj = linear(config, "attn.proj", nh * hs, config.d_model, zero_init=True)
 
-    def forward(self, x, cache=None):
+    def forward(self, x, cache=None, reports=None):
         B, T, C = x.shape
-        q, k, v = (y.view(B, T, self.n_head, self.head_size) for y in apply_all((self.q, self.k, self.v), x))
+        qkv = apply_layers((self.q, self.k, self.v), x, reports, self.router)
+        q, k, v = (y.view(B, T, self.n_head, self.head_size) for y in qkv)
         q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)  # autocast leaves LayerNorm's output in float32
         q, k, v = (tensor.transpose(1, 2) for tensor in (q, k, v))  # (B, nh, T, hs)
         mask = None
@@ -166,17 +206,22 @@ class Attention(nn.Module):
         y = F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, is_causal=self.causal and mask is None, scale=self.scale, dropout_p=dropout
         )  # (B, nh, T, hs)
-        return self.proj(y.transpose(1, 2).reshape(B, T, -1))  # (B, T, C)
+        return apply(self.proj, y.transpose(1, 2).reshape(B, T, -1), reports)  # (B, T, C)
 
 
 class FFN(nn.Module):
+    """Two layers with a GELU between them; with moe="ffn" a mixture of such FFNs, whose layers `up` and `down` hold."""
+
     def __init__(self, config):
         super().__init__()
+        self.router = Router(config.d_model, config.num_experts, config.top_k) if config.moe == "ffn" else None
         self.up = linear(config, "ffn.up", config.d_model, 4 * config.d_model)
         self.down = linear(config, "ffn.down", 4 * config.d_model, config.d_model, zero_init=True)
 
-    def forward(self, x):
-        return self.down(gelu(self.up(x)))
+    def forward(self, x, reports=None):
+        if self.router is not None:
+            return apply_ffns(self.up, self.down, gelu, x, reports, self.router)
+        return apply(self.down, gelu(apply(self.up, x, reports)), reports)
 
 
 def as_autocast(x):
@@ -193,6 +238,8 @@ def gelu(x):
 
 
 class Block(nn.Module):
+    """x (B, T, C) -> x, and in training the reports of the block's routers, a list of tensors (moe.report)."""
+
     def __init__(self, config):
         super().__init__()
         self.attn_norm = nn.LayerNorm(config.d_model, bias=config.bias)
@@ -204,8 +251,9 @@ class Block(nn.Module):
         self.branch_scale = math.sqrt(3 / config.n_layer) if config.parametrization == "mup" else 1.0
 
     def forward(self, x, cache=None):
-        x = self.add(x, self.attn(self.attn_norm(x), cache))
-        return self.add(x, self.ffn(self.ffn_norm(x)))
+        reports = [] if self.training else None
+        x = self.add(x, self.attn(self.attn_norm(x), cache, reports))
+        return self.add(x, self.ffn(self.ffn_norm(x), reports)), reports
 
     def add(self, x, branch):
         branch = self.dropout(branch)
@@ -218,7 +266,10 @@ class GPT(nn.Module):
     idx      (B, T) int64 token ids, T <= block_size
     targets  (B, T) int64, -1 where no loss is wanted
     logits   (B, T, vocab_size) in the compute dtype; None where the loss was made without them (fused_loss)
-    loss     mean cross-entropy in nats, float32, or None
+    loss     mean cross-entropy in nats, float32, or None. Of mixtures in training mode, the auxiliary loss is added
+
+    GPT(config)(idx, targets, apart=True) -> (logits, cross-entropy, reports): in training mode of mixtures, the
+    reports of all routers, (routers, 4 + 2 E), from which moe.auxiliary_loss makes what is to be added.
     """
 
     def __init__(self, config):
@@ -240,23 +291,34 @@ class GPT(nn.Module):
     def _init_as_gpt2(self):
         """std 0.02, less on the residual branches, head tied to the embedding (GPT-2 report, section 2.3).
 
-        Structured cores keep the initialisation of their own sizes: 0.02 means nothing to a core.
-        A structured head cannot be tied.
+        Structured cores keep the initialisation of their own sizes: 0.02 means nothing to a core. So do routers,
+        to be even at first. A structured head cannot be tied.
         """
         for module in self.modules():
-            if isinstance(module, (Dense, nn.Embedding)):
+            if isinstance(module, nn.Embedding):
                 nn.init.normal_(module.weight, std=0.02)
+            elif isinstance(module, (Dense, DenseMixture)):
+                nn.init.normal_(module.cores[0], std=0.02)
         for block in self.blocks:
             for layer in (block.attn.proj, block.ffn.down):
-                if isinstance(layer, Dense):
-                    nn.init.normal_(layer.weight, std=0.02 / math.sqrt(2 * self.config.n_layer))
+                if isinstance(layer, (Dense, DenseMixture)):
+                    nn.init.normal_(layer.cores[0], std=0.02 / math.sqrt(2 * self.config.n_layer))
         if isinstance(self.lm_head, Dense):
             self.lm_head.weight = self.token_embedding.weight
 
-    def forward(self, idx, targets=None):
-        x = self.trunk(idx)  # (B, T, C)
+    def forward(self, idx, targets=None, apart=False):
+        reports = []
+        logits, loss = self.head(self.trunk(idx, reports=reports), targets)
+        if apart:
+            return logits, loss, torch.stack(reports)
+        if reports and loss is not None:
+            loss = loss + auxiliary_loss(torch.stack(reports))
+        return logits, loss
+
+    def head(self, x, targets=None):
+        """What is above the trunk: x (B, T, C) -> logits and cross-entropy, each or None, as forward says."""
         vocab_size = self.config.vocab_size
-        if targets is not None and self.config.fused_loss and idx.numel() * vocab_size > LOGITS_AT_ONCE:
+        if targets is not None and self.config.fused_loss and x.shape[:-1].numel() * vocab_size > LOGITS_AT_ONCE:
             chunk = max(1, LOGITS_AT_ONCE // vocab_size // 1024) * 1024
             return None, linear_cross_entropy(self.lm_head, x.flatten(0, 1), targets.flatten(), chunk)
         logits = self.lm_head(x)  # (B, T, vocab_size)
@@ -265,8 +327,11 @@ class GPT(nn.Module):
         loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-1)
         return logits, loss
 
-    def trunk(self, idx, cache=None):
-        """Everything below the head: (B, T) ids -> (B, T, C). With a cache, idx continues what it holds."""
+    def trunk(self, idx, cache=None, reports=None):
+        """Everything below the head: (B, T) ids -> (B, T, C). With a cache, idx continues what it holds.
+
+        reports: a list, to which the reports of the routers are added in training.
+        """
         if idx.size(1) > self.config.block_size:
             raise ValueError(f"{idx.size(1)} tokens do not fit block_size={self.config.block_size}")
         position = torch.arange(idx.size(1), device=idx.device) if cache is None else cache.next_positions(idx.size(1))
@@ -274,9 +339,11 @@ class GPT(nn.Module):
         x = self.dropout(as_autocast(x))
         for block in self.blocks:
             if self.config.activation_checkpointing and self.training:
-                x = checkpoint(block, x, use_reentrant=False, preserve_rng_state=self.config.dropout > 0)
+                x, new = checkpoint(block, x, use_reentrant=False, preserve_rng_state=self.config.dropout > 0)
             else:
-                x = block(x, cache)
+                x, new = block(x, cache)
+            if reports is not None and new is not None:
+                reports += new
         return self.final_norm(x).to(x.dtype)
 
     @torch.no_grad()
@@ -285,9 +352,13 @@ class GPT(nn.Module):
 
         temperature 0 takes the likeliest token. top_k keeps the k likeliest, top_p the likeliest
         whose probabilities add up to p. Keys and values are cached; when the context is full,
-        its later half is read anew and generation goes on from there. On a GPU the step of one
-        token is a CUDA graph.
+        its later half is read anew and generation goes on from there. On a GPU structured layers
+        are multiplied out meanwhile, and the step of one token is a CUDA graph.
         """
+        with multiplied_out(self) if idx.is_cuda else nullcontext():
+            return self._generate(idx, max_new_tokens, temperature, top_k, top_p, generator)
+
+    def _generate(self, idx, max_new_tokens, temperature, top_k, top_p, generator):
         was_training = self.training
         self.eval()
         cache = KVCache(self.config, idx.device)
@@ -313,8 +384,8 @@ class GPT(nn.Module):
     def flops_per_token(self):
         """FLOPs of a forward pass at full context, 2 a multiplication; training costs 3 times that.
 
-        Layers as they say of themselves, plus attention's two T × T products, counted in full
-        (not halved for causality), the convention of torch's flop counter and of PaLM's MFU.
+        Layers as they say of themselves, of a mixture its top_k experts and its router, plus attention's two T × T
+        products, counted in full (not halved for causality), the convention of torch's flop counter and of PaLM's MFU.
         """
         layers = sum(module.flops_per_token for module in self.modules() if hasattr(module, "cores"))
         attention = 2 * 2 * self.config.block_size * self.config.n_head * self.config.head_size

@@ -7,17 +7,19 @@ Spent", ICML 2024, section 3.2):
 
     parameter                                   learning rate
     core of a structured layer                  lr · base_width / (fan_in · number of cores)
-    dense matrix                                lr · base_width / d_in
+    dense matrix, router of a mixture           lr · base_width / d_in
     embeddings, norms, biases, gains            lr
 
-so that `lr` is the rate of a dense layer of width 768. The initial standard deviations are
-with the layers (einsum_linear.init_std). Under parametrization="standard" every multiplier is 1.
-Imports from einsum_linear.
+so that `lr` is the rate of a dense layer of width 768. A core of a mixture has the fan-in of one
+expert (moe.Mixture says why). The initial standard deviations are with the layers
+(einsum_linear.init_std). Under parametrization="standard" every multiplier is 1.
+Imports from einsum_linear and moe.
 """
 
 import torch
 
 from einsum_linear import CoreLinear, Dense
+from moe import Router
 
 BASE_WIDTH = 768
 
@@ -31,11 +33,11 @@ def lr_multipliers(model, base_width=BASE_WIDTH):
     if model.config.parametrization == "standard":
         return multipliers
     for name, module in model.named_modules():
-        if isinstance(module, Dense):
+        if isinstance(module, (Dense, Router)):
             multipliers[f"{name}.weight"] = base_width / module.in_features
         elif isinstance(module, CoreLinear):
-            for i, core in enumerate(module.cores):
-                multipliers[f"{name}.cores.{i}"] = base_width / (core.shape[1] * len(module.cores))
+            for i, fan_in in enumerate(module.fan_ins):
+                multipliers[f"{name}.cores.{i}"] = base_width / (fan_in * len(module.cores))
     return multipliers
 
 

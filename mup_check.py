@@ -14,7 +14,7 @@ without: the narrowest model's at all widths, which is one rate for all, tuned a
 A structure may carry options of GPTConfig: name:option=value,option=value, and so on. Spaces
 separate the values of a tuple ("einsum:theta=.5 .25 .25 .25 .5 .25 0"), a number may be a fraction
 of the width ("low_rank:rank=width/4"), and ";" separates structures that have options.
-Imports from configurator, device, data, model, mup and prepare_owt.
+Imports from configurator, device, data, moe, model, mup and prepare_owt.
 """
 
 import math
@@ -31,6 +31,7 @@ from configurator import ConfigError, load_config
 from data import TokenData
 from device import choose_device, choose_dtype, write_rows
 from model import GPT, Block, GPTConfig
+from moe import Router
 from mup import lr_multipliers, make_optimizer, set_lr
 from prepare_owt import prepare_default
 
@@ -208,10 +209,14 @@ def activation_sizes(model, multipliers, lr=5e-4, steps=5, batch_rows=8, seed=0)
     sizes = {}
 
     def record(name):
-        return lambda module, args, output: sizes.update({name: output.detach().square().mean().sqrt().item()})
+        def hook(module, args, output):
+            output = output[0] if isinstance(module, Block) else output  # its reports of routers are no activations
+            sizes[name] = output.detach().square().mean().sqrt().item()
+
+        return hook
 
     for name, module in model.named_modules():
-        if isinstance(module, Block) or hasattr(module, "cores"):
+        if isinstance(module, Block) or (hasattr(module, "cores") and not isinstance(module, Router)):
             module.register_forward_hook(record(name))
     with torch.no_grad():
         model(idx[:, :-1])

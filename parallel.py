@@ -54,7 +54,7 @@ def replicate(model, device, micro_steps, bucket_mb):
 
     A bucket is exchanged while those below it are still computed. A compiled graph hands out all of its gradients
     at its end, so inside DDP torch.compile makes a graph a bucket: small ones hide the exchange, large ones fuse more,
-    which between GPUs of one host is faster (results/multi_gpu.md).
+    which was faster on two H100s (results/multi_gpu.md).
 
     The graph is the same every step, but torch up to 2.15 stops exchanging gradients where
     static_graph meets no_sync (pytorch/pytorch#187732): said only where there is one micro-step.
@@ -64,6 +64,7 @@ def replicate(model, device, micro_steps, bucket_mb):
         device_ids=[device.index] if device.type == "cuda" else None,
         bucket_cap_mb=bucket_mb,
         gradient_as_bucket_view=True,
+        broadcast_buffers=False,  # those of mixtures are equal on all processes
         static_graph=micro_steps == 1,
     )
 

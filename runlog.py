@@ -2,7 +2,9 @@
 
 A row of log.jsonl is one object: step (updates done), tokens (or images, samples), flops, seconds (of training, the
 clock stops for evaluation and checkpoints), loss, val_loss, lr, grad_norm, tokens_per_second, mfu;
-a key is left out where there is no figure. Imports from configurator and model.
+a key is left out where there is no figure. Mixtures have aux_loss, which loss does not include, and, in
+the rows of evaluations, moe: moe.figures of each router, means since the evaluation before.
+Imports from configurator and model.
 """
 
 import json
@@ -121,7 +123,7 @@ def _layer_row(config, role, alike, tied, rates, passes):
     layer = alike[0]
     return _table_row(
         f"{len(alike)} x {role}" if len(alike) > 1 else role,
-        "dense" if _is_dense(layer) else config.layer_options(role).get("structure", "btt"),
+        _structure(config, role, layer),
         [(layer.in_features, layer.out_features)] if _is_dense(layer) else [core.shape for core in layer.cores],
         "tied" if tied else sum(core.numel() for layer in alike for core in layer.cores),
         sum(layer.flops_per_token for layer in alike) * passes(role),
@@ -147,6 +149,11 @@ def _is_dense(layer):
     return layer.cores[0].dim() == 2
 
 
+def _structure(config, role, layer):
+    name = "dense" if _is_dense(layer) else config.layer_options(role).get("structure", "btt")
+    return f"{name}, {layer.top_k} of {layer.num_experts}" if hasattr(layer, "num_experts") else name
+
+
 # What a parameter is that is no core, by the first of these that is part of its name.
 KINDS = {"embeddings": "embedding", "norms": "norm", "gains": ".gains", "biases": ".bias", "others": ""}
 
@@ -165,7 +172,9 @@ def _embedding_std(config):
 
 def _init_stds(config, role, layer):
     """Standard deviations that the layer's cores are drawn with, 0 for a core that starts at zero."""
-    if config.parametrization == "standard" and _is_dense(layer):
+    if config.parametrization == "standard" and _structure(config, role, layer).startswith("dense"):
+        if role.endswith("router"):
+            return layer.init_std
         return [GPT2_STD / (2 * config.n_layer) ** 0.5 if role in ("attn.proj", "ffn.down") else GPT2_STD]
     return [*layer.init_std[:-1], 0.0 if layer.zero_init else layer.init_std[-1]]
 
@@ -383,7 +392,9 @@ def _clock(seconds):
 # After the run
 
 
-FILES = {"ckpt.pt": "checkpoint", "ckpt.dcp": "checkpoint", "log.jsonl": "log", "loss.png": "picture"}
+FILES = {
+    "ckpt.pt": "checkpoint", "ckpt.dcp": "checkpoint", "log.jsonl": "log", "loss.png": "picture", "experts.png": "experts"
+}  # fmt: skip
 
 
 def summary(log, config, memory=None):
@@ -473,6 +484,36 @@ def plot_loss(log_path, png_path, what="nats per token"):
     axes.grid(alpha=0.3)
     if axes.lines:
         axes.legend()
+    save_figure(figure, png_path)
+
+
+def plot_experts(log_path, png_path):
+    """How even the mixtures are, by the last row that says so: experts x layers, and each layer's entropies."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    rows = [row for row in read_log(log_path) if "moe" in row]
+    if not rows:
+        return
+    names, layers = list(rows[-1]["moe"]), list(rows[-1]["moe"].values())
+    loads = list(zip(*(layer["load"] for layer in layers)))  # a row an expert
+    experts = len(loads)
+    figure, (map_axes, line_axes) = plt.subplots(
+        2, 1, figsize=(max(6, 1.5 + 0.16 * len(names)), 4 + 0.1 * experts), height_ratios=(2, 1), sharex=True,
+        layout="constrained",
+    )  # fmt: skip
+    shares = [[experts * load for load in row] for row in loads]
+    image = map_axes.imshow(shares, aspect="auto", cmap="RdBu_r", vmin=0, vmax=2, interpolation="nearest")
+    figure.colorbar(image, ax=map_axes, label="rows / fair share", extend="max")
+    map_axes.set(ylabel="expert", title=f"step {rows[-1]['step']}: load of the experts", yticks=range(experts))
+    for key, label in (("mean_entropy", "of the mean of the gates"), ("token_entropy", "of a token's gates")):
+        line_axes.plot([layer[key] for layer in layers], marker="o", ms=3, lw=1, label=label)
+    line_axes.set(ylabel="entropy (nats)", ylim=(0, None))
+    line_axes.set_xticks(range(len(names)), [name.removeprefix("blocks.") for name in names], rotation=90, fontsize=6)
+    line_axes.grid(alpha=0.3)
+    line_axes.legend(fontsize=7)
     save_figure(figure, png_path)
 
 

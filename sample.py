@@ -2,8 +2,9 @@
 
     python sample.py --out_dir=out/quickstart --start="def " --num_samples=3
     python sample.py --out_dir=out/gpt2_btt --start=FILE:prompt.txt --top_p=0.9
+    python sample.py --out_dir=out/gpt2_btt_moe --experts_top_k=4
 
-Imports from configurator, device, data, checkpoint and model.
+Imports from configurator, device, data, checkpoint, moe and model.
 """
 
 import sys
@@ -16,6 +17,7 @@ from configurator import ConfigError, load_config
 from data import make_tokenizer
 from device import choose_device
 from model import GPT, GPTConfig
+from moe import set_top_k
 
 
 @dataclass
@@ -27,6 +29,7 @@ class Config:
     temperature: float = 0.8  # of the distribution; 0: always the likeliest token
     top_k: int | None = None  # draw from the k likeliest tokens only
     top_p: float | None = None  # draw from the likeliest tokens that together have probability p
+    experts_top_k: int | None = None  # experts that a token of a mixture has; None: as many as in training
     seed: int = 1337  # of the draws
     device: str = "auto"  # cuda, cpu, mps; auto: a GPU where there is one
     bpe_dir: str | None = None  # folder with GPT-2's vocab.bpe and encoder.json, for a machine without network
@@ -84,6 +87,8 @@ def sample(model, tokenizer, ids, config, device):
 def main(argv):
     config = load_config(Config, argv)
     model, meta = load_model(config.out_dir)
+    if config.experts_top_k is not None:
+        set_top_k(model, config.experts_top_k, option="experts_top_k")
     tokenizer = make_tokenizer(meta["tokenizer"], config.bpe_dir)
     ids = read_prompt(config, tokenizer, model.config.block_size)
     device = choose_device(config.device)

@@ -3,19 +3,26 @@
     python scaling_laws.py plot out/gpt2_btt out/gpt2_dense            # folders of runs, or their log.jsonl
     python scaling_laws.py plot out/*/log.jsonl --key=val_loss --png=validation.png
     python scaling_laws.py plot out/a out/b --labels="rank 1,rank 4"
+    python scaling_laws.py fit out/sweep/* --out=out/sweep_fit         # runs of several structures, each at several sizes
 
 plot    loss against steps, tokens, FLOPs and seconds of training in one picture, and a table
+fit     frontiers and power laws of every structure, and the compute multipliers against dense: table, pictures, JSON
 
-Imports from configurator and runlog.
+Imports from configurator, runlog, frontiers, einsum_linear and model.
 """
 
+import json
 import math
 import os
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Literal
 
+import numpy as np
+
+import frontiers
 from configurator import ConfigError, load_config
+from frontiers import Run
 from runlog import read_log, save_figure
 
 
@@ -212,8 +219,172 @@ def run_figures(rows):
     )
 
 
+# ---------------------------------------------------------------------------------------
+# Scaling laws
+
+
+@dataclass
+class FitConfig:
+    out: str = "out/fit"  # folder for table.md, fit.json and the pictures
+    reference: str = "dense"  # the group that the others are compared with
+    by: tuple = (  # options of a run that make its group, where they are not the default
+        "structure", "theta", "rank", "num_blocks", "num_cores", "align_heads", "overrides", "moe", "num_experts", "top_k",
+    )  # fmt: skip
+    points: Literal["all", "final"] = "all"  # of a run: every validation, or its last, as a decayed rate asks for
+    costs: tuple = ("flops", "seconds", "parameters")  # what is paid
+    samples: int = 200  # resamplings of the runs behind every interval
+
+    def __post_init__(self):
+        for cost in self.costs:
+            if cost not in frontiers.COSTS:
+                raise ConfigError(f"costs: {cost!r} is unknown, choose from {', '.join(frontiers.COSTS)}")
+        if self.samples < 1:
+            raise ConfigError(f"samples={self.samples}: make it at least 1")
+
+
+def fit(argv):
+    """The command: everything about the runs in `argv`, in one folder."""
+    words = [word for word in argv if not word.startswith("--")]
+    config = load_config(FitConfig, [word for word in argv if word.startswith("--")])
+    paths = list(dict.fromkeys(log_path(word) for word in words))
+    if not paths:
+        raise ConfigError("fit: which runs? give their folders or logs, such as out/sweep/*")
+    rows = [read_run(path, "val_loss") for path in paths]
+    options = [read_options(path) for path in paths]
+    runs = [make_run(*each, config) for each in zip(paths, rows, options)]
+    places = {run.group: place_of(each) for run, each in zip(runs, options)}  # (ω, ψ, ν) or None
+    figures = {cost: frontiers.analyse(runs, config.reference, cost, config.samples) for cost in config.costs}
+    try:
+        os.makedirs(config.out, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"out={config.out} cannot be written ({error.strerror}): take another") from None
+    lines = [
+        f"{len(runs)} runs of {len(places)} groups; intervals hold 90% of {config.samples} resamplings of the runs.",
+        "",
+    ]
+    for cost in config.costs:
+        lines += [*frontiers.table(figures[cost], cost, config.reference), ""]
+    with open(os.path.join(config.out, "table.md"), "w") as file:
+        file.write("\n".join(lines))
+    with open(os.path.join(config.out, "fit.json"), "w") as file:
+        json.dump({"groups": places, "runs": [run.name for run in runs], **figures}, file, indent=1)
+    drawn = draw_fit(runs, places, figures, config)
+    print(*lines, f"written: {config.out}/table.md, fit.json, {', '.join(drawn)}", sep="\n")
+
+
+def read_options(path):
+    """A run's config.json, a dict."""
+    beside = os.path.join(os.path.dirname(path), "config.json")
+    try:
+        with open(beside) as file:
+            return json.load(file)
+    except (OSError, ValueError):
+        raise ConfigError(f"{beside} cannot be read: fit needs it beside log.jsonl, to know the structure") from None
+
+
+def group_name(options, by):
+    """Such as "btt, rank=4": the structure, and the options in `by` that are not the default."""
+    from model import GPTConfig  # here, since torch takes seconds to import and plot does without
+
+    defaults = {field.name: field.default for field in fields(GPTConfig)}
+    parts = [str(options.get("structure"))] if "structure" in by else []
+    for name in by:
+        value = options.get(name, defaults.get(name))
+        value = tuple(value) if isinstance(value, list) else value
+        if name != "structure" and value != defaults.get(name):
+            shown = " ".join(f"{each:g}" for each in value) if name == "theta" else value
+            parts.append(f"{name}={shown}")
+    return ", ".join(parts) or "all"
+
+
+def make_run(path, rows, options, config):
+    """A Run: what it had cost at each validation."""
+    rows = [row for row in rows if math.isfinite(row.get("val_loss", math.nan)) and row.get("flops", 0) > 0]
+    if config.points == "final":
+        rows = rows[-1:]
+    if not rows:
+        raise ConfigError(f"{path} has no validation after step 0: leave it out, or wait for one")
+    cost = {"flops": [row["flops"] for row in rows], "seconds": [max(row.get("seconds", 0), 1e-3) for row in rows]}
+    cost["parameters"] = [num_parameters(options)] * len(rows)
+    cost = {name: np.array(values, dtype=float) for name, values in cost.items()}
+    loss = np.array([row["val_loss"] for row in rows])
+    return Run(os.path.dirname(path), group_name(options, config.by), cost, loss)
+
+
+def num_parameters(options):
+    import torch
+
+    from model import GPT, GPTConfig
+
+    names = {field.name for field in fields(GPTConfig)}
+    with torch.device("meta"):
+        model = GPT(GPTConfig(**{key: value for key, value in options.items() if key in names}))
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def place_of(options):
+    """(ω, ψ, ν) of a run's structure, a fixed rank counted as the power of d_model that it is there; None of a mixture."""
+    if options.get("moe", "none") != "none" or (options.get("num_cores") or 2) > 2:
+        return None
+    from einsum_linear import NAMED_THETAS, taxonomy
+
+    if options["structure"] == "einsum":
+        return taxonomy(options["theta"])
+    names = {
+        "low_rank": "low-rank",
+        "kronecker": "Kronecker",
+        "tt": "TT",
+        "btt": "BTT",
+        "monarch": "Monarch",
+        "dense": "dense",
+    }
+    theta = next(theta for name, theta in NAMED_THETAS.items() if name.startswith(names[options["structure"]]))
+    rank = math.log(options.get("rank") or 1) / math.log(options["d_model"])
+    return taxonomy((*theta[:6], 0 if options["structure"] == "dense" else min(1.0, rank)))
+
+
+def draw_fit(runs, places, figures, config):
+    """Write the pictures -> their names."""
+    colour = dict(zip(places, colours(len(places))))
+    drawn = []
+
+    def save(figure, name):
+        save_figure(figure, os.path.join(config.out, name), remedy="give another --out")
+        drawn.append(name)
+
+    for cost, entries in figures.items():
+        title = "the least loss for what it costs, and its power law"
+        save(frontiers.draw_frontiers(runs, entries, cost, colour, title), f"frontiers_{cost}.png")
+    save(frontiers.draw_multipliers(figures, config.reference, colour), "multipliers.png")
+    if "flops" in figures:
+        for name, axis, title, chosen in (
+            ("omega", 0, "ω, parameter sharing", lambda place: True),
+            ("psi", 1, "ψ, rank, of those with ω = 0", lambda place: place[0] < 0.05),
+            ("nu", 2, "ν, compute, of those with ω = 0 and ψ = 1", lambda place: place[0] < 0.05 and place[1] > 0.95),
+        ):
+            some = [group for group, place in places.items() if place is not None and chosen(place)]
+            if len(some) >= 2:
+                shade, scale = shades({group: places[group][axis] for group in some})
+                entries = {group: figures["flops"][group] for group in some}
+                mine = [run for run in runs if run.group in some]
+                save(
+                    frontiers.draw_frontiers(mine, entries, "flops", shade, title, (scale, title)),
+                    f"frontiers_{name}.png",
+                )
+    return drawn
+
+
+def shades(values):
+    """{group: colour} by a value each, and what a colour bar needs."""
+    import matplotlib
+
+    low, high = min(values.values()), max(values.values())
+    scale = matplotlib.cm.ScalarMappable(matplotlib.colors.Normalize(low, high if high > low else low + 1), "turbo")
+    return {group: scale.to_rgba(value) for group, value in values.items()}, scale
+
+
 def main(argv):
-    commands = {"plot": plot}
+    commands = {"plot": plot, "fit": fit}
     if argv[:1] in (["--help"], ["-h"]):
         print(f"{__doc__.strip()}\n\n--help behind a command prints its options.")
         return

@@ -4,7 +4,7 @@
     torchrun --standalone --nproc_per_node=8 train.py config/gpt2_btt.py --batch_tokens=524288
     torchrun --standalone --nproc_per_node=8 train.py config/gpt2_btt.py --resume
 
-Writes config.json, log.jsonl, loss.png and ckpt.pt to out_dir. Under torchrun each process
+Writes config.json, log.jsonl, loss.png and ckpt.pt to out_dir, and experts.png of mixtures. Under torchrun each process
 drives one GPU (NCCL), or shares the CPU (gloo); batch_tokens is the batch of all of them together.
 """
 
@@ -30,6 +30,7 @@ from data import TokenData, make_tokenizer
 from device import Numbers, choose_device, choose_dtype, device_name, peak_flops, to_device
 from heartbeat import init_distributed
 from model import GPT, GPTConfig
+from moe import auxiliary_loss, balance, check_top_k, figures, report_size, router_names, set_top_k
 from mup import lr_multipliers, make_optimizer, set_lr
 from parallel import clip_gradients, exchange_gradients, ranks, replicate, shard, speak_for_this_rank
 from prepare_owt import prepare_default
@@ -39,7 +40,7 @@ from sample import load_model, sample
 
 @dataclass
 class RunConfig:
-    """Options of a run, whatever it trains."""
+    """Options of a run, whatever it trains; of the same object as a model.BlockConfig."""
 
     out_dir: str = "out/run"  # where log, picture and checkpoints go
     seed: int = 1337  # of weights, batches and dropout
@@ -48,11 +49,12 @@ class RunConfig:
     compile: bool | None = None  # torch.compile; None: on a GPU only
     cuda_graphs: bool | None = None  # an update as one CUDA graph; None: where it can be, on one GPU
     shard: Literal["none", "fsdp"] = "none"  # fsdp: parameters, gradients and optimizer state over all processes
-    bucket_mb: int = 1000  # MiB of gradients that unsharded processes exchange at once; each splits the compiled graph
+    bucket_mb: int = 1000  # MiB of gradients that unsharded processes exchange at a time; each splits a compiled graph
     timeout: float = 600.0  # seconds without progress after which a run of several processes ends
     max_steps: int = 10_000  # updates in all
     micro_batch: int = 16  # sequences, or images, a process takes at a time; the rest of its batch is accumulated
     eval_interval: int = 500  # steps between evaluations, each followed by a checkpoint
+    eval_top_k: int | None = None  # experts that a token of a mixture has in evaluation; None: top_k
     save: bool = True  # False: no checkpoints, log and picture only
     log_interval: int = 10  # steps between lines on the screen and in log.jsonl
     lr: float = 2e-3  # peak rate, of a dense layer of width 768 under mup
@@ -70,6 +72,10 @@ class RunConfig:
     def __post_init__(self):
         at_least(1, self, "max_steps", "micro_batch", "bucket_mb", "eval_interval", "log_interval")
         at_least(0, self, "seed", "lr", "warmup_steps", "min_lr_ratio", "weight_decay", "grad_clip")
+        if self.eval_top_k is not None:
+            if self.moe == "none":
+                raise ConfigError(f"eval_top_k={self.eval_top_k} with moe='none', which has no experts: leave it out")
+            check_top_k("eval_top_k", self.eval_top_k, self.num_experts)
         if self.timeout <= 0:
             raise ConfigError(f"timeout={self.timeout}: make it more than 0 seconds")
         for name in ("decay_fraction", "beta2"):
@@ -242,8 +248,8 @@ def fit(config, progress, run, task, device, dtype, watchdog, micro_steps):
             torch.manual_seed(hash((config.seed, step, rank)))  # dropout too is a function of the step
         batch = task.batch(step)
         watchdog.beat(step)
-        loss, norm = run.update(*batch).unbind()
-        agreed = torch.stack((loss / world, torch.full_like(loss, stop.asked)))
+        loss, norm, aux = run.update(*batch).unbind()
+        agreed = torch.stack((loss / world, aux / world, torch.full_like(loss, stop.asked)))
         watchdog.beat()
         if world > 1:
             dist.all_reduce(agreed)
@@ -253,7 +259,7 @@ def fit(config, progress, run, task, device, dtype, watchdog, micro_steps):
     def receive():
         """Wait for the oldest update that was sent -> its row, where one is due, and whether somebody asked to stop."""
         step, lr, numbers = sent.popleft()
-        loss, stop_asked, norm = numbers.wait()
+        loss, aux, stop_asked, norm = numbers.wait()
         # GradScaler itself skips updates with overflown float16 gradients; anything else non-finite is an end.
         if not math.isfinite(loss) or not (math.isfinite(norm) or scaler.is_enabled()):
             raise ConfigError(
@@ -265,6 +271,8 @@ def fit(config, progress, run, task, device, dtype, watchdog, micro_steps):
         row = {**totals(step), "loss": loss, "lr": lr}
         if math.isfinite(norm):
             row["grad_norm"] = norm
+        if config.moe != "none":
+            row["aux_loss"] = aux
         return row, stop_asked > 0
 
     def totals(step):
@@ -289,8 +297,15 @@ def fit(config, progress, run, task, device, dtype, watchdog, micro_steps):
                 wandb_run.log(row, step=row["step"])
 
     def evaluate_log_save(row):
-        """Validation loss into the row; the row to the log; then a checkpoint, where one is wanted."""
+        """Figures of validation and of routing into the row; the row to the log; then a checkpoint, where one is wanted."""
+        if config.eval_top_k:
+            set_top_k(model, config.eval_top_k)
         row.update(task.validate())
+        if config.eval_top_k:
+            set_top_k(model, config.top_k)
+        if run.reports is not None and "loss" in row:
+            row["moe"] = figures(router_names(model), run.reports)
+            run.reports.zero_()
         state["best_val_loss"] = min(state["best_val_loss"], row["val_loss"])
         write(row)
         if config.save:
@@ -328,6 +343,8 @@ def fit(config, progress, run, task, device, dtype, watchdog, micro_steps):
     if rank == 0:
         progress.close()
         runlog.plot_loss(log.path, os.path.join(config.out_dir, "loss.png"), task.loss)
+        if config.moe != "none":
+            runlog.plot_experts(log.path, os.path.join(config.out_dir, "experts.png"))
         if wandb_run is not None:
             wandb_run.finish()
     return stopping
@@ -346,8 +363,9 @@ class Run(NamedTuple):
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     autocast: torch.autocast
-    update: Callable  # (x, y) -> loss and norm of the gradient
+    update: Callable  # (x, y) -> loss, norm of the gradient, auxiliary loss
     multipliers: dict  # of the learning rate, by parameter name
+    reports: torch.Tensor | None  # of mixtures: the routers' reports of all processes, summed until they are read
 
 
 def build(
@@ -375,30 +393,46 @@ def build(
     optimizer = make_optimizer(model, config.lr, config.weight_decay, betas, multipliers)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+    reports = None
+    if config.moe != "none":
+        reports = torch.zeros(len(router_names(model)), report_size(config.num_experts), device=device)
 
     def update(x, y):
         """One step of the optimizer on this process's share of a batch.
 
-        x, y (micro_steps, micro_batch, …), of a GPT int64 tokens -> (2,) float32: mean loss of the share, norm of the
-        whole gradient. It never waits for the device, so that it can be a CUDA graph.
+        x, y (micro_steps, micro_batch, …), of a GPT int64 tokens -> (3,) float32: mean loss of the share, norm of the
+        whole gradient, mean auxiliary loss. It never waits for the device, so that it can be a CUDA graph.
         """
-        micro_steps, total = len(x), torch.zeros((), device=device)
+        micro_steps, total, total_aux = len(x), torch.zeros((), device=device), torch.zeros((), device=device)
+        here = None if reports is None else torch.zeros_like(reports)
         for i in range(micro_steps):
             with exchange_gradients(parallel, wanted=i == micro_steps - 1):
                 beat()  # whoever hangs between two of these is behind the others
                 with autocast:
-                    _, loss = parallel(x[i], y[i])
+                    if reports is None:
+                        (_, loss), aux = parallel(x[i], y[i]), torch.zeros((), device=device)
+                    else:
+                        _, loss, new = parallel(x[i], y[i], apart=True)
+                        aux = auxiliary_loss(new)
+                        here += new.detach()
                 beat()
-                scaler.scale(loss / micro_steps).backward()
+                scaler.scale((loss + aux) / micro_steps).backward()
             total += loss.detach() / micro_steps
+            total_aux += aux.detach() / micro_steps
         scaler.unscale_(optimizer)
         norm = clip_gradients(model.parameters(), config.grad_clip or math.inf)
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
-        return torch.stack((total, norm))
+        if reports is not None:
+            if world > 1:
+                dist.all_reduce(here)
+            balance(model, here)
+            reports.add_(here)
+        return torch.stack((total, norm, total_aux))
 
-    return Run(model, fast, optimizer, scaler, autocast, Graphed(update) if as_graph else update, multipliers)
+    update = Graphed(update) if as_graph else update
+    return Run(model, fast, optimizer, scaler, autocast, update, multipliers, reports)
 
 
 def choose_cuda_graphs(config, device, dtype, world):

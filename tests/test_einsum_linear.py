@@ -17,6 +17,7 @@ from einsum_linear import (
     main,
     make_linear,
     multiplications,
+    multiplied_out,
     num_parameters,
     taxonomy,
 )  # fmt: skip
@@ -442,3 +443,21 @@ def test_mistakes_are_one_clear_line(kwargs, words):
     with pytest.raises(ConfigError) as caught:
         make_linear(64, 64, **kwargs)
     assert "\n" not in str(caught.value) and all(word in str(caught.value) for word in words), str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "kwargs", [{"structure": "btt", "rank": 3}, {"structure": "tt", "rank": 2, "num_cores": 3}], ids=name
+)
+def test_multiplied_out_and_back(kwargs):
+    """Inside the block a layer is its matrix; behind it, whatever happened, it follows its parameters again."""
+    layer = make_linear(24, 60, bias=True, **kwargs).double()
+    torch.nn.init.normal_(layer.bias)
+    x = torch.randn(2, 3, 24, dtype=torch.float64)
+    want = layer(x)
+    with pytest.raises(KeyboardInterrupt), multiplied_out(torch.nn.Sequential(layer)):
+        torch.testing.assert_close(layer(x), want, rtol=1e-12, atol=1e-12)
+        with torch.no_grad():
+            layer.cores[0].zero_()
+        torch.testing.assert_close(layer(x), want, rtol=1e-12, atol=1e-12)
+        raise KeyboardInterrupt
+    torch.testing.assert_close(layer(x), layer.bias.expand(2, 3, 60))

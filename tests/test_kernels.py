@@ -152,7 +152,7 @@ def interpreted():
 class Compiler:
     """In a kernel's place: a launch is compiled for an H100 instead of made."""
 
-    TYPES = {torch.bfloat16: "*bf16", torch.float32: "*fp32"}
+    TYPES = {torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int32: "*i32"}
 
     def __init__(self, kernel, compiled):
         self.kernel, self.compiled = kernel, compiled

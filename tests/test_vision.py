@@ -34,7 +34,7 @@ from vision.vit import ViT, patches
 
 CPU = torch.device("cpu")
 TINY = dict(
-    dataset="digits", image_size=8, channels=1, n_classes=10, n_layer=2, d_model=36, batch_size=64, micro_batch=32,
+    dataset="digits", model="mlp", image_size=8, channels=1, n_classes=10, n_layer=2, d_model=36, batch_size=64, micro_batch=32,
     max_steps=20, eval_interval=10, log_interval=1, warmup_steps=5, lr=3e-3, base_width=64, device="cpu", compile=False,
 )  # fmt: skip
 TINY_VIT = dict(TINY, model="vit", patch_size=4, n_head=2)
@@ -141,7 +141,7 @@ def test_start_at_zero_and_rates_of_the_published_input_layer():
     x = torch.randn(4, 1, 8, 8)
     assert torch.equal(model(x)[0], torch.zeros(4, 10))
     h = model.input_norm(F.gelu(model.input(x.flatten(1)), approximate="tanh"))
-    assert torch.equal(model.blocks[0](h), h)
+    assert torch.equal(model.blocks[0](h)[0], h)
     rates = vision.train.multipliers(config, model)
     # 64 = 8 x 8 -> 36: two cores, of fan-in 8 and 8; a dense layer would have 0.1
     assert rates["input.cores.0"] == pytest.approx(0.1 * 64 / (8 * 2)) and rates["input.bias"] == 0.1
@@ -464,6 +464,23 @@ def test_a_vit_learns(tmp_path):
     assert top1[0] < 0.2 and top1[120] > 0.8
 
 
+@pytest.mark.parametrize("options", [dict(TINY, moe="linear"), dict(TINY_VIT, moe="linear"), dict(TINY_VIT, moe="ffn")])
+def test_mixtures_learn_too(options, tmp_path):
+    options = dict(options, num_experts=4, max_steps=40, eval_interval=40, out_dir=tmp_path / "run")
+    vision.train.main(words(options))
+    row = read_rows(tmp_path / "run")[-1]
+    assert row["top1"] > 0.4 and row["aux_loss"] > 0
+    layers = {"mlp": ("ffn.up",), "vit": ("attn.q", "ffn.up") if options["moe"] == "linear" else ("ffn",)}[
+        options["model"]
+    ]
+    assert {f"blocks.{k}.{name}" for k in (0, 1) for name in layers} <= set(row["moe"])
+    config = load_config(Config, words(json_options(tmp_path / "run")))
+    model = vision.train.MODELS[config.model](config).train()
+    logits, loss, reports = model(torch.randn(6, 1, 8, 8), torch.arange(6), apart=True)
+    assert len(reports) == len(row["moe"])
+    torch.testing.assert_close(loss, F.cross_entropy(logits, torch.arange(6)))
+
+
 def test_the_quickstart_learns(tmp_path):
     path = f"{ROOT}/vision/config/quickstart.py"
     vision.train.main([path, "--max_steps=220", f"--out_dir={tmp_path}/run"])
@@ -517,7 +534,7 @@ def folder(tmp_path):
 
 def streaming(folder, tmp_path, **more):
     options = dict(
-        TINY, dataset="colours", data_dir=folder, image_size=32, channels=3, n_classes=3, stream=True, workers=1,
+        TINY, dataset="colours", data_dir=folder, image_size=32, channels=3, n_classes=3, stream=True, workers=0,
         batch_size=8, micro_batch=4, max_steps=12, eval_interval=6, flip=True, out_dir=tmp_path / "run",
     )  # fmt: skip
     return {**options, **more}
@@ -531,9 +548,9 @@ def test_a_folder_is_streamed_and_broken_files_passed_over_with_a_count(folder, 
     row = read_rows(tmp_path / "run")[-1]
     assert row["top1"] > 0.9 and row["broken"] >= 3
     vision.train.main(words(dict(options, max_steps=6, schedule="constant", out_dir=tmp_path / "two")))
-    vision.train.main(words(dict(options, schedule="constant", out_dir=tmp_path / "two", workers=0, resume=True)))
+    vision.train.main(words(dict(options, schedule="constant", out_dir=tmp_path / "two", resume=True)))
     monkeypatch.setattr(vision.data.Stretches, "PIECE", 3)  # shares in pieces
-    vision.train.main(words(dict(options, schedule="constant", out_dir=tmp_path / "three", workers=2)))
+    vision.train.main(words(dict(options, schedule="constant", out_dir=tmp_path / "three", workers=1)))
     assert losses(tmp_path / "two") == losses(tmp_path / "three")
 
 

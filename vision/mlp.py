@@ -5,7 +5,7 @@
 ("Compute Better Spent", ICML 2024, section 5; the LayerNorms as in "Searching for Efficient Linear
 Layers", NeurIPS 2024, section 5). What writes to the residual stream, and the head, start at zero.
 
-Shapes: B batch, D = channels · image_size², C = d_model. Imports from the root's configurator and model.
+Shapes: B batch, D = channels · image_size², C = d_model. Imports from the root's configurator, moe and model.
 """
 
 from dataclasses import dataclass
@@ -18,8 +18,14 @@ from torch.utils.checkpoint import checkpoint
 
 from configurator import ConfigError
 from model import FFN, BlockConfig, as_autocast, gelu, linear
+from moe import auxiliary_loss
 
-ATTENTION = {"n_head": 1, "d_head": None, "align_heads": False}  # options of it, as they are where there is none
+ATTENTION = {
+    "n_head": 1,
+    "d_head": None,
+    "align_heads": False,
+    "share_router": False,
+}  # its options, as they are where there is none
 
 
 def refuse(config, why, holds, **defaults):
@@ -100,7 +106,8 @@ class MLPBlock(nn.Module):
         self.branch_scale = (3 / config.n_layer) ** 0.5  # depth-muP, as in model.Block
 
     def forward(self, x):
-        return x + self.branch_scale * self.dropout(self.ffn(self.norm(x)))
+        reports = [] if self.training else None
+        return x + self.branch_scale * self.dropout(self.ffn(self.norm(x), reports)), reports
 
 
 class MLP(nn.Module):
@@ -109,6 +116,7 @@ class MLP(nn.Module):
     x        (B, …) float, D numbers each
     targets  (B,) int64 classes, (B, d_out) probabilities, or what another `loss` takes
     y        (B, d_out); loss, float32: mean cross-entropy in nats, or `loss`(y, targets)
+    apart    as of model.GPT: in training mode of mixtures, the reports of all routers as a third
     """
 
     def __init__(self, config, loss=F.cross_entropy):
@@ -122,15 +130,14 @@ class MLP(nn.Module):
             order = torch.randperm(config.d_in, generator=torch.Generator().manual_seed(42), device="cpu")
             self.register_buffer("order", order.to(self.input_norm.weight.device))
 
-    def forward(self, x, targets=None):
+    def forward(self, x, targets=None, apart=False):
         x = x.flatten(1)  # (B, D)
         if hasattr(self, "order"):
             x = x[:, self.order]
         x = as_autocast(self.input_norm(gelu(self.input(x))))  # (B, C)
-        for block in self.blocks:
-            x = call(block, x, self.config.activation_checkpointing and self.training, self.config.dropout > 0)
+        x, reports = through(self.blocks, x, self.config)
         y = self.head(x)
-        return y, None if targets is None else self.loss(y.float(), targets)
+        return result(y, None if targets is None else self.loss(y.float(), targets), reports, apart)
 
     def passes(self, role):
         """How often an input makes the layer that plays `role` work."""
@@ -141,8 +148,24 @@ class MLP(nn.Module):
         return sum(module.flops_per_token for module in self.modules() if hasattr(module, "cores"))
 
 
-def call(block, x, checkpointing, with_dropout):
-    """block(x), and where `checkpointing` again in the backward pass, instead of keeping what is inside."""
-    if checkpointing:
-        return checkpoint(block, x, use_reentrant=False, preserve_rng_state=with_dropout)
-    return block(x)
+def through(blocks, x, config):
+    """x through all blocks -> x, and in training the reports of the routers of mixtures, a list."""
+    reports = []
+    for block in blocks:
+        if (
+            config.activation_checkpointing and block.training
+        ):  # again in the backward pass, instead of keeping its inside
+            x, new = checkpoint(block, x, use_reentrant=False, preserve_rng_state=config.dropout > 0)
+        else:
+            x, new = block(x)
+        reports += new or []
+    return x, reports
+
+
+def result(y, loss, reports, apart):
+    """What a model returns, as model.GPT does: apart, or with the auxiliary loss of mixtures in the loss."""
+    if apart:
+        return y, loss, torch.stack(reports)
+    if reports and loss is not None:
+        loss = loss + auxiliary_loss(torch.stack(reports))
+    return y, loss

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from model import EMBEDDING_STD, Block, as_autocast, linear
-from vision.mlp import call
+from vision.mlp import result, through
 
 
 class ViT(nn.Module):
@@ -21,6 +21,7 @@ class ViT(nn.Module):
     x        (B, channels, image_size, image_size) float
     targets  (B,) int64 classes, or (B, n_classes) probabilities
     logits   (B, n_classes); loss: mean cross-entropy in nats, float32, or None
+    apart    as of model.GPT: in training mode of mixtures, the reports of all routers as a third
     """
 
     def __init__(self, config):
@@ -41,16 +42,15 @@ class ViT(nn.Module):
         self.final_norm = nn.LayerNorm(config.d_model, bias=config.bias)
         self.head = linear(config, "head", config.d_model, config.n_classes, zero_init=True)
 
-    def forward(self, x, targets=None):
+    def forward(self, x, targets=None, apart=False):
         x = self.input_norm(self.input(self.patch_norm(patches(x, self.config.patch_size))))  # (B, P, C)
         if self.config.pool == "token":
             x = torch.cat((self.class_embedding.to(x.dtype).expand(len(x), 1, -1), x), dim=1)  # (B, T, C)
         x = self.dropout(as_autocast(x + self.position_embedding))
-        for block in self.blocks:
-            x = call(block, x, self.config.activation_checkpointing and self.training, self.config.dropout > 0)
+        x, reports = through(self.blocks, x, self.config)
         x = self.final_norm(x)
         logits = self.head(x[:, 0] if self.config.pool == "token" else x.mean(dim=1))
-        return logits, None if targets is None else F.cross_entropy(logits.float(), targets)
+        return result(logits, None if targets is None else F.cross_entropy(logits.float(), targets), reports, apart)
 
     def passes(self, role):
         """How often an image makes the layer that plays `role` work."""

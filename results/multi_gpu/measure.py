@@ -213,7 +213,7 @@ def speed(bench):
             commands = []
             for _, batch, how in todo:
                 steps = max(10, min(40, 5_500_000 // (batch // count))) if bench.on_gpu else 3
-                commands.append(" ".join(filter(None, (options, f"--batch_tokens={batch}", HOW[how], f"--steps={steps}"))))
+                commands.append(" ".join(f"{options} --batch_tokens={batch} {HOW[how]} --steps={steps}".split()))
             first, *others = commands
             path = bench.path("step.json")
             words = f"step {first} --parts=False --json={path} --against={shlex.quote('; '.join(others))}"
@@ -289,8 +289,7 @@ def equal(bench):
     for name, (options, env) in runs.items():
         one = bench.reference(options, 1, gpu=bench.world - 1, env=env)
         several = {how: bench.reference(f"{options} {HOW[how]}", bench.world, env=env) for how in ("DDP", "FSDP2")}
-        one.finish()
-        for command in several.values():
+        for command in (one, *several.values()):
             command.finish()
         for how, command in several.items():
             what = f"{name}: {how} on {bench.world} against 1"
@@ -434,15 +433,17 @@ def report(paths):
         draw(speeds, os.path.splitext(paths[0])[0] + ".png")
     runs = [row for row in rows if row["part"] in ("equal", "resume", "kill") and "loss_rows" in row]
     if runs:
-        head = ["part", "run", "status", "s", "losses", "bit-equal", "largest difference", "of validation", "notes"]
+        head = ["part", "run", "status", "s", "losses", "bit-equal", "before any difference"]
+        head += ["largest difference of the first 10", "of all", "of validation", "notes"]
         table(
             head,
             [
                 [
                     row["part"], row["what"], row["status"], row["seconds"],
                     f"{row['loss_rows']}" + f", {row['loss_rows_missing']} missing" * (row["loss_rows_missing"] > 0),
-                    row["loss_equal"], number(row["loss_largest_difference"]), number(row["val_loss_largest_difference"]),
-                    "; ".join(f"{key}: {row[key]}" for key in ("went_on_from_30", "killed_at_step", "went_on") if key in row),
+                    row["loss_equal"], row.get("loss_equal_at_first"), number(row.get("loss_largest_difference_of_10")),
+                    number(row["loss_largest_difference"]), number(row["val_loss_largest_difference"]),
+                    "; ".join(f"{key.replace('_', ' ')}: {row[key]}" for key in ("killed_at_step", "went_on") if key in row),
                 ]
                 for row in runs
             ],
@@ -495,23 +496,26 @@ def draw(rows, png):
         counts = sorted({row["gpus"] for row in ours})
         one = next((row["tokens_per_second"] for row in ours if row["how"] == "CUDA graph"), None)
         if one:
-            axes.plot([0, counts[-1]], [0, one * counts[-1]], "k--", lw=1, label="ideal")
-        for how, color in (("DDP", "C0"), ("DDP, one bucket", "C2"), ("FSDP2", "C1")):
-            for scaling, style in (("weak", "o-"), ("strong", "s:")):
+            axes.plot([0, counts[-1]], [0, one * counts[-1] / 1e6], "k--", lw=1, label="as many single GPUs")
+            axes.plot(1, one / 1e6, "ko", zorder=3, label="1 GPU, CUDA graph")
+        for how, style in (("DDP", "C0o"), ("DDP, buckets of 25 MB", "C2^"), ("FSDP2", "C1v")):
+            for scaling, line in (("weak", "-"), ("strong", ":")):
                 points = [row for row in ours if row["scaling"] in (scaling, "both")]
                 several = [row for row in points if row["how"] == how]
                 points = [row for row in points if row["how"] == "CUDA graph"] + several
-                if not several or (scaling == "strong" and how != "DDP"):
-                    continue
-                label = f"{how}, {scaling}"
+                if scaling not in {row["scaling"] for row in several} and (scaling == "strong" or not several):
+                    continue  # of two GPUs strong scaling is weak scaling
+                label = f"{how}, {scaling}" if scaling == "strong" else how
                 if one and scaling == "weak":
                     last = several[-1]
-                    label += f", {last['tokens_per_second'] / one / last['gpus']:.1%} on {last['gpus']}"
-                x, y = ([row[key] for row in points] for key in ("gpus", "tokens_per_second"))
-                axes.plot(x, y, style, color=color, mfc=color if scaling == "weak" else "none", label=label)
-        axes.set(title=name, xlabel="GPUs", ylabel="tokens/s", xticks=counts, ylim=(0, None))
+                    label += f": {last['tokens_per_second'] / one / last['gpus']:.1%} on {last['gpus']}"
+                x = [row["gpus"] for row in points]
+                y = [row["tokens_per_second"] / 1e6 for row in points]
+                axes.plot(x, y, style + line, mfc=None if scaling == "weak" else "none", label=label)
+        axes.set(title=name, xlabel="GPUs", ylabel="million tokens/s", xticks=counts)
+        axes.set(xlim=(0, 1.08 * counts[-1]), ylim=(0, None))
         axes.grid(alpha=0.3)
-        axes.legend(fontsize=8)
+        axes.legend(fontsize=9, loc="lower right")
     figure.suptitle(f"{rows[0]['device']}, torch {rows[0]['torch']}", fontsize=9)
     save_figure(figure, png)
     print(f"written: {png}\n")

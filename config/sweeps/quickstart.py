@@ -1,0 +1,12 @@
+# Frontiers of two structures on the source text of Python's standard library, a few minutes on 2 CPU cores:
+#   python sweep.py config/sweeps/quickstart.py
+config = "config/quickstart.py"
+common = dict(max_steps=500, warmup_steps=50, schedule="constant", eval_interval=50, sample_tokens=0, save=False)
+
+sizes = {"dense": (24, 48, 80, 128), "btt": (48, 96, 144, 240)}  # widths
+runs = [
+    dict(structure=structure, rank=1, d_model=width, n_head=4, n_layer=2)
+    for structure, widths in sizes.items()
+    for width in widths
+]
+fit = "--by=\"('structure',)\""
