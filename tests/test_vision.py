@@ -7,6 +7,7 @@ import glob
 import io
 import json
 import math
+import multiprocessing
 import os
 import re
 from dataclasses import fields
@@ -554,6 +555,22 @@ def test_a_folder_is_streamed_and_broken_files_passed_over_with_a_count(folder, 
     assert losses(tmp_path / "two") == losses(tmp_path / "three")
 
 
+def test_many_broken_files_and_a_dead_worker_are_one_clear_line(folder, tmp_path):
+    config = Config(**{key: value for key, value in streaming(folder, tmp_path, workers=1).items() if key != "out_dir"})
+    data = Streamed(config, open_splits(config)[0], CPU)
+    data.train_batch(0, 8, 0, 8)
+    for worker in multiprocessing.active_children():
+        worker.kill()
+    with pytest.raises(ConfigError, match="a process that decodes images ended.*lower workers=1"):
+        for step in range(1, 50):
+            data.train_batch(step, 8, 0, 8)
+    for path in glob.glob(f"{folder}/train/*/*"):
+        os.truncate(path, 100)
+    with pytest.raises(ConfigError, match=r"100 broken files one behind the other: .*train/") as caught:
+        Streamed(config, open_splits(config)[0], CPU).train_batch(0, 8, 0, 8)
+    assert "\n" not in str(caught.value)
+
+
 def test_streamed_images_against_pil(folder, tmp_path):
     config = Config(
         **{key: value for key, value in streaming(folder, tmp_path).items() if key != "out_dir"}, eval_resize=40
@@ -709,6 +726,12 @@ def test_impossible_options_are_one_clear_line(options, expected, tmp_path):
     message = str(caught.value)
     assert "\n" not in message and all(word in message for word in expected), message
     assert not (tmp_path / "run").exists()
+
+
+def test_a_missing_torchvision_is_one_clear_line(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(vision.data.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match="gpu_decode=True needs torchvision.*pip install torchvision"):
+        vision.train.main(words(streaming(folder, tmp_path, gpu_decode=True)))
 
 
 def error_of(**options):

@@ -151,11 +151,10 @@ def rand_operation(x, operations, levels, device):
 
 def moved(x, xx=1.0, xy=0.0, x0=0.0, yx=0.0, yy=1.0, y0=0.0):
     """Image whose pixel (x, y) is the old one's (xx x + xy y + x0, yx x + yy y + y0), -1 to 1 from edge to edge."""
-    flat = [
-        torch.as_tensor(value, device=x.device).expand(len(x), 1, 1, 1).flatten() for value in (xx, xy, x0, yx, yy, y0)
-    ]
-    matrix = torch.stack(flat, dim=1).view(-1, 2, 3)
-    grid = F.affine_grid(matrix, x.shape, align_corners=False)
+    matrix = torch.empty(len(x), 6, device=x.device)  # filled in place: a tensor made from a number waits for the GPU
+    for k, value in enumerate((xx, xy, x0, yx, yy, y0)):
+        matrix[:, k] = value.flatten() if torch.is_tensor(value) else value
+    grid = F.affine_grid(matrix.view(-1, 2, 3), x.shape, align_corners=False)
     return F.grid_sample(x, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
 
 
@@ -166,7 +165,7 @@ def rotate(x, level):
 
 def grey(x):
     """(B, C, S, S) -> (B, 1, S, S), by ITU-R 601-2 luma"""
-    return x if x.shape[1] == 1 else (x * x.new_tensor([0.299, 0.587, 0.114]).view(1, 3, 1, 1)).sum(1, keepdim=True)
+    return x if x.shape[1] == 1 else 0.299 * x[:, 0:1] + 0.587 * x[:, 1:2] + 0.114 * x[:, 2:3]
 
 
 def blend(x, other, level):
@@ -175,10 +174,9 @@ def blend(x, other, level):
 
 
 def sharpness(x, level):
-    kernel = x.new_tensor([[1, 1, 1], [1, 5, 1], [1, 1, 1]]) / 13
-    C = x.shape[1]
+    """Away from, or towards, the mean of 3 x 3 pixels, of which the one in the middle counts 5 times."""
     smooth = x.clone()  # its edge as it is
-    smooth[:, :, 1:-1, 1:-1] = F.conv2d(x, kernel.expand(C, 1, 3, 3), groups=C)
+    smooth[:, :, 1:-1, 1:-1] = (9 * F.avg_pool2d(x, 3, stride=1) + 4 * x[:, :, 1:-1, 1:-1]) / 13
     return blend(x, smooth, level)
 
 

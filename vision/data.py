@@ -387,7 +387,8 @@ class Streamed:
             )
         self.workers = config.workers
         if self.workers is None:
-            self.workers = max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+            cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+            self.workers = max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
     def loader(self, split, keys):
         """keys: lists of (position, image) -> iterator over them of float (B, C, S, S) of 0 … 255, (B,), on the device."""
@@ -395,9 +396,13 @@ class Streamed:
             Images(self.config, self.splits[split], split == "train"), batch_sampler=keys, collate_fn=collate,
             num_workers=self.workers, prefetch_factor=4 if self.workers else None, worker_init_fn=leave_signals,
         )  # fmt: skip
-        for images, labels, boxes, broken in loader:
+        for images, labels, boxes, broken in self.alive(loader):
             if broken:
                 self.broken, self.last_broken = self.broken + len(broken), broken[-1]
+            if split == "train" and (labels < 0).any():
+                raise ConfigError(
+                    f"dataset={self.config.dataset}: {TRIES} broken files one behind the other: {broken[-1]}"
+                )
             if self.config.gpu_decode:
                 images, torn = decode_on(self.device, images.split([box[-1] for box in boxes]), boxes, self.config)
                 self.broken += len(torn)
@@ -406,6 +411,15 @@ class Streamed:
             else:
                 images = to_device(images, self.device)
             yield images.float(), to_device(labels, self.device)
+
+    def alive(self, loader):
+        try:
+            yield from loader
+        except RuntimeError as error:
+            reason = str(error).partition("\n")[0]
+            raise ConfigError(
+                f"a process that decodes images ended ({reason}): lower workers={self.workers}, which takes less memory"
+            ) from None
 
     def train_batch(self, step, rows, start, stop):
         """As Held.train_batch."""
@@ -448,6 +462,9 @@ class Stretches:
         return [(begin, min(begin + cls.PIECE, stop)) for begin in range(start, stop, cls.PIECE)]
 
 
+TRIES = 100  # broken files one behind the other, after which a run ends
+
+
 class Images(torch.utils.data.Dataset):
     """(position in training, image) -> pixels uint8 (C, S, S), label, crop, names of broken files met.
 
@@ -462,7 +479,7 @@ class Images(torch.utils.data.Dataset):
         config, n, broken = self.config, len(self.split.labels), []
         S = config.image_size
         blank = np.zeros((config.channels, S, S), dtype=np.uint8)
-        while i >= 0 and len(broken) < 100:
+        while i >= 0 and len(broken) < TRIES:
             try:
                 raw = self.split.read(i)
                 if config.gpu_decode:
@@ -481,8 +498,6 @@ class Images(torch.utils.data.Dataset):
             except Exception as error:  # what decoders raise has no common kind
                 broken.append(f"{self.split.name(i)} ({error})".partition("\n")[0])
                 i = (i + 1) % n if self.training else -1
-        if broken and self.training:
-            raise ConfigError(f"dataset={config.dataset}: {len(broken)} broken files one behind the other, {broken[0]}")
         return np.zeros(0, np.uint8) if config.gpu_decode else blank, -1, (0, 0, 0, 0, 0), broken
 
     def box(self, image, position):

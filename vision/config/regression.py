@@ -13,6 +13,7 @@ rank = 1
 batch_size = 4096
 micro_batch = 4096
 max_steps = 1_000_000
+dtype = "float32"  # in 16 bits the error ends where theirs begins
 warmup_steps = 0
 lr = 1e-3  # of a dense layer of width 64
 base_width = 64
