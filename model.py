@@ -146,8 +146,9 @@ class GPTConfig(BlockConfig):
     def __post_init__(self):
         super().__post_init__()
         for name in ("block_size", "vocab_size"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name}={getattr(self, name)}: make it at least 1")
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"{name}={value}: make it at least 1")
         if self.d_embed and self.parametrization == "standard":
             raise ConfigError(
                 f"d_embed={self.d_embed} with parametrization='standard', which ties embedding and head: take 'mup'"

@@ -7,9 +7,9 @@ import glob
 import io
 import json
 import math
-import multiprocessing
 import os
 import re
+import signal
 from dataclasses import fields
 
 import numpy as np
@@ -25,7 +25,7 @@ import vision.data
 import vision.regression
 import vision.train
 from configurator import ConfigError, load_config
-from conftest import ROOT, losses, read_rows, run_script
+from conftest import ROOT, losses, read_rows, run_script, start_script
 from data import TokenData
 from vision.augment import OPERATION_NAMES, Augment, erase_boxes, inside, mix_boxes, rand_operation
 from vision.data import Held, Order, Streamed, open_splits, random_box, rng
@@ -555,19 +555,25 @@ def test_a_folder_is_streamed_and_broken_files_passed_over_with_a_count(folder, 
     assert losses(tmp_path / "two") == losses(tmp_path / "three")
 
 
-def test_many_broken_files_and_a_dead_worker_are_one_clear_line(folder, tmp_path):
-    config = Config(**{key: value for key, value in streaming(folder, tmp_path, workers=1).items() if key != "out_dir"})
-    data = Streamed(config, open_splits(config)[0], CPU)
-    data.train_batch(0, 8, 0, 8)
-    for worker in multiprocessing.active_children():
-        worker.kill()
-    with pytest.raises(ConfigError, match="a process that decodes images ended.*lower workers=1"):
-        for step in range(1, 50):
-            data.train_batch(step, 8, 0, 8)
+def test_a_dead_worker_ends_the_run_in_one_line(folder, tmp_path):
+    options = streaming(folder, tmp_path, workers=1, max_steps=100_000, eval_interval=100_000)
+    process = start_script("vision/train.py", *words(options))
+    for line in process.stdout:
+        if line.startswith("step") and int(line.split()[1].split("/")[0]) >= 3:
+            break
+    with open(f"/proc/{process.pid}/task/{process.pid}/children") as file:
+        for child in file.read().split():
+            os.kill(int(child), signal.SIGKILL)
+    rest = process.stdout.read()
+    assert process.wait(timeout=60) == 1 and "Traceback" not in rest, rest
+    assert "error: a process that decodes images ended" in rest and "fewer --workers" in rest
+
+
+def test_a_folder_of_broken_files_is_one_clear_line(folder, tmp_path):
     for path in glob.glob(f"{folder}/train/*/*"):
         os.truncate(path, 100)
     with pytest.raises(ConfigError, match=r"100 broken files one behind the other: .*train/") as caught:
-        Streamed(config, open_splits(config)[0], CPU).train_batch(0, 8, 0, 8)
+        vision.train.main(words(streaming(folder, tmp_path)))
     assert "\n" not in str(caught.value)
 
 

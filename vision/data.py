@@ -21,7 +21,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -396,7 +396,7 @@ class Streamed:
             Images(self.config, self.splits[split], split == "train"), batch_sampler=keys, collate_fn=collate,
             num_workers=self.workers, prefetch_factor=4 if self.workers else None, worker_init_fn=leave_signals,
         )  # fmt: skip
-        for images, labels, boxes, broken in self.alive(loader):
+        for images, labels, boxes, broken in loader:
             if broken:
                 self.broken, self.last_broken = self.broken + len(broken), broken[-1]
             if split == "train" and (labels < 0).any():
@@ -411,15 +411,6 @@ class Streamed:
             else:
                 images = to_device(images, self.device)
             yield images.float(), to_device(labels, self.device)
-
-    def alive(self, loader):
-        try:
-            yield from loader
-        except RuntimeError as error:
-            reason = str(error).partition("\n")[0]
-            raise ConfigError(
-                f"a process that decodes images ended ({reason}): lower workers={self.workers}, which takes less memory"
-            ) from None
 
     def train_batch(self, step, rows, start, stop):
         """As Held.train_batch."""
@@ -544,6 +535,19 @@ def decode_on(device, files, boxes, config):
         part = image[None, :, top:bottom, left:right].float()
         out[k] = F.interpolate(part, (S, S), mode="bilinear", antialias=True)[0].round().clamp(0, 255)
     return out, torn
+
+
+@contextmanager
+def workers_watched():
+    """A worker that dies makes torch's handler of SIGCHLD raise wherever the main thread is: in this block, one line."""
+    try:
+        yield
+    except (RuntimeError, ConnectionError, EOFError) as error:
+        if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
+            raise
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # or it goes on, in the middle of the end
+        reason = str(error).strip().partition("\n")[0]
+        raise ConfigError(f"a process that decodes images ended ({reason}): fewer --workers take less memory") from None
 
 
 def leave_signals(worker):

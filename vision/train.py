@@ -28,7 +28,7 @@ from mup import BASE_WIDTH, lr_multipliers
 from parallel import ranks
 from train import RunConfig, Task, at_least, build, fit, in_one_line, say_summary
 from vision.augment import Augment, AugmentConfig
-from vision.data import DataConfig, Held, Streamed, check_labels, open_splits
+from vision.data import DataConfig, Held, Streamed, check_labels, open_splits, workers_watched
 from vision.mlp import MLP, ImageConfig, refuse
 from vision.vit import ViT
 
@@ -124,7 +124,8 @@ def train(config, progress):
     )  # fmt: skip
     epochs = config.max_steps * config.batch_size / data.n
     progress.say(f"{config.dataset}: {data.n:,} training images, of which the run sees {epochs:,.1f} epochs")
-    fit(config, progress, run, task, device, dtype, watchdog, micro_steps)
+    with workers_watched():
+        fit(config, progress, run, task, device, dtype, watchdog, micro_steps)
     if rank == 0:
         say_summary(config, progress, device)
 
