@@ -7,6 +7,7 @@
     torchrun --standalone --nproc_per_node=8 bench.py step config/gpt2_btt.py --parts=False    # on eight GPUs
     python bench.py sample --out_dir=out/gpt2_btt       # tokens a second, with the cache of keys and values and without
     python bench.py data                                # the character encoder, and batches from a memory-mapped file
+    python bench.py images vision/config/mlp_cifar10.py # images a second, loaded and augmented, without a model
 
 `--json=FILE` writes the figures as rows too. Imports from all files above it.
 """
@@ -360,7 +361,51 @@ def bench_data(argv):
         write_rows(config.json, rows, torch.device("cpu"))
 
 
-BENCHES = {"layers": bench_layers, "step": bench_step, "sample": bench_sample, "data": bench_data}
+def bench_images(argv):
+    """Images a second as vision/train.py gets them, of one process: the first batches, which start workers, do not count."""
+    from vision.train import Augment, load_images
+    from vision.train import Config as VisionConfig
+
+    @dataclass
+    class ImagesConfig(VisionConfig):
+        steps: int = 50  # timed batches, after five that do not count
+        json: str | None = None  # file for the rows
+
+    config = load_config(ImagesConfig, argv)
+    device, rows = choose_device(config.device), []
+    data, _ = load_images(config, device, print)
+    augment, place = Augment(config, data.mean, data.std, device), (config.batch_size, 0, config.batch_size)
+    for what in ("loaded", "loaded and augmented"):
+
+        def batch(step, augmented=what != "loaded"):
+            x, y = data.train_batch(step, *place)
+            return augment(step, x, y, *place) if augmented else (x, y)
+
+        for step in range(5):
+            batch(step)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        for step in range(5, 5 + config.steps):
+            batch(step)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        speed = config.steps * config.batch_size / (time.perf_counter() - start)
+        rows.append(
+            {"what": what, "command": " ".join(argv), "batch_size": config.batch_size, "images_per_second": speed}
+        )
+        print(f"{config.dataset}, {config.image_size} x {config.image_size}, {what}: {speed:,.0f} images/s")
+    if config.json:
+        write_rows(config.json, rows, device)
+
+
+BENCHES = {
+    "layers": bench_layers,
+    "step": bench_step,
+    "sample": bench_sample,
+    "data": bench_data,
+    "images": bench_images,
+}
 
 
 def main(argv):

@@ -3,6 +3,7 @@
 A data folder holds `train.bin`, `val.bin` (uint8 or uint16 ids) and `meta.json`, as prepare_owt.py
 writes them. A batch is a pure function of (seed, step): each rank derives the offsets of the whole
 batch and takes its share, so that a resumed run, or one on another number of GPUs, sees the same data.
+With `row_tokens` in meta.json sequences start at its multiples: images as tokens, by vision/data.py.
 Imports from configurator.
 """
 
@@ -21,6 +22,11 @@ class TokenData:
     def __init__(self, data_dir, block_size):
         self.data_dir, self.block_size = data_dir, block_size
         self.meta = read_meta(data_dir)
+        self.row_tokens = int(self.meta.get("row_tokens", 0))
+        if 0 < self.row_tokens <= block_size:
+            raise ConfigError(
+                f"block_size={block_size}, but a row of {data_dir} has {self.row_tokens} tokens: take {self.row_tokens - 1}"
+            )
         self.tokens = {split: self._open(split) for split in ("train", "val")}
 
     def _open(self, split):
@@ -43,14 +49,16 @@ class TokenData:
         -> inputs and targets, int64 (stop - start, block_size); targets are one token ahead.
         """
         generator = np.random.Generator(np.random.Philox(key=[seed, step]))
-        offsets = generator.integers(0, len(self.tokens["train"]) - self.block_size, size=rows)[start:stop]
-        return self._rows("train", offsets)
+        stride = self.row_tokens or 1
+        starts = -(-(len(self.tokens["train"]) - self.block_size) // stride)
+        return self._rows("train", generator.integers(0, starts, size=rows)[start:stop] * stride)
 
     def val_rows(self, eval_tokens):
         """Offsets of the fixed validation set: whole contexts that do not overlap, spread evenly over the file."""
-        available = (len(self.tokens["val"]) - 1) // self.block_size
+        stride = self.row_tokens or self.block_size
+        available = (len(self.tokens["val"]) - 1 - self.block_size) // stride + 1
         count = max(1, min(available, eval_tokens // self.block_size))
-        return np.arange(count) * available // count * self.block_size
+        return np.arange(count) * available // count * stride
 
     def val_batch(self, offsets):
         return self._rows("val", offsets)

@@ -35,14 +35,13 @@ LOGITS_AT_ONCE = 2**29  # above this number the loss is made chunk by chunk: 1 G
 
 
 @dataclass
-class GPTConfig:
-    block_size: int = 1024  # context length, tokens
-    vocab_size: int = 50304  # at least the data's; GPT-2's 50257 rounded up to a width that factors
+class BlockConfig:
+    """Options of a stack of blocks and of the structures in it, of whatever model: GPT here, those of vision/."""
+
     n_layer: int = 12  # transformer blocks
     n_head: int = 12  # attention heads
     d_model: int = 768  # width of the residual stream
     d_head: int | None = None  # width of a head; None: d_model / n_head
-    d_embed: int | None = None  # width of the token embedding, which the layer "embed" brings to d_model; None: d_model
     dropout: float = 0.0  # probability, on embeddings, attention and residual branches
     bias: bool = False  # biases in linear layers and norms (GPT-2: True)
     parametrization: Literal["mup", "standard"] = "mup"  # structure-aware muP, or plain GPT-2's init, rates, tied head
@@ -54,16 +53,15 @@ class GPTConfig:
     align_heads: bool = False  # with btt and monarch: blocks of q, k, v and of proj's input are heads
     structured_layers: tuple = ("attn", "ffn", "lm_head")  # or embed, attn.q .k .v .proj, ffn.up .down
     overrides: dict | None = None  # by layer: {"attn.q": "dense", "ffn": {"structure": "btt", "rank": 4}}
-    moe: Literal["none", "linear", "ffn"] = "none"  # mixtures: each structured layer of attn and ffn, or whole FFNs
-    num_experts: int = 8  # of a mixture; `rank` is the rank of one
-    top_k: int = 2  # experts that a token has; of 1, routers learn from the auxiliary loss alone
-    share_router: bool = False  # with moe="linear": q, k and v pick the same experts
     normalize: bool = True  # cap the RMS of each core at its initial value
-    fused_loss: bool = True  # LM head and loss in chunks of tokens where the logits are large; False: logits whole
     activation_checkpointing: bool = False  # keep only the blocks' inputs for backward: less memory, 1/3 more FLOPs
 
+    roles = ROLES  # of the model's layers
+    causal = True  # a position attends to none behind it
+    moe, share_router = "none", False  # mixtures are a GPT's
+
     def __post_init__(self):
-        for name in ("block_size", "vocab_size", "n_layer", "n_head", "d_model", "d_head"):
+        for name in ("n_layer", "n_head", "d_model", "d_head"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"{name}={value}: make it at least 1")
@@ -78,10 +76,57 @@ class GPTConfig:
             )
         for option, names in (("structured_layers", self.structured_layers), ("overrides", self.overrides or {})):
             for name in names:
-                if not any(_covers(name, role) for role in ROLES):
-                    near = difflib.get_close_matches(str(name), ("attn", "ffn", *ROLES), n=1)
-                    remedy = f"did you mean {near[0]!r}?" if near else f"choose from attn, ffn, {', '.join(ROLES)}"
+                if not any(_covers(name, role) for role in self.roles):
+                    near = difflib.get_close_matches(str(name), ("attn", "ffn", *self.roles), n=1)
+                    remedy = f"did you mean {near[0]!r}?" if near else f"choose from attn, ffn, {', '.join(self.roles)}"
                     raise ConfigError(f"{option}: unknown layer {name!r}, {remedy}")
+
+    def is_mixture(self, role):
+        """Whether the layer that plays `role` is a mixture."""
+        return False
+
+    @property
+    def head_size(self):
+        return self.d_head or self.d_model // self.n_head
+
+    def layer_options(self, role):
+        """make_linear's options for the layer that plays `role`: an override, else the structure, else dense."""
+        for name, override in (self.overrides or {}).items():
+            if _covers(name, role):
+                options = {"structure": override} if isinstance(override, str) else dict(override)
+                break
+        else:
+            if not any(_covers(name, role) for name in self.structured_layers):
+                return {"structure": "dense"}
+            options = {name: getattr(self, name) for name in ("structure", "theta", "rank", "num_blocks", "num_cores")}
+        if options.get("structure") != "dense":
+            options.setdefault("normalize", self.normalize)
+            if self.align_heads and role.startswith("attn."):
+                if options.get("structure", "btt") not in ("btt", "monarch"):
+                    raise ConfigError(
+                        f"align_heads with structure={options['structure']!r}: only btt and monarch have blocks to align"
+                    )
+                options["heads_in" if role == "attn.proj" else "heads_out"] = self.n_head
+        return options
+
+
+@dataclass
+class GPTConfig(BlockConfig):
+    block_size: int = 1024  # context length, tokens
+    vocab_size: int = 50304  # at least the data's; GPT-2's 50257 rounded up to a width that factors
+    d_embed: int | None = None  # width of the token embedding, which the layer "embed" brings to d_model; None: d_model
+    moe: Literal["none", "linear", "ffn"] = "none"  # mixtures: each structured layer of attn and ffn, or whole FFNs
+    num_experts: int = 8  # of a mixture; `rank` is the rank of one
+    top_k: int = 2  # experts that a token has; of 1, routers learn from the auxiliary loss alone
+    share_router: bool = False  # with moe="linear": q, k and v pick the same experts
+    fused_loss: bool = True  # LM head and loss in chunks of tokens where the logits are large; False: logits whole
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name in ("block_size", "vocab_size"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"{name}={value}: make it at least 1")
         self._check_mixtures()
         if self.d_embed and self.parametrization == "standard":
             raise ConfigError(
@@ -114,30 +159,6 @@ class GPTConfig:
         inside = self.moe == "linear" and (_covers("attn", role) or _covers("ffn", role))
         return inside and any(_covers(name, role) for name in self.structured_layers)
 
-    @property
-    def head_size(self):
-        return self.d_head or self.d_model // self.n_head
-
-    def layer_options(self, role):
-        """make_linear's options for the layer that plays `role`: an override, else the structure, else dense."""
-        for name, override in (self.overrides or {}).items():
-            if _covers(name, role):
-                options = {"structure": override} if isinstance(override, str) else dict(override)
-                break
-        else:
-            if not any(_covers(name, role) for name in self.structured_layers):
-                return {"structure": "dense"}
-            options = {name: getattr(self, name) for name in ("structure", "theta", "rank", "num_blocks", "num_cores")}
-        if options.get("structure") != "dense":
-            options.setdefault("normalize", self.normalize)
-            if self.align_heads and role.startswith("attn."):
-                if options.get("structure", "btt") not in ("btt", "monarch"):
-                    raise ConfigError(
-                        f"align_heads with structure={options['structure']!r}: only btt and monarch have blocks to align"
-                    )
-                options["heads_in" if role == "attn.proj" else "heads_out"] = self.n_head
-        return options
-
 
 def _covers(name, role):
     return role == name or role.startswith(f"{name}.")
@@ -160,7 +181,7 @@ def linear(config, role, d_in, d_out, **kwargs):
 
 
 class Attention(nn.Module):
-    """Causal self-attention. Under muP queries and keys have a LayerNorm a head, and logits scale as 8/d_head."""
+    """Self-attention, of a GPT causal. Under muP queries and keys have a LayerNorm a head, and logits scale as 8/d_head."""
 
     def __init__(self, config):
         super().__init__()
@@ -169,6 +190,7 @@ class Attention(nn.Module):
         self.n_head, self.head_size, self.dropout = nh, hs, config.dropout
         self.scale = 8 / hs if mup else 1 / math.sqrt(hs)
         self.router = Router(config.d_model, config.num_experts, config.top_k) if config.share_router else None
+        self.causal = config.causal
         # With QK-norm the scale of q and k is undone at once: no gain on their cores.
         self.q = linear(config, "attn.q", config.d_model, nh * hs, gain=not mup)
         self.k = linear(config, "attn.k", config.d_model, nh * hs, gain=not mup)
@@ -188,7 +210,7 @@ class Attention(nn.Module):
             k, v, mask = cache.extend(self, k, v)  # (B, nh, S, hs), (T, S)
         dropout = self.dropout if self.training else 0.0
         y = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=mask is None, scale=self.scale, dropout_p=dropout
+            q, k, v, attn_mask=mask, is_causal=self.causal and mask is None, scale=self.scale, dropout_p=dropout
         )  # (B, nh, T, hs)
         return apply(self.proj, y.transpose(1, 2).reshape(B, T, -1), reports)  # (B, T, C)
 
@@ -206,6 +228,12 @@ class FFN(nn.Module):
         if self.router is not None:
             return apply_ffns(self.up, self.down, gelu, x, reports, self.router)
         return apply(self.down, gelu(apply(self.up, x, reports)), reports)
+
+
+def as_autocast(x):
+    """In bfloat16 where products are: the residual stream too, half the traffic of all that is not a matrix product."""
+    to_bf16 = torch.is_autocast_enabled(x.device.type) and torch.get_autocast_dtype(x.device.type) == torch.bfloat16
+    return x.bfloat16() if to_bf16 else x
 
 
 def gelu(x):
@@ -314,9 +342,7 @@ class GPT(nn.Module):
             raise ValueError(f"{idx.size(1)} tokens do not fit block_size={self.config.block_size}")
         position = torch.arange(idx.size(1), device=idx.device) if cache is None else cache.next_positions(idx.size(1))
         x = self.embed(self.token_embedding(idx)) + self.position_embedding(position)  # (B, T, C)
-        if torch.is_autocast_enabled(x.device.type) and torch.get_autocast_dtype(x.device.type) == torch.bfloat16:
-            x = x.bfloat16()  # the residual stream too: half the traffic of all that is not a matrix product
-        x = self.dropout(x)
+        x = self.dropout(as_autocast(x))
         for block in self.blocks:
             if self.config.activation_checkpointing and self.training:
                 x, new = checkpoint(block, x, use_reentrant=False, preserve_rng_state=self.config.dropout > 0)

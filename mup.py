@@ -24,17 +24,20 @@ from moe import Router
 BASE_WIDTH = 768
 
 
-def lr_multipliers(model):
-    """{parameter name: learning-rate multiplier}, a float for each of the model's parameters."""
+def lr_multipliers(model, base_width=BASE_WIDTH):
+    """{parameter name: learning-rate multiplier}, a float for each of the model's parameters.
+
+    base_width: the width of which `lr` is a dense layer's rate.
+    """
     multipliers = {name: 1.0 for name, _ in model.named_parameters()}
     if model.config.parametrization == "standard":
         return multipliers
     for name, module in model.named_modules():
         if isinstance(module, (Dense, Router)):
-            multipliers[f"{name}.weight"] = BASE_WIDTH / module.in_features
+            multipliers[f"{name}.weight"] = base_width / module.in_features
         elif isinstance(module, CoreLinear):
             for i, fan_in in enumerate(module.fan_ins):
-                multipliers[f"{name}.cores.{i}"] = BASE_WIDTH / (fan_in * len(module.cores))
+                multipliers[f"{name}.cores.{i}"] = base_width / (fan_in * len(module.cores))
     return multipliers
 
 

@@ -1,6 +1,6 @@
 """What a run shows and leaves behind: tables before it, progress, log.jsonl, loss.png, wandb when asked, a summary.
 
-A row of log.jsonl is one object: step (updates done), tokens, flops, seconds (of training, the
+A row of log.jsonl is one object: step (updates done), tokens (or images, samples), flops, seconds (of training, the
 clock stops for evaluation and checkpoints), loss, val_loss, lr, grad_norm, tokens_per_second, mfu;
 a key is left out where there is no figure. Mixtures have aux_loss, which loss does not include, and, in
 the rows of evaluations, moe: moe.figures of each router, means since the evaluation before.
@@ -75,33 +75,39 @@ def start_wandb(project, config, run_id):
 # Before the run
 
 
-def model_table(model, multipliers, lr):
+def model_table(model, multipliers, lr, unit="token", flops=None, passes=lambda role: 1):
     """Lines of a table of what will be trained: a row a layer, which counts that layer in all blocks.
 
     multipliers  {parameter name: learning-rate multiplier}, as of mup.lr_multipliers
     lr           the base rate
+    unit, flops  what the model takes, and the FLOPs of its forward pass on one; None: model.flops_per_token()
+    passes       role of a layer -> how often that makes the layer work: of an image, the number of its patches
     The last row has the sums of those above. A tied head's parameters are among the embeddings'.
     """
     names = {parameter: name for name, parameter in model.named_parameters()}  # a shared one under its first name
     rates = {parameter: lr * multipliers[name] for parameter, name in names.items()}
     roles = _layers_by_role(model)
     tied = {role for role, alike in roles.items() if _kind(names[alike[0].cores[0]]) == "embeddings"}
-    layers = [_layer_row(model.config, role, alike, role in tied, rates) for role, alike in roles.items()]
+    layers = [_layer_row(model.config, role, alike, role in tied, rates, passes) for role, alike in roles.items()]
     cores = {core for role in roles.keys() - tied for layer in roles[role] for core in layer.cores}
     others = {kind: [] for kind in KINDS}
     for parameter, name in names.items():
         if parameter not in cores:
             others[_kind(name)].append(parameter)
-    embeddings, *rest = [_other_row(model.config, *item, rates) for item in others.items() if item[1]]
+    rest = [_other_row(model.config, *item, rates) for item in others.items() if item[1]]
+    embeddings = [rest.pop(0)] if others["embeddings"] else []
 
-    attention = model.flops_per_token() - sum(row["FLOPs a token"] for row in layers)
-    what = f"q k' and p v at {model.config.block_size:,} tokens"
-    behind = max(i for i, row in enumerate(layers) if "attn." in row["layer"]) + 1
-    layers.insert(behind, _table_row(f"{model.config.n_layer} x attention", "", [what], 0, attention))
+    attention = (flops or model.flops_per_token()) - sum(row["FLOPs"] for row in layers)
+    behind = max((i for i, row in enumerate(layers) if "attn." in row["layer"]), default=None)
+    if behind is not None:
+        what = f"q k' and p v at {model.config.block_size:,} tokens"
+        layers.insert(behind + 1, _table_row(f"{model.config.n_layer} x attention", "", [what], 0, attention))
 
-    rows = [embeddings, *layers, *rest]
+    rows = [*embeddings, *layers, *rest]
     parameters = sum(row["parameters"] for row in rows if row["parameters"] != "tied")
-    return _as_table([*rows, _table_row("total", "", [], parameters, sum(row["FLOPs a token"] for row in rows))])
+    rows.append(_table_row("total", "", [], parameters, sum(row["FLOPs"] for row in rows)))
+    names = {"FLOPs": f"FLOPs {a(unit)}"}
+    return _as_table([{names.get(key, key): value for key, value in row.items()} for row in rows])
 
 
 def _layers_by_role(model):
@@ -113,14 +119,14 @@ def _layers_by_role(model):
     return roles
 
 
-def _layer_row(config, role, alike, tied, rates):
+def _layer_row(config, role, alike, tied, rates, passes):
     layer = alike[0]
     return _table_row(
         f"{len(alike)} x {role}" if len(alike) > 1 else role,
         _structure(config, role, layer),
         [(layer.in_features, layer.out_features)] if _is_dense(layer) else [core.shape for core in layer.cores],
         "tied" if tied else sum(core.numel() for layer in alike for core in layer.cores),
-        sum(layer.flops_per_token for layer in alike),
+        sum(layer.flops_per_token for layer in alike) * passes(role),
         [rates[core] for core in layer.cores],
         _init_stds(config, role, layer),
     )
@@ -179,7 +185,7 @@ def _table_row(layer, structure, sizes, parameters, flops, rates=(), stds=()):
         "structure": structure,
         "sizes": " ".join(size if isinstance(size, str) else f"({','.join(map(str, size))})" for size in sizes),
         "parameters": parameters,
-        "FLOPs a token": flops,
+        "FLOPs": flops,
         "learning rate": " ".join(f"{rate:.3g}" for rate in rates),
         "init std": " ".join(f"{std:.3g}" for std in stds),
     }
@@ -205,22 +211,34 @@ def _cell(value):
     return (f"{value:,}" if value else "") if isinstance(value, int) else value
 
 
-def plan(config, model, world, micro_steps, device_name, dtype, peak, first_step=0):
-    """Lines that say what the run will do, and on a GPU of known peak FLOP/s about how long that takes."""
-    parameters, flops = sum(p.numel() for p in model.parameters()), 3 * model.flops_per_token()
-    tokens = (config.max_steps - first_step) * config.batch_tokens
+def plan(
+    config, model, world, micro_steps, device_name, dtype, peak, first_step=0, unit="token", flops=None, batch=None
+):
+    """Lines that say what the run will do, and on a GPU of known peak FLOP/s about how long that takes.
+
+    unit, flops, batch: what the model takes, FLOPs of a forward pass on one, how many an update; None: of a GPT.
+    """
+    parameters, flops = sum(p.numel() for p in model.parameters()), 3 * (flops or model.flops_per_token())
+    batch = batch or config.batch_tokens
+    tokens = (config.max_steps - first_step) * batch
+    sizes = f"{_count(config.micro_batch, unit)}"
+    if unit == "token":
+        sizes = f"{_count(config.micro_batch, 'sequence')} of {config.block_size:,} tokens"
     steps = f"{config.max_steps:,} steps" if not first_step else f"steps {first_step:,} to {config.max_steps:,}"
     lines = [
-        f"{short(parameters)} parameters, {short(flops)} FLOPs a token in training (3 x forward)",
-        f"{steps} x {config.batch_tokens:,} tokens = {short(tokens)} tokens, {tokens * flops:.3g} FLOPs in all",
+        f"{short(parameters)} parameters, {short(flops)} FLOPs {a(unit)} in training (3 x forward)",
+        f"{steps} x {batch:,} {unit}s = {short(tokens)} {unit}s, {tokens * flops:.3g} FLOPs in all",
         f"{_count(world, 'process', 'processes')} x {_count(micro_steps, 'micro-step')} x "
-        f"{_count(config.micro_batch, 'sequence')} of {config.block_size:,} tokens, "
-        f"{device_name}, {str(dtype).removeprefix('torch.')}",
+        f"{sizes}, {device_name}, {str(dtype).removeprefix('torch.')}",
     ]
     if peak:
         speed = 0.4 * peak * world / flops
-        lines.append(f"at 40% MFU about {duration(tokens / speed)}, {short(speed)} tokens/s")
+        lines.append(f"at 40% MFU about {duration(tokens / speed)}, {short(speed)} {unit}s/s")
     return lines
+
+
+def a(unit):
+    return f"{'an' if unit[0] in 'aeiou' else 'a'} {unit}"
 
 
 def _count(number, one, many=None):
@@ -276,8 +294,9 @@ class Progress:
     def row(self, row, seconds_left=None):
         """Show a logged row; seconds_left is found from the row's own speed where it is not given."""
         left = self.max_steps - row["step"]
-        if seconds_left is None and row["step"] and "tokens" in row and row.get("tokens_per_second"):
-            seconds_left = left * row["tokens"] / row["step"] / row["tokens_per_second"]
+        unit, speed = speed_of(row)
+        if seconds_left is None and row["step"] and unit in row and speed:
+            seconds_left = left * row[unit] / row["step"] / speed
         if not self.on_terminal:
             return self.say(format_row(row, self.max_steps, seconds_left))
         if "loss" in row:
@@ -336,15 +355,26 @@ def format_row(row, max_steps, seconds_left):
     parts = [f"step {row['step']:>{len(str(max_steps))}}/{max_steps}", *_figures(row, seconds_left)]
     if "val_loss" in row:
         parts.append(f"val loss {row['val_loss']:.4f}")
+    if "top1" in row:
+        parts.append(f"top-1 {row['top1']:.2%}")
     return " | ".join(parts)
+
+
+def speed_of(row):
+    """-> what the row's run counts ("tokens", "images"), how many a second; "", None where it does not say."""
+    for key, value in row.items():
+        if key.endswith("_per_second"):
+            return key.removesuffix("_per_second"), value
+    return "", None
 
 
 def _figures(row, seconds_left):
     parts = []
     if "loss" in row:
         parts.append(f"loss {row['loss']:.4f}")
-    if "tokens_per_second" in row:
-        parts.append(f"{row['tokens_per_second'] / 1e3:.1f}k tokens/s")
+    unit, speed = speed_of(row)
+    if unit:
+        parts.append(f"{speed / 1e3:.1f}k {unit}/s")
     if "mfu" in row:
         parts.append(f"MFU {row['mfu']:.1%}")
     if seconds_left is not None:
@@ -377,23 +407,27 @@ def summary(log, config, memory=None):
     if not rows:
         return [f"{config.out_dir}: nothing logged"]
     last, have = rows[-1], {key: [row for row in rows if key in row] for key in ("loss", "val_loss")}
-    median = {key: median_of(rows, key) for key in ("tokens_per_second", "mfu")}
+    unit = next(filter(None, (speed_of(row)[0] for row in rows)), "tokens")
+    speed, mfu = median_of(rows, f"{unit}_per_second"), median_of(rows, "mfu")
     seconds = last.get("seconds", 0)
     items = {
         "steps": f"{last['step']:,} of {config.max_steps:,}",
-        "tokens": f"{last.get('tokens', 0):,}",
+        unit: f"{last.get(unit, 0):,}",
         "FLOPs": f"{last.get('flops', 0):.3g}",
         "training": f"{seconds:,.1f} s" + (f", which are {duration(seconds)}" if seconds >= 60 else ""),
     }
-    if median["tokens_per_second"] is not None:
-        mfu = "" if median["mfu"] is None else f", MFU {median['mfu']:.1%}"
-        items["speed"] = f"{short(median['tokens_per_second'])} tokens/s{mfu} (medians)"
+    if speed is not None:
+        items["speed"] = f"{short(speed)} {unit}/s{'' if mfu is None else f', MFU {mfu:.1%}'} (medians)"
     if have["val_loss"]:
         best = min(have["val_loss"], key=lambda row: row["val_loss"])
         ends = [have["val_loss"][i]["val_loss"] for i in (0, -1)]
         items["val loss"] = (
             f"{ends[0]:.4f} first, {ends[1]:.4f} last, {best['val_loss']:.4f} best at step {best['step']:,}"
         )
+    accurate = [row for row in rows if "top1" in row]
+    if accurate:
+        best = max(accurate, key=lambda row: row["top1"])
+        items["top-1"] = f"{accurate[-1]['top1']:.2%} last, {best['top1']:.2%} best at step {best['step']:,}"
     if have["loss"]:
         items["loss"] = f"{have['loss'][-1]['loss']:.4f} last"
     if memory is not None:
@@ -404,7 +438,7 @@ def summary(log, config, memory=None):
             items[name] = path
     if last["step"] < config.max_steps and "checkpoint" in items:
         items["go on"] = resume_command()
-    if "checkpoint" in items:
+    if "checkpoint" in items and unit == "tokens":
         items["sample"] = shlex.join(["python", "sample.py", f"--out_dir={config.out_dir}"])
     return [f"{name:<12}{text}" for name, text in items.items()]
 
@@ -430,7 +464,7 @@ def resume_command():
     return shlex.join([*launcher, script, *(word for word in options if word != "--resume"), "--resume"])
 
 
-def plot_loss(log_path, png_path):
+def plot_loss(log_path, png_path, what="nats per token"):
     """Training and validation loss against step."""
     import matplotlib
 
@@ -446,7 +480,7 @@ def plot_loss(log_path, png_path):
         points = [(row["step"], row[key]) for row in rows if key in row]
         if points:
             axes.plot(*zip(*points), label=label, **style)
-    axes.set(xlabel="step", ylabel="loss (nats per token)")
+    axes.set(xlabel="step", ylabel=f"loss ({what})")
     axes.grid(alpha=0.3)
     if axes.lines:
         axes.legend()

@@ -39,8 +39,9 @@ from sample import load_model, sample
 
 
 @dataclass
-class Config(GPTConfig):
-    data_dir: str = "data/owt_gpt2"  # of prepare_owt.py's files; data/stdlib_char96 prepares itself
+class RunConfig:
+    """Options of a run, whatever it trains."""
+
     out_dir: str = "out/run"  # where log, picture and checkpoints go
     seed: int = 1337  # of weights, batches and dropout
     device: str = "auto"  # cuda, cpu, mps; auto: a GPU where there is one
@@ -51,11 +52,8 @@ class Config(GPTConfig):
     bucket_mb: int = 1000  # MiB of gradients that unsharded processes exchange at a time; each splits a compiled graph
     timeout: float = 600.0  # seconds without progress after which a run of several processes ends
     max_steps: int = 10_000  # updates in all
-    batch_tokens: int = 524_288  # tokens an update, all processes together
-    micro_batch: int = 16  # sequences a process takes at a time; the rest of its batch is accumulated
+    micro_batch: int = 16  # sequences, or images, a process takes at a time; the rest of its batch is accumulated
     eval_interval: int = 500  # steps between evaluations, each followed by a checkpoint
-    eval_tokens: int = 2_097_152  # validation tokens, the same ones every time
-    eval_top_k: int | None = None  # experts that a token of a mixture has in evaluation; None: top_k
     save: bool = True  # False: no checkpoints, log and picture only
     log_interval: int = 10  # steps between lines on the screen and in log.jsonl
     lr: float = 2e-3  # peak rate, of a dense layer of width 768 under mup
@@ -69,18 +67,36 @@ class Config(GPTConfig):
     resume: bool = False  # go on from out_dir's newest checkpoint, if there is one; torchrun's restarts always do
     wandb: bool = False  # log to Weights & Biases too (WANDB_MODE=offline works)
     wandb_project: str = "nanoeinsum"  # its project there
+
+    def __post_init__(self):
+        at_least(1, self, "max_steps", "micro_batch", "bucket_mb", "eval_interval", "log_interval")
+        at_least(0, self, "seed", "lr", "warmup_steps", "min_lr_ratio", "weight_decay", "grad_clip")
+        if self.timeout <= 0:
+            raise ConfigError(f"timeout={self.timeout}: make it more than 0 seconds")
+        for name in ("decay_fraction", "beta2"):
+            if not 0 < getattr(self, name) < 1:
+                raise ConfigError(f"{name}={getattr(self, name)}: make it more than 0 and less than 1")
+
+
+def at_least(least, config, *names):
+    for name in names:
+        if getattr(config, name) < least:
+            raise ConfigError(f"{name}={getattr(config, name)}: make it at least {least}")
+
+
+@dataclass
+class Config(RunConfig, GPTConfig):
+    data_dir: str = "data/owt_gpt2"  # of prepare_owt.py's files; data/stdlib_char96 prepares itself
+    batch_tokens: int = 524_288  # tokens an update, all processes together
+    eval_tokens: int = 2_097_152  # validation tokens, the same ones every time
+    eval_top_k: int | None = None  # experts that a token of a mixture has in evaluation; None: top_k
     sample_tokens: int = 0  # tokens of text to print at the end
 
     def __post_init__(self):
-        super().__post_init__()
-        for name in (
-            "max_steps", "batch_tokens", "micro_batch", "bucket_mb", "eval_interval", "eval_tokens", "log_interval"
-        ):  # fmt: skip
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name}={getattr(self, name)}: make it at least 1")
-        for name in ("seed", "lr", "warmup_steps", "min_lr_ratio", "weight_decay", "grad_clip", "sample_tokens"):
-            if getattr(self, name) < 0:
-                raise ConfigError(f"{name}={getattr(self, name)}: make it at least 0")
+        GPTConfig.__post_init__(self)
+        RunConfig.__post_init__(self)
+        at_least(1, self, "batch_tokens", "eval_tokens")
+        at_least(0, self, "sample_tokens")
         if self.sample_tokens and not self.save:
             raise ConfigError(
                 f"sample_tokens={self.sample_tokens}: the text is the checkpoint's, so not with save=False"
@@ -89,11 +105,6 @@ class Config(GPTConfig):
             if self.moe == "none":
                 raise ConfigError(f"eval_top_k={self.eval_top_k} with moe='none', which has no experts: leave it out")
             check_top_k("eval_top_k", self.eval_top_k, self.num_experts)
-        if self.timeout <= 0:
-            raise ConfigError(f"timeout={self.timeout}: make it more than 0 seconds")
-        for name in ("decay_fraction", "beta2"):
-            if not 0 < getattr(self, name) < 1:
-                raise ConfigError(f"{name}={getattr(self, name)}: make it more than 0 and less than 1")
         with torch.device("meta"):
             GPT(self)  # sizes that do not factor are found here, before any memory is taken
 
@@ -115,6 +126,12 @@ def lr_at(step, config):
 
 def main(argv):
     config = load_config(Config, argv)
+    what = f"micro_batch={config.micro_batch} sequences of {config.block_size} tokens"
+    in_one_line(train, config, f"{what}: lower micro_batch (batch_tokens stays)")
+
+
+def in_one_line(train, config, memory):
+    """train(config, progress), with one line where it fails; `memory` is that of a full GPU."""
     progress = runlog.Silent() if ranks()[0] else runlog.Progress(config.max_steps)
     try:
         train(config, progress)
@@ -125,8 +142,7 @@ def main(argv):
         shards = "" if config.shard == "fsdp" else ", --shard=fsdp on several GPUs"
         checkpoints = "" if config.activation_checkpointing else ", --activation_checkpointing"
         error = ConfigError(
-            f"GPU out of memory with micro_batch={config.micro_batch} sequences of {config.block_size} tokens: lower "
-            f"micro_batch (batch_tokens stays){checkpoints}{shards}. {checkpoint.describe(config.out_dir)}"
+            f"GPU out of memory with {memory}{checkpoints}{shards}. {checkpoint.describe(config.out_dir)}"
         )
         speak_for_this_rank(error)
         raise error from None
@@ -144,13 +160,55 @@ def train(config, progress):
     dtype = choose_dtype(config.dtype, device)
     watchdog = init_distributed(device, config.timeout)
     data = TokenData(config.data_dir, config.block_size)
-    say = progress.say
-    check_vocabulary(config, data.meta, say)
-
-    # -- model and optimizer
+    check_vocabulary(config, data.meta, progress.say)
     run = build(config, device, dtype, world, watchdog.beat)
+
+    def batch(step):
+        """This process's share: inputs and targets, (micro_steps, micro_batch, block_size) int64."""
+        share = rows // world
+        tensors = data.train_batch(config.seed, step, rows, rank * share, (rank + 1) * share)
+        shape = (micro_steps, config.micro_batch, config.block_size)
+        return [to_device(tensor.reshape(shape), device) for tensor in tensors]
+
+    def validate():
+        if config.eval_top_k:
+            set_top_k(run.model, config.eval_top_k)
+        loss = evaluate(run.fast, data, config, device, run.autocast, rank, world, watchdog.beat)
+        if config.eval_top_k:
+            set_top_k(run.model, config.top_k)
+        return {"val_loss": loss}
+
+    task = Task(
+        batch, validate, data.meta, unit="token", units=config.batch_tokens, flops=run.model.flops_per_token(),
+        shape={field.name for field in fields(GPTConfig)} - {"fused_loss"},
+    )  # fmt: skip
+    stopped = fit(config, progress, run, task, device, dtype, watchdog, micro_steps)
+    if rank == 0:
+        if config.sample_tokens and not stopped:
+            print_sample(config, device)
+        say_summary(config, progress, device)
+
+
+class Task(NamedTuple):
+    """What `fit` does not know of a run: its data, and what they are counted in."""
+
+    batch: Callable  # step -> the arguments of Run.update, this process's share
+    validate: Callable  # () -> figures of the row of an evaluation, "val_loss" among them
+    meta: dict  # plain values about the data, for the checkpoint
+    unit: str  # "token", "image"
+    units: int  # that many an update, all processes together
+    flops: int  # of a forward pass on one
+    shape: set  # options that make another model, which a resumed run must not change
+    passes: Callable = lambda role: 1  # of runlog.model_table
+    loss: str = "nats per token"  # what the loss is, for its picture
+
+
+def fit(config, progress, run, task, device, dtype, watchdog, micro_steps):
+    """Train to max_steps with log, evaluations and checkpoints; all processes together -> whether it was stopped before."""
+    rank, _, world = ranks()
+    say = progress.say
     model, optimizer, scaler = run.model, run.optimizer, run.scaler
-    flops_per_token = 3 * model.flops_per_token()  # forward 1, backward 2
+    flops = 3 * task.flops  # forward 1, backward 2
     peak = peak_flops(device_name(device)) if dtype != torch.float32 else None
 
     # -- a run that goes on, or a new one
@@ -159,7 +217,7 @@ def train(config, progress):
     if config.resume or watchdog.restarts > 0:
         saved = checkpoint.load(config.out_dir, say)
     if saved is not None:
-        check_same_model(config, saved["config"], say)
+        check_same_model(config, saved["config"], task.shape, say)
         checkpoint.restore(saved, model, optimizer)
         if saved["scaler"]:  # empty where the checkpoint is of convert.py, or of a run without float16
             scaler.load_state_dict(saved["scaler"])
@@ -174,8 +232,10 @@ def train(config, progress):
             wandb_run = runlog.start_wandb(config.wandb_project, asdict(config), state["wandb_id"])
             state["wandb_id"] = wandb_run.id
     del saved
-    say(*runlog.model_table(model, lr_multipliers(model), config.lr), sep="\n")
-    say(*runlog.plan(config, model, world, micro_steps, device_name(device), dtype, peak, state["step"]), sep="\n")
+    units = dict(unit=task.unit, flops=task.flops)
+    say(*runlog.model_table(model, run.multipliers, config.lr, **units, passes=task.passes), sep="\n")
+    where = (world, micro_steps, device_name(device), dtype, peak)
+    say(*runlog.plan(config, model, *where, state["step"], **units, batch=task.units), sep="\n")
 
     # -- the loop
     stop = StopSignal(say, config.save)
@@ -191,12 +251,9 @@ def train(config, progress):
         set_lr(optimizer, lr)
         if config.dropout:
             torch.manual_seed(hash((config.seed, step, rank)))  # dropout too is a function of the step
-        share = rows // world
-        batch = data.train_batch(config.seed, step, rows, rank * share, (rank + 1) * share)  # (share, block_size) twice
-        shape = (micro_steps, config.micro_batch, config.block_size)
-        x, y = (to_device(tensor.reshape(shape), device) for tensor in batch)
+        batch = task.batch(step)
         watchdog.beat(step)
-        loss, norm, aux = run.update(x, y).unbind()
+        loss, norm, aux = run.update(*batch).unbind()
         agreed = torch.stack((loss / world, aux / world, torch.full_like(loss, stop.asked)))
         watchdog.beat()
         if world > 1:
@@ -224,20 +281,19 @@ def train(config, progress):
         return row, stop_asked > 0
 
     def totals(step):
-        tokens = step * config.batch_tokens
         return {
             "step": step,
-            "tokens": tokens,
-            "flops": tokens * flops_per_token,
+            f"{task.unit}s": step * task.units,
+            "flops": step * task.units * flops,
             "seconds": round(state["seconds"], 3),
         }
 
     def write(row):
         if lap.steps:
-            speed = config.batch_tokens * lap.steps / lap.seconds
-            row["tokens_per_second"] = round(speed, 1)
+            speed = task.units * lap.steps / lap.seconds
+            row[f"{task.unit}s_per_second"] = round(speed, 1)
             if peak is not None:
-                row["mfu"] = speed * flops_per_token / (peak * world)
+                row["mfu"] = speed * flops / (peak * world)
             lap.steps, lap.seconds = 0, 0.0
         if rank == 0:
             progress.row(row)
@@ -246,12 +302,8 @@ def train(config, progress):
                 wandb_run.log(row, step=row["step"])
 
     def evaluate_log_save(row):
-        """Validation loss and routing into the row; the row to the log; then a checkpoint, where one is wanted."""
-        if config.eval_top_k:
-            set_top_k(model, config.eval_top_k)
-        row["val_loss"] = evaluate(run.fast, data, config, device, run.autocast, rank, world, watchdog.beat)
-        if config.eval_top_k:
-            set_top_k(model, config.top_k)
+        """Figures of validation, and routing, into the row; the row to the log; then a checkpoint, where one is wanted."""
+        row.update(task.validate())
         if run.reports is not None and "loss" in row:
             row["moe"] = figures(router_names(model), run.reports)
             run.reports.zero_()
@@ -262,7 +314,7 @@ def train(config, progress):
                 checkpoint.save(
                     config.out_dir,
                     {
-                        **state, "config": asdict(config), "meta": data.meta, "model": model.state_dict(),
+                        **state, "config": asdict(config), "meta": task.meta, "model": model.state_dict(),
                         "optimizer": checkpoint.optimizer_state(model, optimizer), "scaler": scaler.state_dict(),
                     },
                 )  # fmt: skip
@@ -291,45 +343,55 @@ def train(config, progress):
         say(f"stopped at step {state['step']}, {saved}")
     if rank == 0:
         progress.close()
-        runlog.plot_loss(log.path, os.path.join(config.out_dir, "loss.png"))
-        if config.moe != "none":
+        runlog.plot_loss(log.path, os.path.join(config.out_dir, "loss.png"), task.loss)
+        if run.reports is not None:
             runlog.plot_experts(log.path, os.path.join(config.out_dir, "experts.png"))
         if wandb_run is not None:
             wandb_run.finish()
-        if config.sample_tokens and not stopping:
-            print_sample(config, device)
-        memory = torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else None
-        say(*runlog.summary(log.path, config, memory), sep="\n")
+    return stopping
+
+
+def say_summary(config, progress, device):
+    memory = torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else None
+    progress.say(*runlog.summary(os.path.join(config.out_dir, "log.jsonl"), config, memory), sep="\n")
 
 
 class Run(NamedTuple):
     """What an update needs."""
 
-    model: GPT  # as written; its parameters are those of `fast`
+    model: torch.nn.Module  # as written; its parameters are those of `fast`
     fast: torch.nn.Module  # compiled or sharded, where asked for: for evaluation
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     autocast: torch.autocast
     update: Callable  # (x, y) -> loss, norm of the gradient, auxiliary loss
+    multipliers: dict  # of the learning rate, by parameter name
     reports: torch.Tensor | None  # of mixtures: the routers' reports of all processes, summed until they are read
 
 
-def build(config, device, dtype, world, beat=lambda: None):
-    """Model, optimizer and the update that they make: compiled, sharded, replicated, as a CUDA graph, as config says."""
+def build(
+    config, device, dtype, world, beat=lambda: None, Model=GPT, multipliers_of=lr_multipliers, micro_steps=None
+):  # fmt: skip
+    """Model, optimizer and the update that they make: compiled, sharded, replicated, as a CUDA graph, as config says.
+
+    Model(config)(x, y) -> (_, loss); it has `blocks`, which are sharded one by one.
+    """
     as_graph = choose_cuda_graphs(config, device, dtype, world)
     compiling = device.type == "cuda" if config.compile is None else config.compile
     torch.manual_seed(config.seed)
     torch.set_float32_matmul_precision("high")
     with device:
-        model = GPT(config)
+        model = Model(config)
     if config.shard == "fsdp" and world > 1:
         shard(model, device, compiling)
         fast = parallel = model
     else:
         fast = parallel = torch.compile(model) if compiling else model
         if world > 1:
-            parallel = replicate(fast, device, split_batch(config, world)[1], config.bucket_mb)
-    optimizer = make_optimizer(model, config.lr, config.weight_decay, betas=(0.9, config.beta2))
+            parallel = replicate(fast, device, micro_steps or split_batch(config, world)[1], config.bucket_mb)
+    multipliers = multipliers_of(model)
+    betas = (0.9, config.beta2)
+    optimizer = make_optimizer(model, config.lr, config.weight_decay, betas, multipliers)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
     reports = None
@@ -339,7 +401,7 @@ def build(config, device, dtype, world, beat=lambda: None):
     def update(x, y):
         """One step of the optimizer on this process's share of a batch.
 
-        x, y (micro_steps, micro_batch, block_size) int64 -> (3,) float32: mean loss of the share, norm of the
+        x, y (micro_steps, micro_batch, …), of a GPT int64 tokens -> (3,) float32: mean loss of the share, norm of the
         whole gradient, mean auxiliary loss. It never waits for the device, so that it can be a CUDA graph.
         """
         micro_steps, total, total_aux = len(x), torch.zeros((), device=device), torch.zeros((), device=device)
@@ -370,7 +432,7 @@ def build(config, device, dtype, world, beat=lambda: None):
             reports.add_(here)
         return torch.stack((total, norm, total_aux))
 
-    return Run(model, fast, optimizer, scaler, autocast, Graphed(update) if as_graph else update, reports)
+    return Run(model, fast, optimizer, scaler, autocast, Graphed(update) if as_graph else update, multipliers, reports)
 
 
 def choose_cuda_graphs(config, device, dtype, world):
@@ -442,9 +504,9 @@ def check_vocabulary(config, meta, say):
         say(f"note: vocab_size={have}, but {config.data_dir} has {need} tokens: --vocab_size={need} saves work")
 
 
-def check_same_model(config, saved, say):
-    """A resumed run has the model it had; other options may change, and the change is said."""
-    shape = {field.name for field in fields(GPTConfig)} - {"dropout", "fused_loss", "activation_checkpointing"}
+def check_same_model(config, saved, shape, say):
+    """A resumed run has the model it had, options of `shape`; others may change, and the change is said."""
+    shape = shape - {"dropout", "activation_checkpointing"}
     for key, value in asdict(config).items():
         if key in ("resume", "out_dir") or key not in saved or value == saved[key]:
             continue

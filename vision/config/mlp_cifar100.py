@@ -1,0 +1,26 @@
+# Residual MLP on CIFAR-100 ("Compute Better Spent", ICML 2024, section 5): width 64 x factor, 500 epochs.
+#   python vision/train.py vision/config/mlp_cifar100.py --d_model=1024 --structure=btt
+#   python vision/train.py vision/config/mlp_cifar100.py --data_dir=FOLDER_OF_PARQUET --structure=dense --d_model=256
+out_dir = "out/mlp_cifar100"
+dataset = "cifar100"
+n_classes = 100
+
+model = "mlp"
+n_layer = 3
+d_model = 64 * 16
+structure = "btt"
+rank = 1
+
+crop_padding = 4
+flip = True
+mixup = 0.8
+label_smoothing = 0.3
+batch_size = 1024
+micro_batch = 1024
+max_steps = 500 * 50_000 // 1024  # 500 epochs
+warmup_steps = 0
+lr = 3e-3  # of a dense layer of width 64, and of biases and norms
+base_width = 64
+input_lr = 0.1
+eval_interval = 1000
+log_interval = 100

@@ -1,0 +1,149 @@
+"""Learn a random teacher network: the synthetic experiment of "Searching for Efficient Linear Layers over a Continuous
+Space of Structured Matrices" (NeurIPS 2024, section 4).
+
+    python vision/regression.py vision/config/regression.py --structure=btt --rank=2 --d_model=1024
+
+Inputs are 8 normal numbers, the teacher a ReLU network of 6 layers of width 1024 whose output has mean 0 and variance 1,
+the student the residual MLP of mlp.py. One pass: no input comes twice. The loss is the mean squared error.
+Imports from vision's mlp and train, and the root's train.
+"""
+
+import math
+import os
+import sys
+from dataclasses import dataclass, fields
+from functools import partial
+
+if __name__ == "__main__":  # `vision` and the root's modules are found from the root
+    sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+
+from configurator import load_config
+from device import choose_device, choose_dtype, to_device
+from heartbeat import init_distributed
+from mup import BASE_WIDTH
+from parallel import ranks
+from train import RunConfig, Task, at_least, build, fit, in_one_line, say_summary
+from vision.data import rng
+from vision.mlp import ATTENTION, MLP, MLPConfig, refuse
+from vision.train import multipliers, split_batch
+
+INPUTS, VALIDATION = 0, 1  # what random numbers are for
+
+
+@dataclass
+class Config(RunConfig, MLPConfig):
+    out_dir: str = "out/regression"  # where log, picture and checkpoints go
+    d_in: int = 8  # numbers in an input
+    teacher_layers: int = 6  # hidden layers of the teacher
+    teacher_width: int = 1024  # their width
+    teacher_seed: int = 42  # of its weights
+    batch_size: int = 4096  # inputs an update, all processes together
+    micro_batch: int = 4096  # inputs a process takes at a time; the rest of its batch is accumulated
+    eval_inputs: int = 65_536  # inputs of an evaluation, the same ones every time
+    lr: float = 1e-3  # peak rate, of a dense layer of width base_width; of biases and norms
+    base_width: int = BASE_WIDTH  # `lr` is the rate of a dense layer of this width
+    input_lr: float = 1.0  # rate of the input layer, as a share of `lr`
+    grad_clip: float = 0.0  # largest norm of the gradient; 0: no limit
+    weight_decay: float = 0.0  # of matrices; a step takes lr * weight_decay off them
+    beta2: float = 0.999  # Adam's
+    min_lr_ratio: float = 0.0  # last rate / peak rate, for cosine and wsd
+    structured_layers: tuple = ("ffn",)  # or input, ffn.up .down, head
+
+    d_out = 1
+
+    def __post_init__(self):
+        refuse(self, "the MLP has none", True, **ATTENTION)
+        MLPConfig.__post_init__(self)
+        RunConfig.__post_init__(self)
+        at_least(1, self, "d_in", "teacher_layers", "teacher_width", "batch_size", "eval_inputs", "base_width")
+        at_least(0, self, "teacher_seed", "input_lr")
+        with torch.device("meta"):
+            MLP(self)
+
+
+class Teacher:
+    """x (B, d_in) -> y (B,): relu · sqrt(2) after each hidden layer, weights of variance 1 / fan-in, no biases."""
+
+    def __init__(self, config, device):
+        draw = torch.Generator().manual_seed(config.teacher_seed)
+        widths = [config.d_in] + [config.teacher_width] * config.teacher_layers + [1]
+        self.weights = [torch.randn(b, a, generator=draw) / math.sqrt(a) for a, b in zip(widths, widths[1:])]
+        self.mean, self.std = 0.0, 1.0
+        y = self(torch.randn(8192, config.d_in, generator=draw))
+        self.mean, self.std = y.mean().item(), y.std().item()
+        self.weights = [weight.to(device) for weight in self.weights]
+
+    @torch.no_grad()
+    def __call__(self, x):
+        *hidden, last = self.weights
+        for weight in hidden:
+            x = F.relu(x @ weight.T) * math.sqrt(2)
+        return ((x @ last.T)[:, 0] - self.mean) / self.std
+
+
+def squared_error(y, targets):
+    """y (B, 1), targets (B,)"""
+    return F.mse_loss(y[:, 0], targets)
+
+
+def main(argv):
+    config = load_config(Config, argv)
+    in_one_line(train, config, f"micro_batch={config.micro_batch} inputs: lower micro_batch (batch_size stays)")
+
+
+def train(config, progress):
+    rank, local_rank, world = ranks()
+    micro_steps = split_batch(config, world)
+    device = choose_device(config.device, local_rank)
+    dtype = choose_dtype(config.dtype, device)
+    watchdog = init_distributed(device, config.timeout)
+    teacher = Teacher(config, device)
+    Model = partial(MLP, loss=squared_error)
+    run = build(config, device, dtype, world, watchdog.beat, Model, partial(multipliers, config), micro_steps)
+
+    def inputs(purpose, number, rows, start, stop):
+        """Rows start … stop of so many -> (stop - start, d_in) on the device."""
+        x = rng(config.seed, purpose, number).standard_normal((rows, config.d_in), dtype="float32")
+        return to_device(torch.from_numpy(x[start:stop]), device)
+
+    def batch(step):
+        share = config.batch_size // world
+        x = inputs(INPUTS, step, config.batch_size, rank * share, (rank + 1) * share)
+        return [tensor.unflatten(0, (micro_steps, config.micro_batch)) for tensor in (x, teacher(x))]
+
+    @torch.no_grad()
+    def validate():
+        run.fast.eval()
+        size, count = (
+            config.micro_batch,
+            -(-config.eval_inputs // (config.micro_batch * world)),
+        )  # as many on every rank
+        total = torch.zeros((), dtype=torch.float64, device=device)
+        for number in range(rank * count, (rank + 1) * count):
+            watchdog.beat()
+            x = inputs(VALIDATION, number, size, 0, size)
+            with run.autocast:
+                y, _ = run.fast(x)
+            total += squared_error(y.float(), teacher(x)) / (count * world)
+        if world > 1:
+            dist.all_reduce(total)
+        run.fast.train()
+        return {"val_loss": total.item()}
+
+    meta = {"teacher": [config.d_in, config.teacher_layers, config.teacher_width, config.teacher_seed]}
+    shape = {field.name for field in fields(MLPConfig)} | {"d_in"}
+    task = Task(
+        batch, validate, meta, unit="sample", units=config.batch_size, flops=run.model.flops(), shape=shape,
+        passes=run.model.passes, loss="squared error, 1 for a constant",
+    )  # fmt: skip
+    fit(config, progress, run, task, device, dtype, watchdog, micro_steps)
+    if rank == 0:
+        say_summary(config, progress, device)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,223 @@
+"""Train a structured MLP or vision transformer on images: digits, CIFAR, ImageNet, or a folder of class folders.
+
+    python vision/train.py vision/config/quickstart.py
+    python vision/train.py vision/config/vit_cifar100.py --d_model=256 --structure=btt --rank=2
+    torchrun --standalone --nproc_per_node=8 vision/train.py vision/config/vit_s32_imagenet.py --resume
+
+The run, its log, checkpoints and options are those of the root's train.py; this file says what a batch and an
+evaluation are. batch_size is that of all processes together. Imports from vision's mlp, vit, data and augment, and the root's train.
+"""
+
+import os
+import sys
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, fields
+from functools import partial
+
+if __name__ == "__main__":  # `vision` and the root's modules are found from the root
+    sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+
+from configurator import ConfigError, load_config
+from device import choose_device, choose_dtype
+from heartbeat import init_distributed
+from mup import BASE_WIDTH, lr_multipliers
+from parallel import ranks
+from train import RunConfig, Task, at_least, build, fit, in_one_line, say_summary
+from vision.augment import Augment, AugmentConfig
+from vision.data import DataConfig, Held, Streamed, check_labels, open_splits
+from vision.mlp import MLP, ImageConfig, refuse
+from vision.vit import ViT
+
+MODELS = {"mlp": MLP, "vit": ViT}
+
+
+@dataclass
+class Config(RunConfig, AugmentConfig, DataConfig, ImageConfig):
+    out_dir: str = "out/vision"  # where log, picture and checkpoints go
+    batch_size: int = 256  # images an update, all processes together
+    micro_batch: int = 256  # images a process takes at a time; the rest of its batch is accumulated
+    stream: bool | None = None  # decode images as needed; False: all at first, and hold them; None: above 64 pixels
+    workers: int | None = None  # decoding processes of a streaming one; None: one a core
+    gpu_decode: bool = False  # streaming: JPEGs decoded on the GPU, by torchvision
+    eval_resize: int | None = None  # streaming: shorter side before the central crop; None: image_size · 256 / 224
+    lr: float = 1e-3  # peak rate, of a dense layer of width base_width; of biases, norms and embeddings
+    base_width: int = BASE_WIDTH  # `lr` is the rate of a dense layer of this width; published: 64, ViT-S/32: 256
+    input_lr: float = 1.0  # rate of the input layer, whose fan-in is the same at all widths, as a share of `lr`
+    ema: float = 0.0  # decay of a running mean of the weights, which is evaluated in their place; 0: none
+    grad_clip: float = 0.0  # largest norm of the gradient; 0: no limit
+    weight_decay: float = 0.0  # of matrices; a step takes lr * weight_decay off them
+    beta2: float = 0.999  # Adam's
+    min_lr_ratio: float = 0.0  # last rate / peak rate, for cosine and wsd
+
+    def __post_init__(self):
+        ImageConfig.__post_init__(self)
+        AugmentConfig.__post_init__(self)
+        RunConfig.__post_init__(self)
+        at_least(1, self, "batch_size", "base_width")
+        at_least(0, self, "input_lr")
+        if self.workers is not None:
+            at_least(0, self, "workers")
+        if not 0 <= self.ema < 1:
+            raise ConfigError(f"ema={self.ema}: make it at least 0 and less than 1, 0.9999 say")
+        if self.stream is None:
+            self.stream = self.image_size > 64
+        refuse(self, "images that are streamed have min_crop", self.stream, crop_padding=0)
+        refuse(
+            self, "images that are held are decoded once, before", not self.stream, workers=None, gpu_decode=False,
+            eval_resize=None, min_crop=0.08,
+        )  # fmt: skip
+        if self.eval_resize is not None and self.eval_resize < self.image_size:
+            raise ConfigError(
+                f"eval_resize={self.eval_resize} is less than image_size={self.image_size}: take that or more"
+            )
+        if (self.mixup or self.cutmix) and self.micro_batch % 2:
+            raise ConfigError(f"micro_batch={self.micro_batch}: mixup and cutmix mix pairs, so make it even")
+        with torch.device("meta"):
+            MODELS[self.model](self)  # sizes that do not factor are found here, before any image is read
+
+
+def main(argv):
+    config = load_config(Config, argv)
+    what = f"micro_batch={config.micro_batch} images of {config.image_size} x {config.image_size}"
+    in_one_line(train, config, f"{what}: lower micro_batch (batch_size stays)")
+
+
+def train(config, progress):
+    rank, local_rank, world = ranks()
+    micro_steps = split_batch(config, world)
+    device = choose_device(config.device, local_rank)
+    dtype = choose_dtype(config.dtype, device)
+    watchdog = init_distributed(device, config.timeout)
+    with watchdog.paused():  # decoding may take minutes
+        data, classes = load_images(config, device, progress.say)
+    run = build(
+        config, device, dtype, world, watchdog.beat, MODELS[config.model], partial(multipliers, config), micro_steps
+    )
+    if config.ema:
+        keep_average(run.optimizer, config.ema)
+    augment = Augment(config, data.mean, data.std, device)
+    share, shape = config.batch_size // world, (micro_steps, config.micro_batch)
+
+    def batch(step):
+        """This process's share: images (micro_steps, micro_batch, C, S, S), targets (micro_steps, micro_batch, …)."""
+        place = (config.batch_size, rank * share, (rank + 1) * share)
+        x, y = augment(step, *data.train_batch(step, *place), *place)
+        return x.unflatten(0, shape), y.unflatten(0, shape)
+
+    def validate():
+        with averaged(run.optimizer) if config.ema else nullcontext():
+            figures = evaluate(run, data, augment, config, device, rank, world, watchdog.beat)
+        if config.stream and "broken" in figures:
+            progress.say(
+                f"{figures['broken']} broken images passed over so far, the last here {data.last_broken or 'none'}"
+            )
+        return figures
+
+    task = Task(
+        batch, validate, dict(dataset=config.dataset, classes=classes, mean=data.mean, std=data.std), unit="image",
+        units=config.batch_size, flops=run.model.flops(), shape={field.name for field in fields(ImageConfig)},
+        passes=run.model.passes, loss="nats per image",
+    )  # fmt: skip
+    epochs = config.max_steps * config.batch_size / data.n
+    progress.say(f"{config.dataset}: {data.n:,} training images, of which the run sees {epochs:,.1f} epochs")
+    fit(config, progress, run, task, device, dtype, watchdog, micro_steps)
+    if rank == 0:
+        say_summary(config, progress, device)
+
+
+def load_images(config, device, say):
+    """-> images and labels (Held or Streamed), names of the classes or None"""
+    splits, classes = open_splits(config)
+    check_labels(config, splits, classes, say)
+    data = Streamed(config, splits, device) if config.stream else Held(config, splits, device, say)
+    return data, classes
+
+
+def split_batch(config, world):
+    """-> micro-steps; ConfigError where batch_size does not divide."""
+    unit = config.micro_batch * world
+    if config.batch_size % unit:
+        near = max(1, round(config.batch_size / unit)) * unit
+        raise ConfigError(
+            f"batch_size={config.batch_size} is not divisible by micro_batch {config.micro_batch} x {world} processes = "
+            f"{unit}: take batch_size={near}, or another micro_batch"
+        )
+    return config.batch_size // unit
+
+
+def multipliers(config, model):
+    """mup.lr_multipliers, but for the input layer: its fan-in does not grow with the width, so neither falls its rate."""
+    of_name = lr_multipliers(model, config.base_width)
+    for name, parameter in model.input.named_parameters(prefix="input"):
+        if parameter.dim() >= 2:
+            of_name[name] *= model.input.in_features / config.base_width
+        of_name[name] *= config.input_lr
+    return of_name
+
+
+def keep_average(optimizer, decay):
+    """Have every step of the optimizer update a running mean of the weights, kept with Adam's state, and so in checkpoints."""
+
+    def update(optimizer, *_):
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        for p in parameters:
+            if "ema" not in optimizer.state[p]:
+                optimizer.state[p]["ema"] = p.detach().clone()
+        means = [optimizer.state[p]["ema"] for p in parameters]
+        torch._foreach_lerp_(means, [p.detach() for p in parameters], 1 - decay)
+
+    optimizer.register_step_post_hook(update)
+
+
+@contextmanager
+@torch.no_grad()
+def averaged(optimizer):
+    """In this block the weights are their running means."""
+    parameters = [p for p, state in optimizer.state.items() if "ema" in state]
+    now = [p.clone() for p in parameters]
+    try:
+        for p in parameters:
+            p.copy_(optimizer.state[p]["ema"])
+        yield
+    finally:
+        for p, weight in zip(parameters, now):
+            p.copy_(weight)
+
+
+@torch.no_grad()
+def evaluate(run, data, augment, config, device, rank, world, beat=lambda: None):
+    """Figures of all validation images: val_loss, top1, top5; every rank takes its share, sums and counts are added up."""
+    run.fast.eval()
+    total = torch.zeros(4, dtype=torch.float64, device=device)  # sum of losses, right ones, right among 5, number
+    for x, y in data.val_batches(rank, world, config.micro_batch):
+        beat()
+        with run.autocast:
+            logits, _ = run.fast(augment.normalise(x))
+        logits, counted = logits.float(), y >= 0
+        losses = F.cross_entropy(logits, y, ignore_index=-1, reduction="sum")
+        right = y.clamp(min=0)[:, None]
+        own, classes = logits.gather(1, right), torch.arange(logits.shape[1], device=device)
+        better = ((logits > own) | ((logits == own) & (classes < right))).sum(dim=1)  # classes before the right one
+        total += torch.stack((losses, *((better < k)[counted].sum() for k in (1, 5)), counted.sum())).double()
+    broken = data.broken if config.stream or rank == 0 else 0  # held ones are read by every rank
+    total = torch.cat((total, total.new_tensor([broken])))
+    if world > 1:
+        dist.all_reduce(total)
+    run.fast.train()
+    loss, top1, top5, count, broken = total.tolist()
+    if not count:
+        raise ConfigError(f"dataset={config.dataset}: no validation image can be decoded")
+    figures = {"val_loss": loss / count, "top1": top1 / count}
+    if config.n_classes > 5:
+        figures["top5"] = top5 / count
+    if broken:
+        figures["broken"] = int(broken)
+    return figures
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
