@@ -523,7 +523,7 @@ def streaming(folder, tmp_path, **more):
     return {**options, **more}
 
 
-def test_a_folder_is_streamed_and_broken_files_passed_over_with_a_count(folder, tmp_path, capsys):
+def test_a_folder_is_streamed_and_broken_files_passed_over_with_a_count(folder, tmp_path, capsys, monkeypatch):
     options = streaming(folder, tmp_path)
     vision.train.main(words(options))
     out = capsys.readouterr().out
@@ -532,6 +532,7 @@ def test_a_folder_is_streamed_and_broken_files_passed_over_with_a_count(folder, 
     assert row["top1"] > 0.9 and row["broken"] >= 3
     vision.train.main(words(dict(options, max_steps=6, schedule="constant", out_dir=tmp_path / "two")))
     vision.train.main(words(dict(options, schedule="constant", out_dir=tmp_path / "two", workers=0, resume=True)))
+    monkeypatch.setattr(vision.data.Stretches, "PIECE", 3)  # shares in pieces
     vision.train.main(words(dict(options, schedule="constant", out_dir=tmp_path / "three", workers=2)))
     assert losses(tmp_path / "two") == losses(tmp_path / "three")
 
@@ -562,17 +563,21 @@ def test_streamed_images_against_pil(folder, tmp_path):
     assert boxes[0] != boxes[1] and not np.array_equal(items[0][0], items[1][0])
 
 
-def test_decoding_by_torchvision_is_the_same_picture(folder, tmp_path):
+def test_decoding_by_torchvision_is_the_same_picture(folder, tmp_path, monkeypatch):
     """gpu_decode's way, on the CPU: boxes by the workers, JPEGs by torchvision, the rest by PIL."""
     pytest.importorskip("torchvision")
     options = {key: value for key, value in streaming(folder, tmp_path).items() if key != "out_dir"}
-    batches = []
+    batches, by_pil = [], []
+    monkeypatch.setattr(
+        vision.data, "decode", lambda raw, C, real=vision.data.decode: by_pil.append(raw[:2]) or real(raw, C)
+    )
     for gpu_decode in (False, True):
         config = Config(**options, gpu_decode=gpu_decode)
         data = Streamed(config, open_splits(config)[0], CPU)
         data.workers = 0
         batches.append(data.train_batch(1, 8, 0, 8))
     (x, y), (x2, y2) = batches
+    assert b"\xff\xd8" not in by_pil and len(by_pil) <= 3  # the PNGs
     assert torch.equal(y, y2) and (x - x2).abs().mean() < 12
     assert (x.mean((2, 3)) - x2.mean((2, 3))).abs().max() < 4
 
@@ -746,14 +751,12 @@ def test_a_hub_out_of_reach_is_one_clear_line():
 
 
 def test_every_option_says_what_it_does():
-    for script, kind in (
-        ("train", Config),
-        ("regression", vision.regression.Config),
-        ("data", vision.data.PixelsConfig),
-    ):
-        lines = run_script(f"vision/{script}.py", "--help").stdout.partition("options:")[2].strip().splitlines()
-        assert len(lines) == len(fields(kind))
-        assert [line for line in lines if not re.search(r"=\S.* \w", line)] == []
+    kinds = (Config, vision.regression.Config, vision.data.PixelsConfig)
+    code = "import vision.regression as r, vision.train as t, vision.data as d; from configurator import help_text as h"
+    done = run_script("-c", f"{code}; print(h(t.Config), h(r.Config), h(d.PixelsConfig), sep='\\n\\n')")
+    lines = [line for line in done.stdout.splitlines() if line.startswith("  --")]
+    assert len(lines) == sum(len(fields(kind)) for kind in kinds), done.stderr
+    assert [line for line in lines if not re.search(r"=\S.* \w", line)] == []
 
 
 def test_the_bench_prints_images_a_second(capsys):

@@ -12,7 +12,9 @@ As a command it makes images into token files for next-pixel prediction, which t
 Shapes: n images, B of a batch, S = image_size, C channels. Imports from the root's configurator and device.
 """
 
+import importlib.util
 import io
+import itertools
 import json
 import math
 import os
@@ -373,38 +375,45 @@ class Streamed:
 
     mean, std = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]  # of ImageNet's training images
 
-    def __init__(self, config, splits, device, world=1):
+    def __init__(self, config, splits, device):
         self.config, self.splits, self.device = config, splits, device
         self.n, self.broken, self.last_broken = len(splits["train"].labels), 0, ""
-        self.order, self.next_step, self.batches = Order(self.n, config.seed), None, None
+        self.order, self.next_step, self.pieces = Order(self.n, config.seed), None, None
         if config.channels == 1:
             self.mean, self.std = [0.449], [0.226]
+        if config.gpu_decode and importlib.util.find_spec("torchvision") is None:
+            raise ConfigError(
+                "gpu_decode=True needs torchvision, which is missing: pip install torchvision, or leave it out"
+            )
         self.workers = config.workers
         if self.workers is None:
             self.workers = max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
     def loader(self, split, keys):
-        """keys: lists of (position, image), a list a batch -> iterator of float (B, C, S, S) of 0 … 255, (B,) on the device."""
+        """keys: lists of (position, image) -> iterator over them of float (B, C, S, S) of 0 … 255, (B,), on the device."""
         loader = torch.utils.data.DataLoader(
-            Images(self.config, self.splits[split], split == "train"), batch_sampler=keys, collate_fn=list,
+            Images(self.config, self.splits[split], split == "train"), batch_sampler=keys, collate_fn=collate,
             num_workers=self.workers, prefetch_factor=4 if self.workers else None, worker_init_fn=leave_signals,
         )  # fmt: skip
-        for items in loader:
-            broken = [name for *_, names in items for name in names]
+        for images, labels, boxes, broken in loader:
             if broken:
                 self.broken, self.last_broken = self.broken + len(broken), broken[-1]
-            images = [image for image, *_ in items]
             if self.config.gpu_decode:
-                images = decode_on(self.device, images, [box for _, _, box, _ in items], self.config)
+                images, torn = decode_on(self.device, images.split([box[-1] for box in boxes]), boxes, self.config)
+                self.broken += len(torn)
+                if split == "val":
+                    labels[torn] = -1
             else:
-                images = to_device(torch.from_numpy(np.stack(images)), self.device)
-            yield images.float(), to_device(torch.tensor([label for _, label, *_ in items]), self.device)
+                images = to_device(images, self.device)
+            yield images.float(), to_device(labels, self.device)
 
     def train_batch(self, step, rows, start, stop):
-        if step != self.next_step:  # the first, or another run's place
-            self.batches = iter(self.loader("train", Stretches(self.order, step, rows, start, stop)))
+        """As Held.train_batch."""
+        if step != self.next_step:  # the first, or where a resumed run goes on
+            self.pieces = self.loader("train", Stretches(self.order, step, rows, start, stop))
         self.next_step = step + 1
-        images, labels = next(self.batches)
+        pieces = [next(self.pieces) for _ in Stretches.pieces(start, stop)]
+        images, labels = (torch.cat(tensors) for tensors in zip(*pieces))
         if self.config.flip:
             flips = torch.from_numpy(rng(self.config.seed, FLIP, step).integers(2, size=rows)[start:stop])
             flips = to_device(flips, self.device).view(-1, 1, 1, 1)
@@ -421,23 +430,28 @@ class Streamed:
 
 
 class Stretches:
-    """Sampler of one process's share of each training batch, from `step` on, without an end."""
+    """Sampler of one process's share of each training batch, from `step` on, without an end, PIECE images at a time."""
+
+    PIECE = 64  # what a worker decodes at a time: a whole share would be late at first, and take much memory ahead
 
     def __init__(self, order, step, rows, start, stop):
         self.order, self.step, self.rows, self.start, self.stop = order, step, rows, start, stop
 
     def __iter__(self):
-        step = self.step
-        while True:
-            first, count = step * self.rows + self.start, self.stop - self.start
-            yield list(zip(range(first, first + count), self.order.stretch(first, count).tolist()))
-            step += 1
+        for step in itertools.count(self.step):
+            for begin, end in self.pieces(self.start, self.stop):
+                first, count = step * self.rows + begin, end - begin
+                yield list(zip(range(first, first + count), self.order.stretch(first, count).tolist()))
+
+    @classmethod
+    def pieces(cls, start, stop):
+        return [(begin, min(begin + cls.PIECE, stop)) for begin in range(start, stop, cls.PIECE)]
 
 
 class Images(torch.utils.data.Dataset):
     """(position in training, image) -> pixels uint8 (C, S, S), label, crop, names of broken files met.
 
-    With gpu_decode the file's bytes, uint8 (bytes,), where the pixels are, and the crop (left, top, right, bottom).
+    With gpu_decode the file's bytes, uint8 (bytes,), where the pixels are, and the crop as left, top, right, bottom, bytes.
     """
 
     def __init__(self, config, split, training):
@@ -452,12 +466,8 @@ class Images(torch.utils.data.Dataset):
             try:
                 raw = self.split.read(i)
                 if config.gpu_decode:
-                    return (
-                        np.frombuffer(raw, np.uint8).copy(),
-                        int(self.split.labels[i]),
-                        self.box(raw, position),
-                        broken,
-                    )
+                    box = (*self.box(Image.open(io.BytesIO(raw)), position), len(raw))
+                    return np.frombuffer(raw, np.uint8), int(self.split.labels[i]), box, broken
                 image = Image.open(io.BytesIO(raw))
                 box = self.box(image, position)
                 if image.format == "JPEG":  # at an eighth, a quarter or a half, where that is enough
@@ -468,18 +478,15 @@ class Images(torch.utils.data.Dataset):
                 image = image.convert("L" if config.channels == 1 else "RGB")
                 image = image.resize((S, S), Image.Resampling.BILINEAR, box=box, reducing_gap=None)
                 return pixels(image), int(self.split.labels[i]), box, broken
-            except Exception:  # what decoders raise has no common kind
-                broken.append(self.split.name(i))
+            except Exception as error:  # what decoders raise has no common kind
+                broken.append(f"{self.split.name(i)} ({error})".partition("\n")[0])
                 i = (i + 1) % n if self.training else -1
         if broken and self.training:
-            raise ConfigError(
-                f"dataset={config.dataset}: {len(broken)} broken files one behind the other, {broken[0]} …"
-            )
-        return np.zeros(0, np.uint8) if config.gpu_decode else blank, -1, None, broken
+            raise ConfigError(f"dataset={config.dataset}: {len(broken)} broken files one behind the other, {broken[0]}")
+        return np.zeros(0, np.uint8) if config.gpu_decode else blank, -1, (0, 0, 0, 0, 0), broken
 
     def box(self, image, position):
-        """The part of an image, or of a file's bytes, that is wanted: random in training, else the centre."""
-        image = Image.open(io.BytesIO(image)) if isinstance(image, bytes) else image
+        """The part of an image that is wanted: random in training, else the centre."""
         width, height = image.size
         if self.training:
             return random_box(rng(self.config.seed, CROP, position), width, height, self.config.min_crop)
@@ -488,15 +495,25 @@ class Images(torch.utils.data.Dataset):
         return (width - side) / 2, (height - side) / 2, (width + side) / 2, (height + side) / 2
 
 
+def collate(items):
+    """Of a list of Images' items: one tensor of all pixels (B, C, S, S), or of all bytes, as workers send them best; the rest."""
+    images, labels, boxes, broken = zip(*items)
+    images = torch.from_numpy(np.stack(images) if images[0].ndim == 3 else np.concatenate(images))
+    return images, torch.tensor(labels), boxes, [name for names in broken for name in names]
+
+
 def decode_on(device, files, boxes, config):
-    """Files' bytes -> uint8 (B, C, S, S): JPEGs decoded on the GPU by torchvision, what it cannot by PIL on the host."""
+    """Files' bytes -> uint8 (B, C, S, S): JPEGs decoded on the GPU by torchvision, what it cannot by PIL on the host.
+
+    Also a list of those that are torn behind their headers, and black.
+    """
     from torchvision.io import ImageReadMode, decode_jpeg
 
     S, mode = config.image_size, ImageReadMode.GRAY if config.channels == 1 else ImageReadMode.RGB
-    jpeg = [k for k, file in enumerate(files) if file[:2].tobytes() == b"\xff\xd8"]
-    decoded = {}
+    jpeg = [k for k, file in enumerate(files) if bytes(file[:2].tolist()) == b"\xff\xd8"]
+    decoded, torn = {}, []
     with suppress(RuntimeError):  # one that it cannot decode, such as a CMYK image: all by the host
-        decoded = dict(zip(jpeg, decode_jpeg([torch.from_numpy(files[k]) for k in jpeg], mode=mode, device=device)))
+        decoded = dict(zip(jpeg, decode_jpeg([files[k] for k in jpeg], mode=mode, device=device)))
     out = torch.zeros(len(files), config.channels, S, S, dtype=torch.uint8, device=device)
     for k, (file, box) in enumerate(zip(files, boxes)):
         if not len(file):
@@ -504,13 +521,14 @@ def decode_on(device, files, boxes, config):
         image = decoded.get(k)
         if image is None:
             try:
-                image = torch.from_numpy(pixels(decode(file.tobytes(), config.channels))).to(device)
-            except Exception:  # torn behind its header: black
+                image = torch.from_numpy(pixels(decode(file.numpy().tobytes(), config.channels))).to(device)
+            except Exception:  # what decoders raise has no common kind
+                torn.append(k)
                 continue
-        left, top, right, bottom = (round(b) for b in box)
+        left, top, right, bottom, _ = (round(b) for b in box)
         part = image[None, :, top:bottom, left:right].float()
         out[k] = F.interpolate(part, (S, S), mode="bilinear", antialias=True)[0].round().clamp(0, 255)
-    return out
+    return out, torn
 
 
 def leave_signals(worker):
