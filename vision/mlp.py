@@ -20,12 +20,8 @@ from configurator import ConfigError
 from model import FFN, BlockConfig, as_autocast, gelu, linear
 from moe import auxiliary_loss
 
-ATTENTION = {
-    "n_head": 1,
-    "d_head": None,
-    "align_heads": False,
-    "share_router": False,
-}  # its options, as they are where there is none
+# Options of attention, as they are where there is none.
+ATTENTION = {"n_head": 1, "d_head": None, "align_heads": False, "share_router": False}
 
 
 def refuse(config, why, holds, **defaults):
@@ -152,9 +148,7 @@ def through(blocks, x, config):
     """x through all blocks -> x, and in training the reports of the routers of mixtures, a list."""
     reports = []
     for block in blocks:
-        if (
-            config.activation_checkpointing and block.training
-        ):  # again in the backward pass, instead of keeping its inside
+        if config.activation_checkpointing and block.training:  # its inside is made again for the backward pass
             x, new = checkpoint(block, x, use_reentrant=False, preserve_rng_state=config.dropout > 0)
         else:
             x, new = block(x)
