@@ -138,8 +138,19 @@ class BTTSizes(NamedTuple):
 
 
 def runs_triton(tensor):
-    """Whether kernels run where the tensor is: on a CUDA GPU, or anywhere in Triton's interpreter."""
-    return INTERPRETED or (triton is not None and tensor.is_cuda)
+    """Whether kernels run where the tensor is: on a GPU that has room for their blocks, or anywhere in Triton's interpreter."""
+    return INTERPRETED or (triton is not None and tensor.is_cuda and _has_room(tensor.device.index))
+
+
+SHARED_MEMORY = 232_448  # bytes that a block may have on a Hopper GPU, which the kernels' block sizes are made for
+
+
+@torch.compiler.assume_constant_result
+def _has_room(index):
+    """Whether a block of this GPU may have so much: of H100, H200 and B200, not of A100 or of GPUs for games."""
+    properties = torch.cuda.get_device_properties(index)
+    room = getattr(properties, "shared_memory_per_block_optin", None)  # older torch does not say
+    return properties.major in (9, 10) if room is None else room >= SHARED_MEMORY
 
 
 # Of one H100, measured (results/kernels.md): bytes/s of streaming kernels, FLOP/s of large cuBLAS products. Only
@@ -167,8 +178,6 @@ def _pow2(n, least=1):
 
 # ---------------------------------------------------------------------------------------
 # Fused: a tile of tokens, both cores and what is between stay on one multiprocessor
-
-SHARED_MEMORY = 232_448  # bytes a block may have on a Hopper GPU; the fused way is for those with as much
 
 
 class FusedBlocks(NamedTuple):

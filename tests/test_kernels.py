@@ -88,6 +88,20 @@ def test_the_way_follows_cost():
     assert fused_blocks(layer_sizes(4096, 4096, 1)) is None
 
 
+@pytest.mark.parametrize("memory, wanted", [(232_448, True), (166_912, False), (101_376, False)])
+def test_a_gpu_without_room_for_the_blocks_takes_plain_torch(monkeypatch, memory, wanted):
+    """An A100 has 163 KiB of shared memory a block, an RTX 4090 99: kernels would not start there."""
+    from types import SimpleNamespace
+
+    gpu = SimpleNamespace(major=8, shared_memory_per_block_optin=memory)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: gpu)
+    tensor = SimpleNamespace(is_cuda=True, device=torch.device("cuda", 0))
+    assert kernels.runs_triton(tensor) is wanted
+    old = SimpleNamespace(major=9)  # a torch that does not say
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: old)
+    assert kernels.runs_triton(tensor) is True
+
+
 # ---------------------------------------------------------------------------------------
 # The kernels in the interpreter. In a process of its own: the interpreter is chosen at import.
 
