@@ -162,9 +162,11 @@ def time_layer(d_in, d_out, rank, tokens, config, device, dtype, bandwidth, rate
     sizes = kernels.BTTSizes(g, a, f, e, r)
     chosen = kernels.choose_way(tokens, sizes) if kernels.runs_triton(x) else "torch"
     for way in config.ways:
+        if way in ("fused", "staged") and not kernels.runs_triton(x):
+            continue  # no kernels on this device
         if way == "fused" and kernels.fused_blocks(sizes) is None:
             continue
-        if way == "staged" and max(r * f, g * r) > kernels.MAX_ROWS:
+        if way == "staged" and not kernels.staged_fits(sizes):
             continue
         use = {"chosen": None}.get(way, way)
         label = f"chosen: {chosen}" if way == "chosen" else f"btt, {way}"

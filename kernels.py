@@ -169,7 +169,7 @@ def choose_way(n, sizes):
     dense = 3 * 2 * n * d_in * d_out / FLOP_RATE + 12 * d_in * d_out / BANDWIDTH
     # x z | z y | dy z dz | dz x dx, of 2 bytes each
     staged = 2 * n * (3 * d_in + 2 * d_out + 6 * z) / BANDWIDTH + 5e-6
-    return "staged" if max(r * f, g * r) <= MAX_ROWS and staged < dense else "dense"
+    return "staged" if staged_fits(sizes) and staged < dense else "dense"
 
 
 def _pow2(n, least=1):
@@ -378,6 +378,12 @@ btt_fused.register_autograd(_fused_gradients, setup_context=_fused_setup)
 # every so-manieth tile of tokens.
 
 MAX_ROWS = 256  # of a block of z, r·f or g·r, that a program can hold
+
+
+def staged_fits(sizes):
+    """Whether the staged kernels take a layer."""
+    return sizes.r * max(sizes.f, sizes.g) <= MAX_ROWS
+
 
 if triton is not None:
 

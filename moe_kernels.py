@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 import torch
 
-from kernels import _multiprocessors, _pow2, _rows, _z_stride
+from kernels import MAX_ROWS, _multiprocessors, _pow2, _rows, _z_stride
 
 try:
     import triton
@@ -28,7 +28,6 @@ except ImportError:
     triton = None
 
 MOST_SETS = 128  # of experts: with more of them tiles stay nearly empty
-MAX_ROWS = 256  # of a block of z that a program can hold
 
 
 class Plan(NamedTuple):

@@ -33,3 +33,20 @@ def test_parts_and_profile(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     assert "optimizer_share" in done.stdout and "matrix products" in (tmp_path / "profile.txt").read_text()
     assert (tmp_path / "trace.json").stat().st_size > 1000
+
+
+def test_layers_on_a_cpu_are_those_of_plain_torch(tmp_path):
+    words = [
+        "--layers=64-64:1 48-96:2",
+        "--tokens=(32,)",
+        "--device=cpu",
+        f"--json={tmp_path}/rows.json",
+        f"--png={tmp_path}/a.png",
+    ]
+    done = run_script("bench.py", "layers", *words)
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = json.loads((tmp_path / "rows.json").read_text())
+    assert [row["way"] for row in rows] == 2 * ["dense", "btt, torch", "btt, dense", "chosen: torch"]
+    assert all(row["error"] < 1e-5 for row in rows if row["way"] != "dense")
+    again = run_script("bench.py", "layers", f"--draw={tmp_path}/rows.json", f"--png={tmp_path}/b.png")
+    assert again.returncode == 0 and (tmp_path / "b.png").read_bytes().startswith(b"\x89PNG"), again.stderr

@@ -1,6 +1,6 @@
 """Milliseconds of a training step of an earlier checkout: the baseline of results/system.md.
 
-    git worktree add /tmp/base 824e733 && python results/system/baseline.py /tmp/base baseline.json
+    git worktree add ../base 824e733 && python results/system/baseline.py ../base baseline.json
 
 Dense GPT-2 124M and a small dense GPT, bfloat16, torch.compile, random tokens; a step is forward, backward,
 clipping, AdamW and reading the loss. 5 steps of warm-up, then the median of 20.
