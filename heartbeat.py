@@ -3,7 +3,7 @@
     watchdog = init_distributed(device, timeout=600)
     for step in range(max_steps):
         watchdog.beat(step)  # here, and wherever else the main thread gets on: the same places on every rank
-    watchdog.stop()
+    watchdog.stop()  # behind the last collective, before destroy_process_group
 
 The ranks wait for each other in every step, so that one which hangs stops them all, for good and in silence.
 Each posts its count of beats in a store that all share. A rank that is stuck for `timeout` seconds looks for the
@@ -116,14 +116,30 @@ class Watchdog:
             self._pauses -= 1
 
     def stop(self):
-        """This rank is through: it is no longer watched nor waited for. Takes milliseconds, 10 s with a dead store."""
+        """This rank is through with its last collective, and no longer watched; returns when all are, or one has failed.
+
+        Not before: a rank that ends closes connections, and gloo may let one hang that is still inside the collective.
+        """
         self._through = True
         self._halt()
+        deadline = time.monotonic() + 2 * self.timeout + 60  # as long as the group lets a collective wait
+        while not self._all_through() and time.monotonic() < deadline:
+            time.sleep(0.02)
 
     def _halt(self):
         self._stopped.set()
         for thread in self._threads:
             thread.join(timeout=5)
+
+    def _all_through(self):
+        """Whether no rank is inside a collective any more; also where the store is gone, for then the run is over."""
+        if self.store is None or any(thread.is_alive() for thread in self._threads):
+            return True
+        try:
+            posts = self.store.multi_get([str(rank) for rank in range(self.world)])
+        except RuntimeError:
+            return True
+        return all(json.loads(post)[1] == math.inf for post in posts)
 
     def _measure(self):
         """Thread: how long the main thread has been stuck. Ends a stuck rank that cannot talk to the store either."""

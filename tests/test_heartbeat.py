@@ -42,7 +42,11 @@ for step in range(10):
     act(step)
     watchdog.beat()
     dist.all_reduce(torch.ones(1))
+if what == "late" and rank == 0:
+    time.sleep(2)  # as if it were still inside the last collective
+    print("late", time.monotonic(), flush=True)
 watchdog.stop()
+print("left", time.monotonic(), flush=True)
 dist.destroy_process_group()
 print(f"rank {{rank}} through after {{watchdog.restarts}} restarts\\n", end="", flush=True)  # one write: lines stay whole
 """
@@ -114,9 +118,17 @@ def test_a_hang_in_the_first_attempt_only_is_restarted(torchrun):
 
 def test_slow_steps_and_a_long_pause_are_let_live_and_the_end_is_silent(torchrun):
     status, stdout, stderr, seconds = torchrun("slow")
-    assert status == 0 and stdout.count("through after 0 restarts") == 2
+    assert status == 0, stderr
+    assert stdout.count("through after 0 restarts") == 2
     assert seconds > 2.4 * TIMEOUT
     assert stderr == ""
+
+
+def test_no_rank_leaves_before_all_are_through(start_ranks):
+    """One that ends closes its connections, and gloo may let one hang that is still inside the last collective."""
+    outputs = [process.communicate(timeout=60)[0] for process in start_ranks("late")]
+    late = float(re.search(r"late (.*)", outputs[0])[1])  # one clock for all processes
+    assert all(float(re.search(r"left (.*)", output)[1]) >= late for output in outputs)
 
 
 def test_a_stopped_rank_is_named_by_the_other(start_ranks):
