@@ -86,7 +86,7 @@ class Watchdog:
     def __init__(self, store=None, rank=0, world=1, timeout=600.0, restarts=0):
         self.store, self.rank, self.world, self.timeout, self.restarts = store, rank, world, timeout, restarts
         self._at = (-1, 0)  # step, beats in it: where the main thread is
-        self._idle = 0.0  # seconds since it last got on
+        self._stuck = (self._at, 0.0)  # where it was when last looked at, for how many seconds
         self._pauses = self._rounds = 0  # open paused() blocks; talks with the store
         self._tick = min(1.0, timeout / 10)
         self._stopped, self._through = threading.Event(), False
@@ -143,15 +143,16 @@ class Watchdog:
 
     def _measure(self):
         """Thread: how long the main thread has been stuck. Ends a stuck rank that cannot talk to the store either."""
-        seen, rounds, deaf, before = self._at, 0, 0.0, time.monotonic()
+        rounds, deaf, before = 0, 0.0, time.monotonic()
         while not self._stopped.wait(self._tick):
             now, at = time.monotonic(), self._at
             # Time in which this process did not run (SIGSTOP, a preempted job) is not held against it.
             elapsed, before = min(now - before, self.timeout / 10), now
-            self._idle = 0.0 if self._pauses or at != seen else self._idle + elapsed
+            seen, idle = self._stuck
+            self._stuck = at, (0.0 if self._pauses or at != seen else idle + elapsed)
             deaf = 0.0 if rounds != self._rounds else deaf + elapsed
-            seen, rounds = at, self._rounds
-            if self._idle >= self.timeout and deaf >= self.timeout / 2:
+            rounds = self._rounds
+            if self._idle() >= self.timeout and deaf >= self.timeout / 2:
                 stuck = f"rank {self.rank} made no progress for {self.timeout:g} s"
                 self._end([], f"error: {stuck}, and the rendezvous store cannot be reached: ended")
 
@@ -163,7 +164,7 @@ class Watchdog:
                 self._post(self._at)
                 if self.store.check(["verdict"]):
                     self._end(json.loads(self.store.get("verdict"))[1])
-                if self._idle < self.timeout / 2:
+                if self._idle() < self.timeout / 2:
                     heard.clear()
                 else:
                     self._judge(heard)
@@ -173,22 +174,29 @@ class Watchdog:
         except RuntimeError:
             pass  # the store is gone: rank 0 or torchrun has ended. Should that leave this rank stuck, _measure sees it
 
+    def _idle(self):
+        """Seconds since the main thread last got on; 0 where it did after it was looked at, for then what was counted is old."""
+        at, seconds = self._stuck
+        return seconds if at == self._at else 0.0
+
     def _post(self, at):
-        where = _main_thread_at() if self._idle >= self.timeout / 2 else ""
-        self.store.set(str(self.rank), json.dumps([self._rounds, *at, self._idle, where]))
+        idle = self._idle()
+        where = _main_thread_at() if idle >= self.timeout / 2 else ""
+        self.store.set(str(self.rank), json.dumps([self._rounds, *at, idle, where]))
 
     def _judge(self, heard):
         """Collect posts in `heard` ({rank: (post, idle seconds here when it came)}); at the timeout, end who hangs."""
         keys = [str(rank) for rank in range(self.world)]
         if not self.store.check(keys):
             return  # a rank is only just starting
+        idle = self._idle()
         for rank, post in enumerate(self.store.multi_get(keys)):
             if rank not in heard or heard[rank][0] != post:
-                heard[rank] = (post, self._idle)
+                heard[rank] = (post, idle)
         posts = {rank: json.loads(post) for rank, (post, _) in heard.items()}
-        silent = {rank for rank, (_, came) in heard.items() if self._idle - came >= 0.4 * self.timeout}
-        hung = find_hung(posts, silent, self.timeout) if self._idle >= self.timeout else []
-        if hung:
+        silent = {rank for rank, (_, came) in heard.items() if idle - came >= 0.4 * self.timeout}
+        hung = find_hung(posts, silent, self.timeout) if idle >= self.timeout else []
+        if hung and self._idle() >= self.timeout:  # still: what others posted since may be that this rank got on
             verdict = json.dumps([self.rank, hung])
             first = self.store.compare_set("verdict", "", verdict).decode()
             self._end(json.loads(first)[1], self._message(hung, posts, silent) if first == verdict else None)

@@ -163,6 +163,15 @@ def test_who_hangs():
     assert find_hung({0: post(5, 0, 9), 1: post(float("inf"), 0, 9)}, {1}, 8) == [0]  # that one is through
 
 
+def test_a_long_wait_is_forgotten_as_soon_as_it_is_over():
+    """Not only when it is next measured: till then another rank may be through, and this one the only one to blame."""
+    watchdog = Watchdog(timeout=1)
+    watchdog._stuck = watchdog._at, 5.0
+    assert watchdog._idle() == 5
+    watchdog.beat(0)
+    assert watchdog._idle() == 0
+
+
 def test_one_process_is_not_watched():
     watchdog = Watchdog(timeout=0.01)
     for step in range(3):
