@@ -317,7 +317,8 @@ class EinsumLinear(CoreLinear):
     In memory x is (γ β α) and y is (φ ε δ), last index fastest: a Kronecker product (γ = φ = 1) is then
     B ⊗ A, and a BTT (β = δ = 1) reads x and passes z between its two products without a copy.
 
-    x: (..., d_in) -> (..., d_out), in x's dtype or autocast's.
+    x: (..., d_in) -> (..., d_out), in x's dtype or autocast's. after_gelu: of gelu(x), which a BTT's kernels make of what
+    they read: cheaper than a GELU before the layer.
     """
 
     def __init__(self, sizes, **kwargs):
@@ -331,12 +332,13 @@ class EinsumLinear(CoreLinear):
         super().__init__(a * b * g, d * e * f, shapes[order], **kwargs)
         self.sizes, self.order, self.flops_per_token = sizes, order, 2 * mults[order]
 
-    def forward(self, x):
+    def forward(self, x, after_gelu=False):
+        a, b, g, d, e, f, r = self.sizes
+        if b == d == 1 and self.matrix is None:
+            return self.finish(kernels.btt(x, *self.effective_cores(), after_gelu=after_gelu), x)
+        x = kernels.gelu(x) if after_gelu else x
         if self.matrix is not None:
             return nn.functional.linear(x, self.matrix, self.bias)
-        a, b, g, d, e, f, r = self.sizes
-        if b == d == 1:
-            return self.finish(kernels.btt(x, *self.effective_cores()), x)
         n = x.numel() // self.in_features
         x_4d = x.reshape(n, g, b, a)
         # The first core contracts α (or β) for every γ, the second makes ε (or δ) for every φ.

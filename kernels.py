@@ -16,6 +16,7 @@ Sums are float32 and in a fixed order: the same inputs give the same bits. On a 
 Triton there is plain torch, `two_products`, which also serves every other θ. Imports nothing of this project.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -88,6 +89,13 @@ def two_products(x, first, second):
     return TwoProducts.apply(x.to(dtype), first.to(dtype), second.to(dtype))
 
 
+def gelu(x):
+    """GELU in its tanh form. When compiled, with 0.5 (1 + tanh u) = sigmoid(2u): one exponential, cheaper on a GPU."""
+    if torch.compiler.is_compiling():
+        return x * torch.sigmoid(math.sqrt(8 / math.pi) * (x + 0.044715 * x**3))
+    return torch.nn.functional.gelu(x, approximate="tanh")
+
+
 def btt_matrix(A, B):
     """The matrix of a BTT, (f·e, g·a): each of its g × f blocks is a product of rank r."""
     g, a, rf = A.shape
@@ -101,11 +109,13 @@ def btt_matrix(A, B):
 # BTT
 
 
-def btt(x, A, B, way=None):
-    """y = W x for a Block Tensor-Train W of two cores.
+def btt(x, A, B, way=None, after_gelu=False):
+    """y = W x for a Block Tensor-Train W of two cores, or y = W gelu(x).
 
     x (..., g·a), A (g, a, r·f), B (f, g·r, e) -> y (..., f·e), in x's dtype or autocast's.
     way: "fused", "staged", "dense" or "torch"; None takes what should be the fastest.
+    after_gelu: the kernels apply the GELU to what they read of x, forward and backward, which saves a copy of x in memory
+    and two passes over it.
     """
     g, a, rf = A.shape
     f, gr, e = B.shape
@@ -118,12 +128,13 @@ def btt(x, A, B, way=None):
     if way is None:
         way = choose_way(n, sizes) if runs_triton(x_2d) and dtype in (torch.float16, torch.bfloat16) else "torch"
     if way == "fused":
-        y = torch.ops.nanoeinsum.btt_fused(x_2d, A, B)
+        y = torch.ops.nanoeinsum.btt_fused(x_2d, A, B, after_gelu)
     elif way == "staged":
-        y, _ = torch.ops.nanoeinsum.btt_staged(x_2d, A, B)
+        y, _ = torch.ops.nanoeinsum.btt_staged(x_2d, A, B, after_gelu)
     elif way == "dense":
-        y = torch.nn.functional.linear(x_2d, btt_matrix(A, B))
+        y = torch.nn.functional.linear(gelu(x_2d) if after_gelu else x_2d, btt_matrix(A, B))
     else:
+        x_2d = gelu(x_2d) if after_gelu else x_2d
         x_4d = x_2d.view(n, g, 1, a).permute(1, 3, 0, 2)
         y = TwoProducts.apply(x_4d, A, B).permute(2, 0, 1, 3)  # (f, 1, n, e) -> (n, f, 1, e)
     return y.reshape(*x.shape[:-1], f * e)
@@ -210,6 +221,26 @@ def fused_blocks(sizes):
 if triton is not None:
 
     @triton.jit
+    def _sigmoid_of_gelu(u):
+        """gelu(u) / u = sigmoid(2 √(2/π) (u + 0.044715 u³)), with two operations of the special-function units, no division."""
+        e = tl.exp2(u * (-2.302208198 - 0.102943240 * u * u))  # the constants are times log2 e
+        root = tl.rsqrt(1 + e)
+        return root * root
+
+    @triton.jit
+    def _gelu(x):
+        """The function `gelu`, by float32."""
+        u = x.to(tl.float32)
+        return (u * _sigmoid_of_gelu(u)).to(x.dtype)
+
+    @triton.jit
+    def _gelu_slope(x):
+        """Its derivative, float32."""
+        u = x.to(tl.float32)
+        s = _sigmoid_of_gelu(u)
+        return s + u * s * (1 - s) * (1.595769122 + 0.214064449 * u * u)
+
+    @triton.jit
     def _load_tokens(base, n, stride, blocks, k, N, BLOCKS: tl.constexpr, K: tl.constexpr):
         """(blocks, n, k) tile of a matrix (N, BLOCKS·K)."""
         pointers = base + n[None, :, None].to(tl.int64) * stride + blocks[:, None, None] * K + k[None, None, :]
@@ -241,6 +272,7 @@ if triton is not None:
         x, A, B, y, N, x_stride,
         G: tl.constexpr, AL: tl.constexpr, F: tl.constexpr, EL: tl.constexpr, R: tl.constexpr,
         GB: tl.constexpr, AP: tl.constexpr, FB: tl.constexpr, EP: tl.constexpr, RB: tl.constexpr, BM: tl.constexpr,
+        GELU: tl.constexpr,
     ):  # fmt: skip
         """y of one tile of tokens after the other; the cores are read once. Sizes …B and …P are rounded up to powers of 2."""
         g, a, f, e = tl.arange(0, GB), tl.arange(0, AP), tl.arange(0, FB), tl.arange(0, EP)
@@ -251,6 +283,8 @@ if triton is not None:
         for tile in tl.range(tl.program_id(0), tl.cdiv(N, BM), tl.num_programs(0), num_stages=3):
             n = tile * BM + tl.arange(0, BM)
             x_t = _load_tokens(x, n, x_stride, g, a, N, G, AL)  # (GB, BM, AP)
+            if GELU:
+                x_t = _gelu(x_t)
             # z is made with tokens as its last index: then what moves between warps are rows of 16 bytes and more.
             z = tl.dot(A_t, x_t.permute(0, 2, 1)).to(x_t.dtype)  # (GB, RB·FB, BM)
             z = z.reshape(GB, RB, FB, BM).permute(2, 0, 1, 3).reshape(FB, GB * RB, BM)
@@ -262,7 +296,7 @@ if triton is not None:
         x, dy, A, B, dx, dA, dB, N, x_stride, dy_stride, part_stride,
         G: tl.constexpr, AL: tl.constexpr, F: tl.constexpr, EL: tl.constexpr, R: tl.constexpr,
         GB: tl.constexpr, AP: tl.constexpr, FB: tl.constexpr, EP: tl.constexpr, RB: tl.constexpr, BM: tl.constexpr,
-        G_BLOCKS: tl.constexpr,
+        G_BLOCKS: tl.constexpr, GELU: tl.constexpr,
     ):  # fmt: skip
         """All three gradients. For a block of γ everything is local: x and dx of it, dA of it, its rows of dB; only dy is read by all.
 
@@ -280,6 +314,9 @@ if triton is not None:
         for tile in tl.range(part, tl.cdiv(N, BM), tl.num_programs(0) // G_BLOCKS, num_stages=3):
             n = tile * BM + tl.arange(0, BM)
             x_t = _load_tokens(x, n, x_stride, g, a, N, G, AL)  # (GB, BM, AP)
+            if GELU:
+                slope = _gelu_slope(x_t)
+                x_t = _gelu(x_t)
             dy_t = _load_tokens(dy, n, dy_stride, f, e, N, F, EL)  # (FB, BM, EP)
             z = tl.dot(A_t, x_t.permute(0, 2, 1)).to(x_t.dtype)  # (GB, RB·FB, BM)
             z = z.reshape(GB, RB, FB, BM).permute(2, 0, 1, 3).reshape(FB, GB * RB, BM)
@@ -288,6 +325,8 @@ if triton is not None:
             dz = dz.reshape(FB, GB, RB, BM).permute(1, 2, 0, 3).reshape(GB, RB * FB, BM)
             dA_t = tl.dot(dz, x_t, dA_t)
             dx_t = tl.dot(dz.permute(0, 2, 1), A_t)  # (GB, BM, AP)
+            if GELU:
+                dx_t *= slope
             _store_tokens(dx, n, G * AL, g, a, N, G, AL, dx_t)
         tl.store(dA + part * part_stride + offsets_A, dA_t, mask_A)
         tl.store(dB + part * part_stride + offsets_B, dB_t, mask_B)
@@ -315,25 +354,26 @@ def _rows(x):
 
 
 @torch.library.custom_op("nanoeinsum::btt_fused", mutates_args=())
-def btt_fused(x: torch.Tensor, A: torch.Tensor, B: torch.Tensor) -> torch.Tensor:
+def btt_fused(x: torch.Tensor, A: torch.Tensor, B: torch.Tensor, after_gelu: bool) -> torch.Tensor:
     x, A, B, sizes = _rows(x), A.contiguous(), B.contiguous(), _sizes(A, B)
     blocks, n = fused_blocks(sizes), len(x)
     y = x.new_empty(n, sizes.f * sizes.e)
     programs = min(triton.cdiv(n, blocks.tokens), _multiprocessors(x))
     _fused_forward_kernel[(programs,)](
-        x, A, B, y, n, x.stride(0), **_constants(sizes, _pow2(sizes.g)), BM=blocks.tokens, num_warps=blocks.warps
+        x, A, B, y, n, x.stride(0), **_constants(sizes, _pow2(sizes.g)), BM=blocks.tokens, GELU=after_gelu,
+        num_warps=blocks.warps,
     )  # fmt: skip
     return y
 
 
 @btt_fused.register_fake
-def _(x, A, B):
+def _(x, A, B, after_gelu):
     return x.new_empty(x.shape[0], B.shape[0] * B.shape[2])
 
 
 @torch.library.custom_op("nanoeinsum::btt_fused_backward", mutates_args=())
 def btt_fused_backward(
-    x: torch.Tensor, dy: torch.Tensor, A: torch.Tensor, B: torch.Tensor
+    x: torch.Tensor, dy: torch.Tensor, A: torch.Tensor, B: torch.Tensor, after_gelu: bool
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     x, dy, A, B, sizes = _rows(x), _rows(dy), A.contiguous(), B.contiguous(), _sizes(A, B)
     blocks, n = fused_blocks(sizes), len(x)
@@ -343,7 +383,8 @@ def btt_fused_backward(
     sums = torch.empty(parts, A.numel() + B.numel(), dtype=torch.float32, device=x.device)
     _fused_backward_kernel[(g_blocks * parts,)](
         x, dy, A, B, dx, sums, sums[:, A.numel() :], n, x.stride(0), dy.stride(0), sums.stride(0),
-        **_constants(sizes, blocks.g_block), BM=blocks.tokens, G_BLOCKS=g_blocks, num_warps=blocks.backward_warps,
+        **_constants(sizes, blocks.g_block), BM=blocks.tokens, G_BLOCKS=g_blocks, GELU=after_gelu,
+        num_warps=blocks.backward_warps,
     )  # fmt: skip
     return dx, *_sum_parts(sums, A, B)
 
@@ -356,17 +397,18 @@ def _sum_parts(sums, A, B):
 
 
 @btt_fused_backward.register_fake
-def _(x, dy, A, B):
+def _(x, dy, A, B, after_gelu):
     return x.new_empty(x.shape), A.new_empty(A.shape), B.new_empty(B.shape)
 
 
 def _fused_setup(ctx, inputs, output):
-    ctx.save_for_backward(*inputs)
+    *tensors, ctx.after_gelu = inputs
+    ctx.save_for_backward(*tensors)
 
 
 def _fused_gradients(ctx, dy):
     x, A, B = ctx.saved_tensors
-    return torch.ops.nanoeinsum.btt_fused_backward(x, dy, A, B)
+    return *torch.ops.nanoeinsum.btt_fused_backward(x, dy, A, B, ctx.after_gelu), None
 
 
 btt_fused.register_autograd(_fused_gradients, setup_context=_fused_setup)
@@ -390,7 +432,7 @@ if triton is not None:
     @triton.jit
     def _staged_first_kernel(
         x, A, z, N, z_stride, x_stride, G: tl.constexpr, AL: tl.constexpr, RF: tl.constexpr, AP: tl.constexpr,
-        CB: tl.constexpr, BM: tl.constexpr, PARTS, STAGES: tl.constexpr,
+        CB: tl.constexpr, BM: tl.constexpr, PARTS, STAGES: tl.constexpr, GELU: tl.constexpr,
     ):  # fmt: skip
         """z_g (r·f, n) = A_gᵀ x_gᵀ"""
         C_BLOCKS: tl.constexpr = (RF + CB - 1) // CB
@@ -404,6 +446,8 @@ if triton is not None:
             n = tile * BM + tl.arange(0, BM)
             mask_x = (n[:, None] < N) & (a[None, :] < AL)
             x_t = tl.load(x + n[:, None].to(tl.int64) * x_stride + g * AL + a[None, :], mask_x, 0.0)
+            if GELU:
+                x_t = _gelu(x_t)
             z_t = tl.dot(A_g.T, x_t.T).to(z.dtype.element_ty)  # (CB, BM)
             rows = z + (g * RF + c)[:, None].to(tl.int64) * z_stride
             tl.store(rows + n[None, :], z_t, (c[:, None] < RF) & (n[None, :] < N))
@@ -460,7 +504,7 @@ if triton is not None:
     def _staged_first_backward_kernel(
         dz, x, A, dx, dA, N, z_stride, x_stride, part_stride,
         G: tl.constexpr, AL: tl.constexpr, RF: tl.constexpr, AP: tl.constexpr, CP: tl.constexpr,
-        BM: tl.constexpr, PARTS, STAGES: tl.constexpr,
+        BM: tl.constexpr, PARTS, STAGES: tl.constexpr, GELU: tl.constexpr,
     ):  # fmt: skip
         """dx_g (n, a) = dz_gᵀ A_gᵀ and dA_gᵀ (r·f, a) = dz_g x_g"""
         pid = tl.program_id(0)
@@ -477,8 +521,12 @@ if triton is not None:
             dz_t = tl.load(rows + n[None, :], (c[:, None] < RF) & (n[None, :] < N), 0.0)
             mask_x = (n[:, None] < N) & (a[None, :] < AL)
             x_t = tl.load(x + n[:, None].to(tl.int64) * x_stride + g * AL + a[None, :], mask_x, 0.0)
-            dx_t = tl.dot(dz_t.T, A_g).to(dx.dtype.element_ty)  # (BM, AP)
-            tl.store(dx + n[:, None].to(tl.int64) * (G * AL) + g * AL + a[None, :], dx_t, mask_x)
+            dx_t = tl.dot(dz_t.T, A_g)  # (BM, AP)
+            if GELU:
+                dx_t *= _gelu_slope(x_t)
+                x_t = _gelu(x_t)
+            to = dx + n[:, None].to(tl.int64) * (G * AL) + g * AL + a[None, :]
+            tl.store(to, dx_t.to(dx.dtype.element_ty), mask_x)
             dA_g = tl.dot(dz_t, x_t, dA_g)
         tl.store(dA + part * part_stride + offsets, dA_g, mask_A)
 
@@ -489,7 +537,9 @@ def _parts(blocks, n, tokens, tensor):
 
 
 @torch.library.custom_op("nanoeinsum::btt_staged", mutates_args=())
-def btt_staged(x: torch.Tensor, A: torch.Tensor, B: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def btt_staged(
+    x: torch.Tensor, A: torch.Tensor, B: torch.Tensor, after_gelu: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
     x, A, B, (g, a, f, e, r) = _rows(x), A.contiguous(), B.contiguous(), _sizes(A, B)
     n = len(x)
     z, y = x.new_empty(g * r * f, _z_stride(n)), x.new_empty(n, f * e)
@@ -498,7 +548,7 @@ def btt_staged(x: torch.Tensor, A: torch.Tensor, B: torch.Tensor) -> tuple[torch
     parts = _parts(g * triton.cdiv(r * f, columns), n, 128, x)
     _staged_first_kernel[(g * triton.cdiv(r * f, columns) * parts,)](
         x, A, z, n, z.stride(0), x.stride(0), G=g, AL=a, RF=r * f, AP=_pow2(a, 16), CB=columns,
-        BM=128, PARTS=parts, STAGES=3 if small else 2, num_warps=8 if small else 4,
+        BM=128, PARTS=parts, STAGES=3 if small else 2, GELU=after_gelu, num_warps=8 if small else 4,
     )  # fmt: skip
     rows = _pow2(g * r, 16)
     tokens = 128 if rows <= 64 else 64
@@ -515,14 +565,14 @@ def _z_stride(n):
 
 
 @btt_staged.register_fake
-def _(x, A, B):
+def _(x, A, B, after_gelu):
     n, (f, gr, e) = x.shape[0], B.shape
     return x.new_empty(n, f * e), x.new_empty(gr * f, _z_stride(n))
 
 
 @torch.library.custom_op("nanoeinsum::btt_staged_backward", mutates_args=())
 def btt_staged_backward(
-    x: torch.Tensor, dy: torch.Tensor, A: torch.Tensor, B: torch.Tensor, z: torch.Tensor
+    x: torch.Tensor, dy: torch.Tensor, A: torch.Tensor, B: torch.Tensor, z: torch.Tensor, after_gelu: bool
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     x, dy, A, B, (g, a, f, e, r) = _rows(x), _rows(dy), A.contiguous(), B.contiguous(), _sizes(A, B)
     n = len(x)
@@ -541,24 +591,25 @@ def btt_staged_backward(
     tokens = 128 if columns <= 64 and a <= 64 else 64
     _staged_first_backward_kernel[(g * parts_A,)](
         dz, x, A, dx, sums_A, n, z.stride(0), x.stride(0), A.numel(), G=g, AL=a, RF=r * f, AP=_pow2(a, 16), CP=columns,
-        BM=tokens, PARTS=parts_A, STAGES=3, num_warps=8 if columns <= 64 else 4,
+        BM=tokens, PARTS=parts_A, STAGES=3, GELU=after_gelu, num_warps=8 if columns <= 64 else 4,
     )  # fmt: skip
     return dx, sums_A.sum(dim=0).to(A.dtype).view_as(A), sums_B.sum(dim=0).to(B.dtype).view_as(B)
 
 
 @btt_staged_backward.register_fake
-def _(x, dy, A, B, z):
+def _(x, dy, A, B, z, after_gelu):
     return x.new_empty(x.shape), A.new_empty(A.shape), B.new_empty(B.shape)
 
 
 def _staged_setup(ctx, inputs, output):
-    ctx.save_for_backward(*inputs, output[1])
+    *tensors, ctx.after_gelu = inputs
+    ctx.save_for_backward(*tensors, output[1])
     ctx.set_materialize_grads(False)
 
 
 def _staged_gradients(ctx, dy, _):
     x, A, B, z = ctx.saved_tensors
-    return torch.ops.nanoeinsum.btt_staged_backward(x, dy, A, B, z)
+    return *torch.ops.nanoeinsum.btt_staged_backward(x, dy, A, B, z, ctx.after_gelu), None
 
 
 btt_staged.register_autograd(_staged_gradients, setup_context=_staged_setup)

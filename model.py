@@ -6,7 +6,7 @@ changes. "standard" is GPT-2 as published: with structure="dense" it loads GPT-2
 equals it. The learning rates that belong to each are in mup.py.
 
 Shapes: B batch, T time, S positions in a cache, C = d_model, nh = n_head, hs = d_head.
-Imports from configurator, einsum_linear, moe, loss and cuda_graph.
+Imports from configurator, kernels, einsum_linear, moe, loss and cuda_graph.
 """
 
 import difflib
@@ -22,7 +22,8 @@ from torch.utils.checkpoint import checkpoint
 
 from configurator import ConfigError
 from cuda_graph import Graphed
-from einsum_linear import Dense, make_linear, multiplied_out
+from einsum_linear import Dense, EinsumLinear, make_linear, multiplied_out
+from kernels import gelu
 from loss import linear_cross_entropy
 from moe import DenseMixture, Router, apply, apply_ffns, apply_layers, auxiliary_loss, check_top_k, make_mixture
 
@@ -222,20 +223,16 @@ class FFN(nn.Module):
     def forward(self, x, reports=None):
         if self.router is not None:
             return apply_ffns(self.up, self.down, gelu, x, reports, self.router)
-        return apply(self.down, gelu(apply(self.up, x, reports)), reports)
+        h = apply(self.up, x, reports)  # (B, T, 4C)
+        if isinstance(self.down, EinsumLinear):
+            return self.down(h, after_gelu=True)
+        return apply(self.down, gelu(h), reports)
 
 
 def as_autocast(x):
     """In bfloat16 where products are: the residual stream too, half the traffic of all that is not a matrix product."""
     to_bf16 = torch.is_autocast_enabled(x.device.type) and torch.get_autocast_dtype(x.device.type) == torch.bfloat16
     return x.bfloat16() if to_bf16 else x
-
-
-def gelu(x):
-    """GELU in its tanh form. When compiled, with 0.5 (1 + tanh u) = sigmoid(2u): one exponential, cheaper on a GPU."""
-    if torch.compiler.is_compiling():
-        return x * torch.sigmoid(math.sqrt(8 / math.pi) * (x + 0.044715 * x**3))
-    return F.gelu(x, approximate="tanh")
 
 
 class Block(nn.Module):

@@ -316,11 +316,3 @@ def test_residual_stream_is_in_bfloat16_under_autocast_and_the_gradient_stays_ri
     hook.remove()
     assert seen == [torch.float32, torch.bfloat16] and got == pytest.approx(want, rel=5e-3)
     assert (gradient - exact).norm() < 0.03 * exact.norm()
-
-
-def test_compiled_gelu_is_the_same_function():
-    x = torch.linspace(-12, 12, 4001, dtype=torch.float64, requires_grad=True)
-    compiled = torch.compile(model_file.gelu, backend="eager")
-    for function in (lambda y: y, lambda y: torch.autograd.grad(y.sum(), x)[0]):
-        torch.testing.assert_close(function(compiled(x)), function(model_file.gelu(x)), rtol=1e-12, atol=1e-12)
-    assert "sigmoid" in str(torch._dynamo.explain(model_file.gelu)(x).graphs[0].graph)  # it was the other form

@@ -20,7 +20,8 @@ from configurator import ConfigError
 from conftest import losses, read_rows, run_script
 from data import CharTokenizer
 from einsum_linear import make_linear
-from model import GPT, GPTConfig, KVCache, gelu
+from kernels import gelu
+from model import GPT, GPTConfig, KVCache
 from moe import Router, make_mixture
 from mup import lr_multipliers, make_optimizer, set_lr
 from mup_check import CoordsConfig, coordinate_check, largest_spread, parse_structure

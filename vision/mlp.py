@@ -5,7 +5,7 @@
 ("Compute Better Spent", ICML 2024, section 5; the LayerNorms as in "Searching for Efficient Linear
 Layers", NeurIPS 2024, section 5). What writes to the residual stream, and the head, start at zero.
 
-Shapes: B batch, D = channels · image_size², C = d_model. Imports from the root's configurator, moe and model.
+Shapes: B batch, D = channels · image_size², C = d_model. Imports from the root's configurator, kernels, moe and model.
 """
 
 from dataclasses import dataclass
@@ -17,7 +17,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from configurator import ConfigError
-from model import FFN, BlockConfig, as_autocast, gelu, linear
+from kernels import gelu
+from model import FFN, BlockConfig, as_autocast, linear
 from moe import auxiliary_loss
 
 # Options of attention, as they are where there is none.
