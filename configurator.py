@@ -144,7 +144,7 @@ def _checked(key, value, fields, hints, where):
     """`value` as the option's type, or ConfigError."""
     _check_key(key, fields, where)
     hint = hints[key]
-    for option in typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,):
+    for option in typing.get_args(hint) if _is_union(hint) else (hint,):
         kind = typing.get_origin(option) or option
         if kind is typing.Literal:
             if value in typing.get_args(option):
@@ -162,8 +162,12 @@ def _checked(key, value, fields, hints, where):
     raise ConfigError(f"{where}{key}={value!r} has the wrong type: give {_describe(hint)}")
 
 
+def _is_union(hint):
+    return typing.get_origin(hint) in (types.UnionType, typing.Union)
+
+
 def _describe(hint):
-    if isinstance(hint, types.UnionType):
+    if _is_union(hint):
         return " or ".join(_describe(option) for option in typing.get_args(hint))
     if typing.get_origin(hint) is typing.Literal:
         return "one of " + ", ".join(map(repr, typing.get_args(hint)))

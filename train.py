@@ -46,7 +46,7 @@ class RunConfig:
     seed: int = 1337  # of weights, batches and dropout
     device: str = "auto"  # cuda, cpu, mps; auto: a GPU where there is one
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # matrix products; auto: 16 bits on GPUs
-    compile: bool | None = None  # torch.compile; None: on a GPU only
+    compile: bool | Literal["blocks"] | None = None  # torch.compile; None: on a GPU; blocks: one graph for all blocks
     cuda_graphs: bool | None = None  # an update as one CUDA graph; None: where it can be, on one GPU
     shard: Literal["none", "fsdp"] = "none"  # fsdp: parameters, gradients and optimizer state over all processes
     bucket_mb: int = 1000  # MiB of gradients that unsharded processes exchange at a time; each splits a compiled graph
@@ -385,7 +385,10 @@ def build(
         shard(model, device, compiling)
         fast = parallel = model
     else:
-        fast = parallel = torch.compile(model) if compiling else model
+        if compiling == "blocks":
+            for block in model.blocks:
+                block.compile()
+        fast = parallel = torch.compile(model) if compiling is True else model
         if world > 1:
             parallel = replicate(fast, device, micro_steps or split_batch(config, world)[1], config.bucket_mb)
     multipliers = multipliers_of(model)

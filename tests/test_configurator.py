@@ -16,6 +16,7 @@ class Options:
     compile: bool = False  # faster
     maybe: int | None = None  # or not
     speed: bool | None = None  # None: found out
+    graph: bool | Literal["blocks"] | None = None  # or by name
     schedule: Literal["cosine", "constant"] = "cosine"  # shape
     theta: tuple | None = None  # seven exponents
     layers: tuple = ("attn",)  # which
@@ -48,6 +49,9 @@ def config_file(tmp_path):
         (["--compile", "False"], "compile", False),
         (["--compile=false"], "compile", False),
         (["--speed"], "speed", True),
+        (["--graph"], "graph", True),
+        (["--graph=blocks"], "graph", "blocks"),
+        (["--graph=None"], "graph", None),
         (["--speed=None"], "speed", None),
         (["--maybe=None"], "maybe", None),
         (["--maybe", "4"], "maybe", 4),
@@ -83,6 +87,7 @@ def test_later_files_win_and_the_command_line_wins_over_all(config_file):
         (["--steps=True"], ["steps", "True"]),
         (["--lr=fast"], ["lr", "number"]),
         (["--compile=1"], ["compile", "True or False"]),
+        (["--graph=block"], ["graph='block'", "True or False or one of 'blocks' or None"]),
         (["--schedule=linear"], ["schedule", "linear", "cosine", "constant"]),
         (["--theta=.5"], ["theta", "tuple"]),
         (["--lr"], ["lr", "needs a value"]),

@@ -128,15 +128,43 @@ def test_every_rank_evaluates_its_share(char_data, monkeypatch):
     assert sorted(seen[0] + seen[1]) == sorted(tuple(row.tolist()) for row in data.val_batch(data.val_rows(1000))[0])
 
 
-def test_checkpoint_of_a_compiled_model_has_plain_values_under_the_models_own_names(tiny, tmp_path, monkeypatch):
+@pytest.mark.parametrize("how", ["True", "blocks"])
+def test_checkpoint_of_a_compiled_model_has_plain_values_under_the_models_own_names(tiny, tmp_path, monkeypatch, how):
     # Another backend wraps the model just the same, and needs no minute of C++.
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
-    train.main([*tiny, "--max_steps=2", "--compile=True"])
+    train.main([*tiny, "--max_steps=2", f"--compile={how}"])
     saved = torch.load(tmp_path / "run" / "ckpt.pt", weights_only=True)
     model, _ = load_model(str(tmp_path / "run"))
     assert set(saved["model"]) == set(model.state_dict()) and not any("_orig_mod" in name for name in saved["model"])
     assert set(saved["optimizer"]) == {name for name, _ in model.named_parameters()}
     assert saved["step"] == 2 and saved["best_val_loss"] < 5
+
+
+def test_compiled_blocks_share_a_graph_and_change_nothing(tiny, tmp_path, monkeypatch):
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
+    train.main(
+        [
+            *tiny,
+            "--max_steps=3",
+            "--eval_interval=100",
+            "--n_layer=4",
+            f"--out_dir={tmp_path}/blocks",
+            "--compile=blocks",
+        ]
+    )
+    assert len(graphs) == 2  # of all blocks: in training, in evaluation
+    train.main([*tiny, "--max_steps=3", "--eval_interval=100", "--n_layer=4"])
+    compiled, plain = losses(tmp_path / "blocks"), losses(tmp_path / "run")
+    assert compiled.keys() == plain.keys() and all(
+        compiled[step] == pytest.approx(plain[step], rel=1e-6) for step in plain
+    )
 
 
 def test_last_evaluation_and_checkpoint_happen_also_before_the_first_interval(tiny, tmp_path):
