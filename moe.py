@@ -12,8 +12,8 @@ rank 1: "low_rank" and "monarch" are mixtures in the same way, and "dense" is on
 moe="ffn" is the standard MoE: each block has num_experts FFNs, their layers of whatever structure, and one router.
 
 Time and memory follow top_k: the n · k pairs of a token and its expert are sorted by expert, and each expert
-multiplies its own rows (grouped_products); a BTT-MoE on a GPU has kernels of its own (moe_kernels). No token is
-dropped. Nothing waits for the device, no shape depends on values. Gradients of the gates come from what they scale.
+multiplies its own rows (grouped_products); BTT-MoE and low-rank-MoE on a GPU have kernels of their own (moe_kernels).
+No token is dropped. Nothing waits for the device, no shape depends on values. Gradients of the gates come from what they scale.
 
 Shapes: n tokens, k = top_k, m = n · k rows of a token and an expert, E experts; g a f e r as in einsum_linear.
 Imports from configurator, kernels, moe_kernels and einsum_linear.

@@ -1,4 +1,4 @@
-"""BTT-MoE on a GPU: Triton kernels that compute only the experts that were picked.
+"""BTT-MoE and low-rank-MoE on a GPU: Triton kernels that compute only the experts that were picked.
 
 Expert e is slice e of the rank index of a BTT. A token whose experts are the set S passes a BTT of rank |S|, made of
 the slices in S, with its gates between the two cores:
@@ -9,7 +9,8 @@ Tokens with the same set share all weights. So tokens are sorted by set: of E = 
 of them is a plain BTT of rank 2, every token is in one tile, and nothing is added up between experts in memory. The
 four kernels are those of kernels.py's staged way, with rows gathered and scattered. Shapes depend on no data: there is
 room for a partly filled tile a set. Gradients of the gates come from the z before the gate, nothing is divided by it.
-Sums are float32 in a fixed order. Imports from kernels.
+Sums are float32 in a fixed order. A low-rank matrix is a BTT of one block (g = f = 1), too large for one program: it has
+kernels of its own, which go through it in parts. Imports from kernels.
 """
 
 import functools
@@ -28,6 +29,7 @@ except ImportError:
     triton = None
 
 MOST_SETS = 128  # of experts: with more of them tiles stay nearly empty
+MOST_SUMS = 32_768  # of a core's gradient, float32, that a program can hold
 
 
 class Plan(NamedTuple):
@@ -52,9 +54,10 @@ def _sets(num_experts, k, device):
 
 def fits(sizes, num_experts, k):
     """Whether the kernels take a layer of kernels.BTTSizes, r being the rank of one expert."""
-    g, _, f, _, r = sizes
+    g, a, f, e, r = sizes
     rows = _pow2(k * r) * max(_pow2(g), _pow2(f))
-    return math.comb(num_experts, k) <= MOST_SETS and rows <= MAX_ROWS
+    in_one_program = rows <= MAX_ROWS and rows * _pow2(max(a, e)) <= MOST_SUMS
+    return math.comb(num_experts, k) <= MOST_SETS and (in_one_program or g == f == 1)
 
 
 def make_plan(index, num_experts, tokens):
@@ -102,7 +105,9 @@ def btt_mixture(x, A, B, index, gate, num_experts):
     gate = gate.gather(1, ascending).float()
     tokens = 64 if len(x) >= 64 * math.comb(num_experts, index.shape[1]) else 32
     plan = make_plan(index, num_experts, tokens)
-    y, _ = torch.ops.nanoeinsum.btt_mixture(x, A, B, gate, *plan, num_experts, tokens)
+    low_rank = len(A) == len(B) == 1
+    op = torch.ops.nanoeinsum.low_rank_mixture if low_rank else torch.ops.nanoeinsum.btt_mixture
+    y, _ = op(x, A, B, gate, *plan, num_experts, tokens)
     return y
 
 
@@ -280,7 +285,7 @@ def _row_sizes(g, f, slots):
 
 
 @_forward.register_fake
-def _(x, A, B, gate, order, first, end, set_tiles, tile_set, sets, num_experts, tokens):
+def _forward_shapes(x, A, B, gate, order, first, end, set_tiles, tile_set, sets, num_experts, tokens):
     g, a, f, e, r = _sizes(x, A, B, num_experts)
     z = x.new_empty(g * gate.shape[1] * r * f, _z_stride(len(first) * tokens))
     return x.new_empty(x.shape[0], f * e), z
@@ -296,9 +301,9 @@ def _backward(
     x, dy, A, B, gate = _rows(x), _rows(dy), A.contiguous(), B.contiguous(), gate.contiguous()
     g, a, f, e, r = _sizes(x, A, B, num_experts)
     k, places, n_sets = gate.shape[1], len(first) * tokens, len(sets)
-    dx, dgate = x.new_empty(len(x), g * a), torch.empty_like(gate)
+    dx = x.new_empty(len(x), g * a)
     if len(x) == 0:
-        return dx, torch.zeros_like(A), torch.zeros_like(B), dgate
+        return dx, torch.zeros_like(A), torch.zeros_like(B), torch.empty_like(gate)
     rows, columns = _row_sizes(g, f, k * r)
     warps = 4 if max(rows, columns) <= 64 else 8
     parts_B, parts_A = (_parts(blocks, n_sets, len(x), tokens, x) for blocks in (f, g))
@@ -320,13 +325,15 @@ def _backward(
     dB = _sum_sets(sums_B.sum(1).view(n_sets, f, k, r * g, e), sets, num_experts)  # (E, f, r·g, e)
     dA = dA.permute(1, 3, 0, 2).reshape(A.shape)
     dB = dB.view(num_experts, f, r, g, e).permute(1, 3, 0, 2, 4).reshape(B.shape)
-    # A token's place among the tiles, by its place in the sorted list.
-    shares = shares.sum(0)  # (k, places)
-    place = torch.arange(len(x), device=x.device)
+    return dx, dA.to(A.dtype), dB.to(B.dtype), _gate_gradient(shares.sum(0), order, first, tokens, gate)
+
+
+def _gate_gradient(shares, order, first, tokens, gate):
+    """Gradients by slot and place in the tiles, (k, places) -> by token, (n, k)."""
+    place = torch.arange(len(order), device=order.device)  # in the sorted list
     tile = torch.searchsorted(first, place.int(), right=True) - 1  # empty tiles are behind all others
     column = tile * tokens + place - first[tile]
-    dgate[order.long()] = shares[:, column].t()
-    return dx, dA.to(A.dtype), dB.to(B.dtype), dgate
+    return torch.empty_like(gate).index_copy(0, order.long(), shares[:, column].t().to(gate.dtype))
 
 
 def _parts(blocks, n_sets, n, tokens, tensor):
@@ -363,3 +370,189 @@ def _gradients(ctx, dy, _):
 
 
 _forward.register_autograd(_gradients, setup_context=_setup)
+
+
+# ---------------------------------------------------------------------------------------
+# Low-rank mixtures: x (n, a), A (a, E·r), B (E·r, e), without the axes of one block. Three kernels, each used twice:
+#
+#     _to_ranks_kernel        z = A_Sᵀ xᵀ                   dz = gate B_S dyᵀ, and the gates' gradients
+#     _from_ranks_kernel      y = (gate z)ᵀ B_S             dx = dzᵀ A_Sᵀ
+#     _core_gradient_kernel   dA_Sᵀ = dz x                  dB_S = (gate z) dy
+
+if triton is not None:
+
+    @triton.jit
+    def _to_ranks_kernel(
+        rows, core, out, z, gate, shares, order, first, end, tile_set, sets, row_stride, rank_stride, width_stride,
+        z_stride, places, D: tl.constexpr, K: tl.constexpr, R: tl.constexpr, CB: tl.constexpr, DB: tl.constexpr,
+        BM: tl.constexpr, BACKWARD: tl.constexpr,
+    ):  # fmt: skip
+        """out (slot·rank, place) = core_S rowsᵀ, for one tile of tokens and CB ranks of one slot. core: (ranks, D) by its strides."""
+        C_BLOCKS: tl.constexpr = (R + CB - 1) // CB
+        block, tile = tl.program_id(0) % (K * C_BLOCKS), tl.program_id(0) // (K * C_BLOCKS)
+        j, c = block // C_BLOCKS, block % C_BLOCKS * CB + tl.arange(0, CB)
+        tokens, inside = _tile_tokens(order, first, end, tile, BM)
+        if tl.load(first + tile) < tl.load(end + tile):
+            expert = tl.load(sets + tl.load(tile_set + tile) * K + j)
+            sums = tl.zeros((CB, BM), tl.float32)
+            for start in tl.range(0, D, DB):
+                d = start + tl.arange(0, DB)
+                at_core = (expert * R + c)[:, None] * rank_stride + d[None, :] * width_stride
+                core_t = tl.load(core + at_core, (c < R)[:, None] & (d < D)[None, :], 0.0)  # (CB, DB)
+                at_rows = tokens[:, None].to(tl.int64) * row_stride + d[None, :]
+                rows_t = tl.load(rows + at_rows, inside[:, None] & (d < D)[None, :], 0.0)  # (BM, DB)
+                sums = tl.dot(core_t, rows_t.T, sums)
+            column = tile * BM + tl.arange(0, BM)
+            at = (j * R + c)[:, None].to(tl.int64) * z_stride + column[None, :]
+            if BACKWARD:
+                z_t = tl.load(z + at, (c < R)[:, None] & inside[None, :], 0.0)
+                tl.store(shares + block * places + column, tl.sum(sums * z_t, 0))
+                sums *= tl.load(gate + tokens * K + j, inside, 0.0)[None, :]
+            tl.store(out + at, sums.to(out.dtype.element_ty), (c < R)[:, None])
+
+    @triton.jit
+    def _from_ranks_kernel(
+        z, core, out, gate, order, first, end, tile_set, sets, rank_stride, width_stride, z_stride,
+        D: tl.constexpr, K: tl.constexpr, R: tl.constexpr, CB: tl.constexpr, DB: tl.constexpr,
+        BM: tl.constexpr, GATED: tl.constexpr,
+    ):  # fmt: skip
+        """out (n, d) = zᵀ core_S, for one tile of tokens and DB of the D columns; every slot times its gate where GATED."""
+        D_BLOCKS: tl.constexpr = (D + DB - 1) // DB
+        tile, d = tl.program_id(0) // D_BLOCKS, tl.program_id(0) % D_BLOCKS * DB + tl.arange(0, DB)
+        tokens, inside = _tile_tokens(order, first, end, tile, BM)
+        if tl.load(first + tile) < tl.load(end + tile):
+            sums = tl.zeros((BM, DB), tl.float32)
+            for j in tl.static_range(K):
+                expert = tl.load(sets + tl.load(tile_set + tile) * K + j)
+                of_slot = tl.zeros((BM, DB), tl.float32)
+                for start in tl.range(0, R, CB):
+                    c = start + tl.arange(0, CB)
+                    at = (j * R + c)[:, None].to(tl.int64) * z_stride + (tile * BM + tl.arange(0, BM))[None, :]
+                    z_t = tl.load(z + at, (c < R)[:, None] & inside[None, :], 0.0)  # (CB, BM)
+                    at_core = (expert * R + c)[:, None] * rank_stride + d[None, :] * width_stride
+                    core_t = tl.load(core + at_core, (c < R)[:, None] & (d < D)[None, :], 0.0)  # (CB, DB)
+                    of_slot = tl.dot(z_t.T, core_t, of_slot)
+                if GATED:
+                    of_slot *= tl.load(gate + tokens * K + j, inside, 0.0)[:, None]
+                sums += of_slot
+            to = out + tokens[:, None].to(tl.int64) * D + d[None, :]
+            tl.store(to, sums.to(out.dtype.element_ty), inside[:, None] & (d < D)[None, :])
+
+    @triton.jit
+    def _core_gradient_kernel(
+        z, rows, sums, gate, order, first, end, set_tiles, row_stride, z_stride,
+        D: tl.constexpr, K: tl.constexpr, R: tl.constexpr, CB: tl.constexpr, DB: tl.constexpr,
+        BM: tl.constexpr, PARTS: tl.constexpr, GATED: tl.constexpr,
+    ):  # fmt: skip
+        """sums (set, part, slot·rank, d) = z rows, over the tiles of a set; z times the gate where GATED."""
+        D_BLOCKS: tl.constexpr = (D + DB - 1) // DB
+        C_BLOCKS: tl.constexpr = (R + CB - 1) // CB
+        pid = tl.program_id(0)
+        d = pid % D_BLOCKS * DB + tl.arange(0, DB)
+        j = pid // (D_BLOCKS * C_BLOCKS) % K
+        c = pid // D_BLOCKS % C_BLOCKS * CB + tl.arange(0, CB)
+        part = pid // (D_BLOCKS * C_BLOCKS * K) % PARTS
+        of_set = pid // (D_BLOCKS * C_BLOCKS * K * PARTS)
+        total = tl.zeros((CB, DB), tl.float32)
+        for tile in tl.range(tl.load(set_tiles + of_set) + part, tl.load(set_tiles + of_set + 1), PARTS):
+            tokens, inside = _tile_tokens(order, first, end, tile, BM)
+            at = (j * R + c)[:, None].to(tl.int64) * z_stride + (tile * BM + tl.arange(0, BM))[None, :]
+            z_t = tl.load(z + at, (c < R)[:, None] & inside[None, :], 0.0)  # (CB, BM)
+            if GATED:
+                z_t = (z_t * tl.load(gate + tokens * K + j, inside, 0.0)[None, :]).to(z_t.dtype)
+            at_rows = tokens[:, None].to(tl.int64) * row_stride + d[None, :]
+            rows_t = tl.load(rows + at_rows, inside[:, None] & (d < D)[None, :], 0.0)  # (BM, DB)
+            total = tl.dot(z_t, rows_t, total)
+        to = ((of_set * PARTS + part) * (K * R) + j * R + c)[:, None].to(tl.int64) * D + d[None, :]
+        tl.store(sums + to, total, (c < R)[:, None] & (d < D)[None, :])
+
+
+def _rank_block(r):
+    """CB: ranks that a program takes at a time, of one expert."""
+    return min(64, _pow2(r, 16))
+
+
+@torch.library.custom_op("nanoeinsum::low_rank_mixture", mutates_args=())
+def _low_rank(
+    x: torch.Tensor, A: torch.Tensor, B: torch.Tensor, gate: torch.Tensor, order: torch.Tensor, first: torch.Tensor,
+    end: torch.Tensor, set_tiles: torch.Tensor, tile_set: torch.Tensor, sets: torch.Tensor, num_experts: int, tokens: int,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    """-> y, and z (slot·rank, places) for backward"""
+    x, A, B, gate = _rows(x), A.contiguous(), B.contiguous(), gate.contiguous()
+    _, a, _, e, r = _sizes(x, A, B, num_experts)
+    k, tiles, block = gate.shape[1], len(first), _rank_block(r)
+    z, y = x.new_empty(k * r, _z_stride(tiles * tokens)), x.new_empty(len(x), e)
+    if len(x) == 0:
+        return y, z
+    shape = dict(K=k, R=r, CB=block, BM=tokens, num_warps=4)
+    _to_ranks_kernel[(k * triton.cdiv(r, block) * tiles,)](
+        x, A, z, z, gate, z, order, first, end, tile_set, sets, x.stride(0), 1, num_experts * r,
+        z.stride(0), tiles * tokens, D=a, DB=64, BACKWARD=False, **shape,
+    )  # fmt: skip
+    _from_ranks_kernel[(triton.cdiv(e, 128) * tiles,)](
+        z, B, y, gate, order, first, end, tile_set, sets, e, 1, z.stride(0), D=e, DB=128, GATED=True, **shape
+    )  # fmt: skip
+    return y, z
+
+
+_low_rank.register_fake(_forward_shapes)
+
+
+@torch.library.custom_op("nanoeinsum::low_rank_mixture_backward", mutates_args=())
+def _low_rank_backward(
+    x: torch.Tensor, dy: torch.Tensor, z: torch.Tensor, A: torch.Tensor, B: torch.Tensor, gate: torch.Tensor,
+    order: torch.Tensor, first: torch.Tensor, end: torch.Tensor, set_tiles: torch.Tensor, tile_set: torch.Tensor,
+    sets: torch.Tensor, num_experts: int, tokens: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+    """-> dx, dA, dB, dgate"""
+    x, dy, A, B, gate = _rows(x), _rows(dy), A.contiguous(), B.contiguous(), gate.contiguous()
+    _, a, _, e, r = _sizes(x, A, B, num_experts)
+    k, tiles, block, n_sets = gate.shape[1], len(first), _rank_block(r), len(sets)
+    dx = x.new_empty(len(x), a)
+    if len(x) == 0:
+        return dx, torch.zeros_like(A), torch.zeros_like(B), torch.empty_like(gate)
+    dz, blocks = torch.empty_like(z), triton.cdiv(r, block)
+    shares = torch.empty(k, blocks, tiles * tokens, dtype=torch.float32, device=x.device)
+    shape = dict(K=k, R=r, CB=block, BM=tokens, num_warps=4)
+    _to_ranks_kernel[(k * blocks * tiles,)](
+        dy, B, dz, z, gate, shares, order, first, end, tile_set, sets, dy.stride(0), e, 1,
+        z.stride(0), tiles * tokens, D=e, DB=64, BACKWARD=True, **shape,
+    )  # fmt: skip
+    _from_ranks_kernel[(triton.cdiv(a, 128) * tiles,)](
+        dz, A, dx, gate, order, first, end, tile_set, sets, 1, num_experts * r, z.stride(0),
+        D=a, DB=128, GATED=False, **shape,
+    )  # fmt: skip
+
+    def core_gradient(z, rows, gated):
+        """-> (E, r, width)"""
+        width = rows.shape[1]
+        programs = triton.cdiv(width, 128) * blocks * k
+        parts = _parts(programs, n_sets, len(x), tokens, x)
+        sums = torch.empty(n_sets, parts, k * r, width, dtype=torch.float32, device=x.device)
+        _core_gradient_kernel[(programs * parts * n_sets,)](
+            z, rows, sums, gate, order, first, end, set_tiles, rows.stride(0), z.stride(0),
+            D=width, DB=128, PARTS=parts, GATED=gated, **shape,
+        )  # fmt: skip
+        return _sum_sets(sums.sum(1).view(n_sets, 1, k, r, width), sets, num_experts)[:, 0]
+
+    dA = core_gradient(dz, x, False).permute(2, 0, 1).reshape(A.shape)
+    dB = core_gradient(z, dy, True).reshape(B.shape)
+    return dx, dA.to(A.dtype), dB.to(B.dtype), _gate_gradient(shares.sum(1), order, first, tokens, gate)
+
+
+_low_rank_backward.register_fake(lambda x, dy, z, A, B, gate, *plan: tuple(map(torch.empty_like, (x, A, B, gate))))
+
+
+def _low_rank_setup(ctx, inputs, output):
+    x, A, B, gate, *plan, ctx.num_experts, ctx.tokens = inputs
+    ctx.save_for_backward(x, output[1], A, B, gate, *plan)
+    ctx.set_materialize_grads(False)
+
+
+def _low_rank_gradients(ctx, dy, _):
+    x, z, *rest = ctx.saved_tensors
+    gradients = torch.ops.nanoeinsum.low_rank_mixture_backward(x, dy, z, *rest, ctx.num_experts, ctx.tokens)
+    return *gradients, *[None] * 8
+
+
+_low_rank.register_autograd(_low_rank_gradients, setup_context=_low_rank_setup)

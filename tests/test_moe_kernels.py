@@ -1,7 +1,6 @@
-"""BTT-MoE kernels: in Triton's interpreter against a loop over experts in float64, and compiled for Hopper without a GPU."""
+"""BTT-MoE and low-rank-MoE kernels: interpreted, against a loop over experts in float64; compiled for Hopper without a GPU."""
 
 import inspect
-import re
 
 import pytest
 import torch
@@ -77,6 +76,8 @@ def test_which_layers_fit():
     assert fits(layer_sizes(1024, 1024, 1), 8, 2) and fits(layer_sizes(4096, 4096, 1), 16, 2)
     assert not fits(layer_sizes(1024, 1024, 1), 64, 4)  # too many sets of experts
     assert not fits(layer_sizes(4096, 4096, 4), 8, 2)  # too many rows of z
+    assert not fits(BTTSizes(4, 4096, 4, 256, 8), 8, 2)  # too much of a core for a program
+    assert fits(BTTSizes(1, 4096, 1, 4096, 512), 8, 2)  # low rank goes through it in parts
 
 
 def test_kernels_in_the_interpreter():
@@ -97,48 +98,75 @@ def interpreted():
         (BTTSizes(8, 16, 8, 16, 1), 1, 4, 2),  # one token
         (BTTSizes(4, 16, 4, 16, 1), 0, 3, 2),  # none
         (BTTSizes(4, 16, 4, 16, 1), 400, 3, 2),  # larger tiles
+        (BTTSizes(1, 70, 1, 150, 9), 90, 4, 2),  # low rank
+        (BTTSizes(1, 150, 1, 33, 80), 40, 3, 2),  # in several parts
+        (BTTSizes(1, 16, 1, 20, 4), 33, 4, 4),
+        (BTTSizes(1, 16, 1, 20, 4), 20, 4, 1),
+        (BTTSizes(1, 16, 1, 20, 4), 1, 4, 3),
+        (BTTSizes(1, 16, 1, 20, 4), 0, 4, 2),
     ]
     for sizes, n, num_experts, k in cases:
         for dtype, most in ((torch.float32, 1e-5), (torch.float16, 4e-3)):
             inputs = example(sizes, n, num_experts, k, dtype)
             found = errors(*inputs, num_experts)
             assert max(found) < most, (sizes, n, num_experts, k, found)
-    x, A, B, index, gate, dy = example(BTTSizes(8, 16, 8, 16, 1), 70, 4, 2, torch.float32)
-    lonely = torch.tensor([[2, 0]]).expand(70, 2)  # all tokens to one set, two experts with none
-    assert max(errors(x, A, B, lonely, gate, dy, 4)) < 1e-5
-    dA = results(x, A, B, lonely, gate, dy, 4)[2].view(8, 16, 4, 8)
-    assert not dA[:, :, [1, 3]].any() and dA[:, :, [0, 2]].any()
-    inputs = (x, A, B, index, gate, dy, 4)
-    assert all(torch.equal(a, b) for a, b in zip(results(*inputs), results(*inputs)))
-    # without a break of the graph
-    fast = torch.compile(btt_mixture, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(fast(x, A, B, index, gate, 4), btt_mixture(x, A, B, index, gate, 4), rtol=0, atol=0)
+    for sizes in (BTTSizes(8, 16, 8, 16, 1), BTTSizes(1, 24, 1, 40, 10)):
+        g, a, f, e, r = sizes
+        x, A, B, index, gate, dy = example(sizes, 70, 4, 2, torch.float32)
+        lonely = torch.tensor([[2, 0]]).expand(70, 2)  # all tokens to one set, two experts with none
+        assert max(errors(x, A, B, lonely, gate, dy, 4)) < 1e-5
+        dA = results(x, A, B, lonely, gate, dy, 4)[2].view(g, a, 4, r * f)
+        assert not dA[:, :, [1, 3]].any() and dA[:, :, [0, 2]].any()
+        inputs = (x, A, B, index, gate, dy, 4)
+        assert all(torch.equal(a, b) for a, b in zip(results(*inputs), results(*inputs)))
+        # without a break of the graph
+        fast = torch.compile(btt_mixture, fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(fast(x, A, B, index, gate, 4), btt_mixture(x, A, B, index, gate, 4), rtol=0, atol=0)
     print("passed")
 
 
-@pytest.mark.parametrize("width, num_experts, k", [(1024, 8, 2), (512, 16, 2), (4096, 8, 2)])
-def test_compiles_for_hopper(monkeypatch, width, num_experts, k):
-    compiled, sizes = {}, layer_sizes(width, width, 1)
+LOW_RANK = BTTSizes(1, 1024, 1, 1024, 128)
+
+
+@pytest.mark.parametrize(
+    "sizes, num_experts, k",
+    [
+        (layer_sizes(1024, 1024, 1), 8, 2),
+        (layer_sizes(512, 512, 1), 16, 2),
+        (layer_sizes(4096, 4096, 1), 8, 2),
+        (LOW_RANK, 8, 2),
+    ],
+)
+def test_compiles_for_hopper(monkeypatch, sizes, num_experts, k):
+    compiled = {}
     for name, kernel in inspect.getmembers(
         moe_kernels, lambda member: isinstance(member, triton.runtime.jit.JITFunction)
     ):
-        if re.match("_mixture_", name):
+        if name.endswith("_kernel"):
             monkeypatch.setattr(moe_kernels, name, Compiler(kernel, compiled))
     monkeypatch.setattr(moe_kernels, "_multiprocessors", lambda tensor: 132)
     x, A, B, index, gate, dy = example(sizes, 2000, num_experts, k, torch.bfloat16)
     results(x, A, B, index, gate, dy, num_experts)
-    assert len(compiled) == 4
+    assert len(compiled) == (3 if sizes is LOW_RANK else 4)
     for name, result in compiled.items():
         assert result.metadata.shared <= 232_448 and spilled(result) <= 128, name
-        assert width < 1024 or "wgmma" in result.asm["ptx"], name
+        assert sizes.g * sizes.a < 1024 or "wgmma" in result.asm["ptx"], name
 
 
 @on_gpu
 @pytest.mark.parametrize(
-    "width, num_experts, k, n", [(1024, 8, 2, 5000), (512, 16, 2, 3000), (2048, 8, 1, 77), (768, 4, 4, 1000)]
+    "sizes, num_experts, k, n",
+    [
+        (layer_sizes(1024, 1024, 1), 8, 2, 5000),
+        (layer_sizes(512, 512, 1), 16, 2, 3000),
+        (layer_sizes(2048, 2048, 1), 8, 1, 77),
+        (layer_sizes(768, 768, 1), 4, 4, 1000),
+        (LOW_RANK, 8, 2, 3000),
+        (BTTSizes(1, 600, 1, 1000, 100), 4, 2, 77),
+    ],
 )
-def test_errors_on_a_gpu(width, num_experts, k, n):
-    inputs = (*example(layer_sizes(width, width, 1), n, num_experts, k, torch.bfloat16, "cuda"), num_experts)
+def test_errors_on_a_gpu(sizes, num_experts, k, n):
+    inputs = (*example(sizes, n, num_experts, k, torch.bfloat16, "cuda"), num_experts)
     assert max(errors(*inputs)) <= 5e-3
     assert all(torch.equal(a, b) for a, b in zip(results(*inputs), results(*inputs)))
 
