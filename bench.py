@@ -1,6 +1,7 @@
 """Timings.
 
     python bench.py layers --json=out/layers.json --png=out/layers.png                 # structured layers against dense
+    python bench.py mixtures --json=out/mixtures.json                                  # one mixture against a dense layer
     python bench.py step config/gpt2_dense.py --micro_batch=32 --batch_tokens=32768    # an update, on random tokens
     python bench.py step config/gpt2_btt.py --against="config/gpt2_dense.py"           # two configs side by side
     python bench.py step config/gpt2_btt.py --profile=out/profile                      # where the time goes
@@ -26,7 +27,7 @@ import torch
 import torch.distributed as dist
 
 import train
-from bench_layers import bench_layers
+from bench_layers import bench_layers, bench_mixtures
 from configurator import ConfigError, load_config
 from cuda_graph import Graphed
 from data import CharTokenizer, TokenData
@@ -403,6 +404,7 @@ def bench_images(argv):
 
 BENCHES = {
     "layers": bench_layers,
+    "mixtures": bench_mixtures,
     "step": bench_step,
     "sample": bench_sample,
     "data": bench_data,

@@ -1,9 +1,10 @@
-"""One structured layer against a dense one: `python bench.py layers`.
+"""One structured layer, or one mixture, against a dense layer: `python bench.py layers`, `python bench.py mixtures`.
 
 For every layer and number of tokens: milliseconds forward, and forward with backward, of cuBLAS's dense product, of
 the plain torch.bmm path, and of each way that kernels.btt has; the floor, below which no kernel can be on this GPU;
-the error of each against float64. On a GPU calls are recorded in a CUDA graph, so that launches are not timed.
-Imports from kernels, einsum_linear, configurator and device.
+the error of each against float64. Of a mixture the same with its router, beside the layer of its top_k experts alone and
+the way in which it was published, which computes all experts. On a GPU calls are recorded in a CUDA graph, so that
+launches are not timed. Imports from kernels, einsum_linear, moe, configurator and device.
 """
 
 import itertools
@@ -16,7 +17,8 @@ import torch
 import kernels
 from configurator import ConfigError, load_config
 from device import choose_device, choose_dtype, device_name, write_rows
-from einsum_linear import BTT, factor_sizes
+from einsum_linear import BTT, factor_sizes, make_linear
+from moe import Mixture, apply, auxiliary_loss, make_mixture, route
 
 
 @dataclass
@@ -188,6 +190,127 @@ def worst_error(way, x, dy, A, B, most=512):
     y = torch.nn.functional.linear(x, kernels.btt_matrix(A, B))
     true = [y, *torch.autograd.grad(y, (x, A, B), dy.double())]
     return max(((a.double() - b).norm() / b.norm()).item() for a, b in zip(ours, true))
+
+
+# ---------------------------------------------------------------------------------------
+# Mixtures
+
+
+@dataclass
+class MixturesConfig:
+    # "structure/in-out:rank of an expert/experts:top_k", with spaces between
+    layers: str = (
+        "btt/1024-1024:1/8:2 btt/1024-1024:1/16:2 btt/2048-2048:1/8:2 btt/4096-4096:1/8:2 "
+        "low_rank/1024-1024:128/8:2 dense/1024-1024:1/8:2"
+    )
+    tokens: int = 32_768  # in a batch
+    compile: bool | None = None  # torch.compile, without a break of the graph; None: on a GPU only
+    device: str = "auto"  # cuda, cpu; auto: a GPU where there is one
+    dtype: str = "auto"  # auto: bfloat16 on a GPU
+    json: str | None = None  # file for the rows
+
+
+def bench_mixtures(argv):
+    config = load_config(MixturesConfig, argv)
+    device = choose_device(config.device)
+    dtype = choose_dtype(config.dtype, device)
+    print(f"{device_name(device)}, torch {torch.__version__}, {dtype}, {config.tokens:,} tokens; ms")
+    print(f"{'mixture':<30}{'way':<24}{'fwd':>8}{'fwd+bwd':>9}{'dense/':>8}{'GiB':>7}")
+    rows = []
+    for text in config.layers.split():
+        for row in time_mixture(text, config, device, dtype):
+            rows.append(row)
+            memory = "" if row["peak_gib"] is None else f"{row['peak_gib']:7.2f}"
+            print(
+                f"{text:<30}{row['way']:<24}{row['forward_ms']:8.3f}{row['ms']:9.3f}"
+                f"{row['times_faster_than_dense']:8.2f}{memory}",
+                flush=True,
+            )
+            if config.json:
+                write_rows(config.json, rows, device)
+
+
+def parse_mixture(text):
+    try:
+        structure, layer, experts = text.split("/")
+        num_experts, top_k = map(int, experts.split(":"))
+    except ValueError:
+        raise ConfigError(f"layers: {text!r} is no mixture: write btt/1024-4096:1/8:2 for 2 of 8 experts") from None
+    return structure, *parse_layer(layer), num_experts, top_k
+
+
+def time_mixture(text, config, device, dtype):
+    """Rows of one mixture: dense, the layer of its top_k experts alone, itself with its router, all experts."""
+    structure, d_in, d_out, rank, num_experts, top_k = parse_mixture(text)
+    torch.manual_seed(0)
+    options = dict(structure=structure, rank=rank)
+    with device:
+        mixture = make_mixture(d_in, d_out, num_experts, top_k, **options)
+        ways = {"dense": make_linear(d_in, d_out, structure="dense")}
+        if structure != "dense":
+            ways[f"{top_k} experts, no router"] = make_linear(d_in, d_out, structure=structure, rank=top_k * rank)
+        ways["mixture"] = mixture
+        if structure != "dense":
+            ways["all experts, by bmm"] = AllExperts(mixture)
+        x = torch.randn(config.tokens, d_in).to(dtype).requires_grad_()
+        dy, one = torch.randn(config.tokens, d_out).to(dtype), torch.ones(())
+    repeats = max(2, min(20, 2**30 // (config.tokens * (d_in + d_out))))
+    rows = []
+    for way, layer in ways.items():
+        torch._dynamo.reset()
+
+        def forward(x, layer=layer):
+            reports = []
+            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+                y = layer(x, reports) if isinstance(layer, AllExperts) else apply(layer, x, reports)
+            return (y, auxiliary_loss(torch.stack(reports))) if reports else (y,)
+
+        compiling = device.type == "cuda" if config.compile is None else config.compile
+        run = torch.compile(forward, fullgraph=True) if compiling else forward
+        gradients = [x, *layer.parameters()]
+
+        def both(run=run, gradients=gradients):
+            outputs = run(x)
+            return torch.autograd.grad(outputs, gradients, (dy, one)[: len(outputs)])
+
+        with torch.no_grad():
+            forward_ms = milliseconds(lambda run=run: run(x), device, repeats)
+        memory = None
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            both()
+            memory = (torch.cuda.max_memory_allocated() - before) / 2**30
+        ms = milliseconds(both, device, repeats)
+        rows.append({
+            "what": "mixture", "layer": text, "way": way, "tokens": config.tokens, "dtype": str(dtype), "compile": compiling,
+            "forward_ms": forward_ms, "ms": ms, "times_faster_than_dense": (rows[0]["ms"] if rows else ms) / ms,
+            "peak_gib": memory,
+        })  # fmt: skip
+    return rows
+
+
+class AllExperts(torch.nn.Module):
+    """A mixture of BTTs as published: every expert is computed, most of them times zero."""
+
+    def __init__(self, mixture):
+        super().__init__()
+        self.mixture: Mixture = mixture
+
+    def forward(self, x, reports):
+        layer = self.mixture
+        a, _, g, _, e, f, r = layer.sizes
+        E, n, (A, B) = layer.num_experts, len(x), layer.effective_cores()
+        index, gate = route(layer.router, x, reports)
+        gates = torch.zeros(n, E, device=x.device).scatter(1, index, gate).to(x.dtype)
+        z = x.view(n, g, a).transpose(0, 1) @ A.to(x.dtype)  # (g, n, E·r·f)
+        z = (z.view(g, n, E, r * f) * gates[:, :, None]).view(g, n, E, r, f)
+        z = z.permute(4, 1, 0, 2, 3).reshape(f, n, g * E * r)
+        return (z @ B.to(x.dtype)).transpose(0, 1).reshape(n, f * e)
+
+
+# ---------------------------------------------------------------------------------------
+# The picture
 
 
 def draw_layers(rows, png):

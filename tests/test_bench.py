@@ -3,8 +3,11 @@
 import json
 
 import pytest
+import torch
 
+from bench_layers import AllExperts
 from conftest import run_script
+from moe import apply, make_mixture
 
 SHAPE = "--vocab_size=96 --n_layer=1 --n_head=2 --d_model=36 --block_size=32 --micro_batch=2 --batch_tokens=256"
 
@@ -50,3 +53,20 @@ def test_layers_on_a_cpu_are_those_of_plain_torch(tmp_path):
     assert all(row["error"] < 1e-5 for row in rows if row["way"] != "dense")
     again = run_script("bench.py", "layers", f"--draw={tmp_path}/rows.json", f"--png={tmp_path}/b.png")
     assert again.returncode == 0 and (tmp_path / "b.png").read_bytes().startswith(b"\x89PNG"), again.stderr
+
+
+def test_mixtures_on_a_cpu(tmp_path):
+    """All ways are timed; the published way, which the others are compared with, computes the same."""
+    layers = "btt/64-36:1/4:2 low_rank/48-64:4/4:2 dense/32-32:1/3:1"
+    words = [f"--layers={layers}", "--tokens=32", "--device=cpu", f"--json={tmp_path}/rows.json"]
+    done = run_script("bench.py", "mixtures", *words)
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = json.loads((tmp_path / "rows.json").read_text())
+    both = ["dense", "2 experts, no router", "mixture", "all experts, by bmm"]
+    assert [row["way"] for row in rows] == 2 * both + ["dense", "mixture"]
+    assert all(row["ms"] > 0 for row in rows)
+
+    mixture, x = make_mixture(36, 48, 4, 2, structure="btt", rank=2), torch.randn(20, 36)
+    torch.testing.assert_close(AllExperts(mixture)(x, []), apply(mixture, x, []))
+    refused = run_script("bench.py", "mixtures", "--layers=btt/64-36:1")
+    assert refused.returncode == 1 and "'btt/64-36:1' is no mixture: write" in refused.stderr
