@@ -132,7 +132,8 @@ def btt(x, A, B, way=None, after_gelu=False):
     elif way == "staged":
         y, _ = torch.ops.nanoeinsum.btt_staged(x_2d, A, B, after_gelu)
     elif way == "dense":
-        y = torch.nn.functional.linear(gelu(x_2d) if after_gelu else x_2d, btt_matrix(A, B))
+        W = torch.ops.nanoeinsum.btt_multiplied_out(A, B) if runs_triton(x_2d) else btt_matrix(A, B)
+        y = torch.nn.functional.linear(gelu(x_2d) if after_gelu else x_2d, W)
     else:
         x_2d = gelu(x_2d) if after_gelu else x_2d
         x_4d = x_2d.view(n, g, 1, a).permute(1, 3, 0, 2)
@@ -613,3 +614,89 @@ def _staged_gradients(ctx, dy, _):
 
 
 btt_staged.register_autograd(_staged_gradients, setup_context=_staged_setup)
+
+
+# ---------------------------------------------------------------------------------------
+# Dense: the matrix multiplied out. A program has one block (φ γ), of few ranks: sums of outer products, without
+# the batched products of tiny matrices, and copies of their results, that torch makes of it.
+
+if triton is not None:
+
+    @triton.jit
+    def _dense_matrix_kernel(
+        A, B, W, G: tl.constexpr, AL: tl.constexpr, F: tl.constexpr, EL: tl.constexpr, R: tl.constexpr,
+        AP: tl.constexpr, EP: tl.constexpr,
+    ):  # fmt: skip
+        """W_fg (e, a) = B_fgᵀ A_gfᵀ"""
+        g, f = tl.program_id(0) % G, tl.program_id(0) // G
+        a, e = tl.arange(0, AP), tl.arange(0, EP)
+        W_fg = tl.zeros((EP, AP), tl.float32)
+        for r in tl.range(0, R):
+            A_r = tl.load(A + (g * AL + a) * (R * F) + r * F + f, a < AL, 0.0).to(tl.float32)
+            B_r = tl.load(B + (f * (G * R) + g * R + r) * EL + e, e < EL, 0.0).to(tl.float32)
+            W_fg += B_r[:, None] * A_r[None, :]
+        to = W + (f * EL + e)[:, None] * (G * AL) + g * AL + a[None, :]
+        tl.store(to, W_fg.to(W.dtype.element_ty), (e[:, None] < EL) & (a[None, :] < AL))
+
+    @triton.jit
+    def _dense_matrix_backward_kernel(
+        dW, A, B, dA, dB, G: tl.constexpr, AL: tl.constexpr, F: tl.constexpr, EL: tl.constexpr, R: tl.constexpr,
+        AP: tl.constexpr, EP: tl.constexpr,
+    ):  # fmt: skip
+        """dA_gf (a, r) = dW_fgᵀ B_fgᵀ and dB_fg (r, e) = A_gfᵀ dW_fgᵀ"""
+        g, f = tl.program_id(0) % G, tl.program_id(0) // G
+        a, e = tl.arange(0, AP), tl.arange(0, EP)
+        at = dW + (f * EL + e)[:, None] * (G * AL) + g * AL + a[None, :]
+        dW_fg = tl.load(at, (e[:, None] < EL) & (a[None, :] < AL), 0.0).to(tl.float32)
+        for r in tl.range(0, R):
+            at_A, at_B = (g * AL + a) * (R * F) + r * F + f, (f * (G * R) + g * R + r) * EL + e
+            A_r = tl.load(A + at_A, a < AL, 0.0).to(tl.float32)
+            B_r = tl.load(B + at_B, e < EL, 0.0).to(tl.float32)
+            tl.store(dA + at_A, tl.sum(dW_fg * B_r[:, None], 0).to(dA.dtype.element_ty), a < AL)
+            tl.store(dB + at_B, tl.sum(dW_fg * A_r[None, :], 1).to(dB.dtype.element_ty), e < EL)
+
+
+def _block_constants(sizes):
+    g, a, f, e, r = sizes
+    entries = _pow2(a) * _pow2(e)
+    return dict(G=g, AL=a, F=f, EL=e, R=r, AP=_pow2(a), EP=_pow2(e), num_warps=1 if entries <= 1024 else 4)
+
+
+@torch.library.custom_op("nanoeinsum::btt_multiplied_out", mutates_args=())
+def btt_multiplied_out(A: torch.Tensor, B: torch.Tensor) -> torch.Tensor:
+    """btt_matrix by a kernel."""
+    A, B, sizes = A.contiguous(), B.contiguous(), _sizes(A, B)
+    W = A.new_empty(sizes.f * sizes.e, sizes.g * sizes.a)
+    _dense_matrix_kernel[(sizes.g * sizes.f,)](A, B, W, **_block_constants(sizes))
+    return W
+
+
+@btt_multiplied_out.register_fake
+def _(A, B):
+    return A.new_empty(B.shape[0] * B.shape[2], A.shape[0] * A.shape[1])
+
+
+@torch.library.custom_op("nanoeinsum::btt_multiplied_out_backward", mutates_args=())
+def btt_multiplied_out_backward(
+    dW: torch.Tensor, A: torch.Tensor, B: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    dW, A, B, sizes = dW.contiguous(), A.contiguous(), B.contiguous(), _sizes(A, B)
+    dA, dB = torch.empty_like(A), torch.empty_like(B)
+    _dense_matrix_backward_kernel[(sizes.g * sizes.f,)](dW, A, B, dA, dB, **_block_constants(sizes))
+    return dA, dB
+
+
+@btt_multiplied_out_backward.register_fake
+def _(dW, A, B):
+    return A.new_empty(A.shape), B.new_empty(B.shape)
+
+
+def _multiplied_out_setup(ctx, inputs, output):
+    ctx.save_for_backward(*inputs)
+
+
+def _multiplied_out_gradients(ctx, dW):
+    return torch.ops.nanoeinsum.btt_multiplied_out_backward(dW, *ctx.saved_tensors)
+
+
+btt_multiplied_out.register_autograd(_multiplied_out_gradients, setup_context=_multiplied_out_setup)
