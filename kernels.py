@@ -113,7 +113,7 @@ def btt(x, A, B, way=None, after_gelu=False):
     """y = W x for a Block Tensor-Train W of two cores, or y = W gelu(x).
 
     x (..., g·a), A (g, a, r·f), B (f, g·r, e) -> y (..., f·e), in x's dtype or autocast's.
-    way: "fused", "staged", "dense" or "torch"; None takes what should be the fastest.
+    way: "fused", "staged", "dense" or "torch"; None takes what should be the fastest (way_for).
     after_gelu: the kernels apply the GELU to what they read of x, forward and backward, which saves a copy of x in memory
     and two passes over it.
     """
@@ -126,7 +126,7 @@ def btt(x, A, B, way=None, after_gelu=False):
     x_2d, A, B = x.to(dtype).reshape(-1, g * a), A.to(dtype), B.to(dtype)
     n = x_2d.shape[0]
     if way is None:
-        way = choose_way(n, sizes) if runs_triton(x_2d) and dtype in (torch.float16, torch.bfloat16) else "torch"
+        way = way_for(x, sizes)
     if way == "fused":
         y = torch.ops.nanoeinsum.btt_fused(x_2d, A, B, after_gelu)
     elif way == "staged":
@@ -139,6 +139,22 @@ def btt(x, A, B, way=None, after_gelu=False):
         x_4d = x_2d.view(n, g, 1, a).permute(1, 3, 0, 2)
         y = TwoProducts.apply(x_4d, A, B).permute(2, 0, 1, 3)  # (f, 1, n, e) -> (n, f, 1, e)
     return y.reshape(*x.shape[:-1], f * e)
+
+
+def btt_of_several(x, cores):
+    """[btt(x, A, B) for A, B in cores] of equal sizes; as one BTT that reads x once, where that should be faster.
+
+    Side by side they are a BTT whose output blocks are all of theirs. Of the staged kernels the first then reads x once
+    for all, and so does the last of backward, which sums the gradients of x too.
+    """
+    (g, a, rf), (f, gr, e), many = cores[0][0].shape, cores[0][1].shape, len(cores)
+    sizes = BTTSizes(g, a, f, e, gr // g)
+    joined = sizes._replace(f=many * f)
+    if not way_for(x, sizes) == way_for(x, joined) == "staged":
+        return [btt(x, A, B) for A, B in cores]
+    A = torch.cat([A.view(g, a, sizes.r, f) for A, _ in cores], dim=3).view(g, a, many * rf)
+    B = torch.cat([B for _, B in cores])
+    return btt(x, A, B, "staged").split(f * e, dim=-1)
 
 
 class BTTSizes(NamedTuple):
@@ -168,6 +184,13 @@ def _has_room(index):
 # Of one H100, measured (results/kernels.md): bytes/s of streaming kernels, FLOP/s of large cuBLAS products. Only
 # their ratio decides, and it is much the same on its neighbours.
 BANDWIDTH, FLOP_RATE = 2.6e12, 650e12
+
+
+def way_for(x, sizes):
+    """The way that btt takes for x (..., g·a)."""
+    if runs_triton(x) and compute_dtype(x) in (torch.float16, torch.bfloat16):
+        return choose_way(x.numel() // (sizes.g * sizes.a), sizes)
+    return "torch"
 
 
 def choose_way(n, sizes):

@@ -12,6 +12,7 @@ from einsum_linear import (
     ChainLinear,
     EinsumLinear,
     Sizes,
+    apply_all,
     factor_sizes,
     init_std,
     main,
@@ -461,3 +462,20 @@ def test_multiplied_out_and_back(kwargs):
         torch.testing.assert_close(layer(x), want, rtol=1e-12, atol=1e-12)
         raise KeyboardInterrupt
     torch.testing.assert_close(layer(x), layer.bias.expand(2, 3, 60))
+
+
+@pytest.mark.parametrize("second", ["btt", "low_rank", "dense"])
+def test_layers_on_one_input_are_each_themselves(second):
+    torch.manual_seed(0)
+    layers = [
+        make_linear(24, 36, structure=structure, rank=2 if structure != "dense" else 1, bias=True)
+        for structure in ("btt", second)
+    ]
+    for layer in layers:
+        torch.nn.init.normal_(layer.bias)
+    x = torch.randn(2, 5, 24)
+    for y, layer in zip(apply_all(layers, x), layers):
+        torch.testing.assert_close(y, x @ layer.materialize().T + layer.bias)
+    with multiplied_out(torch.nn.ModuleList(layers)):
+        for y, layer in zip(apply_all(layers, x), layers):
+            torch.testing.assert_close(y, layer(x))

@@ -12,7 +12,7 @@ import torch
 import kernels
 from conftest import ROOT, run_script
 from einsum_linear import BTT, factor_sizes
-from kernels import BTTSizes, btt, btt_matrix, choose_way, fused_blocks
+from kernels import BTTSizes, btt, btt_matrix, btt_of_several, choose_way, fused_blocks
 
 triton = pytest.importorskip("triton")
 on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -165,6 +165,23 @@ def interpreted():
         want = results(way, x.flatten(0, 1).half(), A.half(), B.half(), dy.flatten(0, 1).half(), True)
         assert [grad.dtype for grad in got] == [torch.float32] * 3
         assert all(torch.equal(a.half(), b) for a, b in zip(got, want[1:]))
+
+    # q, k and v as one BTT: the same sums, one after the other
+    sizes = BTTSizes(6, 12, 5, 10, 2)
+    x, *_, dy = example(sizes, (40,), torch.float16)
+    leaves = [
+        tensor.requires_grad_() for seed in range(3) for tensor in example(sizes, (1,), torch.float16, seed=seed)[1:3]
+    ]
+    x.requires_grad_()
+    cores = list(zip(leaves[::2], leaves[1::2]))
+    kernels.choose_way = lambda n, sizes: "staged"
+    one_by_one, joined = [btt(x, A, B) for A, B in cores], btt_of_several(x, cores)
+    assert joined[0]._base is joined[1]._base and all(torch.equal(a, b) for a, b in zip(joined, one_by_one))
+    dys = [dy, 2 * dy, dy.flip(0)]
+    want, *same = torch.autograd.grad(one_by_one, [x, *leaves], dys)
+    got, *others = torch.autograd.grad(joined, [x, *leaves], dys)
+    assert all(torch.equal(a, b) for a, b in zip(others, same))
+    assert (got - want).norm() < 2e-3 * want.norm()  # summed in float32, not by rounding twice
     print("passed")
 
 
