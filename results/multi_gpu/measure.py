@@ -2,6 +2,7 @@
 
     python results/multi_gpu/measure.py --out=OUT                          # all parts, on all GPUs there are
     python results/multi_gpu/measure.py --out=OUT speed                    # some: speed equal resume kill large
+    python results/multi_gpu/measure.py --out=OUT speed --only=MoE         # of one model
     python results/multi_gpu/measure.py --out=OUT --device=cpu             # 2 processes, tiny models: does it run?
     python results/multi_gpu/measure.py --report OUT/multi_gpu.json …      # tables, and multi_gpu.png beside the first
 
@@ -58,14 +59,17 @@ HOW = {
 def models(world, on_gpu):
     """{name: (options, tokens an update of all GPUs together)}; a model more is a line more."""
     if on_gpu:
+        wide = "config/char_btt.py --d_model=1024 --n_head=16 --micro_batch=512"
         return {
             "GPT-2 124M": ("config/gpt2_dense.py --micro_batch=32", 2**19),
-            "BTT, 6 layers, d=1024": ("config/char_btt.py --d_model=1024 --n_head=16 --micro_batch=512", 2**16 * world),
+            "BTT, 6 layers, d=1024": (wide, 2**16 * world),
+            "BTT-MoE, 6 layers, d=1024": (f"{wide} --moe=linear --num_experts=8 --top_k=2", 2**16 * world),
         }
     tiny = "--n_layer=2 --d_model=64 --n_head=2 --block_size=32 --vocab_size=96 --micro_batch=4 --device=cpu"
     return {
         "dense, tiny": (f"--structure=dense {tiny}", 512 * world),
         "BTT, tiny": (f"--structure=btt {tiny}", 128 * world),
+        "BTT-MoE, tiny": (f"--structure=btt --moe=linear --num_experts=4 --top_k=2 {tiny}", 128 * world),
     }
 
 
@@ -76,8 +80,8 @@ def models(world, on_gpu):
 class Bench:
     """The machine, and a folder for what the commands write."""
 
-    def __init__(self, device, world, folder):
-        self.device, self.world, self.folder = device, world, folder
+    def __init__(self, device, world, folder, only=""):
+        self.device, self.world, self.folder, self.only = device, world, folder, only
         self.on_gpu, self.commands, self.ended = device.type == "cuda", [], False
         self.references, self.lock = {}, threading.Lock()
 
@@ -208,7 +212,8 @@ def speed(bench):
     counts = [count for count in (1, 2, 4, 8, 16) if count <= bench.world]
     for count in counts:
         started = []
-        for gpu, (name, (options, tokens)) in enumerate(models(bench.world, bench.on_gpu).items()):
+        chosen = {name: model for name, model in models(bench.world, bench.on_gpu).items() if bench.only in name}
+        for gpu, (name, (options, tokens)) in enumerate(chosen.items()):
             todo = cases(count, bench.world, tokens)
             commands = []
             for _, batch, how in todo:
@@ -534,6 +539,7 @@ def main():
     parser.add_argument("--out", default="out/multi_gpu", help="folder for multi_gpu.json")
     parser.add_argument("--device", default="auto", help="cpu: a smoke test")
     parser.add_argument("--processes", type=int, help="GPUs to use, all by default; on the CPU 2")
+    parser.add_argument("--only", default="", help="speed: of models whose name contains this; other models' rows stay")
     parser.add_argument("--report", nargs="+", metavar="JSON", help="no runs: tables and picture of these rows")
     arguments = parser.parse_args()
     if arguments.report:
@@ -548,7 +554,7 @@ def main():
     path = os.path.join(arguments.out, "multi_gpu.json")
     prepare_default(TEXT.partition("=")[2])
     with tempfile.TemporaryDirectory(prefix="multi_gpu") as folder:
-        bench = Bench(device, world, folder)
+        bench = Bench(device, world, folder, arguments.only)
         signal.signal(signal.SIGTERM, lambda *_: bench.end())
         for line in TOGETHER:
             chosen = [part for part in line if part in (arguments.parts or PARTS)]
@@ -562,20 +568,22 @@ def measure(part, bench, path):
     try:
         for row in PARTS[part](bench):
             rows.append({**row, **versions()})
-            write(part, rows, path, bench.device)
+            write(part, rows, path, bench)
     except Exception:  # the other parts go on
         rows.append({"part": part, "failed": True, "output": traceback.format_exc()})
-        write(part, rows, path, bench.device)
+        write(part, rows, path, bench)
     print(f"{part}: {time.monotonic() - begun:.0f} s", flush=True)
 
 
-def write(part, rows, path, device):
+def write(part, rows, path, bench):
     with LOCK:
         others = []
         if os.path.exists(path):
             with open(path) as file:
-                others = [row for row in json.load(file) if row["part"] != part]
-        write_rows(path, others + rows, device)
+                others = [
+                    row for row in json.load(file) if row["part"] != part or bench.only not in row.get("model", "")
+                ]
+        write_rows(path, others + rows, bench.device)
 
 
 def versions():
