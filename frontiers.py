@@ -2,13 +2,15 @@
 
     python scaling_laws.py fit out/sweep/* --out=out/sweep_fit          # runs of several structures and sizes
 
-A group is the runs of one structure at all sizes. Its frontier is the lower convex hull, in log-log, of what its runs cost
-and reached ("Compute Better Spent", ICML 2024, section 5): the least loss for the compute. It follows a power law
+A group is the runs of one structure at all sizes; runs that differ in nothing but their seed count as one, their mean.
+Its frontier is the lower convex hull, in log-log, of what its runs cost and reached ("Compute Better Spent", ICML 2024,
+section 5): the least loss for the compute. It follows a power law
 
     L = L∞ + (C / C0)^-a
 
 whose parameters come with the range of a bootstrap over runs. The compute multiplier of a group at a loss is what the
-reference group (dense) pays for that loss ÷ what the group pays. C is FLOPs, seconds or parameters. Imports from runlog.
+reference group (dense) pays for that loss ÷ what the group pays. C is FLOPs, seconds or parameters. Imports from
+configurator.
 """
 
 import math
@@ -27,12 +29,13 @@ COSTS = {
 
 
 class Run(NamedTuple):
-    """A run's points, all arrays of one length: what it had cost when its validation loss was that."""
+    """A run's points, all arrays of one length: what it had cost when its loss was that."""
 
     name: str
     group: str
     cost: dict  # {"flops": array, "seconds": array, "parameters": array}
-    loss: np.ndarray  # nats a token
+    loss: np.ndarray  # of validation, say, in nats per token
+    setting: str = ""  # the same for runs that differ in nothing but their seed; "": no other is like it
 
 
 class Fit(NamedTuple):
@@ -44,6 +47,43 @@ class Fit(NamedTuple):
 
     def loss(self, cost):
         return self.loss_at_infinity + (np.asarray(cost) / self.scale) ** -self.exponent
+
+
+# ---------------------------------------------------------------------------------------
+# Seeds
+
+
+def by_setting(runs):
+    """[[runs that differ in nothing but their seed], …]"""
+    alike = {}
+    for run in runs:
+        alike.setdefault(run.setting or run.name, []).append(run)
+    return list(alike.values())
+
+
+def mean_over_seeds(runs):
+    """One Run a setting: the means of its runs, point by point. Of runs without others like them, themselves."""
+    return [_mean(alike) if len(alike) > 1 else alike[0] for alike in by_setting(runs)]
+
+
+def _mean(runs):
+    n = min(len(run.loss) for run in runs)  # one may have been cut short
+    cost = {name: np.mean([run.cost[name][:n] for run in runs], axis=0) for name in runs[0].cost}
+    return runs[0]._replace(cost=cost, loss=np.mean([run.loss[:n] for run in runs], axis=0))
+
+
+def resample(runs, random):
+    """As many runs, drawn with replacement: where there are several seeds, of each setting; else of all runs."""
+    settings = by_setting(runs)
+    if all(len(alike) == 1 for alike in settings):
+        settings = [runs]
+    return [alike[i] for alike in settings for i in random.integers(len(alike), size=len(alike))]
+
+
+def spread_of_seeds(runs):
+    """-> settings with several seeds; median over them of the last loss's standard deviation, as a share of it."""
+    last = [[run.loss[-1] for run in alike] for alike in by_setting(runs) if len(alike) > 1]
+    return len(last), float(np.median([np.std(x, ddof=1) / np.mean(x) for x in last])) if last else math.nan
 
 
 # ---------------------------------------------------------------------------------------
@@ -92,7 +132,8 @@ def without_outliers(runs, cost):
     """The runs without those that lie far off the frontier of all others, and the names of those.
 
     A run that is dearer than the frontier is no outlier, most are. One far *below* what the others allow is: a loss by
-    another measure, a log of something else. Far is 6 times the spread of the frontier around its power law, and 2%.
+    another measure, a log of something else. Far is 6 times the spread of the frontier around its power law, and 10%:
+    among few sizes one may well be a few percent below what the others allow.
     """
     left = list(runs)
     for run in runs:
@@ -106,7 +147,7 @@ def without_outliers(runs, cost):
         residual = np.abs(np.log(loss / law.loss(c)))
         inside = (run.cost[cost] >= c.min()) & (run.cost[cost] <= c.max())
         below = np.log(law.loss(run.cost[cost][inside]) / run.loss[inside])
-        if inside.any() and below.max() > max(0.02, 6 * 1.48 * np.median(residual)):
+        if inside.any() and below.max() > max(0.1, 6 * 1.48 * np.median(residual)):
             left.remove(run)
     return left, [run.name for run in runs if run not in left]
 
@@ -141,13 +182,16 @@ def fit_power_law(cost, loss):
     return Fit(float(floors[best]), math.exp(-intercept / slope), -float(slope))
 
 
+def _drawn(runs, random):
+    return mean_over_seeds(resample(runs, random))
+
+
 def bootstrap(runs, function, samples=200, seed=0):
-    """function(runs) of resampled runs, drawn with replacement, as a list; samples that it cannot use (None) left out."""
+    """function(resampled runs, means over seeds), as a list; samples that it cannot use (None) left out."""
     random = np.random.default_rng(seed)
     results = []
     for _ in range(samples):
-        drawn = [runs[i] for i in random.integers(len(runs), size=len(runs))]
-        value = function(drawn)
+        value = function(_drawn(runs, random))
         if value is not None:
             results.append(value)
     return results
@@ -171,13 +215,13 @@ def cost_of_loss(cost, loss, wanted):
 
 
 def multipliers(runs, reference, cost, at=None):
-    """-> losses, and what the reference's frontier pays for each ÷ what the group's pays, at the losses both reach.
+    """-> losses, and what the reference's frontier pays for each ÷ what the group's pays; NaN where one does not reach.
 
-    at: the losses; None: those of the group's frontier.
+    at: the losses; None: those of the points of both frontiers.
     """
     c, loss = optimal(runs, cost)
     c_ref, loss_ref = optimal(reference, cost)
-    wanted = loss if at is None else np.asarray(at)
+    wanted = np.union1d(loss, loss_ref) if at is None else np.asarray(at)
     return wanted, cost_of_loss(c_ref, loss_ref, wanted) / cost_of_loss(c, loss, wanted)
 
 
@@ -199,8 +243,9 @@ def analyse(runs, reference, cost, samples=200):
     kept = {name: without_outliers(mine, cost) for name, mine in groups.items()}
     figures = {}
     for name, (mine, dropped) in kept.items():
-        c, loss = optimal(mine, cost)
-        law = fit_group(mine, cost)
+        means = mean_over_seeds(mine)
+        c, loss = optimal(means, cost)
+        law = fit_group(means, cost)
         laws = bootstrap(mine, lambda drawn: fit_group(drawn, cost), samples) if law else []
         enough = len(laws) >= samples / 2  # of few runs most samples have too few different ones for a law
         entry = {
@@ -214,25 +259,22 @@ def analyse(runs, reference, cost, samples=200):
 
 
 def _multiplier_figures(mine, reference, cost, samples):
-    at, ratio = multipliers(mine, reference, cost)
+    means = mean_over_seeds(mine)
+    at, ratio = multipliers(means, mean_over_seeds(reference), cost)
     both = np.isfinite(ratio)
     if not both.any():
         return {"multiplier": None}
     at, ratio = at[both], ratio[both]
     random = np.random.default_rng(1)
-    drawn = []
-    for _ in range(samples):
-        ours = [mine[i] for i in random.integers(len(mine), size=len(mine))]
-        theirs = [reference[i] for i in random.integers(len(reference), size=len(reference))]
-        drawn.append(multipliers(ours, theirs, cost, at)[1])
+    drawn = [multipliers(_drawn(mine, random), _drawn(reference, random), cost, at)[1] for _ in range(samples)]
     drawn = np.array(drawn)
     spread = [interval(column) for column in drawn.T]
     middle = float(np.exp(np.mean(np.log(ratio))))
     # of each sample, the mean over the losses that it reaches
-    means = [np.exp(np.mean(np.log(row[np.isfinite(row)]))) for row in drawn if np.isfinite(row).any()]
-    c, loss = optimal(mine, cost)
+    of_samples = [np.exp(np.mean(np.log(row[np.isfinite(row)]))) for row in drawn if np.isfinite(row).any()]
+    c, loss = optimal(means, cost)
     return {
-        "multiplier": middle, "multiplier_interval": interval(means), "multiplier_loss": at.tolist(),
+        "multiplier": middle, "multiplier_interval": interval(of_samples), "multiplier_loss": at.tolist(),
         "multiplier_cost": cost_of_loss(c, loss, at).tolist(),
         "multiplier_at": ratio.tolist(), "multiplier_spread": spread,
     }  # fmt: skip
@@ -268,8 +310,11 @@ def _with_range(value, ends, form):
     return f"{form.format(value)} [{form.format(ends[0])}, {form.format(ends[1])}]"
 
 
-def draw_frontiers(runs, figures, cost, colour, title, label=None):
-    """All points, the frontiers and their laws. colour: {group: colour}; label: a colour bar's (mappable, text)."""
+def draw_frontiers(runs, figures, cost, measure, colour, title, label=None):
+    """All points, the frontiers and their laws.
+
+    measure: what the loss is, for its axis; colour: {group: colour}; label: a colour bar's (mappable, text)
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -287,7 +332,7 @@ def draw_frontiers(runs, figures, cost, colour, title, label=None):
             axes.plot(along, law.loss(along), color=colour[name], lw=1.4, gid="law")
         else:
             axes.plot(c, loss, color=colour[name], lw=1.4, gid="law")
-    axes.set(xscale="log", yscale="log", xlabel=COSTS[cost], ylabel="validation loss (nats a token)", title=title)
+    axes.set(xscale="log", yscale="log", xlabel=COSTS[cost], ylabel=measure, title=title)
     everything = np.concatenate([np.array(entry["frontier_loss"]) for entry in figures.values()])
     axes.set_ylim(everything.min() / 1.02, min(everything.max(), everything.min() * 3) * 1.02)
     _label_log_axis(axes.xaxis)
@@ -297,6 +342,36 @@ def draw_frontiers(runs, figures, cost, colour, title, label=None):
         axes.legend(fontsize=8)
     else:
         figure.colorbar(label[0], ax=axes, label=label[1])
+    return figure
+
+
+def draw_reached(by_measure, costs, colour):
+    """What each run had cost and reached at its end: a row of panels a measure, a column a cost, a line a group.
+
+    by_measure: {what the loss is: runs}, each run with its last point only
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    shape = len(by_measure), len(costs)
+    figure, panels = plt.subplots(
+        *shape, figsize=(5.5 * shape[1], 4 * shape[0]), layout="constrained", squeeze=False, sharex="col", sharey="row"
+    )
+    for row, (measure, runs) in zip(panels, by_measure.items()):
+        for panel, cost in zip(row, costs):
+            for group, shade in colour.items():
+                ends = sorted((run.cost[cost][-1], run.loss[-1]) for run in mean_over_seeds(runs) if run.group == group)
+                panel.plot(*zip(*ends), "o-", color=shade, ms=4, lw=1.2, label=group, gid="reached")
+            panel.set(xscale="log", yscale="log")
+            panel.grid(alpha=0.3, which="both")
+        row[0].set_ylabel(measure)
+        _label_log_axis(row[0].yaxis)
+    for panel, cost in zip(panels[-1], costs):
+        panel.set_xlabel(COSTS[cost])
+        _label_log_axis(panel.xaxis)
+    figure.legend(*panels[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
     return figure
 
 

@@ -8,7 +8,9 @@
 plot    loss against steps, tokens, FLOPs and seconds of training in one picture, and a table
 fit     frontiers and power laws of every structure, and the compute multipliers against dense: table, pictures, JSON
 
-Imports from configurator, runlog, frontiers, einsum_linear and model.
+Runs of vision/ as well, whose logs count images, or samples, in place of tokens. The seconds of a fit are those at a
+run's median speed: a log's own have the compilation in them, which may be half of a short run. Imports from
+configurator, runlog, frontiers, einsum_linear and model, and, to count the parameters of their models, from vision/.
 """
 
 import json
@@ -16,14 +18,14 @@ import math
 import os
 import sys
 from dataclasses import dataclass, fields
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 
 import frontiers
 from configurator import ConfigError, load_config
 from frontiers import Run
-from runlog import read_log, save_figure
+from runlog import median_of, read_log, save_figure, short
 
 
 @dataclass
@@ -99,13 +101,27 @@ def common(names):
 
 LOSSES = ("loss", "val_loss")
 
-# key of a row: (title of the axis, its scale)
+# key of a row: (title of the axis, its scale); units is what the run counts
 COSTS = {
     "step": ("steps", "linear"),
-    "tokens": ("tokens", "log"),
+    "units": ("", "log"),
     "flops": ("FLOPs", "log"),
     "seconds": ("seconds of training", "linear"),
 }
+
+# what a run counts: what its loss is
+UNITS = {"tokens": "nats per token", "images": "nats per image", "samples": "squared error"}
+
+
+def unit_of(rows):
+    """What the run counts: a key of UNITS; tokens where its rows do not say."""
+    return next((unit for row in rows for unit in UNITS if unit in row), "tokens")
+
+
+def with_units(rows):
+    """The rows, each with its tokens, images or samples as "units"."""
+    unit = unit_of(rows)
+    return [{**row, "units": row[unit]} if unit in row else row for row in rows]
 
 
 def draw_runs(runs, key="both"):
@@ -118,15 +134,17 @@ def draw_runs(runs, key="both"):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
+    runs = {label: with_units(rows) for label, rows in runs.items()}
+    units = list(dict.fromkeys(map(unit_of, runs.values())))
     figure, panels = plt.subplots(2, 2, figsize=(12, 8), sharey=True, layout="constrained")
     for panel, (cost, (title, scale)) in zip(panels.flat, COSTS.items()):
         for (label, rows), colour in zip(runs.items(), colours(len(runs))):
             draw_run(panel, rows, cost, key, label, colour)
         frame(panel, runs.values(), cost, scale, key)
-        panel.set_xlabel(title)
+        panel.set_xlabel(title or ", ".join(units))
         panel.grid(alpha=0.3)
     for panel in panels[:, 0]:
-        panel.set_ylabel("loss (nats per token)")
+        panel.set_ylabel(f"loss ({', '.join(map(UNITS.get, units))})")
     handles = [plt.Line2D([], [], color=colour, lw=2, label=label) for label, colour in zip(runs, colours(len(runs)))]
     columns = max(1, min(len(runs), 6, 150 // (6 + max(map(len, runs)))))  # as many as their names leave room for
     figure.legend(handles=handles, loc="outside lower center", ncols=columns, frameon=False)
@@ -199,7 +217,8 @@ def colours(number):
 
 def table_of_runs(runs):
     """Lines: what each run, {label: rows}, has cost and reached."""
-    head = ("run", "steps", "tokens", "FLOPs", "seconds", "final loss", "final val loss", "best val loss")
+    units = ", ".join(dict.fromkeys(map(unit_of, runs.values())))
+    head = ("run", "steps", units, "FLOPs", "seconds", "final loss", "final val loss", "best val loss")
     table = [head] + [(label, *run_figures(rows)) for label, rows in runs.items()]
     widths = [max(len(line[i]) for line in table) for i in range(len(head))]
     for first, *others in table:
@@ -207,11 +226,11 @@ def table_of_runs(runs):
 
 
 def run_figures(rows):
-    last = rows[-1]
+    last, unit = rows[-1], unit_of(rows)
     training, validation = ([row[key] for row in rows if key in row] for key in LOSSES)
     return (
         f"{last['step']:,}",
-        f"{last['tokens']:,}" if "tokens" in last else "",
+        f"{last[unit]:,}" if unit in last else "",
         f"{last['flops']:.3g}" if "flops" in last else "",
         f"{last['seconds']:,.1f}" if "seconds" in last else "",
         *(f"{values[-1]:.4f}" if values else "" for values in (training, validation)),
@@ -222,6 +241,13 @@ def run_figures(rows):
 # ---------------------------------------------------------------------------------------
 # Scaling laws
 
+# what can be fitted: (what it is, the key that rows need for it)
+MEASURES = {
+    "val_loss": ("validation loss", "val_loss"),
+    "loss": ("training loss", "loss"),
+    "error": ("error, 1 - top-1", "top1"),
+}
+
 
 @dataclass
 class FitConfig:
@@ -230,6 +256,7 @@ class FitConfig:
     by: tuple = (  # options of a run that make its group, where they are not the default
         "structure", "theta", "rank", "num_blocks", "num_cores", "align_heads", "overrides", "moe", "num_experts", "top_k",
     )  # fmt: skip
+    loss: Literal["val_loss", "loss", "error"] = "val_loss"  # of validation, of training, or 1 - top-1 of images
     points: Literal["all", "final"] = "all"  # of a run: every validation, or its last, as a decayed rate asks for
     costs: tuple = ("flops", "seconds", "parameters")  # what is paid
     samples: int = 200  # resamplings of the runs behind every interval
@@ -242,34 +269,54 @@ class FitConfig:
             raise ConfigError(f"samples={self.samples}: make it at least 1")
 
 
+class Log(NamedTuple):
+    """What a run left behind."""
+
+    path: str  # of its log.jsonl
+    rows: list
+    options: dict  # its config.json
+    group: str
+    parameters: int
+
+
 def fit(argv):
     """The command: everything about the runs in `argv`, in one folder."""
     words = [word for word in argv if not word.startswith("--")]
+    words = [word for word in words if not os.path.exists(os.path.join(word, "fit.json"))]  # an earlier fit's
     config = load_config(FitConfig, [word for word in argv if word.startswith("--")])
     paths = list(dict.fromkeys(log_path(word) for word in words))
     if not paths:
         raise ConfigError("fit: which runs? give their folders or logs, such as out/sweep/*")
-    rows = [read_run(path, "val_loss") for path in paths]
-    options = [read_options(path) for path in paths]
-    runs = [make_run(*each, config) for each in zip(paths, rows, options)]
-    places = {run.group: place_of(each) for run, each in zip(runs, options)}  # (ω, ψ, ν) or None
+    logs = [read_run_and_options(path, config) for path in paths]
+    units = {unit_of(log.rows): log.path for log in logs}
+    if len(units) > 1:
+        (one, a), (other, b) = list(units.items())[:2]
+        raise ConfigError(f"{a} counts {one} and {b} {other}: their losses do not compare, fit them apart")
+    unit = next(iter(units))
+    runs = [make_run(log, config.loss, config.points) for log in logs]
+    for run in runs:
+        if (run.loss <= 0).any():
+            raise ConfigError(f"{run.name}: {MEASURES[config.loss][0]} of 0 has no logarithm: take another --loss")
+    places = {log.group: place_of(log.options) for log in logs}  # (ω, ψ, ν) or None
     figures = {cost: frontiers.analyse(runs, config.reference, cost, config.samples) for cost in config.costs}
     try:
         os.makedirs(config.out, exist_ok=True)
     except OSError as error:
         raise ConfigError(f"out={config.out} cannot be written ({error.strerror}): take another") from None
-    lines = [
-        f"{len(runs)} runs of {len(places)} groups; intervals hold 90% of {config.samples} resamplings of the runs.",
-        "",
-    ]
+    lines = [*summary(logs, runs, config, axis(config.loss, unit)), "", *table_of_groups(logs, places), ""]
     for cost in config.costs:
         lines += [*frontiers.table(figures[cost], cost, config.reference), ""]
     with open(os.path.join(config.out, "table.md"), "w") as file:
         file.write("\n".join(lines))
     with open(os.path.join(config.out, "fit.json"), "w") as file:
-        json.dump({"groups": places, "runs": [run.name for run in runs], **figures}, file, indent=1)
-    drawn = draw_fit(runs, places, figures, config)
+        json.dump({"groups": places, "runs": [ends(log) for log in logs], **figures}, file, indent=1)
+    drawn = draw_fit(logs, runs, places, figures, config, unit)
     print(*lines, f"written: {config.out}/table.md, fit.json, {', '.join(drawn)}", sep="\n")
+
+
+def read_run_and_options(path, config):
+    rows, options = read_run(path, MEASURES[config.loss][1]), read_options(path)
+    return Log(path, rows, options, group_name(options, config.by), num_parameters(options))
 
 
 def read_options(path):
@@ -283,53 +330,109 @@ def read_options(path):
 
 
 def group_name(options, by):
-    """Such as "btt, rank=4": the structure, and the options in `by` that are not the default."""
-    from model import GPTConfig  # here, since torch takes seconds to import and plot does without
+    """Such as "btt, rank=4": the structure, and the options in `by` that are not the default.
 
-    defaults = {field.name: field.default for field in fields(GPTConfig)}
-    parts = [str(options.get("structure"))] if "structure" in by else []
+    A structure by its θ has the name of its family before it, a mixture its experts: "btt, linear MoE, 2 of 8".
+    """
+    from model import BlockConfig  # here, since torch takes seconds to import and plot does without
+
+    defaults = {field.name: field.default for field in fields(BlockConfig)}
+    value = {name: options.get(name, defaults.get(name)) for name in {**defaults, **dict.fromkeys(by)}}
+    parts = [str(value["structure"])] if "structure" in by else []
+    shown = {"structure", "theta", "moe", "num_experts", "top_k"}  # in words of their own
+    if "theta" in by and value["theta"]:
+        parts = [f"{family(value['theta'])} ({' '.join(f'{each:g}' for each in value['theta'])})"]
+    if "moe" in by and value["moe"] != "none":
+        parts.append(f"{value['moe']} MoE, {value['top_k']} of {value['num_experts']}")
     for name in by:
-        value = options.get(name, defaults.get(name))
-        value = tuple(value) if isinstance(value, list) else value
-        if name != "structure" and value != defaults.get(name):
-            shown = " ".join(f"{each:g}" for each in value) if name == "theta" else value
-            parts.append(f"{name}={shown}")
+        if name not in shown and value[name] != defaults.get(name):
+            parts.append(name if value[name] is True else f"{name}={value[name]}")
     return ", ".join(parts) or "all"
 
 
-def make_run(path, rows, options, config):
-    """A Run: what it had cost at each validation."""
-    rows = [row for row in rows if math.isfinite(row.get("val_loss", math.nan)) and row.get("flops", 0) > 0]
-    if config.points == "final":
+def family(theta):
+    """The name of the structures that θ is one of, by the indices that it has not (README, "The structures")."""
+    from einsum_linear import taxonomy
+
+    a, b, c, d, e, f, rho = theta
+    if min(a, e) < min(b, d):  # the same structure with its cores named the other way
+        a, b, d, e = b, a, e, d
+    if b == d == 0:
+        if c == f == 0:
+            return "low-rank"
+        return "full-rank BTT" if taxonomy(theta)[1] > 0.999 else "low-rank BTT"
+    if c == f == 0:
+        return "TT" if rho else "Kronecker"
+    return "generic"
+
+
+def make_run(log, measure, points="all"):
+    """A Run: what it had cost at each validation after step 0, and the measure then."""
+    unit, key = unit_of(log.rows), MEASURES[measure][1]
+    rows = [row for row in log.rows if math.isfinite(row.get("val_loss", math.nan)) and row.get("flops", 0) > 0]
+    rows = [row for row in rows if math.isfinite(row.get(key, math.nan))]
+    if points == "final":
         rows = rows[-1:]
     if not rows:
-        raise ConfigError(f"{path} has no validation after step 0: leave it out, or wait for one")
-    cost = {"flops": [row["flops"] for row in rows], "seconds": [max(row.get("seconds", 0), 1e-3) for row in rows]}
-    cost["parameters"] = [num_parameters(options)] * len(rows)
+        raise ConfigError(f"{log.path} has no validation after step 0: leave it out, or wait for one")
+    speed = median_of(log.rows, f"{unit}_per_second")
+    cost = {
+        "flops": [row["flops"] for row in rows],
+        "seconds": [max(row.get("seconds", 0), 1e-3) if speed is None else row[unit] / speed for row in rows],
+        "parameters": [log.parameters] * len(rows),
+    }
     cost = {name: np.array(values, dtype=float) for name, values in cost.items()}
-    loss = np.array([row["val_loss"] for row in rows])
-    return Run(os.path.dirname(path), group_name(options, config.by), cost, loss)
+    loss = np.array([measured(log.rows, row, measure) for row in rows])
+    setting = {key: value for key, value in log.options.items() if key not in ("seed", "out_dir", "resume")}
+    return Run(os.path.dirname(log.path), log.group, cost, loss, json.dumps(setting, sort_keys=True))
+
+
+def measured(rows, at, measure):
+    """The measure at row `at`; of the training loss, each of one batch, the mean over the last tenth of the steps."""
+    if measure == "error":
+        return 1 - at["top1"]
+    if measure == "val_loss":
+        return at["val_loss"]
+    last = at["step"]
+    return float(np.mean([row["loss"] for row in rows if "loss" in row and 0.9 * last <= row["step"] <= last]))
 
 
 def num_parameters(options):
+    """Of the run's model, by what its config.json holds."""
     import torch
 
     from model import GPT, GPTConfig
 
-    names = {field.name for field in fields(GPTConfig)}
+    if "vocab_size" in options:
+        Model, Config = GPT, GPTConfig
+    elif "teacher_width" in options:
+        from vision.mlp import MLP as Model
+        from vision.regression import Config
+    else:
+        from vision.mlp import ImageConfig as Config
+        from vision.train import MODELS
+
+        Model = MODELS[options["model"]]
+    names = {field.name for field in fields(Config)}
     with torch.device("meta"):
-        model = GPT(GPTConfig(**{key: value for key, value in options.items() if key in names}))
+        model = Model(Config(**{key: value for key, value in options.items() if key in names}))
     return sum(parameter.numel() for parameter in model.parameters())
 
 
 def place_of(options):
-    """(ω, ψ, ν) of a run's structure, a fixed rank counted as the power of d_model that it is there; None of a mixture."""
+    """(ω, ψ, ν) of a run's structure, a fixed rank or number of blocks as the power of d_model that it is there.
+
+    None of a mixture, and of three cores and more.
+    """
     if options.get("moe", "none") != "none" or (options.get("num_cores") or 2) > 2:
         return None
     from einsum_linear import NAMED_THETAS, taxonomy
 
     if options["structure"] == "einsum":
         return taxonomy(options["theta"])
+    if options.get("num_blocks"):  # of Monarch: each block passes d / b² values to every other
+        b = math.log(options["num_blocks"]) / math.log(options["d_model"])
+        return taxonomy((1 - b, 0, b, 0, 1 - b, b, 1 - 2 * b))
     names = {
         "low_rank": "low-rank",
         "kronecker": "Kronecker",
@@ -343,7 +446,50 @@ def place_of(options):
     return taxonomy((*theta[:6], 0 if options["structure"] == "dense" else min(1.0, rank)))
 
 
-def draw_fit(runs, places, figures, config):
+def axis(measure, unit):
+    """What the measure is, with its unit."""
+    return MEASURES[measure][0] if measure == "error" else f"{MEASURES[measure][0]} ({UNITS[unit]})"
+
+
+def summary(logs, runs, config, measure):
+    """Lines on what was fitted."""
+    groups = len({log.group for log in logs})
+    what = "every validation" if config.points == "all" else "the last validation"
+    yield f"{len(logs)} runs of {groups} groups, {measure} at {what} of each."
+    yield f"Intervals hold 90% of {config.samples} resamplings of a group's seeds, where it has several, else of its runs."
+    settings, spread = frontiers.spread_of_seeds(runs)
+    if settings:
+        yield f"{settings} settings have several seeds, whose last losses differ by {spread:.2%} (standard deviation)."
+
+
+def table_of_groups(logs, places):
+    """Lines of a Markdown table: where each group lies, and its sizes."""
+    yield "| group | ω | ψ | ν | d_model | parameters |"
+    yield "|---|---|---|---|---|---|"
+    for group, place in places.items():
+        mine = [log for log in logs if log.group == group]
+        lies = [f"{value:.2f}" for value in place] if place is not None else ["", "", ""]
+        widths = ", ".join(map(str, sorted({log.options["d_model"] for log in mine})))
+        sizes = [short(size(log.parameters for log in mine)) for size in (min, max)]
+        yield f"| {group} | {' | '.join(lies)} | {widths} | {' to '.join(dict.fromkeys(sizes))} |"
+
+
+def have(logs, measure):
+    """Whether all logs have figures of it."""
+    return all(any(MEASURES[measure][1] in row for row in log.rows) for log in logs)
+
+
+def ends(log):
+    """What a run had cost and reached at its end, a dict."""
+    figures = {"name": os.path.basename(os.path.dirname(log.path)), "group": log.group}
+    for measure in MEASURES:
+        if have([log], measure):
+            run = make_run(log, measure, "final")
+            figures[measure] = float(run.loss[-1])
+    return {**figures, **{cost: float(values[-1]) for cost, values in run.cost.items()}}
+
+
+def draw_fit(logs, runs, places, figures, config, unit):
     """Write the pictures -> their names."""
     colour = dict(zip(places, colours(len(places))))
     drawn = []
@@ -352,25 +498,28 @@ def draw_fit(runs, places, figures, config):
         save_figure(figure, os.path.join(config.out, name), remedy="give another --out")
         drawn.append(name)
 
+    what = axis(config.loss, unit)
     for cost, entries in figures.items():
         title = "the least loss for what it costs, and its power law"
-        save(frontiers.draw_frontiers(runs, entries, cost, colour, title), f"frontiers_{cost}.png")
+        save(frontiers.draw_frontiers(runs, entries, cost, what, colour, title), f"frontiers_{cost}.png")
     save(frontiers.draw_multipliers(figures, config.reference, colour), "multipliers.png")
+    measures = ["error" if have(logs, "error") else "val_loss"] + ["loss"] * have(logs, "loss")
+    last = {axis(measure, unit): [make_run(log, measure, "final") for log in logs] for measure in measures}
+    paid = [cost for cost in figures if cost != "parameters"] or list(figures)
+    save(frontiers.draw_reached(last, paid, colour), "reached.png")
     if "flops" in figures:
-        for name, axis, title, chosen in (
+        for name, place, title, chosen in (
             ("omega", 0, "ω, parameter sharing", lambda place: True),
             ("psi", 1, "ψ, rank, of those with ω = 0", lambda place: place[0] < 0.05),
             ("nu", 2, "ν, compute, of those with ω = 0 and ψ = 1", lambda place: place[0] < 0.05 and place[1] > 0.95),
         ):
-            some = [group for group, place in places.items() if place is not None and chosen(place)]
+            some = [group for group, lies in places.items() if lies is not None and chosen(lies)]
             if len(some) >= 2:
-                shade, scale = shades({group: places[group][axis] for group in some})
+                shade, scale = shades({group: places[group][place] for group in some})
                 entries = {group: figures["flops"][group] for group in some}
                 mine = [run for run in runs if run.group in some]
-                save(
-                    frontiers.draw_frontiers(mine, entries, "flops", shade, title, (scale, title)),
-                    f"frontiers_{name}.png",
-                )
+                picture = frontiers.draw_frontiers(mine, entries, "flops", what, shade, title, (scale, title))
+                save(picture, f"frontiers_{name}.png")
     return drawn
 
 

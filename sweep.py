@@ -1,16 +1,24 @@
-"""Many runs of train.py, from a list in a plain Python file.
+"""Many runs of train.py, or of another script, from a list in a plain Python file.
 
     python sweep.py config/sweeps/quickstart.py                       # those that are not finished, one after the other
+    python sweep.py config/sweeps/gpt_theta.py --small                # the file's small version: minutes, not days
+    python sweep.py config/sweeps/gpt_theta.py --small --common="--data_dir=data/mine"      # options for all runs
     python sweep.py config/sweeps/quickstart.py --jobs=4              # four at a time on every GPU
-    python sweep.py config/sweeps/quickstart.py --commands            # only print them, one a line:
-    python sweep.py config/sweeps/quickstart.py --commands | xargs -P4 -I{} sh -c "{}"
+    python sweep.py config/sweeps/quickstart.py --commands            # only print them, one a line
 
-A sweep file defines `runs`, a list of dicts of train.py's options, and may define `common`, options of all of them;
-`config`, files that come first; `fit`, options of `scaling_laws.py fit`, which follows when all runs are finished. A run's
-folder is out/sweeps/NAME/ and what tells it apart. A run is finished when its log has its last step; one that was interrupted goes
-on from its checkpoint. So the same command again does what is left. Imports from configurator and runlog.
+A sweep file defines `runs`, a list of dicts of options, and may define `common`, options of all of them; `config`,
+files that come first; `script`, "vision/train.py" say; `fit`, options of `scaling_laws.py fit`, which follows when all
+runs are finished; and `small`, a dict of these names: its `common` is laid over the other, the rest stands instead.
+
+Runs go in the order of the list. A run's folder is out/sweeps/NAME/ (NAME_small/ of the small version) and what tells
+it apart. A run is finished when its log has its last step; one that was interrupted goes on from its checkpoint. So the
+same command again does what is left. Runs that share a GPU slow each other down: after `--jobs` above 1 the fit leaves
+seconds out. Imports from configurator and runlog.
 """
 
+import ast
+import json
+import math
 import os
 import runpy
 import shlex
@@ -19,6 +27,7 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from configurator import ConfigError, load_config
 from runlog import read_log
@@ -26,6 +35,8 @@ from runlog import read_log
 
 @dataclass
 class Config:
+    small: bool = False  # the sweep file's small version
+    common: str = ""  # options for all runs, laid over the file's: --common="--data_dir=data/mine --max_steps=500"
     jobs: int = 1  # runs at a time on every GPU, or on the CPU
     gpus: int | None = None  # GPUs to use; None: all there are
     commands: bool = False  # print the commands of the runs that are not finished, and do nothing
@@ -37,26 +48,71 @@ class Config:
             raise ConfigError(f"jobs={self.jobs}, gpus={self.gpus}: make jobs at least 1 and gpus at least 0")
 
 
-def read_sweep(path, out=None):
-    """-> ({name of a run: its options, out_dir included}, config files, options of fit or None)"""
+class Sweep(NamedTuple):
+    runs: dict  # {name of a run: its options, out_dir included}
+    script: str  # what they are runs of
+    configs: list  # its config files
+    fit: str | None  # options of scaling_laws.py fit
+
+
+SMALL = ("runs", "common", "config", "fit")  # names that a file's `small` may have
+SHARED = "shared.txt"  # in the folder of a sweep: some of its runs were done several at a time
+
+
+def read_sweep(path, small=False, common="", out=None):
+    """-> Sweep; ConfigError for what is none."""
     try:
         values = runpy.run_path(path)
     except OSError as error:
-        raise ConfigError(
-            f"{path} cannot be read ({error.strerror}): give a sweep file, such as config/sweeps/quickstart.py"
-        ) from None
+        raise ConfigError(f"{path} cannot be read ({error.strerror}): give a file of config/sweeps/") from None
     except Exception as error:
         raise ConfigError(f"{path} is no sweep file, {type(error).__name__}: {error}") from None
+    name = os.path.splitext(os.path.basename(path))[0]
+    if small:
+        name, values = f"{name}_small", small_version(path, values)
     runs = values.get("runs")
     if not isinstance(runs, list) or not runs or not all(isinstance(run, dict) for run in runs):
         raise ConfigError(f"{path} has no list `runs` of dicts of options")
-    out = out or os.path.join("out", "sweeps", os.path.splitext(os.path.basename(path))[0])
+    script = values.get("script", "train.py")
+    if not os.path.isfile(script):
+        raise ConfigError(f"{path}: script={script!r} is no file here: give train.py, vision/train.py or another")
+    added = parse_options(common)
+    for key in added:
+        if key == "out_dir" or any(key in run for run in runs):
+            remedy = "give --out" if key == "out_dir" else f"change it in {path}"
+            raise ConfigError(f"common: {key} is made run by run: {remedy}")
+    out = out or os.path.join("out", "sweeps", name)
     named = {}
     for run, name in zip(runs, run_names(runs)):
         if name in named:
             raise ConfigError(f"{path}: two runs are the same, {name}: leave one out, or give them different seeds")
-        named[name] = {**values.get("common", {}), **run, "out_dir": os.path.join(out, name)}
-    return named, shlex.split(values.get("config", "")), values.get("fit")
+        named[name] = {**values.get("common", {}), **run, **added, "out_dir": os.path.join(out, name)}
+    return Sweep(named, script, shlex.split(values.get("config", "")), values.get("fit"))
+
+
+def small_version(path, values):
+    """A sweep file's names, with those of its `small` in their place."""
+    small = values.get("small")
+    if not isinstance(small, dict):
+        raise ConfigError(f"{path} has no small version: leave --small out, or define small = dict(runs=[…])")
+    for key in small:
+        if key not in SMALL:
+            raise ConfigError(f"{path}: small has {key!r}, which is unknown: it may have {', '.join(SMALL)}")
+    return {**values, **small, "common": {**values.get("common", {}), **small.get("common", {})}}
+
+
+def parse_options(text):
+    """'--key=value …' -> {key: value}; a value that is no Python literal is text."""
+    options = {}
+    for word in shlex.split(text):
+        key, equals, value = word.removeprefix("--").partition("=")
+        if not (word.startswith("--") and equals):
+            raise ConfigError(f"common={text!r}: {word!r} is no option, write each as --key=value")
+        try:
+            options[key] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            options[key] = value
+    return options
 
 
 def run_names(runs):
@@ -75,15 +131,36 @@ def _word(key, value):
     return "".join(character if character.isalnum() or character in "._-" else "-" for character in text)
 
 
-def command(options, configs):
-    words = [f"--{key}={value}" for key, value in options.items()]
-    return [sys.executable, "train.py", *configs, *words, "--resume"]
+def command(sweep, name):
+    words = [f"--{key}={value}" for key, value in sweep.runs[name].items()]
+    return [sys.executable, sweep.script, *sweep.configs, *words, "--resume"]
 
 
-def is_finished(options, max_steps_default=10_000):
-    """Whether the run's log has its last step."""
+def is_finished(options):
+    """Whether the run's log has its last step: that of the options, else that of the config.json it wrote."""
     rows = read_log(os.path.join(options["out_dir"], "log.jsonl"))
-    return bool(rows) and rows[-1]["step"] >= options.get("max_steps", max_steps_default)
+    last = options.get("max_steps") or written(options).get("max_steps", math.inf)
+    return bool(rows) and rows[-1]["step"] >= last
+
+
+def written(options):
+    """The options that the run in this folder had, {} where it did not say."""
+    try:
+        with open(os.path.join(options["out_dir"], "config.json")) as file:
+            return json.load(file)
+    except (OSError, ValueError):
+        return {}
+
+
+def say_what_differs(runs):
+    """Finished runs stay as they are: say so of those that had other options than they would have now."""
+    others = []
+    for name, options in runs.items():
+        had, wants = written(options), json.loads(json.dumps(options))
+        keys = [key for key in wants if key != "out_dir" and had.get(key, wants[key]) != wants[key]]
+        others += [f"{name} {keys[0]}={had[keys[0]]!r}, not {wants[keys[0]]!r}"] if keys else []
+    if others:
+        print(f"note: {len(others)} of these had other options, {others[0]}: another --out does them anew")
 
 
 def count_gpus():
@@ -94,19 +171,19 @@ def count_gpus():
     return listed.stdout.count("GPU ") if listed.returncode == 0 else 0
 
 
-def run_all(todo, configs, slots):
-    """Run them, as many at a time as there are slots (numbers of GPUs, or None) -> names of those that failed."""
-    waiting, running, failed = list(todo.items()), {}, []
+def run_all(todo, sweep, slots):
+    """Run those in `todo`, as many at a time as there are slots (numbers of GPUs, or None) -> names that failed."""
+    waiting, running, failed = list(todo), {}, []
     began, done = time.monotonic(), 0
     try:
         while waiting or running:
             while waiting and slots:
-                name, options = waiting.pop(0)
-                slot = slots.pop(0)
-                os.makedirs(options["out_dir"], exist_ok=True)
+                name, slot = waiting.pop(0), slots.pop(0)
+                folder = sweep.runs[name]["out_dir"]
+                os.makedirs(folder, exist_ok=True)
                 env = {**os.environ, **({} if slot is None else {"CUDA_VISIBLE_DEVICES": str(slot)})}
-                with open(os.path.join(options["out_dir"], "train.log"), "a") as log:
-                    process = subprocess.Popen(command(options, configs), stdout=log, stderr=subprocess.STDOUT, env=env)
+                with open(os.path.join(folder, "train.log"), "a") as log:
+                    process = subprocess.Popen(command(sweep, name), stdout=log, stderr=subprocess.STDOUT, env=env)
                 running[name] = process, slot, time.monotonic()
             time.sleep(0.1)
             for name, (process, slot, start) in list(running.items()):
@@ -118,10 +195,8 @@ def run_all(todo, configs, slots):
                 elapsed = time.monotonic() - began
                 left = elapsed / done * (len(waiting) + len(running))
                 how = "" if process.returncode == 0 else f", FAILED with status {process.returncode}, see its train.log"
-                print(
-                    f"{done}/{len(todo)} {name}: {time.monotonic() - start:.0f} s{how}; about {left:.0f} s left",
-                    flush=True,
-                )
+                took = f"{done}/{len(todo)} {name}: {time.monotonic() - start:.0f} s"
+                print(f"{took}{how}; about {left:.0f} s left", flush=True)
                 if process.returncode:
                     failed.append(name)
     except KeyboardInterrupt:
@@ -135,31 +210,44 @@ def run_all(todo, configs, slots):
 
 def main(argv):
     files = [word for word in argv if word.endswith(".py") and not word.startswith("--")]
-    if argv[:1] in (["--help"], ["-h"]):
-        print(__doc__.strip() + "\n")
     config = load_config(Config, [word for word in argv if word not in files])
     if len(files) != 1:
         raise ConfigError("sweep.py: give one sweep file, such as config/sweeps/quickstart.py")
-    runs, configs, fit = read_sweep(files[0], config.out)
-    chosen = {name: options for name, options in runs.items() if config.only in name}
+    sweep = read_sweep(files[0], config.small, config.common, config.out)
+    chosen = [name for name in sweep.runs if config.only in name]
     if not chosen:
-        raise ConfigError(f"only={config.only!r} is in no run's name, such as {next(iter(runs))}")
-    todo = {name: options for name, options in chosen.items() if not is_finished(options)}
+        raise ConfigError(f"only={config.only!r} is in no run's name, such as {next(iter(sweep.runs))}")
+    todo = [name for name in chosen if not is_finished(sweep.runs[name])]
     if config.commands:
-        print(*(shlex.join(command(options, configs)) for options in todo.values()), sep="\n")
+        print(*(shlex.join(command(sweep, name)) for name in todo), sep="\n")
         return
     gpus = count_gpus() if config.gpus is None else config.gpus
     slots = (list(range(gpus)) or [None]) * config.jobs
     print(f"{len(chosen)} runs, {len(chosen) - len(todo)} of them finished; {len(slots)} at a time", flush=True)
-    failed = run_all(todo, configs, slots)
+    say_what_differs({name: sweep.runs[name] for name in chosen if name not in todo})
+    folder = os.path.dirname(sweep.runs[chosen[0]]["out_dir"])
+    if config.jobs > 1 and todo:  # a word for the fit, which a later command may do
+        os.makedirs(folder, exist_ok=True)
+        with open(os.path.join(folder, SHARED), "w") as file:
+            file.write(f"{config.jobs} runs at a time shared a GPU or the CPU: their seconds compare with no others\n")
+    failed = run_all(todo, sweep, slots)
     if failed:
-        raise SystemExit(
-            f"error: {len(failed)} of {len(todo)} runs failed: {', '.join(failed)}; the same command tries them again"
-        )
-    if fit is not None:
-        folders = [options["out_dir"] for options in runs.values() if is_finished(options)]
-        words = [*folders, f"--out={os.path.join(os.path.dirname(folders[0]), 'fit')}", *shlex.split(fit)]
-        raise SystemExit(subprocess.run([sys.executable, "scaling_laws.py", "fit", *words]).returncode)
+        which = f"{len(failed)} of {len(todo)} runs failed: {', '.join(failed)}"
+        raise SystemExit(f"error: {which}; the same command tries them again")
+    left = sum(not is_finished(options) for options in sweep.runs.values())
+    if sweep.fit is not None and left:
+        print(f"{left} of the sweep's {len(sweep.runs)} runs are left: the fit follows when all are finished")
+    elif sweep.fit is not None:
+        raise SystemExit(fit(sweep, folder))
+
+
+def fit(sweep, folder):
+    """scaling_laws.py fit of all runs -> its exit status."""
+    words = [options["out_dir"] for options in sweep.runs.values()] + [f"--out={os.path.join(folder, 'fit')}"]
+    if os.path.exists(os.path.join(folder, SHARED)):
+        print(f"note: runs shared a GPU or the CPU ({folder}/{SHARED}): no fit of their seconds", flush=True)
+        words.append("--costs=flops,parameters")
+    return subprocess.run([sys.executable, "scaling_laws.py", "fit", *words, *shlex.split(sweep.fit)]).returncode
 
 
 if __name__ == "__main__":

@@ -63,6 +63,28 @@ def test_four_panels_show_what_the_logs_have(runs):
             assert all(drawn.values())
 
 
+def test_runs_of_vision_show_their_images_and_samples():
+    def counted(rows, unit):
+        return [{unit if key == "tokens" else key: value for key, value in row.items()} for row in rows]
+
+    runs = {"mlp": counted(make_rows(1.0), "images"), "vit": counted(make_rows(2.0), "images")}
+    figure = scaling_laws.draw_runs(runs)
+    panel = figure.axes[1]
+    assert panel.get_xlabel() == "images" and figure.axes[0].get_ylabel() == "loss (nats per image)"
+    for key in ("loss", "val_loss"):
+        assert lines_of(panel, key) == {
+            n: [(r["images"], r[key]) for r in rows if key in r] for n, rows in runs.items()
+        }
+    assert panel.get_xlim()[1] > 6400  # step 100
+    head, first, *_ = scaling_laws.table_of_runs(runs)
+    assert head.split()[:4] == ["run", "steps", "images", "FLOPs"] and first.split()[2] == "6,400"
+    mixed = {**runs, "gpt": make_rows(), "regression": counted(make_rows(), "samples")}
+    figure = scaling_laws.draw_runs(mixed)
+    assert figure.axes[1].get_xlabel() == "images, tokens, samples"
+    assert figure.axes[0].get_ylabel() == "loss (nats per image, nats per token, squared error)"
+    assert set(lines_of(figure.axes[1], "loss")) == set(mixed)
+
+
 def test_one_y_axis_and_one_colour_a_run(runs):
     figure = scaling_laws.draw_runs(runs)
     first, *others = figure.axes

@@ -9,4 +9,4 @@ runs = [
     for structure, widths in sizes.items()
     for width in widths
 ]
-fit = "--by=\"('structure',)\""
+fit = "--by=structure"

@@ -1,0 +1,42 @@
+# BTT whose blocks are the attention heads (align_heads) against BTT of √d blocks, which cut across heads: published, it
+# takes 17% less compute to the same loss ("Searching for Efficient Linear Layers over a Continuous Space of Structured
+# Matrices", NeurIPS 2024). OpenWebText as 96 characters, a constant rate, heads of width 64.
+#   python prepare_owt.py --tokenizer=char96
+#   python sweep.py config/sweeps/head_alignment.py           # 16 runs of 6.6B tokens, 18 hours of an H100
+#   python prepare_owt.py --source=linux_source --tokenizer=char96 --out_dir=data/linux_char96    # text of yours
+#   python sweep.py config/sweeps/head_alignment.py --small   # 24 runs of 49M tokens, 14 minutes of an H100
+# Times are estimates. The multiplier of "btt, align_heads" is what BTT pays ÷ what aligned BTT pays, published 1.20.
+config = "config/char_btt.py"  # 65,536 tokens a batch, context 128
+common = dict(
+    structure="btt", structured_layers=("attn", "ffn"), max_steps=100_000, warmup_steps=2000, schedule="constant",
+    lr=3e-3, weight_decay=0.0, micro_batch=128, eval_interval=2500, log_interval=100,
+)  # fmt: skip
+
+
+def gpt(d_model, **options):
+    return dict(**options, d_model=d_model, n_head=d_model // 64)
+
+
+# At width 4096, with 64 heads, both are the same.
+runs = [
+    gpt(d, align_heads=aligned, n_layer=n)
+    for n in (3, 6)
+    for d in (256, 512, 1024, 2048)
+    for aligned in (False, True)
+]  # fmt: skip
+fit = "--reference=btt"
+
+# The effect is small: 3 seeds, whose means are compared. A run takes 25 s to start and compile, and for its 49M tokens
+# 2 to 21 s (20 to 2.4M tokens/s). In all 10 minutes and 4.
+small = dict(
+    common=dict(
+        data_dir="data/linux_char96", n_layer=3, max_steps=1500, warmup_steps=100, batch_tokens=32_768, micro_batch=256,
+        eval_interval=50, eval_tokens=262_144, log_interval=50, save=False,
+    ),
+    runs=[
+        gpt(d, align_heads=aligned, seed=seed)
+        for d in (128, 256, 512, 1024)
+        for aligned in (False, True)
+        for seed in (1, 2, 3)
+    ],
+)  # fmt: skip
