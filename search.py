@@ -1,0 +1,720 @@
+"""Search for structures: which θ, rank and number of experts train best for the same FLOPs.
+
+    python search.py config/quickstart.py --n_layer=2 --d_model=64 --max_steps=600 --trials=60   # into out/search
+    python search.py config/quickstart.py --storage=postgresql://me@host/db …                    # and on other machines
+    python search.py --report                                                  # table and picture of what there is
+
+The space is that of "Searching for Efficient Linear Layers over a Continuous Space of Structured Matrices" (NeurIPS
+2024, arXiv 2410.02117, section 3). The budget is what the dense model of width d_model costs in max_steps. A trial
+draws a θ, takes the width that makes as many FLOPs a token of it, and trains by train.py for as many steps as use up
+the budget; it ends early where its validation loss lags behind (successive halving). What is searched (structure,
+theta, rank, …) takes the place of what a config file says of it. All other options are train.py's and mean what they
+mean there; `seed` is also that of the search.
+
+The storage has everything about a trial but its log, which is in out/trial_N. The same command goes on, up to `trials`
+trials; one that was interrupted or killed is tried again, from its checkpoint. Commands with the same storage search
+together, from any number of machines; SQLite serves one. Imports from configurator, einsum_linear, moe, model, device,
+checkpoint, runlog, data, prepare_owt, train and sweep.
+"""
+
+import fcntl
+import hashlib
+import importlib.util
+import json
+import math
+import os
+import re
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import time
+import warnings
+from contextlib import suppress
+from dataclasses import dataclass, fields
+from typing import Literal, NamedTuple
+
+import numpy as np
+import torch
+
+import train
+from checkpoint import PLACES
+from configurator import ConfigError, load_config
+from data import TokenData
+from device import device_name, write_rows
+from einsum_linear import BTT, factor_sizes, taxonomy
+from model import GPT, GPTConfig
+from moe import check_top_k
+from prepare_owt import prepare_default
+from runlog import duration, read_log, save_figure, short, writing
+from sweep import count_gpus
+
+try:
+    import optuna
+    from optuna.trial import TrialState
+    from sqlalchemy.exc import SQLAlchemyError
+except ImportError:
+    raise ConfigError("search.py needs optuna: pip install optuna cmaes") from None
+
+optuna.logging.set_verbosity(optuna.logging.ERROR)
+warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
+
+# Options of train.py that are the trials' own, and what they are before a trial sets them.
+OWNED = {
+    "structure": "dense", "theta": None, "rank": 1, "num_blocks": None, "num_cores": 2, "align_heads": False,
+    "moe": "none", "num_experts": 8, "out_dir": "out/run", "resume": False, "sample_tokens": 0,
+}  # fmt: skip
+WITHOUT_EXPERTS = {"top_k": 2, "share_router": False, "eval_top_k": None}  # as train.py wants them where there are none
+# Options that may change when a search goes on, or from machine to machine: losses do not depend on them.
+FREE = (
+    "trials", "out", "storage", "study", "sampler", "prune", "jobs", "gpus", "report", "data_dir", "device", "compile",
+    "cuda_graphs", "timeout", "bucket_mb", "micro_batch", "save", "log_interval", "wandb", "wandb_project",
+    "fused_loss", "activation_checkpointing",
+)  # fmt: skip
+
+STALE = 300  # seconds without a sign of life after which another machine's trial is tried again
+FAILURES = 5  # failed runs in a row, after which the search gives up
+MISFITS = 50  # points in a row with nothing to train, after which it does
+ENDED = (TrialState.COMPLETE, TrialState.PRUNED)
+
+
+@dataclass
+class Config(train.Config):
+    trials: int = 60  # trials in all, of all machines, that end: those that end early count, failed ones do not
+    out: str = "out/search"  # folder of the trials, table.md, search.json and search.png
+    storage: str | None = None  # URL of a database that several machines share; None: sqlite:///OUT/search.db
+    study: str = "search"  # the search's name in the storage
+    sampler: Literal["tpe", "cmaes", "random"] = "tpe"  # what draws the points
+    prune: int = 3  # at evaluations 1, 3, 9, … one trial in so many goes on; 0: all train to their end
+    max_width: int | None = None  # of a trial's model; None: 8 times d_model
+    max_rank: float = 1.0  # largest exponent of the rank index
+    experts: tuple | int = 1  # numbers of experts to choose from, 1 for none: 1,4,8; with experts beta = delta = 0
+    jobs: int = 1  # trials at a time on every GPU, or on the CPU
+    gpus: int | None = None  # GPUs to use; None: all there are
+    report: bool = False  # no trials, only table and picture of those in the storage
+
+    def __post_init__(self):
+        for name, value in OWNED.items():
+            setattr(self, name, value)
+        self.experts = self.experts if isinstance(self.experts, tuple) else (self.experts,)
+        if not self.experts or not all(type(number) is int and number >= 1 for number in self.experts):
+            raise ConfigError(f"experts={self.experts}: give whole numbers of 1 or more, such as 1,4,8")
+        for number in self.experts:
+            if number > 1:
+                check_top_k("top_k", self.top_k, number)
+                self.moe, self.num_experts = "linear", number  # so that the options of mixtures may be given
+        super().__post_init__()
+        self.max_width = 8 * self.d_model if self.max_width is None else self.max_width
+        train.at_least(1, self, "trials", "jobs")
+        train.at_least(0, self, "max_rank", *(["gpus"] if self.gpus is not None else []))
+        if self.max_rank > 1:
+            raise ConfigError(f"max_rank={self.max_rank}: make it at most 1, the exponent of full rank")
+        if self.prune < 0 or self.prune == 1:
+            raise ConfigError(f"prune={self.prune}: make it 2 or more, or 0 for none")
+        if self.max_width < self.d_model:
+            raise ConfigError(f"max_width={self.max_width}: make it at least d_model={self.d_model}, the dense model's")
+        if self.sampler == "cmaes" and importlib.util.find_spec("cmaes") is None:
+            raise ConfigError("sampler='cmaes' needs a package: pip install cmaes, or take tpe")
+        if self.storage is not None and "://" not in self.storage:
+            raise ConfigError(
+                f"storage={self.storage}: give a URL, such as sqlite:///search.db or postgresql://me@host/db"
+            )
+
+
+# ---------------------------------------------------------------------------------------
+# The space
+
+
+class Point(NamedTuple):
+    theta: tuple  # seven exponents, of three decimals: what the table shows is what was trained
+    experts: int  # 1: no mixture
+
+
+class Space(NamedTuple):
+    """The space as five or six continuous numbers between 0 and 1.
+
+    The exponents of the input, and those of the output, are a point of a triangle, uniform where the numbers are. To
+    swap (α δ) with (β ε) only renames the cores, hence α ≥ β: every structure is met once. θρ is a share of the
+    largest exponent with which a layer is no dearer than a dense one (ν ≤ 1).
+    """
+
+    max_rank: float = 1.0
+    experts: tuple = (1,)
+
+    def draw(self, trial):
+        """The Point of an optuna trial."""
+        u = {key: trial.suggest_float(key, 0, 1) for key in ("input", "input_split", "output", "output_split", "rank")}
+        which = trial.suggest_float("experts", 0, 1) if len(self.experts) > 1 else 0
+        experts = self.experts[min(int(which * len(self.experts)), len(self.experts) - 1)]
+        if experts > 1:  # they are rank slices of a BTT
+            u["input_split"] = u["output_split"] = 0
+        s, t = math.sqrt(u["input"]), math.sqrt(u["output"])
+        b, d = round(s * u["input_split"] / 2, 3), round(t * u["output_split"], 3)
+        a, e = round(s - b, 3), round(t - d, 3)
+        r = u["rank"] * min(self.max_rank, max(min(a, e), min(b, d)))
+        return Point((a, b, abs(round(1 - a - b, 3)), d, e, abs(round(1 - d - e, 3)), round(r, 3)), experts)
+
+
+def make_sampler(kind, seed):
+    if kind == "random":
+        return optuna.samplers.RandomSampler(seed=seed)
+    if kind == "cmaes":
+        return optuna.samplers.CmaEsSampler(seed=seed, consider_pruned_trials=True, warn_independent_sampling=False)
+    return optuna.samplers.TPESampler(seed=seed, multivariate=True)
+
+
+# ---------------------------------------------------------------------------------------
+# The search
+
+
+class Failed(Exception):
+    """A run that failed."""
+
+
+class Misfit(Exception):
+    """A point with nothing to train, its model being none or one that was trained before. Another is drawn."""
+
+
+def search(study, space, objective, trials, sampler="tpe", seed=0, slots=(None,), say=lambda trial: None):
+    """Draw points and run the objective on them until so many trials of the study have ended, on whatever machine.
+
+    objective(trial, point, slot)  a generator, so that one thread has several at a time: it yields (evaluation, loss),
+        evaluations counted from 1, or None while there is nothing new, and returns the final loss. It may raise
+        Failed and Misfit. Closed, or thrown an optuna.TrialPruned, it ends what it runs.
+    slots                          one for every trial at a time, to tell its objective where to run
+    say(frozen trial)              is called for each that ends
+    Raises ConfigError after too many failures in a row. Interrupted, it leaves its running trials to be tried again.
+    """
+    running, free, beaten, failures, misfits = {}, list(slots), time.monotonic(), 0, 0
+    try:
+        while True:
+            if free:
+                recover(study, running)
+                left = trials - len(study.get_trials(deepcopy=False, states=ENDED))
+                if left <= 0 and not running:
+                    return
+                left -= len(study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)))
+                for _ in range(min(left, len(free))):
+                    trial = study.ask()
+                    beat(trial)
+                    # Optuna draws when the space asks. Seeded by the trial's number no two draw the same, whoever
+                    # goes on; where the sampler comes back to what it knows, chance finds something new.
+                    kind = sampler if misfits < 5 else "random"
+                    study.sampler = make_sampler(kind, (10_007 * seed + trial.number) % 2**32)
+                    slot = free.pop(0)
+                    running[trial.number] = trial, objective(trial, space.draw(trial), slot), slot
+            if time.monotonic() - beaten > STALE / 5:
+                beaten = time.monotonic()
+                for trial, _, _ in running.values():
+                    beat(trial)
+            idle = True
+            for number, (trial, run, slot) in list(running.items()):
+                news, ended, error = advance(study, trial, run)
+                idle = idle and not news
+                if ended is None:
+                    continue
+                del running[number]
+                free.append(slot)
+                say(ended)
+                misfits = misfits + 1 if isinstance(error, Misfit) else 0
+                failures = failures + isinstance(error, Failed) if error else 0
+                if misfits == MISFITS:
+                    raise ConfigError(f"{misfits} points in a row have no new model of this budget, the last: {error}")
+                if failures == FAILURES:
+                    raise ConfigError(f"{failures} trials in a row failed, the last: {error}")
+            if idle:
+                time.sleep(0.2 if running else 2)
+    finally:
+        for trial, run, _ in running.values():
+            run.close()
+            put_back(study, trial)
+
+
+def advance(study, trial, run):
+    """Let a trial go on to its next evaluation -> whether there was news, the frozen trial if it ended, its error."""
+    try:
+        news = next(run)
+        if news is not None:
+            evaluation, loss = news
+            trial.report(loss, evaluation)
+            if trial.should_prune():
+                run.throw(optuna.TrialPruned())
+        return news is not None, None, None
+    except StopIteration as done:
+        return True, study.tell(trial, done.value, skip_if_finished=True), None
+    except optuna.TrialPruned:
+        return True, study.tell(trial, state=TrialState.PRUNED, skip_if_finished=True), None
+    except (Failed, Misfit) as error:
+        trial.set_user_attr("reason", str(error))
+        return True, study.tell(trial, state=TrialState.FAIL, skip_if_finished=True), error
+    except optuna.exceptions.UpdateFinishedTrialError:  # another machine, which heard nothing of this one, has taken it
+        run.close()
+        return True, study.trials[trial.number], None
+
+
+def beat(trial):
+    """A sign of life."""
+    trial.set_user_attr("owner", {"host": socket.gethostname(), "pid": os.getpid(), "time": time.time()})
+
+
+def recover(study, running):
+    """Put back the trials whose search is gone: no such process on this machine, or long without a sign of life."""
+    for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+        owner = trial.user_attrs.get("owner") or {"host": None, "time": trial.datetime_start.timestamp()}
+        gone = time.time() - owner["time"] > STALE
+        if owner["host"] == socket.gethostname():
+            gone = trial.number not in running if owner["pid"] == os.getpid() else not is_alive(owner["pid"])
+        if gone:
+            put_back(study, trial)
+
+
+def is_alive(pid):
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # somebody else's
+        pass
+    return True
+
+
+def put_back(study, trial):
+    """A trial that did not end: as a failed one without a reason, and its point in the queue again, with its folder."""
+    with suppress(ValueError, optuna.exceptions.UpdateFinishedTrialError):  # another machine was faster
+        study.tell(trial.number, state=TrialState.FAIL)
+        study.enqueue_trial(trial.params, user_attrs={"folder": trial.user_attrs.get("folder")})
+
+
+# ---------------------------------------------------------------------------------------
+# The model of a point
+
+
+def fit_model(config, point, budget):
+    """The model of this structure for `budget` FLOPs a token -> train.py's options of it, its figures.
+
+    Of all widths that are multiples of n_head, have many factors and cost no more, it has the dearest. As widths are
+    discrete a little is left over, and makes more steps. Misfit where that is half of the budget or more: of a
+    structure so cheap that max_width does not use it up, or a θ without sizes near it at the widths that would.
+    """
+    options = {"structure": "einsum", "theta": point.theta}
+    if point.experts > 1:
+        options.update(moe="linear", num_experts=point.experts)
+    best, most, may_fit, why = None, budget / 2, config.max_width, ""
+    for width in range(config.max_width // config.n_head * config.n_head, 0, -config.n_head):
+        if width > may_fit or 210**20 % (width // config.n_head):  # the latter: it has a prime factor above 7
+            continue
+        try:
+            sizes = factor_sizes(width, width, point.theta)
+            model = meta_model(config, **options, d_model=width)
+        except ConfigError as error:
+            why = f"; {error}"
+            continue
+        flops = model.flops_per_token()
+        if most < flops <= budget:
+            best, most = (width, sizes, model), flops
+        # FLOPs shrink as the square of the width or slower, but for a factor of 2 by which sizes are rounded.
+        may_fit = width * math.sqrt(2 * budget / flops)
+        if flops < budget / 4:
+            break
+    if best is None:
+        raise Misfit(
+            f"theta={point.theta}: no width up to max_width={config.max_width} uses half to all of the budget{why}"
+        )
+    width, sizes, model = best
+    steps = round(config.max_steps * budget / most)
+    options.update(d_model=width, max_steps=steps, eval_interval=math.ceil(steps / evaluations(config)))
+    shapes = [tuple(core.shape) for module in model.modules() if hasattr(module, "cores") for core in module.cores]
+    omega, psi, nu = place_of(sizes)
+    figures = {
+        "theta": point.theta, "experts": point.experts, "sizes": sizes, "structure": name_of(sizes), "omega": omega,
+        "psi": psi, "nu": nu, "d_model": width, "parameters": sum(each.numel() for each in model.parameters()),
+        "steps": steps, "flops": 3 * most * steps * config.batch_tokens,
+        # Of different θ the sizes may be the same: what tells models apart.
+        "key": hashlib.sha256(repr((width, point.experts, shapes)).encode()).hexdigest()[:16],
+    }  # fmt: skip
+    return options, figures
+
+
+def meta_model(config, **options):
+    """A GPT without memory, dense where the options do not say otherwise."""
+    names = {field.name for field in fields(GPTConfig)}
+    options = {**{name: getattr(config, name) for name in names}, **OWNED, **options}
+    if options["moe"] == "none":
+        options.update(WITHOUT_EXPERTS)
+    with torch.device("meta"):
+        return GPT(GPTConfig(**{name: options[name] for name in names}))
+
+
+def evaluations(config):
+    """Number of evaluations of every trial, the last at its end."""
+    return max(1, round(config.max_steps / config.eval_interval))
+
+
+def place_of(sizes):
+    """(ω, ψ, ν) of a d -> d layer by its sizes, as they are, and not by θ, whose small exponents make sizes of 1."""
+    d = math.prod(sizes[:3])
+    return tuple(abs(round(value, 4)) for value in taxonomy([math.log(size, max(2, d)) for size in sizes]))
+
+
+def name_of(sizes):
+    """What a d -> d layer of these sizes is called, "" if nothing."""
+    a, b, g, d, e, f, r = sizes
+    if min(a, e) < min(b, d):  # the same with its cores renamed
+        a, b, d, e = b, a, e, d
+    if r == min(a * d, b * e):
+        return "dense"  # each of its blocks has full rank
+    if g == f == 1:
+        kind = "low-rank" if b == d == 1 else "TT" if r > 1 else "Kronecker"
+    elif b == d == 1:
+        kind = "BTT" if (a, g, e, f) == factor_sizes(a * g, a * g, BTT)[0:5:2] + (f,) else "BTT family"
+    else:
+        return ""
+    return kind if kind == "Kronecker" else f"{kind}, rank {r}"
+
+
+# ---------------------------------------------------------------------------------------
+# A trial, by train.py
+
+
+def training(study, config):
+    """The objective; a slot is the number of a GPU, or None."""
+    budget = meta_model(config).flops_per_token()
+    on_gpu = config.device != "cpu" and torch.cuda.is_available()
+    where = {"device": device_name(torch.device("cuda" if on_gpu else "cpu")), "torch": torch.__version__}
+
+    def objective(trial, point, slot):
+        options, figures = fit_model(config, point, budget)
+        for twin in study.get_trials(deepcopy=False, states=(*ENDED, TrialState.RUNNING)):
+            if twin.user_attrs.get("model", {}).get("key") == figures["key"] and twin.number != trial.number:
+                raise Misfit(f"theta={point.theta} makes the model of trial {twin.number}")
+        before = trial.user_attrs.get("folder")
+        folder = before or os.path.join(config.out, f"trial_{trial.number}")
+        options = train_options(config, options)
+        again = shlex.join(["python", "train.py", *words(options)])
+        trial.set_user_attr("folder", folder)
+        trial.set_user_attr("model", {**figures, **where, "command": again})
+        options.update(out_dir=folder, resume=before is not None)
+        return (yield from run_training(options, folder, slot, evaluations(config)))
+
+    return objective
+
+
+def train_options(config, options):
+    """All of train.py's options of a trial."""
+    ours = {field.name: getattr(config, field.name) for field in fields(train.Config)}
+    return ours | OWNED | ({} if "moe" in options else WITHOUT_EXPERTS) | options
+
+
+def words(options):
+    """Those that are not the default, as arguments of train.py."""
+    defaults = {field.name: field.default for field in fields(train.Config)}
+    return [f"--{key}={value}" for key, value in options.items() if value != defaults[key]]
+
+
+def run_training(options, folder, slot, evaluations):
+    """Train in a process of its own -> final loss; yields (evaluation, loss) of its log, None while nothing is new."""
+    env = {**os.environ, **({} if slot is None else {"CUDA_VISIBLE_DEVICES": str(slot)})}
+    script = os.path.join(os.path.dirname(os.path.abspath(__file__)), "train.py")
+    with writing(folder, "give another --out"):
+        os.makedirs(folder, exist_ok=True)
+        output = open(os.path.join(folder, "train.log"), "a")
+    with output:
+        while not lock(output):  # by a run that has outlived its search: it is waited for, and not joined by a second
+            yield None
+        process = subprocess.Popen([sys.executable, script, *words(options)], stdout=output, stderr=output, env=env)
+    steps, every, seen, interrupted = options["max_steps"], options["eval_interval"], 0, True
+    try:
+        while True:
+            over = process.poll() is not None  # asked before the log is read, which then is whole
+            log = read_log(os.path.join(folder, "log.jsonl"))
+            # Those in between are of a run that was stopped there.
+            rows = [row for row in log if "val_loss" in row and (row["step"] % every == 0 or row["step"] == steps)]
+            for row in rows[seen:]:
+                seen += 1
+                if 0 < row["step"] < steps:
+                    yield max(1, round(evaluations * row["step"] / steps)), row["val_loss"]
+            if over:
+                break
+            yield None
+        interrupted = False
+        if process.returncode != 0 or not rows or rows[-1]["step"] < steps:
+            with open(output.name, errors="replace") as file:
+                last = ([line.strip() for line in file if line.strip()] or ["nothing was said"])[-1]
+            raise Failed(f"{last.removeprefix('error: ')[:300]} ({output.name})")
+        if not math.isfinite(rows[-1]["val_loss"]):
+            raise Failed(f"validation loss {rows[-1]['val_loss']} ({output.name})")
+        return rows[-1]["val_loss"]
+    except optuna.TrialPruned:
+        interrupted = False
+        raise
+    finally:
+        stop(process)
+        if not interrupted:  # only what was interrupted goes on
+            for place in PLACES:
+                with suppress(FileNotFoundError):
+                    os.remove(os.path.join(folder, place))
+
+
+def lock(file):
+    """Whether the file is ours now, and the processes' that we give it to, until the last of them ends."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
+
+
+def stop(process):
+    if process.poll() is None:
+        process.send_signal(signal.SIGINT)  # it saves and ends
+        try:
+            process.wait(timeout=60)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+# ---------------------------------------------------------------------------------------
+# The study
+
+
+def open_study(config):
+    """The optuna study of the search: a new one, or one of the same settings that goes on."""
+    file = os.path.join(os.path.abspath(config.out), "search.db")
+    if config.report and config.storage is None and not os.path.exists(file):
+        raise ConfigError(f"{file} does not exist: give the --out or --storage of a search")
+    with writing(config.out, "give another --out"):
+        os.makedirs(config.out, exist_ok=True)
+    url = config.storage or f"sqlite:///{file}"
+    shown = re.sub(r"(://[^:/@]*):[^@]*@", r"\1:…@", url)  # without a password
+    halving = optuna.pruners.SuccessiveHalvingPruner(min_resource=1, reduction_factor=max(2, config.prune))
+    pruner = halving if config.prune else optuna.pruners.NopPruner()
+    try:
+        storage = optuna.storages.RDBStorage(url)
+        if config.report:
+            return optuna.load_study(study_name=config.study, storage=storage)
+        study = optuna.create_study(study_name=config.study, storage=storage, pruner=pruner, load_if_exists=True)
+    except KeyError:
+        raise ConfigError(
+            f"study={config.study!r} is not in {shown}: give the --out or --storage of a search"
+        ) from None
+    except Exception as error:  # of many kinds: databases have their own
+        raise ConfigError(f"storage={shown} cannot be used, {first_line(error)}: give another") from None
+    owned = (*FREE, *OWNED)
+    settings = {field.name: getattr(config, field.name) for field in fields(Config) if field.name not in owned}
+    settings = json.loads(json.dumps(settings))  # tuples are lists there
+    before = study.user_attrs.get("settings")
+    if before is None:
+        if any(entry.startswith("trial_") for entry in os.listdir(config.out)):
+            raise ConfigError(f"out={config.out} has trials of another study: give another --out, or remove them")
+        budget = 3 * meta_model(config).flops_per_token() * config.batch_tokens * config.max_steps
+        study.set_user_attr("settings", settings)
+        study.set_user_attr("budget", {"flops": budget, "evaluations": evaluations(config)})
+    for option, value in settings.items():
+        if before is not None and before.get(option, value) != value:
+            raise ConfigError(
+                f"{option}={value}, but study {config.study!r} in {shown} has {option}={before[option]}: "
+                "make it that, or give another --out or --study"
+            )
+    return study
+
+
+def first_line(error):
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+
+
+def progress(study, trials):
+    """What says a line for each trial that ends."""
+    began, first = time.monotonic(), len(study.get_trials(deepcopy=False, states=ENDED))
+
+    def say(trial):
+        if "model" not in trial.user_attrs:  # a Misfit: another point is drawn
+            return
+        model, curve = trial.user_attrs["model"], trial.intermediate_values
+        ended = study.get_trials(deepcopy=False, states=ENDED)
+        what = f"FAILED: {trial.user_attrs.get('reason', 'another machine has taken it')}"
+        if trial.state == TrialState.COMPLETE:
+            what = f"loss {trial.value:.4f}"
+        elif trial.state == TrialState.PRUNED:
+            what = f"ended early, at evaluation {max(curve)} with {curve[max(curve)]:.4f}"
+        experts = f", {model['experts']} experts" if model["experts"] > 1 else ""
+        where = "ω {omega:.2f} ψ {psi:.2f} ν {nu:.2f}, width {d_model}".format(**model)
+        words = [f"{len(ended)}/{trials} trial {trial.number}: {what}", f"θ {dotted(model['theta'])}{experts}, {where}"]
+        whole = [(each.value, each.number) for each in ended if each.state == TrialState.COMPLETE]
+        if whole:
+            words.append("best {:.4f} of trial {}".format(*min(whole)))
+        if first < len(ended) < trials:
+            left = (time.monotonic() - began) / (len(ended) - first) * (trials - len(ended))
+            words.append(f"about {duration(left)} left")
+        print(*words, sep="; ", flush=True)
+
+    return say
+
+
+def dotted(seven):
+    """Such as 0.5 0 0.5 · 0 0.5 0.5 · 0."""
+    shown = [f"{each:g}" for each in seven]
+    return " · ".join((" ".join(shown[:3]), " ".join(shown[3:6]), shown[6]))
+
+
+# ---------------------------------------------------------------------------------------
+# What is left behind
+
+
+def report(study, out):
+    """Print the best structures; write table.md, search.json and search.png to the folder `out`."""
+    rows, budget = make_rows(study), study.user_attrs["budget"]
+    if not any(row["losses"] for row in rows):
+        print("no trial has a loss yet: there is nothing to report")
+        return
+    lines = list(table(rows, budget))
+    with writing(out, "give another --out"):
+        with open(os.path.join(out, "table.md"), "w") as file:
+            file.write("\n".join(lines) + "\n")
+        write_rows(os.path.join(out, "search.json"), rows, torch.device("cpu"))  # rows have their own device
+    save_figure(draw(rows, budget), os.path.join(out, "search.png"), "give another --out")
+    print("", *lines, "", f"written: {out}/table.md, search.json, search.png", sep="\n")
+
+
+def make_rows(study):
+    """A dict for each trial that was trained and ended; "losses" are by evaluation, "loss" that at the end or None."""
+    rows = []
+    for trial in study.get_trials(deepcopy=False):
+        about, losses = trial.user_attrs, dict(sorted(trial.intermediate_values.items()))
+        if "model" not in about or (trial.state not in ENDED and "reason" not in about):
+            continue  # nothing was trained; or it runs, or was interrupted
+        if trial.state == TrialState.COMPLETE:
+            losses[study.user_attrs["budget"]["evaluations"]] = trial.value
+        row = {"trial": trial.number, "state": trial.state.name.lower(), "loss": trial.value, "losses": losses}
+        rows.append({**row, "reason": about.get("reason"), **about["model"]})
+    return rows
+
+
+def ranked(rows):
+    """Those trained to their end, the best first."""
+    return sorted((row for row in rows if row["state"] == "complete"), key=lambda row: row["loss"])
+
+
+def comparable(rows, budget):
+    """-> the last evaluation that all trials have, and the rows that have it: at it losses compare."""
+    at = 1 if any(row["state"] == "pruned" for row in rows) else budget["evaluations"]
+    return at, [row for row in rows if at in row["losses"]]
+
+
+AXES = {"omega": "ω  parameter sharing", "psi": "ψ  rank", "nu": "ν  compute"}
+COLUMNS = {
+    "val loss": lambda row: f"{row['loss']:.4f}", "trial": lambda row: row["trial"],
+    "θ = α β γ · δ ε φ · ρ": lambda row: dotted(row["theta"]), "sizes of d → d": lambda row: dotted(row["sizes"]),
+    "structure": lambda row: row["structure"], "experts": lambda row: row["experts"] if row["experts"] > 1 else "",
+    "ω": lambda row: f"{row['omega']:.2f}", "ψ": lambda row: f"{row['psi']:.2f}", "ν": lambda row: f"{row['nu']:.2f}",
+    "d": lambda row: row["d_model"], "parameters": lambda row: short(row["parameters"]),
+    "steps": lambda row: row["steps"],
+}  # fmt: skip
+
+
+def table(rows, budget, most=15):
+    """Lines of Markdown: what was done, the best, and how the loss goes with ω, ψ and ν."""
+    best, (at, scored) = ranked(rows), comparable(rows, budget)
+    early, failed = (sum(row["state"] == state for row in rows) for state in ("pruned", "fail"))
+    yield (
+        f"{len(rows)} trials: {len(best)} trained to their end, {budget['flops']:.3g} FLOPs each; "
+        f"{early} ended early; {failed} failed."
+    )
+    yield from ("", f"| | {' | '.join(COLUMNS)} |", "|" + "---|" * (1 + len(COLUMNS)))
+    for i, row in enumerate(best[:most], 1):
+        yield f"| {' | '.join(str(cell) for cell in (i, *(column(row) for column in COLUMNS.values())))} |"
+    losses = [row["losses"][at] for row in scored]
+    with_loss = {key: rank_correlation([row[key] for row in scored], losses) for key in AXES}
+    yield from (
+        "",
+        f"Rank correlation with the loss at evaluation {at} of {budget['evaluations']}, of {len(scored)} trials: "
+        "ω {omega:+.2f}, ψ {psi:+.2f}, ν {nu:+.2f}.".format(**with_loss),
+    )
+    if best:
+        yield from ("", f"The best again: `{best[0]['command']}`")
+
+
+def rank_correlation(x, y):
+    """Spearman's: the correlation of ranks, equal values sharing theirs; NaN where either is constant."""
+    ranks = []
+    for values in (x, y):
+        _, index, counts = np.unique(values, return_inverse=True, return_counts=True)
+        ranks.append((np.cumsum(counts) - (counts - 1) / 2)[index])
+    return math.nan if any(np.ptp(each) == 0 for each in ranks) else float(np.corrcoef(*ranks)[0, 1])
+
+
+def draw(rows, budget):
+    """A figure: what was tried in (ω, ψ, ν), coloured by loss, and the best so far."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    best, (at, scored) = ranked(rows), comparable(rows, budget)
+    scored = sorted(
+        scored, key=lambda row: (row["loss"] is not None, -(row["loss"] or row["losses"][at]))
+    )  # best on top
+    losses = np.array([row["losses"][at] for row in scored])
+    colour = {"cmap": "viridis", "vmin": losses.min(), "vmax": np.quantile(losses, 0.9)}
+    look = {True: {"s": 95, "ec": "k", "lw": 1.4}, False: {"s": 45, "ec": "w", "lw": 0.4}}  # to the end or not
+    jitter = np.random.default_rng(0).uniform(-0.01, 0.01, (len(scored), 3))  # many lie at the same place
+    places = {row["trial"]: np.array([row[key] for key in AXES]) + shift for row, shift in zip(scored, jitter)}
+    names = list(AXES.values())
+    figure, panels = plt.subplots(2, 2, figsize=(13, 10), layout="constrained")
+    for panel, axes in zip(panels.flat, ([0, 1], [0, 2], [1, 2])):
+        for row, loss in zip(scored, losses):
+            how = {**colour, **look[row["state"] == "complete"], "marker": "o" if row["experts"] == 1 else "s"}
+            points = panel.scatter(*places[row["trial"]][axes], c=[loss], **how)
+        for number, row in enumerate(best[:3], 1):
+            how = {"color": "w", "weight": "bold", "fontsize": 8, "ha": "center", "va": "center"}
+            panel.text(*places[row["trial"]][axes], str(number), **how)
+        panel.set(xlabel=names[axes[0]], ylabel=names[axes[1]])
+    label = f"validation loss at evaluation {at} of {budget['evaluations']} (nats a token)"
+    figure.colorbar(points, ax=panels, label=label, extend="max", aspect=40)
+    panel, whole = panels[1, 1], sorted(best, key=lambda row: row["trial"])
+    if whole:
+        trials, ends = [row["trial"] for row in whole], [row["loss"] for row in whole]
+        panel.plot(trials, ends, "o", color="0.3", label="trained to their end")
+        trials, ends = [*trials, max(row["trial"] for row in rows)], np.minimum.accumulate([*ends, ends[-1]])
+        panel.step(trials, ends, where="post", color="tab:red", label="best so far")
+    early = [row["trial"] for row in rows if row["state"] == "pruned"]
+    top = panel.get_xaxis_transform()
+    panel.plot(early, [0.98] * len(early), "|", color="0.6", transform=top, label="ended early")
+    panel.set(xlabel="trial", ylabel="validation loss at the end (nats a token)")
+    panel.legend(loc="upper right", bbox_to_anchor=(1, 0.95))
+    for panel in panels.flat:
+        panel.grid(alpha=0.3)
+    figure.suptitle(
+        f"{len(rows)} structures, {budget['flops']:.3g} training FLOPs each to the end; ω ψ ν of d → d layers\n"
+        "ringed: trained to the end; small: ended early; squares: mixtures; 1 2 3: the best, as in the table",
+        fontsize=11,
+    )
+    return figure
+
+
+def main(argv):
+    for word in argv:
+        option = word[2:].partition("=")[0]
+        if word.startswith("--") and option in OWNED:
+            raise ConfigError(f"--{option} is every trial's own: leave it out (--out and --experts are the search's)")
+    config = load_config(Config, argv)
+    study = open_study(config)
+    if not config.report:
+        prepare_default(config.data_dir)
+        TokenData(config.data_dir, config.block_size)  # what is wrong with it is said here, and once
+        gpus = 0 if config.device == "cpu" else count_gpus() if config.gpus is None else config.gpus
+        slots = (list(range(gpus)) or [None]) * config.jobs
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # ended as by Ctrl-C
+        try:
+            space, say = Space(config.max_rank, config.experts), progress(study, config.trials)
+            search(study, space, training(study, config), config.trials, config.sampler, config.seed, slots, say)
+        except KeyboardInterrupt:
+            raise SystemExit("stopped: the same command goes on") from None
+        except (optuna.exceptions.StorageInternalError, SQLAlchemyError) as error:
+            raise ConfigError(f"the storage failed: {first_line(error)}; the same command goes on") from None
+    report(study, config.out)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
