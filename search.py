@@ -584,9 +584,10 @@ def make_rows(study):
         about, losses = trial.user_attrs, dict(sorted(trial.intermediate_values.items()))
         if "model" not in about or (trial.state not in ENDED and "reason" not in about):
             continue  # nothing was trained; or it runs, or was interrupted
-        if trial.state == TrialState.COMPLETE:
-            losses[study.user_attrs["budget"]["evaluations"]] = trial.value
-        row = {"trial": trial.number, "state": trial.state.name.lower(), "loss": trial.value, "losses": losses}
+        loss = trial.value if trial.state == TrialState.COMPLETE else None  # Optuna gives others their last one
+        if loss is not None:
+            losses[study.user_attrs["budget"]["evaluations"]] = loss
+        row = {"trial": trial.number, "state": trial.state.name.lower(), "loss": loss, "losses": losses}
         rows.append({**row, "reason": about.get("reason"), **about["model"]})
     return rows
 

@@ -343,6 +343,7 @@ def test_report(tmp_path, capsys, pruner):
     listed = [float(line.split("|")[2]) for line in text.split("\n") if line.startswith("| ") and "loss" not in line]
     assert listed == sorted(listed) and "1 failed" in text and "ω +1.00" in text
     rows = json.loads((tmp_path / "search.json").read_text())
+    assert all((row["loss"] is not None) == (row["state"] == "complete") for row in rows)
     assert (
         len(rows) == 10
         and rows[0]["device"] == "some GPU"
