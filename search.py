@@ -626,12 +626,10 @@ def table(rows, budget, most=15):
     for i, row in enumerate(best[:most], 1):
         yield f"| {' | '.join(str(cell) for cell in (i, *(column(row) for column in COLUMNS.values())))} |"
     losses = [row["losses"][at] for row in scored]
-    with_loss = {key: rank_correlation([row[key] for row in scored], losses) for key in AXES}
-    yield from (
-        "",
-        f"Rank correlation with the loss at evaluation {at} of {budget['evaluations']}, of {len(scored)} trials: "
-        "ω {omega:+.2f}, ψ {psi:+.2f}, ν {nu:+.2f}.".format(**with_loss),
-    )
+    correlations = {name[0]: rank_correlation([row[key] for row in scored], losses) for key, name in AXES.items()}
+    shown = (f"{name} {'constant' if math.isnan(value) else f'{value:+.2f}'}" for name, value in correlations.items())
+    at_of = f"evaluation {at} of {budget['evaluations']}"
+    yield from ("", f"Rank correlation with the loss at {at_of}, {len(scored)} trials: {', '.join(shown)}.")
     if best:
         yield from ("", f"The best again: `{best[0]['command']}`")
 
