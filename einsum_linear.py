@@ -218,9 +218,9 @@ class Dense(nn.Linear):
 
 
 def apply_all(layers, x):
-    """[layer(x) for layer in layers]; where a GPU does several faster as one, so: dense layers in training, some BTTs."""
-    if all(isinstance(layer, EinsumLinear) and layer.is_btt and layer.sizes == layers[0].sizes for layer in layers):
-        ys = kernels.btt_of_several(x, [layer.effective_cores() for layer in layers])
+    """[layer(x) for layer in layers]; in training as one layer where a GPU does that faster: dense ones, some BTTs."""
+    if torch.is_grad_enabled() and kernels.joins(x, [getattr(layer, "btt_sizes", None) for layer in layers]):
+        ys = kernels.btt_joined(x, [layer.effective_cores() for layer in layers])
         return [layer.finish(y, x) for layer, y in zip(layers, ys)]
     if not all(type(layer) is Dense for layer in layers) or not torch.is_grad_enabled():
         return [layer(x) for layer in layers]
@@ -336,13 +336,14 @@ class EinsumLinear(CoreLinear):
         self.sizes, self.order, self.flops_per_token = sizes, order, 2 * mults[order]
 
     @property
-    def is_btt(self):
-        """Whether kernels.btt computes it: β = δ = 1, and not multiplied out."""
-        return self.sizes.beta == self.sizes.delta == 1 and self.matrix is None
+    def btt_sizes(self):
+        """Sizes for kernels.btt, if that computes it: β = δ = 1, and not multiplied out. Else None."""
+        a, b, g, d, e, f, r = self.sizes
+        return kernels.BTTSizes(g, a, f, e, r) if b == d == 1 and self.matrix is None else None
 
     def forward(self, x, after_gelu=False):
         a, b, g, d, e, f, r = self.sizes
-        if self.is_btt:
+        if self.btt_sizes is not None:
             return self.finish(kernels.btt(x, *self.effective_cores(), after_gelu=after_gelu), x)
         x = kernels.gelu(x) if after_gelu else x
         if self.matrix is not None:

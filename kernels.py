@@ -141,20 +141,24 @@ def btt(x, A, B, way=None, after_gelu=False):
     return y.reshape(*x.shape[:-1], f * e)
 
 
-def btt_of_several(x, cores):
-    """[btt(x, A, B) for A, B in cores] of equal sizes; as one BTT that reads x once, where that should be faster.
+def joins(x, sizes):
+    """Whether layers of these sizes (a list of BTTSizes; None: no BTT) on one input should be faster as one BTT.
 
     Side by side they are a BTT whose output blocks are all of theirs. Of the staged kernels the first then reads x once
     for all, and so does the last of backward, which sums the gradients of x too.
     """
+    if sizes[0] is None or any(other != sizes[0] for other in sizes):
+        return False
+    joined = sizes[0]._replace(f=len(sizes) * sizes[0].f)
+    return way_for(x, sizes[0]) == way_for(x, joined) == "staged"
+
+
+def btt_joined(x, cores):
+    """[btt(x, A, B) for A, B in cores], of equal sizes, as one BTT."""
     (g, a, rf), (f, gr, e), many = cores[0][0].shape, cores[0][1].shape, len(cores)
-    sizes = BTTSizes(g, a, f, e, gr // g)
-    joined = sizes._replace(f=many * f)
-    if not way_for(x, sizes) == way_for(x, joined) == "staged":
-        return [btt(x, A, B) for A, B in cores]
-    A = torch.cat([A.view(g, a, sizes.r, f) for A, _ in cores], dim=3).view(g, a, many * rf)
+    A = torch.cat([A.view(g, a, gr // g, f) for A, _ in cores], dim=3).view(g, a, many * rf)
     B = torch.cat([B for _, B in cores])
-    return btt(x, A, B, "staged").split(f * e, dim=-1)
+    return btt(x, A, B).split(f * e, dim=-1)
 
 
 class BTTSizes(NamedTuple):
