@@ -129,12 +129,13 @@ def interpreted():
     sizes = st.builds(BTTSizes, *(st.integers(1, most) for most in (20, 20, 20, 20, 5)))
     ways = {"fused": 0, "staged": 0, "dense": 0}
 
-    @settings(max_examples=40, deadline=None, database=None, derandomize=True)
+    @settings(max_examples=60, deadline=None, database=None, derandomize=True)
     @given(sizes, st.integers(0, 70), st.sampled_from([torch.float32, torch.float16]), st.booleans())
     def odd_sizes(sizes, n, dtype, after_gelu):
         inputs = example(sizes, (n,), dtype)
-        for way in ways:
-            if way != "fused" or fused_blocks(sizes) is not None:
+        few = sizes.g * sizes.f * sizes.r <= 60  # the interpreter takes long for a program a block
+        for way, takes in {"fused": fused_blocks(sizes) is not None, "staged": True, "dense": few}.items():
+            if takes:
                 ways[way] += 1
                 found = max(errors(way, *inputs, after_gelu=after_gelu))
                 assert found < (1e-5 if dtype == torch.float32 else 4e-3), (way, sizes, n, after_gelu)
