@@ -4,7 +4,8 @@ config = "config/quickstart.py"
 common = dict(max_steps=500, warmup_steps=50, schedule="constant", eval_interval=50, sample_tokens=0, save=False)
 
 sizes = {"dense": (24, 48, 80, 128), "btt": (48, 96, 144, 240)}  # widths
-rates = {"dense": 5e-4, "btt": 1e-3}  # the best of 2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3 for dense ones of 48 and 128, for BTTs of 96 and 240
+# The best of 5e-4, 1e-3, 2e-3 and 4e-3 at two widths each, 48 and 128, 96 and 240.
+rates = {"dense": 5e-4, "btt": 1e-3}
 runs = [
     dict(structure=structure, rank=1, d_model=width, n_head=4, n_layer=2, lr=rates[structure])
     for structure, widths in sizes.items()
