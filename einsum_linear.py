@@ -63,6 +63,12 @@ def _show(theta):
     return "(" + " ".join(f"{t:g}" for t in theta) + ")"
 
 
+def canonical(seven):
+    """Exponents or sizes (α β γ δ ε φ ρ), with the two cores named so that A first is the cheaper order."""
+    a, b, g, d, e, f, r = seven
+    return (b, a, g, e, d, f, r) if min(a, e) < min(b, d) else (a, b, g, d, e, f, r)
+
+
 def taxonomy(theta):
     """θ -> (ω, ψ, ν) of a square layer of width d, as d grows (the paper's section 4):
 
@@ -70,9 +76,7 @@ def taxonomy(theta):
     ψ  rank: rank(W) scales as d^ψ, 1 is full rank
     ν  compute: FLOPs scale as d^(1 + ν), dense has 1
     """
-    a, b, _, d, e, _, r = check_theta(theta)
-    if min(a, e) < min(b, d):  # canonical orientation: A first is the cheaper order
-        a, b, d, e = b, a, e, d
+    a, b, _, d, e, _, r = canonical(check_theta(theta))
     omega = min(a + d, b + e) - min(a, e)
     psi = min(1.0, 2 + r - a - e)
     nu = 1 + r - min(a, e)

@@ -117,10 +117,8 @@ def btt(x, A, B, way=None, after_gelu=False):
     after_gelu: the kernels apply the GELU to what they read of x, forward and backward, which saves a copy of x in memory
     and two passes over it.
     """
-    g, a, rf = A.shape
-    f, gr, e = B.shape
-    sizes = BTTSizes(g, a, f, e, gr // g)
-    if x.shape[-1] != g * a or gr % g or rf != sizes.r * f:
+    sizes = g, a, f, e, r = _sizes(A, B)
+    if x.shape[-1] != g * a or B.shape[1] != g * r or A.shape[2] != r * f:
         raise ValueError(f"btt: x {tuple(x.shape)}, A {tuple(A.shape)} and B {tuple(B.shape)} do not fit together")
     dtype = compute_dtype(x)
     x_2d, A, B = x.to(dtype).reshape(-1, g * a), A.to(dtype), B.to(dtype)
@@ -155,8 +153,8 @@ def joins(x, sizes):
 
 def btt_joined(x, cores):
     """[btt(x, A, B) for A, B in cores], of equal sizes, as one BTT."""
-    (g, a, rf), (f, gr, e), many = cores[0][0].shape, cores[0][1].shape, len(cores)
-    A = torch.cat([A.view(g, a, gr // g, f) for A, _ in cores], dim=3).view(g, a, many * rf)
+    g, a, f, e, r = _sizes(*cores[0])
+    A = torch.cat([A.view(g, a, r, f) for A, _ in cores], dim=3).flatten(2)
     B = torch.cat([B for _, B in cores])
     return btt(x, A, B).split(f * e, dim=-1)
 

@@ -294,10 +294,10 @@ def _forward_shapes(x, A, B, gate, order, first, end, set_tiles, tile_set, sets,
 @torch.library.custom_op("nanoeinsum::btt_mixture_backward", mutates_args=())
 def _backward(
     x: torch.Tensor, dy: torch.Tensor, z: torch.Tensor, A: torch.Tensor, B: torch.Tensor, gate: torch.Tensor,
-    order: torch.Tensor, first: torch.Tensor, end: torch.Tensor, set_tiles: torch.Tensor, sets: torch.Tensor,
-    num_experts: int, tokens: int,
+    order: torch.Tensor, first: torch.Tensor, end: torch.Tensor, set_tiles: torch.Tensor, tile_set: torch.Tensor,
+    sets: torch.Tensor, num_experts: int, tokens: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
-    """-> dx, dA, dB, dgate"""
+    """-> dx, dA, dB, dgate. It goes through the tiles set by set, so that tile_set is not needed."""
     x, dy, A, B, gate = _rows(x), _rows(dy), A.contiguous(), B.contiguous(), gate.contiguous()
     g, a, f, e, r = _sizes(x, A, B, num_experts)
     k, places, n_sets = gate.shape[1], len(first) * tokens, len(sets)
@@ -351,25 +351,22 @@ def _sum_sets(sums, sets, num_experts):
 
 
 @_backward.register_fake
-def _(x, dy, z, A, B, gate, order, first, end, set_tiles, sets, num_experts, tokens):
-    return x.new_empty(x.shape), A.new_empty(A.shape), B.new_empty(B.shape), gate.new_empty(gate.shape)
+def _gradient_shapes(x, dy, z, A, B, gate, *plan):
+    return tuple(tensor.new_empty(tensor.shape) for tensor in (x, A, B, gate))
 
 
 def _setup(ctx, inputs, output):
-    x, A, B, gate, order, first, end, set_tiles, _, sets, ctx.num_experts, ctx.tokens = inputs
-    ctx.save_for_backward(x, output[1], A, B, gate, order, first, end, set_tiles, sets)
+    x, A, B, gate, *plan, ctx.num_experts, ctx.tokens = inputs
+    ctx.save_for_backward(x, output[1], A, B, gate, *plan)
     ctx.set_materialize_grads(False)
 
 
-def _gradients(ctx, dy, _):
-    x, z, A, B, gate, *plan = ctx.saved_tensors
-    dx, dA, dB, dgate = torch.ops.nanoeinsum.btt_mixture_backward(
-        x, dy, z, A, B, gate, *plan, ctx.num_experts, ctx.tokens
-    )
-    return dx, dA, dB, dgate, None, None, None, None, None, None, None, None
+def _gradients(op, ctx, dy, _):
+    x, *saved = ctx.saved_tensors
+    return *op(x, dy, *saved, ctx.num_experts, ctx.tokens), *[None] * 8
 
 
-_forward.register_autograd(_gradients, setup_context=_setup)
+_forward.register_autograd(functools.partial(_gradients, _backward), setup_context=_setup)
 
 
 # ---------------------------------------------------------------------------------------
@@ -540,19 +537,5 @@ def _low_rank_backward(
     return dx, dA.to(A.dtype), dB.to(B.dtype), _gate_gradient(shares.sum(1), order, first, tokens, gate)
 
 
-_low_rank_backward.register_fake(lambda x, dy, z, A, B, gate, *plan: tuple(map(torch.empty_like, (x, A, B, gate))))
-
-
-def _low_rank_setup(ctx, inputs, output):
-    x, A, B, gate, *plan, ctx.num_experts, ctx.tokens = inputs
-    ctx.save_for_backward(x, output[1], A, B, gate, *plan)
-    ctx.set_materialize_grads(False)
-
-
-def _low_rank_gradients(ctx, dy, _):
-    x, z, *rest = ctx.saved_tensors
-    gradients = torch.ops.nanoeinsum.low_rank_mixture_backward(x, dy, z, *rest, ctx.num_experts, ctx.tokens)
-    return *gradients, *[None] * 8
-
-
-_low_rank.register_autograd(_low_rank_gradients, setup_context=_low_rank_setup)
+_low_rank_backward.register_fake(_gradient_shapes)
+_low_rank.register_autograd(functools.partial(_gradients, _low_rank_backward), setup_context=_setup)

@@ -352,11 +352,9 @@ def group_name(options, by):
 
 def family(theta):
     """The name of the structures that θ is one of, by the indices that it has not (README, "The structures")."""
-    from einsum_linear import taxonomy
+    from einsum_linear import canonical, taxonomy
 
-    a, b, c, d, e, f, rho = theta
-    if min(a, e) < min(b, d):  # the same structure with its cores named the other way
-        a, b, d, e = b, a, e, d
+    _, b, c, d, _, f, rho = canonical(theta)
     if b == d == 0:
         if c == f == 0:
             return "low-rank"

@@ -43,7 +43,7 @@ from checkpoint import PLACES
 from configurator import ConfigError, load_config
 from data import TokenData
 from device import device_name, write_rows
-from einsum_linear import BTT, factor_sizes, taxonomy
+from einsum_linear import BTT, canonical, factor_sizes, taxonomy
 from model import GPT, GPTConfig
 from moe import check_top_k
 from prepare_owt import prepare_default
@@ -359,9 +359,7 @@ def place_of(sizes):
 
 def name_of(sizes):
     """What a d -> d layer of these sizes is called, "" if nothing."""
-    a, b, g, d, e, f, r = sizes
-    if min(a, e) < min(b, d):  # the same with its cores renamed
-        a, b, d, e = b, a, e, d
+    a, b, g, d, e, f, r = canonical(sizes)
     if r == min(a * d, b * e):
         return "dense"  # each of its blocks has full rank
     if g == f == 1:
