@@ -28,7 +28,7 @@ from torch import nn
 from configurator import ConfigError
 from einsum_linear import CoreLinear, Dense, EinsumLinear, apply_all, init_std, make_linear
 from kernels import BTTSizes, compute_dtype, runs_triton
-from moe_kernels import btt_mixture, fits
+from moe_kernels import btt_mixture, fits, routed_btt_mixture, router_fits
 
 AUXILIARY, Z = 0.01, 0.1  # loss = cross-entropy + AUXILIARY · mean over routers of (load balance + Z · z-loss)
 BALANCE = 0.1  # step of the routers' biases, in standard deviations of their logits
@@ -71,11 +71,21 @@ class Router(nn.Module):
         return 2 * self.in_features * self.out_features
 
     def forward(self, x):
+        if takes_kernels(x) and self.out_features <= 128:
+            logits, index, gate = torch.ops.nanoeinsum.route(
+                x.to(compute_dtype(x)), self.weight.float(), self.bias, self.top_k
+            )
+            return index, gate, logits
         dtype = torch.promote_types(self.weight.dtype, torch.float32)
         with torch.autocast(x.device.type, enabled=False):
             logits = F.linear(x.to(dtype), self.weight.to(dtype))
         index = pick(logits.detach() + self.bias, self.top_k)
         return index, logits.gather(1, index).softmax(dim=1), logits
+
+
+def takes_kernels(x):
+    """Whether kernels of ours run where x is and in the type that it is computed in."""
+    return runs_triton(x) and compute_dtype(x) in (torch.bfloat16, torch.float16)
 
 
 def pick(logits, k):
@@ -366,7 +376,7 @@ def btt_moe(x, A, B, index, gate, num_experts):
     """
     (g, a, _), (f, gEr, e), dtype = A.shape, B.shape, compute_dtype(x)
     sizes = BTTSizes(g, a, f, e, gEr // (g * num_experts))
-    if runs_triton(x) and dtype in (torch.bfloat16, torch.float16) and fits(sizes, num_experts, index.shape[1]):
+    if takes_kernels(x) and fits(sizes, num_experts, index.shape[1]):
         return btt_mixture(x.to(dtype), A.to(dtype), B.to(dtype), index, gate, num_experts)
     order, inverse, ends = sort_by_expert(index, num_experts)
     rows = _Spread.apply(x.to(dtype), order, inverse)
@@ -514,7 +524,24 @@ def make_mixture(d_in, d_out, num_experts, top_k, routed=True, mixed=True, **opt
 
 def apply(layer, x, reports):
     """layer(x), where the layer may be a mixture with a router of its own."""
-    return layer(x, *route(layer.router, x, reports)) if isinstance(layer, Mixture) else layer(x)
+    if not isinstance(layer, Mixture):
+        return layer(x)
+    if isinstance(layer, BTTMixture) and takes_kernels(x):
+        a, _, g, _, e, f, r = layer.sizes
+        if router_fits(BTTSizes(g, a, f, e, r), layer.num_experts, layer.top_k):
+            return apply_by_kernels(layer, x, reports)
+    return layer(x, *route(layer.router, x, reports))
+
+
+def apply_by_kernels(layer, x, reports):
+    """The same of a BTTMixture, with the router's gradient made by the kernels that make the layer's."""
+    dtype, router = compute_dtype(x), layer.router
+    A, B = (core.to(dtype) for core in layer.effective_cores())
+    rows = x.reshape(-1, layer.in_features).to(dtype)
+    y, *routed = routed_btt_mixture(rows, router.weight.float(), router.bias, A, B, layer.top_k)
+    if reports is not None:
+        reports.append(report(*routed))
+    return layer.finish(y, x)
 
 
 def apply_layers(layers, x, reports, router=None):

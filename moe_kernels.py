@@ -10,17 +10,16 @@ of them is a plain BTT of rank 2, every token is in one tile, and nothing is add
 four kernels are those of kernels.py's staged way, with rows gathered and scattered. Shapes depend on no data: there is
 room for a partly filled tile a set. Gradients of the gates come from the z before the gate, nothing is divided by it.
 Sums are float32 in a fixed order. A low-rank matrix is a BTT of one block (g = f = 1), too large for one program: it has
-kernels of its own, which go through it in parts. Imports from kernels.
+kernels of its own, which go through it in parts. Imports from kernels and route_kernels.
 """
 
 import functools
-import itertools
 import math
-from typing import NamedTuple
 
 import torch
 
 from kernels import MAX_ROWS, _multiprocessors, _pow2, _rows, _z_stride
+from route_kernels import MOST_SETS, Plan, make_plan, route, set_tables, tile_tokens
 
 try:
     import triton
@@ -28,28 +27,8 @@ try:
 except ImportError:
     triton = None
 
-MOST_SETS = 128  # of experts: with more of them tiles stay nearly empty
 MOST_SUMS = 32_768  # of a core's gradient, float32, that a program can hold
-
-
-class Plan(NamedTuple):
-    """Tokens sorted by their set of experts, in tiles of one set each. T tiles of BM tokens, some of them empty."""
-
-    order: torch.Tensor  # (n,) int32: token at each place of the sorted list
-    first: torch.Tensor  # (T,) int32: place of the tile's first token
-    end: torch.Tensor  # (T,) int32: place behind the last token of the tile's set
-    set_tiles: torch.Tensor  # (sets + 1,) int32: number of each set's first tile
-    tile_set: torch.Tensor  # (T,) int32
-    sets: torch.Tensor  # (sets, k) int32: experts of a set, ascending
-
-
-@functools.cache
-def _sets(num_experts, k, device):
-    """All sets of k experts in the order of their number, (sets, k), and addends (k, num_experts) whose sum is that number."""
-    sets = sorted(itertools.combinations(range(num_experts), k), key=lambda s: s[::-1])
-    # The number of {e_0 < e_1 < …} is C(e_0, 1) + C(e_1, 2) + …, the combinatorial number system.
-    addends = [[math.comb(e, i + 1) for e in range(num_experts)] for i in range(k)]
-    return torch.tensor(sets, dtype=torch.int32, device=device), torch.tensor(addends, device=device)
+MOST_REGISTERS = {4: 128, 3: 168, 2: None}  # of a thread, for so many programs of 4 warps on a multiprocessor
 
 
 def fits(sizes, num_experts, k):
@@ -60,41 +39,6 @@ def fits(sizes, num_experts, k):
     return math.comb(num_experts, k) <= MOST_SETS and (in_one_program or g == f == 1)
 
 
-def make_plan(index, num_experts, tokens):
-    """Plan for index (n, k), each row ascending, in tiles of so many tokens. No host synchronisation."""
-    return Plan(*torch.ops.nanoeinsum.btt_mixture_plan(index, num_experts, tokens))
-
-
-# An operator, so that the tables of sets are made once and not by every replay of a compiled or recorded step.
-@torch.library.custom_op("nanoeinsum::btt_mixture_plan", mutates_args=())
-def _plan(
-    index: torch.Tensor, num_experts: int, tokens: int
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    n, k = index.shape
-    sets, addends = _sets(num_experts, k, index.device)
-    number = addends[0][index[:, 0]]
-    for i in range(1, k):
-        number = number + addends[i][index[:, i]]  # (n,)
-    number, order = torch.sort(number, stable=True)
-    bounds = torch.searchsorted(number, torch.arange(len(sets) + 1, device=index.device))  # (sets + 1,)
-    tiles = (bounds.diff() + tokens - 1) // tokens
-    set_tiles = torch.cat((tiles.new_zeros(1), tiles.cumsum(0)))  # (sets + 1,)
-    every = torch.arange(-(-n // tokens) + len(sets), device=index.device)  # (T,)
-    tile_set = (torch.searchsorted(set_tiles, every, right=True) - 1).clamp(max=len(sets) - 1)
-    first = bounds[tile_set] + (every - set_tiles[tile_set]) * tokens
-    end = bounds[tile_set + 1]
-    first = torch.minimum(first, end)  # tiles behind the last one are empty
-    return order.int(), first.int(), end.int(), set_tiles.int(), tile_set.int(), sets.clone()
-
-
-@_plan.register_fake
-def _(index, num_experts, tokens):
-    (n, k), n_sets = index.shape, math.comb(num_experts, index.shape[1])
-    tiles = -(-n // tokens) + n_sets
-    sizes = [(n,), (tiles,), (tiles,), (n_sets + 1,), (tiles,), (n_sets, k)]
-    return tuple(index.new_empty(size, dtype=torch.int32) for size in sizes)
-
-
 def btt_mixture(x, A, B, index, gate, num_experts):
     """y of the experts that each token picked, weighed by their gates.
 
@@ -103,22 +47,30 @@ def btt_mixture(x, A, B, index, gate, num_experts):
     """
     index, ascending = index.sort(dim=1)
     gate = gate.gather(1, ascending).float()
-    tokens = 64 if len(x) >= 64 * math.comb(num_experts, index.shape[1]) else 32
-    plan = make_plan(index, num_experts, tokens)
+    tokens = tile_tokens(len(x), math.comb(num_experts, index.shape[1]))
+    plan = make_plan(index, gate, num_experts, tokens)
     low_rank = len(A) == len(B) == 1
     op = torch.ops.nanoeinsum.low_rank_mixture if low_rank else torch.ops.nanoeinsum.btt_mixture
     y, _ = op(x, A, B, gate, *plan, num_experts, tokens)
     return y
 
 
-if triton is not None:
+def routed_btt_mixture(x, W, bias, A, B, k):
+    """btt_mixture of the k experts that a router of its own picks -> y, and the router's index, gate and logits.
 
-    @triton.jit
-    def _tile_tokens(order, first, end, tile, BM: tl.constexpr):
-        """Tokens of a tile, (BM,), and which of them there are."""
-        place = tl.load(first + tile) + tl.arange(0, BM)
-        inside = place < tl.load(end + tile)
-        return tl.load(order + place, inside, 0), inside
+    W (E, g·a) float32, bias (E,) as of route_kernels.route. The router's gradient is made where that of x is, which is then
+    written once. gate has no gradient of its own: a loss of the router is one of its logits. See `router_fits`.
+    """
+    y, logits, index, gate, *_ = torch.ops.nanoeinsum.routed_btt_mixture(x, W, bias, A, B, k)
+    return y, index, gate, logits
+
+
+def router_fits(sizes, num_experts, k):
+    """Whether routed_btt_mixture takes a layer: its kernels hold a block of the router's matrix, too."""
+    return fits(sizes, num_experts, k) and num_experts <= 16 and not sizes.g == sizes.f == 1
+
+
+if triton is not None:
 
     @triton.jit
     def _expert_ranks(sets, of_set, j, r, K: tl.constexpr, R: tl.constexpr):
@@ -134,24 +86,24 @@ if triton is not None:
 
     @triton.jit
     def _mixture_first_kernel(
-        x, A, z, order, first, end, tile_set, sets, z_stride, x_stride,
+        x, A, z, token, set_tiles, tile_set, sets, z_stride, x_stride,
         G: tl.constexpr, AL: tl.constexpr, F: tl.constexpr, E: tl.constexpr, K: tl.constexpr, R: tl.constexpr,
-        AP: tl.constexpr, FB: tl.constexpr, CB: tl.constexpr, BM: tl.constexpr,
+        AP: tl.constexpr, FB: tl.constexpr, CB: tl.constexpr, BM: tl.constexpr, SETS: tl.constexpr,
     ):  # fmt: skip
-        """z_g (slot·rank·f, n) = A_gᵀ x_gᵀ of one tile"""
+        """z_g (slot·rank·f, place) = A_gᵀ x_gᵀ of one tile"""
         g, tile = tl.program_id(0) % G, tl.program_id(0) // G
-        tokens, inside = _tile_tokens(order, first, end, tile, BM)
-        if tl.load(first + tile) < tl.load(end + tile):
-            a, c = tl.arange(0, AP), tl.arange(0, CB)
+        if tile < tl.load(set_tiles + SETS):
+            a, c, column = tl.arange(0, AP), tl.arange(0, CB), tile * BM + tl.arange(0, BM)
+            tokens = tl.load(token + column)
             columns, there = _a_columns(sets, tl.load(tile_set + tile), c, F, FB, K, R)
             mask_A = there[:, None] & (a[None, :] < AL)
             A_g = tl.load(A + (g * AL + a)[None, :] * (E * R * F) + columns[:, None], mask_A, 0.0)  # (CB, AP)
-            mask_x = inside[:, None] & (a[None, :] < AL)
+            mask_x = (tokens >= 0)[:, None] & (a[None, :] < AL)
             x_t = tl.load(x + tokens[:, None].to(tl.int64) * x_stride + g * AL + a[None, :], mask_x, 0.0)
             z_t = tl.dot(A_g, x_t.T).to(z.dtype.element_ty)  # (CB, BM)
             rows = z + (g * (K * R * F) + c // FB * F + c % FB)[:, None].to(tl.int64) * z_stride
             # Places without a token get the zeros that no x gives: what is padding is never uninitialised.
-            tl.store(rows + (tile * BM + tl.arange(0, BM))[None, :], z_t, there[:, None])
+            tl.store(rows + column[None, :], z_t, there[:, None])
 
     @triton.jit
     def _b_rows(sets, of_set, k, G: tl.constexpr, E: tl.constexpr, K: tl.constexpr, R: tl.constexpr, KB: tl.constexpr):
@@ -161,92 +113,182 @@ if triton is not None:
         return g * (E * R) + rank, (g < G) & (jr < K * R)
 
     @triton.jit
-    def _gates(gate, tokens, inside, k, K: tl.constexpr, R: tl.constexpr, KB: tl.constexpr):
-        """Gates of a tile, (rows of z, BM)."""
-        j = (k % KB) // R
-        return tl.load(gate + tokens[None, :] * K + j[:, None], inside[None, :] & (j < K)[:, None], 0.0)
+    def _by_row(gates, column, places, slot, K: tl.constexpr, KP: tl.constexpr, BM: tl.constexpr):
+        """Gates of a tile by rows of z, (KP, BM). A load a slot, not one an element."""
+        result = tl.zeros((KP, BM), tl.float32)
+        for j in tl.static_range(K):
+            result = tl.where((slot == j)[:, None], tl.load(gates + j * places + column)[None, :], result)
+        return result
 
     @triton.jit
     def _mixture_second_kernel(
-        z, B, y, gate, order, first, end, tile_set, sets, z_stride,
+        z, B, y, gates, token, set_tiles, tile_set, sets, z_stride, places,
         G: tl.constexpr, F: tl.constexpr, EL: tl.constexpr, E: tl.constexpr, K: tl.constexpr, R: tl.constexpr,
-        EP: tl.constexpr, KB: tl.constexpr, KP: tl.constexpr, BM: tl.constexpr,
+        EP: tl.constexpr, KB: tl.constexpr, KP: tl.constexpr, BM: tl.constexpr, SETS: tl.constexpr,
     ):  # fmt: skip
         """y_f (n, e) = (gate z_f)ᵀ B_f of one tile"""
         f, tile = tl.program_id(0) % F, tl.program_id(0) // F
-        tokens, inside = _tile_tokens(order, first, end, tile, BM)
-        if tl.load(first + tile) < tl.load(end + tile):
-            k, e = tl.arange(0, KP), tl.arange(0, EP)
+        if tile < tl.load(set_tiles + SETS):
+            k, e, column = tl.arange(0, KP), tl.arange(0, EP), tile * BM + tl.arange(0, BM)
+            tokens = tl.load(token + column)
             rows, there = _b_rows(sets, tl.load(tile_set + tile), k, G, E, K, R, KB)
             mask_B = there[:, None] & (e[None, :] < EL)
             B_f = tl.load(B + (f * (G * E * R) + rows)[:, None] * EL + e[None, :], mask_B, 0.0)
             at = ((k // KB * (K * R) + k % KB) * F + f)[:, None].to(tl.int64) * z_stride
-            z_t = tl.load(z + at + (tile * BM + tl.arange(0, BM))[None, :], there[:, None] & inside[None, :], 0.0)
-            z_t = (z_t * _gates(gate, tokens, inside, k, K, R, KB)).to(B.dtype.element_ty)  # (KP, BM)
+            z_t = tl.load(z + at + column[None, :], there[:, None], 0.0)
+            z_t = (z_t * _by_row(gates, column, places, k % KB // R, K, KP, BM)).to(B.dtype.element_ty)  # (KP, BM)
             y_t = tl.dot(z_t.T, B_f).to(y.dtype.element_ty)  # (BM, EP)
             to = y + tokens[:, None].to(tl.int64) * (F * EL) + f * EL + e[None, :]
-            tl.store(to, y_t, inside[:, None] & (e[None, :] < EL))
+            tl.store(to, y_t, (tokens >= 0)[:, None] & (e[None, :] < EL))
+
+    @triton.jit
+    def _share(set_tiles, tile_set, part, SETS: tl.constexpr, PARTS: tl.constexpr):
+        """What a program of PARTS has of the tiles, whatever their sets: (first, last + 1, its first set, its last set + 1)."""
+        tiles = tl.load(set_tiles + SETS)
+        size = tl.maximum(1, tl.cdiv(tiles, PARTS))
+        start, stop = part * size, tl.minimum((part + 1) * size, tiles)
+        first_set, last_set = tl.load(tile_set + start, start < stop, 0), tl.load(tile_set + stop - 1, start < stop, -1)
+        return start, stop, first_set, last_set + 1
 
     @triton.jit
     def _mixture_second_backward_kernel(
-        z, dy, B, gate, dz, dB, dgate, order, first, end, set_tiles, sets, z_stride, dy_stride, places,
+        z, dy, B, dz, dB, shares, gates, token, set_tiles, tile_set, sets, z_stride, dy_stride, places,
         G: tl.constexpr, F: tl.constexpr, EL: tl.constexpr, E: tl.constexpr, K: tl.constexpr, R: tl.constexpr,
-        EP: tl.constexpr, KB: tl.constexpr, KP: tl.constexpr, BM: tl.constexpr, PARTS: tl.constexpr,
+        EP: tl.constexpr, KB: tl.constexpr, KP: tl.constexpr, JP: tl.constexpr, BM: tl.constexpr,
+        BLOCKS: tl.constexpr, SETS: tl.constexpr, PARTS: tl.constexpr,
     ):  # fmt: skip
-        """dz_f = gate B_f dy_fᵀ, dB_f = (gate z_f) dy_f of one set, and f's share of the gates' gradients."""
+        """dz_f = gate B_f dy_fᵀ, dB_f = (gate z_f) dy_f, of KP rows of z and set by set, and their share of the gates' gradients."""
         pid = tl.program_id(0)
-        f, part, of_set = pid % F, (pid // F) % PARTS, pid // (F * PARTS)
-        k, e = tl.arange(0, KP), tl.arange(0, EP)
-        rows, there = _b_rows(sets, of_set, k, G, E, K, R, KB)
-        mask_B = there[:, None] & (e[None, :] < EL)
-        B_f = tl.load(B + (f * (G * E * R) + rows)[:, None] * EL + e[None, :], mask_B, 0.0)
-        at = ((k // KB * (K * R) + k % KB) * F + f)[:, None].to(tl.int64) * z_stride
-        dB_f = tl.zeros((KP, EP), tl.float32)
-        for tile in tl.range(tl.load(set_tiles + of_set) + part, tl.load(set_tiles + of_set + 1), PARTS):
-            tokens, inside = _tile_tokens(order, first, end, tile, BM)
-            mask_y = inside[:, None] & (e[None, :] < EL)
-            dy_t = tl.load(dy + tokens[:, None].to(tl.int64) * dy_stride + f * EL + e[None, :], mask_y, 0.0)
-            column = tile * BM + tl.arange(0, BM)
-            mask_z = there[:, None] & inside[None, :]
-            z_t = tl.load(z + at + column[None, :], mask_z, 0.0)
-            gates = _gates(gate, tokens, inside, k, K, R, KB)
-            d_gated = tl.dot(B_f, dy_t.T)  # (KP, BM)
-            tl.store(dz + at + column[None, :], (d_gated * gates).to(dz.dtype.element_ty), there[:, None])
-            dB_f = tl.dot((z_t * gates).to(dy_t.dtype), dy_t, dB_f)
-            share = d_gated * z_t
+        block, f, part = pid % BLOCKS, pid // BLOCKS % F, pid // (BLOCKS * F)
+        k, e, j = block * KP + tl.arange(0, KP), tl.arange(0, EP), tl.arange(0, JP)
+        slot = k % KB // R
+        own = (slot[:, None] == j[None, :])[:, :, None]
+        at = z + ((k // KB * (K * R) + k % KB) * F + f).to(tl.int64) * z_stride
+        to = dz + ((k // KB * (K * R) + k % KB) * F + f).to(tl.int64) * z_stride
+        start, stop, set_0, set_1 = _share(set_tiles, tile_set, part, SETS, PARTS)
+        for of_set in tl.range(set_0, set_1):
+            rows, there = _b_rows(sets, of_set, k, G, E, K, R, KB)
+            mask_B = there[:, None] & (e[None, :] < EL)
+            B_f = tl.load(B + (f * (G * E * R) + rows)[:, None] * EL + e[None, :], mask_B, 0.0)
+            dB_f = tl.zeros((KP, JP * EP), tl.float32)
+            first, end = tl.load(set_tiles + of_set), tl.load(set_tiles + of_set + 1)
+            for tile in tl.range(tl.maximum(first, start), tl.minimum(end, stop)):
+                column = tile * BM + tl.arange(0, BM)
+                tokens = tl.load(token + column)
+                mask_y = (tokens >= 0)[:, None] & (e[None, :] < EL)
+                dy_t = tl.load(dy + tokens[:, None].to(tl.int64) * dy_stride + f * EL + e[None, :], mask_y, 0.0)
+                z_t = tl.load(at[:, None] + column[None, :], there[:, None], 0.0)  # (KP, BM)
+                gate = tl.load(gates + j[None, :] * places + column[:, None], (j < K)[None, :], 0.0)  # (BM, JP)
+                # z goes from memory to the tensor cores as it is: dy is multiplied by each slot's gate instead, and
+                # every row of z by all of them, of which it keeps its own.
+                gated = (dy_t[:, None, :] * gate[:, :, None]).to(dy_t.dtype).reshape(BM, JP * EP)
+                dB_f = tl.dot(z_t, gated, dB_f)
+                d_gated = tl.dot(dy_t, B_f.T)  # (BM, KP), tokens first: sums over z are within a warp
+                share, of_row = d_gated * z_t.T, tl.zeros((BM, KP), tl.float32)
+                for i in tl.static_range(K):
+                    mine = (slot == i)[None, :]
+                    of_slot = tl.sum(tl.where(mine, share, 0.0), 1)
+                    tl.store(shares + ((f * BLOCKS + block) * K + i).to(tl.int64) * places + column, of_slot)
+                    of_row = tl.where(mine, tl.load(gates + i * places + column)[:, None], of_row)
+                tl.store(to[None, :] + column[:, None], (d_gated * of_row).to(dz.dtype.element_ty), there[None, :])
+            dB_own = tl.sum(tl.where(own, dB_f.reshape(KP, JP, EP), 0.0), 1)
+            # (part + set, f, slot, g, rank, e)
+            to_B = ((part + of_set) * F + f) * (K * G * R) + slot * (G * R) + k // KB * R + k % KB % R
+            tl.store(dB + to_B[:, None].to(tl.int64) * EL + e[None, :], dB_own, mask_B)
+
+    @triton.jit
+    def _router_gradient_kernel(
+        shares, gates, dlogits, out, token, set_tiles, tile_set, sets, places,
+        F: tl.constexpr, K: tl.constexpr, E: tl.constexpr, FP: tl.constexpr, QP: tl.constexpr, BM: tl.constexpr,
+        SETS: tl.constexpr, MORE: tl.constexpr,
+    ):  # fmt: skip
+        """out (n, QP): gradient of the logits, from that of the gates and, where MORE, dlogits; of 16 bits, and then what these lack."""
+        tile, q, f = tl.program_id(0), tl.arange(0, QP), tl.arange(0, FP)
+        if tile < tl.load(set_tiles + SETS):
+            of_set, column = tl.load(tile_set + tile), tile * BM + tl.arange(0, BM)
+            tokens = tl.load(token + column)
+            mean = tl.zeros((BM,), tl.float32)
+            of_expert, gate = tl.zeros((BM, QP), tl.float32), tl.zeros((BM, QP), tl.float32)
             for j in tl.static_range(K):
-                mine = tl.sum(tl.where(((k % KB) // R == j)[:, None], share, 0.0), 0)  # (BM,)
-                tl.store(dgate + (f * K + j) * places + column, mine)
-        # (set, part, f, slot·rank·g, e): what _sum_sets reads
-        to = ((of_set * PARTS + part) * F + f) * (K * R * G) + k % KB * G + k // KB
-        tl.store(dB + to[:, None].to(tl.int64) * EL + e[None, :], dB_f, mask_B)
+                at = (f * K + j)[:, None].to(tl.int64) * places + column[None, :]
+                of_slot = tl.sum(tl.load(shares + at, (f < F)[:, None], 0.0), 0)
+                gate_j = tl.load(gates + j * places + column)
+                mine = (q % E == tl.load(sets + of_set * K + j))[None, :]
+                of_expert = tl.where(mine, of_slot[:, None], of_expert)
+                gate = tl.where(mine, gate_j[:, None], gate)
+                mean += gate_j * of_slot
+            d = gate * (of_expert - mean[:, None])
+            there = (tokens >= 0)[:, None] & (q < 2 * E)[None, :]
+            if MORE:
+                d += tl.load(dlogits + tokens[:, None].to(tl.int64) * E + (q % E)[None, :], there, 0.0)
+            high = d.to(out.dtype.element_ty)
+            d = tl.where((q < E)[None, :], high, (d - high.to(tl.float32)).to(high.dtype))
+            d = tl.where((q < 2 * E)[None, :], d, tl.zeros_like(d))
+            tl.store(out + tokens[:, None].to(tl.int64) * QP + q[None, :], d, (tokens >= 0)[:, None])
 
     @triton.jit
     def _mixture_first_backward_kernel(
-        dz, x, A, dx, dA, order, first, end, set_tiles, sets, z_stride, x_stride,
+        dz, x, A, dx, dA, d, W, dW, token, set_tiles, tile_set, sets, z_stride, x_stride,
         G: tl.constexpr, AL: tl.constexpr, F: tl.constexpr, E: tl.constexpr, K: tl.constexpr, R: tl.constexpr,
-        AP: tl.constexpr, FB: tl.constexpr, CB: tl.constexpr, BM: tl.constexpr, PARTS: tl.constexpr,
+        AP: tl.constexpr, FB: tl.constexpr, CB: tl.constexpr, QP: tl.constexpr, BM: tl.constexpr,
+        SETS: tl.constexpr, PARTS: tl.constexpr, ROUTER: tl.constexpr,
     ):  # fmt: skip
-        """dx_g (n, a) = dz_gᵀ A_gᵀ and dA_gᵀ = dz_g x_g of one set"""
+        """dx_g (n, a) = dz_gᵀ A_gᵀ and dA_gᵀ = dz_g x_g set by set; where ROUTER, dx_g += d W_g and dW_g = dᵀ x_g for its logits."""
         pid = tl.program_id(0)
-        g, part, of_set = pid % G, (pid // G) % PARTS, pid // (G * PARTS)
-        a, c = tl.arange(0, AP), tl.arange(0, CB)
-        columns, there = _a_columns(sets, of_set, c, F, FB, K, R)
-        mask_A = there[:, None] & (a[None, :] < AL)
-        A_g = tl.load(A + (g * AL + a)[None, :] * (E * R * F) + columns[:, None], mask_A, 0.0)  # (CB, AP)
-        at = (g * (K * R * F) + c // FB * F + c % FB)[:, None].to(tl.int64) * z_stride
-        dA_g = tl.zeros((CB, AP), tl.float32)
-        for tile in tl.range(tl.load(set_tiles + of_set) + part, tl.load(set_tiles + of_set + 1), PARTS):
-            tokens, inside = _tile_tokens(order, first, end, tile, BM)
-            dz_t = tl.load(dz + at + (tile * BM + tl.arange(0, BM))[None, :], there[:, None] & inside[None, :], 0.0)
-            mask_x = inside[:, None] & (a[None, :] < AL)
-            x_t = tl.load(x + tokens[:, None].to(tl.int64) * x_stride + g * AL + a[None, :], mask_x, 0.0)
-            dx_t = tl.dot(dz_t.T, A_g).to(dx.dtype.element_ty)  # (BM, AP)
-            tl.store(dx + tokens[:, None].to(tl.int64) * (G * AL) + g * AL + a[None, :], dx_t, mask_x)
-            dA_g = tl.dot(dz_t, x_t, dA_g)
-        # (set, part, g, slot·rank·f, a)
-        to = ((of_set * PARTS + part) * G + g) * (K * R * F) + c // FB * F + c % FB
-        tl.store(dA + to[:, None].to(tl.int64) * AL + a[None, :], dA_g, mask_A)
+        g, part = pid % G, pid // G
+        a, c, q = tl.arange(0, AP), tl.arange(0, CB), tl.arange(0, QP)
+        at = dz + (g * (K * R * F) + c // FB * F + c % FB).to(tl.int64) * z_stride
+        at_W = q[:, None] * (G * AL) + g * AL + a[None, :]
+        dW_g = tl.zeros((QP, AP), tl.float32)
+        if ROUTER:
+            W_g = tl.load(W + at_W, (a < AL)[None, :], 0.0)  # (QP, AP)
+        start, stop, set_0, set_1 = _share(set_tiles, tile_set, part, SETS, PARTS)
+        for of_set in tl.range(set_0, set_1):
+            columns, there = _a_columns(sets, of_set, c, F, FB, K, R)
+            mask_A = there[:, None] & (a[None, :] < AL)
+            A_g = tl.load(A + (g * AL + a)[None, :] * (E * R * F) + columns[:, None], mask_A, 0.0)  # (CB, AP)
+            dA_g = tl.zeros((CB, AP), tl.float32)
+            first, end = tl.load(set_tiles + of_set), tl.load(set_tiles + of_set + 1)
+            for tile in tl.range(tl.maximum(first, start), tl.minimum(end, stop)):
+                column = tile * BM + tl.arange(0, BM)
+                tokens = tl.load(token + column)
+                dz_t = tl.load(at[:, None] + column[None, :], there[:, None], 0.0)
+                mask_x = (tokens >= 0)[:, None] & (a[None, :] < AL)
+                x_t = tl.load(x + tokens[:, None].to(tl.int64) * x_stride + g * AL + a[None, :], mask_x, 0.0)
+                dx_t = tl.dot(dz_t.T, A_g)  # (BM, AP)
+                dA_g = tl.dot(dz_t, x_t, dA_g)
+                if ROUTER:
+                    d_t = tl.load(d + tokens[:, None].to(tl.int64) * QP + q[None, :], (tokens >= 0)[:, None], 0.0)
+                    dx_t = tl.dot(d_t, W_g, dx_t)
+                    dW_g = tl.dot(d_t.T, x_t, dW_g)
+                to = dx + tokens[:, None].to(tl.int64) * (G * AL) + g * AL + a[None, :]
+                tl.store(to, dx_t.to(dx.dtype.element_ty), mask_x)
+            # (part + set, g, slot, a, rank, f)
+            slot, r = c // FB // R, c // FB % R
+            to_A = (((part + of_set) * G + g) * K + slot).to(tl.int64) * (AL * R * F) + r * F + c % FB
+            tl.store(dA + to_A[:, None] + a[None, :] * (R * F), dA_g, mask_A)
+        if ROUTER:
+            tl.store(dW + part.to(tl.int64) * (QP * G * AL) + at_W, dW_g, (a < AL)[None, :])
+
+    @triton.jit
+    def _sum_experts_kernel(
+        sums, set_tiles, members, out, BLOCKS: tl.constexpr, OUTER: tl.constexpr, INNER: tl.constexpr,
+        E: tl.constexpr, K: tl.constexpr, MEMBERS: tl.constexpr, SETS: tl.constexpr, PARTS: tl.constexpr, BS: tl.constexpr,
+    ):  # fmt: skip
+        """out (block, outer, expert, inner): sums (part + set, block, slot, outer, inner) of all sets that an expert is in, in order."""
+        expert, i = tl.program_id(0) % E, tl.program_id(0) // E * BS + tl.arange(0, BS)
+        block, rest = i // (OUTER * INNER), i % (OUTER * INNER)
+        size = tl.maximum(1, tl.cdiv(tl.load(set_tiles + SETS), PARTS))  # tiles of a part, as in _share
+        total = tl.zeros((BS,), tl.float32)
+        for m in tl.range(0, MEMBERS):
+            member = tl.load(members + expert * MEMBERS + m)
+            of_set = member // K
+            first, end = tl.load(set_tiles + of_set), tl.load(set_tiles + of_set + 1)
+            for part in tl.range(first // size, tl.where(first < end, (end - 1) // size + 1, first // size)):
+                row = ((part + of_set).to(tl.int64) * BLOCKS + block) * K + member % K
+                total += tl.load(sums + row * (OUTER * INNER) + rest, block < BLOCKS, 0.0)
+        to = (block * OUTER + rest // INNER) * (E * INNER) + expert * INNER + rest % INNER
+        tl.store(out + to, total.to(out.dtype.element_ty), block < BLOCKS)
 
 
 def _sizes(x, A, B, num_experts):
@@ -254,119 +296,223 @@ def _sizes(x, A, B, num_experts):
     return g, a, f, e, A.shape[2] // (num_experts * f)
 
 
-@torch.library.custom_op("nanoeinsum::btt_mixture", mutates_args=())
-def _forward(
-    x: torch.Tensor, A: torch.Tensor, B: torch.Tensor, gate: torch.Tensor, order: torch.Tensor, first: torch.Tensor,
-    end: torch.Tensor, set_tiles: torch.Tensor, tile_set: torch.Tensor, sets: torch.Tensor, num_experts: int, tokens: int,
-) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-    """-> y, and z (g·slot·rank·f, places) for backward"""
-    x, A, B, gate = _rows(x), A.contiguous(), B.contiguous(), gate.contiguous()
-    g, a, f, e, r = _sizes(x, A, B, num_experts)
-    k, tiles = gate.shape[1], len(first)
-    z, y = x.new_empty(g * k * r * f, _z_stride(tiles * tokens)), x.new_empty(len(x), f * e)
-    if len(x) == 0:
-        return y, z
-    rows, columns = _row_sizes(g, f, k * r)
-    warps = 4 if max(rows, columns) <= 128 else 8
-    _mixture_first_kernel[(g * tiles,)](
-        x, A, z, order, first, end, tile_set, sets, z.stride(0), x.stride(0),
-        G=g, AL=a, F=f, E=num_experts, K=k, R=r, AP=_pow2(a, 16), FB=_pow2(f), CB=columns, BM=tokens, num_warps=warps,
-    )  # fmt: skip
-    _mixture_second_kernel[(f * tiles,)](
-        z, B, y, gate, order, first, end, tile_set, sets, z.stride(0),
-        G=g, F=f, EL=e, E=num_experts, K=k, R=r, EP=_pow2(e, 16), KB=_pow2(k * r), KP=rows, BM=tokens, num_warps=warps,
-    )  # fmt: skip
-    return y, z
-
-
 def _row_sizes(g, f, slots):
     """Rows of z that a program holds, padded: (g slot·rank) of one f, (slot·rank f) of one g."""
     return max(16, _pow2(g) * _pow2(slots)), max(16, _pow2(slots) * _pow2(f))
 
 
-@_forward.register_fake
-def _forward_shapes(x, A, B, gate, order, first, end, set_tiles, tile_set, sets, num_experts, tokens):
+def _outputs(x, A, B, plan, num_experts):
+    """y, and z (g·slot·rank·f, places) for backward, both empty."""
+    g, _, f, e, r = _sizes(x, A, B, num_experts)
+    return x.new_empty(x.shape[0], f * e), x.new_empty(g * len(plan.gate) * r * f, _z_stride(len(plan.token)))
+
+
+def _forward(x, A, B, plan, num_experts, tokens):
+    """-> y, z"""
+    y, z = _outputs(x, A, B, plan, num_experts)
+    if len(x) == 0:
+        return y, z
     g, a, f, e, r = _sizes(x, A, B, num_experts)
-    z = x.new_empty(g * gate.shape[1] * r * f, _z_stride(len(first) * tokens))
-    return x.new_empty(x.shape[0], f * e), z
+    (k, places), tiles = plan.gate.shape, len(plan.tile_set)
+    rows, columns = _row_sizes(g, f, k * r)
+    sets = set_tables(num_experts, k, x.device).sets
+    shape = dict(E=num_experts, K=k, R=r, BM=tokens, SETS=len(sets), num_warps=4 if max(rows, columns) <= 128 else 8)
+    tables = plan.token, plan.set_tiles, plan.tile_set, sets, z.stride(0)
+    _mixture_first_kernel[(g * tiles,)](
+        x, A, z, *tables, x.stride(0), G=g, AL=a, F=f, AP=_pow2(a, 16), FB=_pow2(f), CB=columns, **shape
+    )
+    _mixture_second_kernel[(f * tiles,)](
+        z, B, y, plan.gate, *tables, places, G=g, F=f, EL=e, EP=_pow2(e, 16), KB=_pow2(k * r), KP=rows, **shape
+    )
+    return y, z
+
+
+def _backward(x, dy, z, A, B, plan, num_experts, tokens, W=None, dlogits=None):
+    """-> dx, dA, dB and dgate (n, k), or, of a layer with a router W, dW in its stead, and dx with that of the router.
+
+    dlogits (n, E) or None: gradient of the router's logits from elsewhere.
+    """
+    (g, a, f, e, r), E = _sizes(x, A, B, num_experts), num_experts
+    (k, places), tiles = plan.gate.shape, len(plan.tile_set)
+    sets, members, _ = set_tables(E, k, x.device)
+    dx, n_sets = x.new_empty(len(x), g * a), len(sets)
+    if len(x) == 0:
+        of_router = plan.gate.new_empty(0, k) if W is None else torch.zeros_like(W)
+        return dx, torch.zeros_like(A), torch.zeros_like(B), of_router
+    rows, columns = _row_sizes(g, f, k * r)
+    shape = dict(G=g, F=f, E=E, K=k, R=r, BM=tokens, SETS=n_sets)
+    tables = plan.token, plan.set_tiles, plan.tile_set, sets
+
+    def empty(*size):
+        return torch.empty(size, dtype=torch.float32, device=x.device)
+
+    blocks, width = max(1, rows // 64), _pow2(k) * _pow2(e, 16)  # sums of a row of z, which every slot has
+    resident = 4 if width <= 64 else 3 if width <= 128 else 2
+    parts = _parts(f * blocks, tiles, resident, x)
+    dz, shares, sums_B = torch.empty_like(z), empty(f * blocks, k, places), empty(parts + n_sets, f, k, g * r * e)
+    _mixture_second_backward_kernel[(blocks * f * parts,)](
+        z, dy, B, dz, sums_B, shares, plan.gate, *tables, z.stride(0), dy.stride(0), places,
+        EL=e, EP=_pow2(e, 16), KB=_pow2(k * r), KP=rows // blocks, JP=_pow2(k), BLOCKS=blocks, PARTS=parts, **shape,
+        num_warps=4 if width <= 256 else 8, maxnreg=MOST_REGISTERS[resident],
+    )  # fmt: skip
+    dB = _sum_experts(sums_B, plan.set_tiles, members, torch.empty_like(B), (f, g, r * e), parts)
+
+    width, sums = _pow2(2 * E, 16), columns * _pow2(a, 16)
+    resident = 4 if sums <= 2048 else 3 if sums <= 4096 else 2
+    parts = _parts(g, tiles, resident, x)
+    sums_A = empty(parts + n_sets, g, k, a * r * f)
+    if W is None:
+        d = twice = sums_W = x
+    else:
+        d, twice, sums_W = x.new_empty(len(x), width), x.new_zeros(width, g * a), empty(parts, width, g * a)
+        twice[:E] = twice[E : 2 * E] = W
+        _router_gradient_kernel[(tiles,)](
+            shares, plan.gate, shares if dlogits is None else dlogits, d, *tables, places, F=f * blocks, K=k, E=E,
+            FP=_pow2(f * blocks), QP=width, BM=tokens, SETS=n_sets, MORE=dlogits is not None,
+        )  # fmt: skip
+    _mixture_first_backward_kernel[(g * parts,)](
+        dz, x, A, dx, sums_A, d, twice, sums_W, *tables, z.stride(0), x.stride(0),
+        AL=a, AP=_pow2(a, 16), FB=_pow2(f), CB=columns, QP=width, PARTS=parts, ROUTER=W is not None, **shape,
+        num_warps=4 if columns <= 128 else 8, maxnreg=MOST_REGISTERS[resident],
+    )  # fmt: skip
+    dA = _sum_experts(sums_A, plan.set_tiles, members, torch.empty_like(A), (g, a, r * f), parts)
+    if W is None:
+        return dx, dA, dB, _gate_gradient(shares.sum(0), plan)
+    high, low = sums_W.sum(0)[: 2 * E].chunk(2)
+    return dx, dA, dB, (high + low).to(W.dtype)
+
+
+def _gate_gradient(shares, plan):
+    """Gradients by slot and place, (k, places) -> by token, (n, k)."""
+    return shares[:, plan.place.long()].t().contiguous()
+
+
+def _parts(blocks, tiles, resident, tensor):
+    """So many programs share the tiles: all of them run at once, `resident` to a multiprocessor, and have as many tiles each.
+
+    Tiles are dealt out whatever their sets, since of these a few may have most tokens.
+    """
+    return max(1, min(tiles, resident * _multiprocessors(tensor) // blocks))
+
+
+def _sum_experts(sums, set_tiles, members, out, sizes, parts):
+    """Fill `out`, whose axes are (block, outer, expert, inner), from sums (part + set, block, slot, outer · inner).
+
+    Along the tiles neither the part nor the set goes back, so that their sum tells all pairs apart.
+    """
+    (blocks, outer, inner), size = sizes, 512
+    E, count = members.shape
+    _sum_experts_kernel[(E * triton.cdiv(blocks * outer * inner, size),)](
+        sums, set_tiles, members, out, BLOCKS=blocks, OUTER=outer, INNER=inner, E=E, K=sums.shape[2], MEMBERS=count,
+        SETS=len(set_tiles) - 1, PARTS=parts, BS=size,
+    )  # fmt: skip
+    return out
+
+
+@torch.library.custom_op("nanoeinsum::btt_mixture", mutates_args=())
+def _btt(
+    x: torch.Tensor, A: torch.Tensor, B: torch.Tensor, gate: torch.Tensor, token: torch.Tensor, gates: torch.Tensor,
+    place: torch.Tensor, set_tiles: torch.Tensor, tile_set: torch.Tensor, num_experts: int, tokens: int,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    """-> y, z. `gate` stands for its gradient, its values are in `gates`."""
+    plan = Plan(token, gates, place, set_tiles, tile_set)
+    return _forward(_rows(x), A.contiguous(), B.contiguous(), plan, num_experts, tokens)
+
+
+@_btt.register_fake
+def _forward_shapes(x, A, B, gate, token, gates, place, set_tiles, tile_set, num_experts, tokens):
+    return _outputs(x, A, B, Plan(token, gates, place, set_tiles, tile_set), num_experts)
 
 
 @torch.library.custom_op("nanoeinsum::btt_mixture_backward", mutates_args=())
-def _backward(
-    x: torch.Tensor, dy: torch.Tensor, z: torch.Tensor, A: torch.Tensor, B: torch.Tensor, gate: torch.Tensor,
-    order: torch.Tensor, first: torch.Tensor, end: torch.Tensor, set_tiles: torch.Tensor, tile_set: torch.Tensor,
-    sets: torch.Tensor, num_experts: int, tokens: int,
+def _btt_backward(
+    x: torch.Tensor, dy: torch.Tensor, z: torch.Tensor, A: torch.Tensor, B: torch.Tensor, token: torch.Tensor,
+    gates: torch.Tensor, place: torch.Tensor, set_tiles: torch.Tensor, tile_set: torch.Tensor, num_experts: int, tokens: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
-    """-> dx, dA, dB, dgate. It goes through the tiles set by set, so that tile_set is not needed."""
-    x, dy, A, B, gate = _rows(x), _rows(dy), A.contiguous(), B.contiguous(), gate.contiguous()
-    g, a, f, e, r = _sizes(x, A, B, num_experts)
-    k, places, n_sets = gate.shape[1], len(first) * tokens, len(sets)
-    dx = x.new_empty(len(x), g * a)
-    if len(x) == 0:
-        return dx, torch.zeros_like(A), torch.zeros_like(B), torch.empty_like(gate)
-    rows, columns = _row_sizes(g, f, k * r)
-    warps = 4 if max(rows, columns) <= 64 else 8
-    parts_B, parts_A = (_parts(blocks, n_sets, len(x), tokens, x) for blocks in (f, g))
-    dz = torch.empty_like(z)
-    sums_B = torch.empty(n_sets, parts_B, f, k * r * g * e, dtype=torch.float32, device=x.device)
-    sums_A = torch.empty(n_sets, parts_A, g, k * r * f * a, dtype=torch.float32, device=x.device)
-    shares = torch.empty(f, k, places, dtype=torch.float32, device=x.device)
-    _mixture_second_backward_kernel[(f * parts_B * n_sets,)](
-        z, dy, B, gate, dz, sums_B, shares, order, first, end, set_tiles, sets, z.stride(0), dy.stride(0), places,
-        G=g, F=f, EL=e, E=num_experts, K=k, R=r, EP=_pow2(e, 16), KB=_pow2(k * r), KP=rows, BM=tokens, PARTS=parts_B,
-        num_warps=warps,
-    )  # fmt: skip
-    _mixture_first_backward_kernel[(g * parts_A * n_sets,)](
-        dz, x, A, dx, sums_A, order, first, end, set_tiles, sets, z.stride(0), x.stride(0),
-        G=g, AL=a, F=f, E=num_experts, K=k, R=r, AP=_pow2(a, 16), FB=_pow2(f), CB=columns, BM=tokens, PARTS=parts_A,
-        num_warps=warps,
-    )  # fmt: skip
-    dA = _sum_sets(sums_A.sum(1).view(n_sets, g, k, r * f, a), sets, num_experts)  # (E, g, r·f, a)
-    dB = _sum_sets(sums_B.sum(1).view(n_sets, f, k, r * g, e), sets, num_experts)  # (E, f, r·g, e)
-    dA = dA.permute(1, 3, 0, 2).reshape(A.shape)
-    dB = dB.view(num_experts, f, r, g, e).permute(1, 3, 0, 2, 4).reshape(B.shape)
-    return dx, dA.to(A.dtype), dB.to(B.dtype), _gate_gradient(shares.sum(0), order, first, tokens, gate)
+    """-> dx, dA, dB, dgate"""
+    plan = Plan(token, gates, place, set_tiles, tile_set)
+    return _backward(_rows(x), _rows(dy), z, A.contiguous(), B.contiguous(), plan, num_experts, tokens)
 
 
-def _gate_gradient(shares, order, first, tokens, gate):
-    """Gradients by slot and place in the tiles, (k, places) -> by token, (n, k)."""
-    place = torch.arange(len(order), device=order.device)  # in the sorted list
-    tile = torch.searchsorted(first, place.int(), right=True) - 1  # empty tiles are behind all others
-    column = tile * tokens + place - first[tile]
-    return torch.empty_like(gate).index_copy(0, order.long(), shares[:, column].t().to(gate.dtype))
-
-
-def _parts(blocks, n_sets, n, tokens, tensor):
-    """So many programs share the tiles of one set."""
-    tiles = max(1, n // (n_sets * tokens))
-    return max(1, min(tiles, round(4 * _multiprocessors(tensor) / (blocks * n_sets))))
-
-
-def _sum_sets(sums, sets, num_experts):
-    """(sets, blocks, k, …) -> (num_experts, blocks, …): over the sets that an expert is in, in order."""
-    n_sets, k = sets.shape
-    slots = sums.transpose(1, 2).reshape(n_sets * k, *sums.shape[1:2], *sums.shape[3:])
-    of_expert = torch.argsort(sets.flatten(), stable=True).view(num_experts, -1)  # every expert is in as many sets
-    return slots[of_expert].sum(1)
-
-
-@_backward.register_fake
-def _gradient_shapes(x, dy, z, A, B, gate, *plan):
-    return tuple(tensor.new_empty(tensor.shape) for tensor in (x, A, B, gate))
+@_btt_backward.register_fake
+def _gradient_shapes(x, dy, z, A, B, token, gates, place, *_):
+    dgate = gates.new_empty(place.shape[0], gates.shape[0])
+    return *(tensor.new_empty(tensor.shape) for tensor in (x, A, B)), dgate
 
 
 def _setup(ctx, inputs, output):
-    x, A, B, gate, *plan, ctx.num_experts, ctx.tokens = inputs
-    ctx.save_for_backward(x, output[1], A, B, gate, *plan)
+    x, A, B, _, *plan, ctx.num_experts, ctx.tokens = inputs
+    ctx.save_for_backward(x, output[1], A, B, *plan)
     ctx.set_materialize_grads(False)
 
 
 def _gradients(op, ctx, dy, _):
     x, *saved = ctx.saved_tensors
-    return *op(x, dy, *saved, ctx.num_experts, ctx.tokens), *[None] * 8
+    return *op(x, dy, *saved, ctx.num_experts, ctx.tokens), *[None] * 7
 
 
-_forward.register_autograd(functools.partial(_gradients, _backward), setup_context=_setup)
+_btt.register_autograd(functools.partial(_gradients, _btt_backward), setup_context=_setup)
+
+
+@torch.library.custom_op("nanoeinsum::routed_btt_mixture", mutates_args=())
+def _routed(
+    x: torch.Tensor, W: torch.Tensor, bias: torch.Tensor, A: torch.Tensor, B: torch.Tensor, k: int
+) -> tuple[
+    torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor,
+    torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor,
+]:  # fmt: skip
+    """-> y, logits, index, gate; z and the plan for backward"""
+    x, E = _rows(x), len(W)
+    logits, index, gate = route(x, W, bias, k)
+    tokens = tile_tokens(len(x), math.comb(E, k))
+    plan = make_plan(index, gate, E, tokens)
+    y, z = _forward(x, A.contiguous(), B.contiguous(), plan, E, tokens)
+    return y, logits, index, gate, z, *plan
+
+
+@_routed.register_fake
+def _(x, W, bias, A, B, k):
+    E = len(W)
+    logits, index, gate = torch.ops.nanoeinsum.route(x, W, bias, k)
+    plan = make_plan(index, gate, E, tile_tokens(x.shape[0], math.comb(E, k)))
+    y, z = _outputs(x, A, B, plan, E)
+    return y, logits, index, gate, z, *plan
+
+
+@torch.library.custom_op("nanoeinsum::routed_btt_mixture_backward", mutates_args=())
+def _routed_backward(
+    x: torch.Tensor, dy: torch.Tensor, dlogits: torch.Tensor | None, z: torch.Tensor, W: torch.Tensor, A: torch.Tensor,
+    B: torch.Tensor, token: torch.Tensor, gates: torch.Tensor, place: torch.Tensor, set_tiles: torch.Tensor,
+    tile_set: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+    """-> dx, dA, dB, dW"""
+    plan, E = Plan(token, gates, place, set_tiles, tile_set), len(W)
+    tokens = tile_tokens(len(x), math.comb(E, len(gates)))
+    dlogits = None if dlogits is None else dlogits.contiguous()
+    return _backward(_rows(x), _rows(dy), z, A.contiguous(), B.contiguous(), plan, E, tokens, W, dlogits)
+
+
+@_routed_backward.register_fake
+def _(x, dy, dlogits, z, W, A, B, *plan):
+    return tuple(tensor.new_empty(tensor.shape) for tensor in (x, A, B, W))
+
+
+def _routed_setup(ctx, inputs, output):
+    x, W, _, A, B, _ = inputs
+    _, _, _, _, z, *plan = output
+    ctx.save_for_backward(x, z, W, A, B, *plan)
+    ctx.set_materialize_grads(False)
+
+
+def _routed_gradients(ctx, dy, dlogits, *_):
+    x, z, *saved = ctx.saved_tensors
+    if dy is None:  # only the router's loss was asked for
+        dy = x.new_zeros(x.shape[0], saved[2].shape[0] * saved[2].shape[2])
+    dx, dA, dB, dW = torch.ops.nanoeinsum.routed_btt_mixture_backward(x, dy, dlogits, z, *saved)
+    return dx, dW, None, dA, dB, None
+
+
+_routed.register_autograd(_routed_gradients, setup_context=_routed_setup)
 
 
 # ---------------------------------------------------------------------------------------
@@ -380,16 +526,18 @@ if triton is not None:
 
     @triton.jit
     def _to_ranks_kernel(
-        rows, core, out, z, gate, shares, order, first, end, tile_set, sets, row_stride, rank_stride, width_stride,
-        z_stride, places, D: tl.constexpr, K: tl.constexpr, R: tl.constexpr, CB: tl.constexpr, DB: tl.constexpr,
+        rows, core, out, z, gates, shares, token, set_tiles, tile_set, sets, row_stride, rank_stride, width_stride,
+        z_stride, places, SETS: tl.constexpr, D: tl.constexpr, K: tl.constexpr, R: tl.constexpr, CB: tl.constexpr, DB: tl.constexpr,
         BM: tl.constexpr, BACKWARD: tl.constexpr,
     ):  # fmt: skip
         """out (slot·rank, place) = core_S rowsᵀ, for one tile of tokens and CB ranks of one slot. core: (ranks, D) by its strides."""
         C_BLOCKS: tl.constexpr = (R + CB - 1) // CB
         block, tile = tl.program_id(0) % (K * C_BLOCKS), tl.program_id(0) // (K * C_BLOCKS)
         j, c = block // C_BLOCKS, block % C_BLOCKS * CB + tl.arange(0, CB)
-        tokens, inside = _tile_tokens(order, first, end, tile, BM)
-        if tl.load(first + tile) < tl.load(end + tile):
+        if tile < tl.load(set_tiles + SETS):
+            column = tile * BM + tl.arange(0, BM)
+            tokens = tl.load(token + column)
+            inside = tokens >= 0
             expert = tl.load(sets + tl.load(tile_set + tile) * K + j)
             sums = tl.zeros((CB, BM), tl.float32)
             for start in tl.range(0, D, DB):
@@ -399,69 +547,72 @@ if triton is not None:
                 at_rows = tokens[:, None].to(tl.int64) * row_stride + d[None, :]
                 rows_t = tl.load(rows + at_rows, inside[:, None] & (d < D)[None, :], 0.0)  # (BM, DB)
                 sums = tl.dot(core_t, rows_t.T, sums)
-            column = tile * BM + tl.arange(0, BM)
             at = (j * R + c)[:, None].to(tl.int64) * z_stride + column[None, :]
             if BACKWARD:
-                z_t = tl.load(z + at, (c < R)[:, None] & inside[None, :], 0.0)
+                z_t = tl.load(z + at, (c < R)[:, None], 0.0)
                 tl.store(shares + block * places + column, tl.sum(sums * z_t, 0))
-                sums *= tl.load(gate + tokens * K + j, inside, 0.0)[None, :]
+                sums *= tl.load(gates + j * places + column)[None, :]
             tl.store(out + at, sums.to(out.dtype.element_ty), (c < R)[:, None])
 
     @triton.jit
     def _from_ranks_kernel(
-        z, core, out, gate, order, first, end, tile_set, sets, rank_stride, width_stride, z_stride,
-        D: tl.constexpr, K: tl.constexpr, R: tl.constexpr, CB: tl.constexpr, DB: tl.constexpr,
+        z, core, out, gates, token, set_tiles, tile_set, sets, rank_stride, width_stride, z_stride, places,
+        SETS: tl.constexpr, D: tl.constexpr, K: tl.constexpr, R: tl.constexpr, CB: tl.constexpr, DB: tl.constexpr,
         BM: tl.constexpr, GATED: tl.constexpr,
     ):  # fmt: skip
         """out (n, d) = zᵀ core_S, for one tile of tokens and DB of the D columns; every slot times its gate where GATED."""
         D_BLOCKS: tl.constexpr = (D + DB - 1) // DB
         tile, d = tl.program_id(0) // D_BLOCKS, tl.program_id(0) % D_BLOCKS * DB + tl.arange(0, DB)
-        tokens, inside = _tile_tokens(order, first, end, tile, BM)
-        if tl.load(first + tile) < tl.load(end + tile):
+        if tile < tl.load(set_tiles + SETS):
+            column = tile * BM + tl.arange(0, BM)
+            tokens = tl.load(token + column)
             sums = tl.zeros((BM, DB), tl.float32)
             for j in tl.static_range(K):
                 expert = tl.load(sets + tl.load(tile_set + tile) * K + j)
                 of_slot = tl.zeros((BM, DB), tl.float32)
                 for start in tl.range(0, R, CB):
                     c = start + tl.arange(0, CB)
-                    at = (j * R + c)[:, None].to(tl.int64) * z_stride + (tile * BM + tl.arange(0, BM))[None, :]
-                    z_t = tl.load(z + at, (c < R)[:, None] & inside[None, :], 0.0)  # (CB, BM)
+                    at = (j * R + c)[:, None].to(tl.int64) * z_stride + column[None, :]
+                    z_t = tl.load(z + at, (c < R)[:, None], 0.0)  # (CB, BM)
                     at_core = (expert * R + c)[:, None] * rank_stride + d[None, :] * width_stride
                     core_t = tl.load(core + at_core, (c < R)[:, None] & (d < D)[None, :], 0.0)  # (CB, DB)
                     of_slot = tl.dot(z_t.T, core_t, of_slot)
                 if GATED:
-                    of_slot *= tl.load(gate + tokens * K + j, inside, 0.0)[:, None]
+                    of_slot *= tl.load(gates + j * places + column)[:, None]
                 sums += of_slot
             to = out + tokens[:, None].to(tl.int64) * D + d[None, :]
-            tl.store(to, sums.to(out.dtype.element_ty), inside[:, None] & (d < D)[None, :])
+            tl.store(to, sums.to(out.dtype.element_ty), (tokens >= 0)[:, None] & (d < D)[None, :])
 
     @triton.jit
     def _core_gradient_kernel(
-        z, rows, sums, gate, order, first, end, set_tiles, row_stride, z_stride,
+        z, rows, sums, gates, token, set_tiles, tile_set, row_stride, z_stride, places,
         D: tl.constexpr, K: tl.constexpr, R: tl.constexpr, CB: tl.constexpr, DB: tl.constexpr,
-        BM: tl.constexpr, PARTS: tl.constexpr, GATED: tl.constexpr,
+        BM: tl.constexpr, SETS: tl.constexpr, PARTS: tl.constexpr, GATED: tl.constexpr,
     ):  # fmt: skip
-        """sums (set, part, slot·rank, d) = z rows, over the tiles of a set; z times the gate where GATED."""
+        """sums (part + set, slot·rank, d) = z rows, set by set; z times the gate where GATED."""
         D_BLOCKS: tl.constexpr = (D + DB - 1) // DB
         C_BLOCKS: tl.constexpr = (R + CB - 1) // CB
         pid = tl.program_id(0)
         d = pid % D_BLOCKS * DB + tl.arange(0, DB)
         j = pid // (D_BLOCKS * C_BLOCKS) % K
         c = pid // D_BLOCKS % C_BLOCKS * CB + tl.arange(0, CB)
-        part = pid // (D_BLOCKS * C_BLOCKS * K) % PARTS
-        of_set = pid // (D_BLOCKS * C_BLOCKS * K * PARTS)
-        total = tl.zeros((CB, DB), tl.float32)
-        for tile in tl.range(tl.load(set_tiles + of_set) + part, tl.load(set_tiles + of_set + 1), PARTS):
-            tokens, inside = _tile_tokens(order, first, end, tile, BM)
-            at = (j * R + c)[:, None].to(tl.int64) * z_stride + (tile * BM + tl.arange(0, BM))[None, :]
-            z_t = tl.load(z + at, (c < R)[:, None] & inside[None, :], 0.0)  # (CB, BM)
-            if GATED:
-                z_t = (z_t * tl.load(gate + tokens * K + j, inside, 0.0)[None, :]).to(z_t.dtype)
-            at_rows = tokens[:, None].to(tl.int64) * row_stride + d[None, :]
-            rows_t = tl.load(rows + at_rows, inside[:, None] & (d < D)[None, :], 0.0)  # (BM, DB)
-            total = tl.dot(z_t, rows_t, total)
-        to = ((of_set * PARTS + part) * (K * R) + j * R + c)[:, None].to(tl.int64) * D + d[None, :]
-        tl.store(sums + to, total, (c < R)[:, None] & (d < D)[None, :])
+        part = pid // (D_BLOCKS * C_BLOCKS * K)
+        start, stop, set_0, set_1 = _share(set_tiles, tile_set, part, SETS, PARTS)
+        for of_set in tl.range(set_0, set_1):
+            total = tl.zeros((CB, DB), tl.float32)
+            first, end = tl.load(set_tiles + of_set), tl.load(set_tiles + of_set + 1)
+            for tile in tl.range(tl.maximum(first, start), tl.minimum(end, stop)):
+                column = tile * BM + tl.arange(0, BM)
+                tokens = tl.load(token + column)
+                at = (j * R + c)[:, None].to(tl.int64) * z_stride + column[None, :]
+                z_t = tl.load(z + at, (c < R)[:, None], 0.0)  # (CB, BM)
+                if GATED:
+                    z_t = (z_t * tl.load(gates + j * places + column)[None, :]).to(z_t.dtype)
+                at_rows = tokens[:, None].to(tl.int64) * row_stride + d[None, :]
+                rows_t = tl.load(rows + at_rows, (tokens >= 0)[:, None] & (d < D)[None, :], 0.0)  # (BM, DB)
+                total = tl.dot(z_t, rows_t, total)
+            to = ((part + of_set) * (K * R) + j * R + c)[:, None].to(tl.int64) * D + d[None, :]
+            tl.store(sums + to, total, (c < R)[:, None] & (d < D)[None, :])
 
 
 def _rank_block(r):
@@ -471,24 +622,25 @@ def _rank_block(r):
 
 @torch.library.custom_op("nanoeinsum::low_rank_mixture", mutates_args=())
 def _low_rank(
-    x: torch.Tensor, A: torch.Tensor, B: torch.Tensor, gate: torch.Tensor, order: torch.Tensor, first: torch.Tensor,
-    end: torch.Tensor, set_tiles: torch.Tensor, tile_set: torch.Tensor, sets: torch.Tensor, num_experts: int, tokens: int,
+    x: torch.Tensor, A: torch.Tensor, B: torch.Tensor, gate: torch.Tensor, token: torch.Tensor, gates: torch.Tensor,
+    place: torch.Tensor, set_tiles: torch.Tensor, tile_set: torch.Tensor, num_experts: int, tokens: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """-> y, and z (slot·rank, places) for backward"""
-    x, A, B, gate = _rows(x), A.contiguous(), B.contiguous(), gate.contiguous()
-    _, a, _, e, r = _sizes(x, A, B, num_experts)
-    k, tiles, block = gate.shape[1], len(first), _rank_block(r)
-    z, y = x.new_empty(k * r, _z_stride(tiles * tokens)), x.new_empty(len(x), e)
+    x, A, B, plan = _rows(x), A.contiguous(), B.contiguous(), Plan(token, gates, place, set_tiles, tile_set)
+    y, z = _outputs(x, A, B, plan, num_experts)
     if len(x) == 0:
         return y, z
-    shape = dict(K=k, R=r, CB=block, BM=tokens, num_warps=4)
+    _, a, _, e, r = _sizes(x, A, B, num_experts)
+    (k, places), tiles, block = gates.shape, len(tile_set), _rank_block(r)
+    sets = set_tables(num_experts, k, x.device).sets
+    shape = dict(K=k, R=r, CB=block, BM=tokens, SETS=len(sets), num_warps=4)
     _to_ranks_kernel[(k * triton.cdiv(r, block) * tiles,)](
-        x, A, z, z, gate, z, order, first, end, tile_set, sets, x.stride(0), 1, num_experts * r,
-        z.stride(0), tiles * tokens, D=a, DB=64, BACKWARD=False, **shape,
+        x, A, z, z, gates, z, token, set_tiles, tile_set, sets, x.stride(0), 1, num_experts * r, z.stride(0), places,
+        D=a, DB=64, BACKWARD=False, **shape,
     )  # fmt: skip
     _from_ranks_kernel[(triton.cdiv(e, 128) * tiles,)](
-        z, B, y, gate, order, first, end, tile_set, sets, e, 1, z.stride(0), D=e, DB=128, GATED=True, **shape
-    )  # fmt: skip
+        z, B, y, gates, token, set_tiles, tile_set, sets, e, 1, z.stride(0), places, D=e, DB=128, GATED=True, **shape
+    )
     return y, z
 
 
@@ -497,26 +649,26 @@ _low_rank.register_fake(_forward_shapes)
 
 @torch.library.custom_op("nanoeinsum::low_rank_mixture_backward", mutates_args=())
 def _low_rank_backward(
-    x: torch.Tensor, dy: torch.Tensor, z: torch.Tensor, A: torch.Tensor, B: torch.Tensor, gate: torch.Tensor,
-    order: torch.Tensor, first: torch.Tensor, end: torch.Tensor, set_tiles: torch.Tensor, tile_set: torch.Tensor,
-    sets: torch.Tensor, num_experts: int, tokens: int,
+    x: torch.Tensor, dy: torch.Tensor, z: torch.Tensor, A: torch.Tensor, B: torch.Tensor, token: torch.Tensor,
+    gates: torch.Tensor, place: torch.Tensor, set_tiles: torch.Tensor, tile_set: torch.Tensor, num_experts: int, tokens: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     """-> dx, dA, dB, dgate"""
-    x, dy, A, B, gate = _rows(x), _rows(dy), A.contiguous(), B.contiguous(), gate.contiguous()
+    x, dy, A, B = _rows(x), _rows(dy), A.contiguous(), B.contiguous()
     _, a, _, e, r = _sizes(x, A, B, num_experts)
-    k, tiles, block, n_sets = gate.shape[1], len(first), _rank_block(r), len(sets)
+    (k, places), tiles, block = gates.shape, len(tile_set), _rank_block(r)
+    sets, members, _ = set_tables(num_experts, k, x.device)
     dx = x.new_empty(len(x), a)
     if len(x) == 0:
-        return dx, torch.zeros_like(A), torch.zeros_like(B), torch.empty_like(gate)
-    dz, blocks = torch.empty_like(z), triton.cdiv(r, block)
-    shares = torch.empty(k, blocks, tiles * tokens, dtype=torch.float32, device=x.device)
-    shape = dict(K=k, R=r, CB=block, BM=tokens, num_warps=4)
+        return dx, torch.zeros_like(A), torch.zeros_like(B), gates.new_empty(0, k)
+    dz, blocks, n_sets = torch.empty_like(z), triton.cdiv(r, block), len(sets)
+    shares = torch.empty(k, blocks, places, dtype=torch.float32, device=x.device)
+    shape = dict(K=k, R=r, CB=block, BM=tokens, SETS=n_sets, num_warps=4)
     _to_ranks_kernel[(k * blocks * tiles,)](
-        dy, B, dz, z, gate, shares, order, first, end, tile_set, sets, dy.stride(0), e, 1,
-        z.stride(0), tiles * tokens, D=e, DB=64, BACKWARD=True, **shape,
+        dy, B, dz, z, gates, shares, token, set_tiles, tile_set, sets, dy.stride(0), e, 1, z.stride(0), places,
+        D=e, DB=64, BACKWARD=True, **shape,
     )  # fmt: skip
     _from_ranks_kernel[(triton.cdiv(a, 128) * tiles,)](
-        dz, A, dx, gate, order, first, end, tile_set, sets, 1, num_experts * r, z.stride(0),
+        dz, A, dx, gates, token, set_tiles, tile_set, sets, 1, num_experts * r, z.stride(0), places,
         D=a, DB=128, GATED=False, **shape,
     )  # fmt: skip
 
@@ -524,17 +676,17 @@ def _low_rank_backward(
         """-> (E, r, width)"""
         width = rows.shape[1]
         programs = triton.cdiv(width, 128) * blocks * k
-        parts = _parts(programs, n_sets, len(x), tokens, x)
-        sums = torch.empty(n_sets, parts, k * r, width, dtype=torch.float32, device=x.device)
-        _core_gradient_kernel[(programs * parts * n_sets,)](
-            z, rows, sums, gate, order, first, end, set_tiles, rows.stride(0), z.stride(0),
+        parts = _parts(programs, tiles, 3, x)
+        sums = torch.empty(parts + n_sets, 1, k, r * width, dtype=torch.float32, device=x.device)
+        _core_gradient_kernel[(programs * parts,)](
+            z, rows, sums, gates, token, set_tiles, tile_set, rows.stride(0), z.stride(0), places,
             D=width, DB=128, PARTS=parts, GATED=gated, **shape,
         )  # fmt: skip
-        return _sum_sets(sums.sum(1).view(n_sets, 1, k, r, width), sets, num_experts)[:, 0]
+        return _sum_experts(sums, set_tiles, members, x.new_empty(num_experts, r, width), (1, 1, r * width), parts)
 
     dA = core_gradient(dz, x, False).permute(2, 0, 1).reshape(A.shape)
-    dB = core_gradient(z, dy, True).reshape(B.shape)
-    return dx, dA.to(A.dtype), dB.to(B.dtype), _gate_gradient(shares.sum(1), order, first, tokens, gate)
+    dB = core_gradient(z, dy, True).view(B.shape)
+    return dx, dA.contiguous(), dB, _gate_gradient(shares.sum(1), Plan(token, gates, place, set_tiles, tile_set))
 
 
 _low_rank_backward.register_fake(_gradient_shapes)

@@ -196,13 +196,13 @@ def interpreted():
 class Compiler:
     """In a kernel's place: a launch is compiled for an H100 instead of made."""
 
-    TYPES = {torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int32: "*i32"}
+    TYPES = {torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int32: "*i32", torch.int64: "*i64"}
 
     def __init__(self, kernel, compiled):
         self.kernel, self.compiled = kernel, compiled
 
     def __getitem__(self, grid):
-        def launch(*args, num_warps, **constants):
+        def launch(*args, num_warps=4, num_stages=3, maxnreg=None, **constants):
             from triton.backends.compiler import GPUTarget
             from triton.compiler import ASTSource
 
@@ -217,7 +217,7 @@ class Compiler:
                 if name not in fixed and (tensor or value % 16 == 0):
                     hints[(i,)] = [["tt.divisibility", 16]]
             source = ASTSource(self.kernel, signature, constexprs=fixed, attrs=hints)
-            options = {"num_warps": num_warps}
+            options = {"num_warps": num_warps, "num_stages": num_stages, "maxnreg": maxnreg}
             result = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
             self.compiled[self.kernel.__name__] = result
 

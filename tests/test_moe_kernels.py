@@ -6,9 +6,12 @@ import pytest
 import torch
 
 import moe_kernels
+import route_kernels
 from conftest import ROOT, run_script
 from kernels import BTTSizes
-from moe_kernels import btt_mixture, fits, make_plan
+from moe import Router, pick
+from moe_kernels import btt_mixture, fits, routed_btt_mixture, router_fits
+from route_kernels import make_plan, route, set_tables
 
 triton = pytest.importorskip("triton")
 
@@ -37,8 +40,14 @@ def results(x, A, B, index, gate, dy, num_experts):
 
 
 def exact(x, A, B, index, gate, dy, num_experts):
-    """The same in float64: every expert for every token, times its gate, or zero."""
+    """The same in float64."""
     x, A, B, gate = (tensor.double().requires_grad_() for tensor in (x, A, B, gate))
+    y = mixture(x, A, B, index, gate, num_experts)
+    return [y.detach(), *torch.autograd.grad(y, (x, A, B, gate), dy.double())]
+
+
+def mixture(x, A, B, index, gate, num_experts):
+    """Every expert for every token, times its gate, or zero."""
     g, a, _ = A.shape
     f, _, e = B.shape
     r = A.shape[2] // (num_experts * f)
@@ -49,27 +58,78 @@ def exact(x, A, B, index, gate, dy, num_experts):
             len(x), f * e
         )
         y = y + of_expert * ((index == expert) * gate).sum(1, keepdim=True)
-    return [y.detach(), *torch.autograd.grad(y, (x, A, B, gate), dy.double())]
+    return y
 
 
 def errors(*inputs):
     return [(a.double() - b).norm().item() / (b.norm().item() or 1) for a, b in zip(results(*inputs), exact(*inputs))]
 
 
-@pytest.mark.parametrize(
-    "n, num_experts, k, tokens", [(100, 4, 2, 16), (7, 5, 1, 4), (300, 4, 4, 32), (50, 7, 3, 8), (1, 3, 2, 8)]
-)
-def test_every_token_is_in_one_tile_of_its_set(n, num_experts, k, tokens):
+def routed_results(x, W, bias, A, B, k, dy, dlogits):
+    """y, dx, dW, dA, dB of a layer with its router, and what that picked"""
+    tensors = [tensor.detach().requires_grad_() for tensor in (x, W, A, B)]
+    x, W, A, B = tensors
+    y, index, gate, logits = routed_btt_mixture(x, W, bias, A, B, k)
+    outputs, grads = ((y, logits), (dy, dlogits)) if dlogits is not None else (y, dy)
+    return [y.detach(), *torch.autograd.grad(outputs, tensors, grads)], index, gate
+
+
+def routed_errors(sizes, n, num_experts, k, dtype, device="cpu", more=True):
+    x, A, B, _, _, dy = example(sizes, n, num_experts, k, dtype, device)
+    generator = torch.Generator(device).manual_seed(1)
+    W = torch.randn(num_experts, x.shape[1], generator=generator, device=device) / x.shape[1] ** 0.5
+    bias = 0.1 * torch.randn(num_experts, generator=generator, device=device)
+    dlogits = torch.randn(n, num_experts, generator=generator, device=device) if more else None
+    found, index, _ = routed_results(x, W, bias, A, B, k, dy, dlogits)
+    x, W, A, B = tensors = [tensor.double().requires_grad_() for tensor in (x, W, A, B)]
+    logits = x @ W.t()
+    assert torch.equal(index, pick(logits.detach().float() + bias, k).sort(dim=1).values)
+    y = mixture(x, A, B, index, logits.gather(1, index).softmax(dim=1), num_experts)
+    total = (y * dy.double()).sum() + ((logits * dlogits.double()).sum() if more else 0)
+    true = [y.detach(), *torch.autograd.grad(total, tensors)]
+    return [(a.double() - b).norm().item() / (b.norm().item() or 1) for a, b in zip(found, true)]
+
+
+def check_router(n, d, num_experts, k, dtype):
+    """route against the plain Router; where all experts tie they are taken in turn; NaN does not reach beyond its row."""
+    x = torch.randn(n, d, generator=torch.Generator().manual_seed(0)).to(dtype)
+    router, bias = Router(d, num_experts, k).double(), torch.linspace(-0.5, 0.5, num_experts)
+    W = router.weight.detach().float()
+    router.bias += bias
+    index, gate, logits = router(x.double())
+    order = index.argsort(dim=1)
+    ours = route(x, W, bias, k)
+    assert torch.equal(ours[1], index.gather(1, order))
+    torch.testing.assert_close(ours[0].double(), logits.detach(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(ours[2].double(), gate.detach().gather(1, order), rtol=1e-5, atol=1e-5)
+    in_turn = (torch.arange(n)[:, None] + torch.arange(k)) % num_experts
+    assert torch.equal(route(x, 0 * W, 0 * bias, k)[1], in_turn.sort(dim=1).values)
+    x[: n // 2] = float("nan")
+    _, index, gate = route(x, W, bias, k)
+    assert all(len(set(row)) == k and min(row) >= 0 and max(row) < num_experts for row in index.tolist())
+    assert torch.equal(index[n // 2 :], ours[1][n // 2 :]) and torch.equal(gate[n // 2 :], ours[2][n // 2 :])
+
+
+def check_plan(n, num_experts, k, tokens):
+    """Every token is in one tile of its set."""
     index = torch.rand(n, num_experts).topk(k, dim=1).indices.sort(dim=1).values
-    plan = make_plan(index, num_experts, tokens)
+    gate = torch.rand(n, k)
+    plan, sets = make_plan(index, gate, num_experts, tokens), set_tables(num_experts, k, index.device).sets
+    assert len(plan.token) == len(plan.tile_set) * tokens == plan.gate.shape[1]
     seen = []
-    for first, end, of_set in zip(plan.first.tolist(), plan.end.tolist(), plan.tile_set.tolist()):
-        mine = plan.order[first : min(end, first + tokens)].tolist()
-        assert all(index[token].tolist() == plan.sets[of_set].tolist() for token in mine)
-        seen += mine
+    for place, token in enumerate(plan.token.tolist()):
+        if token < 0:
+            assert not plan.gate[:, place].any()
+            continue
+        assert index[token].tolist() == sets[plan.tile_set[place // tokens]].tolist()
+        assert torch.equal(plan.gate[:, place], gate[token]) and plan.place[token] == place
+        seen.append(token)
     assert sorted(seen) == list(range(n))
     for of_set, (start, stop) in enumerate(zip(plan.set_tiles[:-1], plan.set_tiles[1:])):
         assert (plan.tile_set[start:stop] == of_set).all()
+        mine = plan.token[start * tokens : stop * tokens]
+        assert (mine.sort().values[-(mine >= 0).sum() :] == mine[mine >= 0]).all()  # in order
+    assert (plan.token[plan.set_tiles[-1] * tokens :] == -1).all()
 
 
 def test_which_layers_fit():
@@ -97,6 +157,7 @@ def interpreted():
         (BTTSizes(4, 16, 4, 16, 1), 60, 5, 3),
         (BTTSizes(8, 16, 8, 16, 1), 1, 4, 2),  # one token
         (BTTSizes(4, 16, 4, 16, 1), 0, 3, 2),  # none
+        (BTTSizes(40, 4, 8, 6, 1), 50, 3, 2),  # rows of z in two blocks
         (BTTSizes(4, 16, 4, 16, 1), 400, 3, 2),  # larger tiles
         (BTTSizes(1, 70, 1, 150, 9), 90, 4, 2),  # low rank
         (BTTSizes(1, 150, 1, 33, 80), 40, 3, 2),  # in several parts
@@ -110,6 +171,38 @@ def interpreted():
             inputs = example(sizes, n, num_experts, k, dtype)
             found = errors(*inputs, num_experts)
             assert max(found) < most, (sizes, n, num_experts, k, found)
+    for case in [
+        (100, 4, 2, 16),
+        (7, 5, 1, 4),
+        (300, 4, 4, 32),
+        (50, 7, 3, 8),
+        (1, 3, 2, 8),
+        (0, 3, 2, 8),
+        (700, 16, 2, 16),
+    ]:
+        check_plan(*case)
+    for case in [(100, 40, 8, 2), (33, 70, 5, 1), (20, 16, 4, 4), (70, 130, 20, 3)]:
+        check_router(*case, torch.float16)
+    for sizes, n, num_experts, k in cases[:9]:
+        for dtype, most in ((torch.float32, 1e-5), (torch.float16, 4e-3)):
+            found = routed_errors(sizes, n, num_experts, k, dtype, more=n != 37)
+            assert max(found) < most, (sizes, n, num_experts, k, found)
+    x, A, B, _, _, dy = example(cases[0][0], 100, 4, 2, torch.float32)
+    W, dlogits = torch.randn(4, 128) / 128**0.5, torch.randn(100, 4)
+    whole, _, _ = routed_results(x, W, torch.zeros(4), A, B, 2, dy, dlogits)
+    y, index, gate, logits = (fast := torch.compile(routed_btt_mixture, fullgraph=True, backend="aot_eager"))(
+        x, W, torch.zeros(4), A, B, 2
+    )
+    torch.testing.assert_close(y, whole[0], rtol=0, atol=0)
+    W.requires_grad_()  # the router's loss alone, and the shared router's own gradient
+    (alone,) = torch.autograd.grad(fast(x, W, torch.zeros(4), A, B, 2)[3], W, dlogits)
+    torch.testing.assert_close(alone, dlogits.t() @ x)
+    logits, index, gate = route(x, W, torch.zeros(4), 2)
+    (ours,) = torch.autograd.grad((logits, gate), W, (dlogits, dy[:, :2]))
+    logits = x @ W.t()
+    gate = logits.gather(1, index).softmax(dim=1)
+    (true,) = torch.autograd.grad((logits, gate), W, (dlogits, dy[:, :2]))
+    torch.testing.assert_close(ours, true, rtol=1e-4, atol=1e-5)
     for sizes in (BTTSizes(8, 16, 8, 16, 1), BTTSizes(1, 24, 1, 40, 10)):
         g, a, f, e, r = sizes
         x, A, B, index, gate, dy = example(sizes, 70, 4, 2, torch.float32)
@@ -139,18 +232,24 @@ LOW_RANK = BTTSizes(1, 1024, 1, 1024, 128)
 )
 def test_compiles_for_hopper(monkeypatch, sizes, num_experts, k):
     compiled = {}
-    for name, kernel in inspect.getmembers(
-        moe_kernels, lambda member: isinstance(member, triton.runtime.jit.JITFunction)
-    ):
-        if name.endswith("_kernel"):
-            monkeypatch.setattr(moe_kernels, name, Compiler(kernel, compiled))
+    for module in (moe_kernels, route_kernels):
+        for name, kernel in inspect.getmembers(
+            module, lambda member: isinstance(member, triton.runtime.jit.JITFunction)
+        ):
+            if name.endswith("_kernel"):
+                monkeypatch.setattr(module, name, Compiler(kernel, compiled))
     monkeypatch.setattr(moe_kernels, "_multiprocessors", lambda tensor: 132)
+    monkeypatch.setattr(moe_kernels, "_gate_gradient", lambda shares, plan: plan.gate[:, :2000].t().clone())  # no place is made
     x, A, B, index, gate, dy = example(sizes, 2000, num_experts, k, torch.bfloat16)
-    results(x, A, B, index, gate, dy, num_experts)
-    assert len(compiled) == (3 if sizes is LOW_RANK else 4)
+    if sizes is LOW_RANK:
+        results(x, A, B, index, gate, dy, num_experts)
+    else:
+        W, bias, dlogits = (torch.zeros(size) for size in ((num_experts, x.shape[1]), num_experts, (2000, num_experts)))
+        routed_results(x, W, bias, A, B, k, dy, dlogits)
+    assert len(compiled) == (7 if sizes is LOW_RANK else 10)
     for name, result in compiled.items():
         assert result.metadata.shared <= 232_448 and spilled(result) <= 128, name
-        assert sizes.g * sizes.a < 1024 or "wgmma" in result.asm["ptx"], name
+        assert sizes.g * sizes.a < 1024 or not name.startswith("_mixture") or "wgmma" in result.asm["ptx"], name
 
 
 @on_gpu
@@ -160,6 +259,7 @@ def test_compiles_for_hopper(monkeypatch, sizes, num_experts, k):
         (layer_sizes(1024, 1024, 1), 8, 2, 5000),
         (layer_sizes(512, 512, 1), 16, 2, 3000),
         (layer_sizes(2048, 2048, 1), 8, 1, 77),
+        (layer_sizes(4096, 4096, 1), 8, 2, 1000),
         (layer_sizes(768, 768, 1), 4, 4, 1000),
         (LOW_RANK, 8, 2, 3000),
         (BTTSizes(1, 600, 1, 1000, 100), 4, 2, 77),
@@ -169,6 +269,8 @@ def test_errors_on_a_gpu(sizes, num_experts, k, n):
     inputs = (*example(sizes, n, num_experts, k, torch.bfloat16, "cuda"), num_experts)
     assert max(errors(*inputs)) <= 5e-3
     assert all(torch.equal(a, b) for a, b in zip(results(*inputs), results(*inputs)))
+    if router_fits(sizes, num_experts, k):
+        assert max(routed_errors(sizes, n, num_experts, k, torch.bfloat16, "cuda")) <= 5e-3
 
 
 if __name__ == "__main__":
