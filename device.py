@@ -41,6 +41,7 @@ def choose_device(name, local_rank=0):
         if device.index >= torch.cuda.device_count():
             raise ConfigError(f"no GPU {device.index}, there are {torch.cuda.device_count()}: lower --nproc_per_node")
         torch.cuda.set_device(device)
+        torch.set_num_threads(1)  # the host only copies batches: a team of 32 threads took 32 ms for what one does in 1
     return device
 
 
