@@ -327,7 +327,10 @@ def draw_layers(rows, png):
     }
     tokens = max(row["tokens"] for row in rows if row["tokens"] <= 32_768)
     layers = list(dict.fromkeys(row["layer"] for row in rows if row["tokens"] == tokens))
-    figure, (bars, roofline) = plt.subplots(1, 2, figsize=(12, 4.8), constrained_layout=True, width_ratios=[1.3, 1])
+    wide = max(6, 0.75 * len(layers))  # inches
+    figure, (bars, roofline) = plt.subplots(
+        1, 2, figsize=(wide + 5, 4.8), constrained_layout=True, width_ratios=[wide, 5]
+    )
     for i, (kind, (label, colour, marker)) in enumerate(kinds.items()):
         mine = [row for row in rows if row["way"].startswith(kind)]
         ms = {row["layer"]: row["ms"] for row in mine if row["tokens"] == tokens}
@@ -341,7 +344,7 @@ def draw_layers(rows, png):
             s=14 if marker == "x" else 20, c=colour, marker=marker, label=label,
         )  # fmt: skip
     bars.axhline(1, color="k", lw=0.8)
-    names = [f"{row.replace('-', '→').replace(':', chr(10) + 'rank ')}" for row in layers]
+    names = [layer.replace("-", "\n→ ").replace(":", "\nrank ") for layer in layers]
     bars.set_xticks(range(len(layers)), names, fontsize=8)
     bars.set(ylabel="time, as a share of dense", title=f"Forward and backward of {tokens:,} tokens; labels are ms")
     bars.margins(y=0.12)

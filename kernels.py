@@ -445,12 +445,23 @@ btt_fused.register_autograd(_fused_gradients, setup_context=_fused_setup)
 # whole rows; every operand is then what Hopper's matrix units take as it lies. A program has one core's block and
 # every so-manieth tile of tokens.
 
-MAX_ROWS = 256  # of a block of z, r·f or g·r, that a program can hold
+MAX_ROWS = (
+    256  # of a block of z, r·f or g·r, that a program can hold; twice as many of g·r, which two kernels share out
+)
 
 
 def staged_fits(sizes):
     """Whether the staged kernels take a layer."""
-    return sizes.r * max(sizes.f, sizes.g) <= MAX_ROWS
+    g, _, f, e, r = sizes
+    rows, tokens, stages = _second_shape(sizes)
+    held = 2 * rows * (_pow2(e, 16) + stages * tokens)  # bytes of B_f and of tiles of z_f
+    return r * f <= MAX_ROWS and g * r <= 2 * MAX_ROWS and held <= SHARED_MEMORY
+
+
+def _second_shape(sizes):
+    """Of a program of the second product: rows of z, tokens of a tile, tiles that are loaded ahead and multiplied."""
+    rows = _pow2(sizes.g * sizes.r, 16)
+    return rows, 128 if rows <= 64 else 64, 3 if rows <= MAX_ROWS else 2
 
 
 if triton is not None:
@@ -576,12 +587,11 @@ def btt_staged(
         x, A, z, n, z.stride(0), x.stride(0), G=g, AL=a, RF=r * f, AP=_pow2(a, 16), CB=columns,
         BM=128, PARTS=parts, STAGES=3 if small else 2, GELU=after_gelu, num_warps=8 if small else 4,
     )  # fmt: skip
-    rows = _pow2(g * r, 16)
-    tokens = 128 if rows <= 64 else 64
+    rows, tokens, stages = _second_shape(_sizes(A, B))
     parts = _parts(f, n, tokens, x)
     _staged_second_kernel[(f * parts,)](
         z, B, y, n, z.stride(0), F=f, EL=e, GR=g * r, EP=_pow2(e, 16), KP=rows,
-        BM=tokens, PARTS=parts, STAGES=3, num_warps=4,
+        BM=tokens, PARTS=parts, STAGES=stages, num_warps=4,
     )  # fmt: skip
     return y, z
 
