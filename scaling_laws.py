@@ -171,15 +171,21 @@ def draw_run(panel, rows, cost, key, label, colour):
 
 
 def frame(panel, runs, cost, scale, key):
-    """Scale, and limits that leave out the first hundredth of every run, whose fall would press all the rest together."""
+    """Scales, and limits that leave out the first hundredth of every run, whose fall would press all the rest together."""
+    from matplotlib.ticker import FormatStrFormatter, LogLocator, NullFormatter
+
     wanted = LOSSES if key == "both" else (key,)
     late = [row for rows in runs for row in rows if row["step"] >= rows[-1]["step"] / 100]
     late = [row for row in late if any(name in row for name in wanted)]
     losses = [row[name] for row in late for name in wanted if name in row]
     losses = [loss for loss in losses if math.isfinite(loss)]
-    if losses:
-        margin = 0.04 * (max(losses) - min(losses)) or 0.1
-        panel.set_ylim(min(losses) - margin, max(losses) + margin)
+    if losses and min(losses) > 0:  # ends that differ by a hundredth stay apart
+        margin = (max(losses) / min(losses)) ** 0.04 if max(losses) > min(losses) else 1.1
+        panel.set_yscale("log")
+        panel.set_ylim(min(losses) / margin, max(losses) * margin)
+        panel.yaxis.set_major_locator(LogLocator(subs=(1, 1.2, 1.5, 2, 3, 4, 6, 8)))
+        panel.yaxis.set_major_formatter(FormatStrFormatter("%g"))
+        panel.yaxis.set_minor_formatter(NullFormatter())
     costs = [row[cost] for row in late if row.get(cost, 0) > 0]
     if costs and scale == "log":
         panel.set_xscale("log", nonpositive="mask")  # step 0 has cost nothing
