@@ -363,7 +363,7 @@ def large(bench):
     """A dense GPT with 16 bytes a parameter (float32: itself, gradient, two moments) beyond 1.1 times a GPU's memory."""
     if bench.on_gpu:
         memory = torch.cuda.get_device_properties(0).total_memory
-        shape, micro_batch = dict(d_model=4096, n_head=32, block_size=1024, vocab_size=50304), 8
+        shape, micro_batch = dict(d_model=4096, n_head=32, block_size=1024, vocab_size=50304), 2
     else:
         memory, shape, micro_batch = 5e6, dict(d_model=64, n_head=2, block_size=32, vocab_size=96), 4
     n_layer, parameters = 0, 0
@@ -374,8 +374,8 @@ def large(bench):
         parameters = sum(p.numel() for p in model.parameters())
     words = " ".join(f"--{key}={value}" for key, value in shape.items())
     options = (
-        f"--structure=dense --n_layer={n_layer} {words} {TEXT} --activation_checkpointing --save=False --max_steps=30 "
-        f"--warmup_steps=10 --lr=1e-3 --eval_interval=30 --log_interval=1 --micro_batch={micro_batch} "
+        f"--structure=dense --n_layer={n_layer} {words} {TEXT} --activation_checkpointing --save=False --max_steps=50 "
+        f"--warmup_steps=10 --lr=1e-3 --eval_interval=50 --log_interval=1 --micro_batch={micro_batch} "
         f"--device={bench.device.type}"
     )
     tokens = micro_batch * shape["block_size"]
@@ -383,7 +383,7 @@ def large(bench):
     for count, more in ((1, "--compile=False"), (bench.world, "--shard=fsdp")):
         batch = tokens * count
         command = bench.train(f"{options} --batch_tokens={batch} --eval_tokens={2 * batch} {more}", count)
-        figures, text = command.finish(limit=100)
+        figures, text = command.finish(limit=200)
         log = read_log(f"{command.out_dir}/log.jsonl")
         lines = text.splitlines()
         yield {
