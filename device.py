@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import os
 import platform
 from contextlib import suppress
 
@@ -68,6 +69,27 @@ def device_name(device):
 def to_device(tensor, device):
     """The tensor on the device; to a GPU without waiting for it."""
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
+class Turn:
+    """A GPU for one process alone, among those that start side by side on it: sweep.py names a file for them, GPU_TURN.
+
+    Starting and compiling keep processors busy and the GPU idle; training the other way round.
+    """
+
+    def __init__(self):
+        self.path, self.file = os.environ.get("GPU_TURN"), None
+
+    def take(self):
+        """Wait until nobody else has it. It ends with `give`, or with the process."""
+        import fcntl
+
+        self.file = open(self.path, "w")
+        fcntl.flock(self.file, fcntl.LOCK_EX)
+
+    def give(self):
+        if self.file is not None:
+            self.file.close()
 
 
 class Numbers:

@@ -3,7 +3,7 @@
     python sweep.py config/sweeps/quickstart.py                       # those that are not finished, one after the other
     python sweep.py config/sweeps/gpt_theta.py --small                # the file's small version: minutes, not days
     python sweep.py config/sweeps/gpt_theta.py --small --common="--data_dir=data/mine"      # options for all runs
-    python sweep.py config/sweeps/quickstart.py --jobs=4              # four at a time on every GPU
+    python sweep.py config/sweeps/quickstart.py --jobs=4              # on every GPU one trains while three start
     python sweep.py config/sweeps/quickstart.py --commands            # only print them, one a line
 
 A sweep file defines `runs`, a list of dicts of options, and may define `common`, options of all of them; `config`,
@@ -12,8 +12,9 @@ runs are finished; and `small`, a dict of these names: its `common` is laid over
 
 Runs go in the order of the list. A run's folder is out/sweeps/NAME/ (NAME_small/ of the small version) and what tells
 it apart. A run is finished when its log has its last step; one that was interrupted goes on from its checkpoint. So the
-same command again does what is left. Runs that share a GPU slow each other down: after `--jobs` above 1 the fit leaves
-seconds out. Imports from configurator and runlog.
+same command again does what is left. Small runs take longer to start and compile than to train: with --jobs several do
+so side by side on a GPU, and train one after the other, so that their seconds are their own. On a CPU they train side
+by side, and the fit leaves seconds out. Imports from configurator and runlog.
 """
 
 import ast
@@ -37,7 +38,7 @@ from runlog import read_log
 class Config:
     small: bool = False  # the sweep file's small version
     common: str = ""  # options for all runs, laid over the file's: --common="--data_dir=data/mine --max_steps=500"
-    jobs: int = 1  # runs at a time on every GPU, or on the CPU
+    jobs: int = 1  # runs at a time on every GPU, of which one trains and the others start; or on the CPU
     gpus: int | None = None  # GPUs to use; None: all there are
     commands: bool = False  # print the commands of the runs that are not finished, and do nothing
     out: str | None = None  # folder of all runs; None: out/sweeps/ and the sweep file's name
@@ -56,7 +57,7 @@ class Sweep(NamedTuple):
 
 
 SMALL = ("runs", "common", "config", "fit")  # names that a file's `small` may have
-SHARED = "shared.txt"  # in the folder of a sweep: some of its runs were done several at a time
+SHARED = "shared.txt"  # in the folder of a sweep: some of its runs shared the CPU
 
 
 def read_sweep(path, small=False, common="", out=None):
@@ -174,6 +175,7 @@ def count_gpus():
 def run_all(todo, sweep, slots):
     """Run those in `todo`, as many at a time as there are slots (numbers of GPUs, or None) -> names that failed."""
     waiting, running, failed = list(todo), {}, []
+    threads = str(max(1, (os.cpu_count() or 1) // len(slots)))  # that compile, of each
     began, done = time.monotonic(), 0
     try:
         while waiting or running:
@@ -181,7 +183,10 @@ def run_all(todo, sweep, slots):
                 name, slot = waiting.pop(0), slots.pop(0)
                 folder = sweep.runs[name]["out_dir"]
                 os.makedirs(folder, exist_ok=True)
-                env = {**os.environ, **({} if slot is None else {"CUDA_VISIBLE_DEVICES": str(slot)})}
+                env = {"TORCHINDUCTOR_COMPILE_THREADS": threads, **os.environ}
+                if slot is not None:
+                    turn = os.path.join(os.path.dirname(folder), f"gpu{slot}.turn")
+                    env |= {"CUDA_VISIBLE_DEVICES": str(slot), "GPU_TURN": turn}
                 with open(os.path.join(folder, "train.log"), "a") as log:
                     process = subprocess.Popen(command(sweep, name), stdout=log, stderr=subprocess.STDOUT, env=env)
                 running[name] = process, slot, time.monotonic()
@@ -226,10 +231,10 @@ def main(argv):
     print(f"{len(chosen)} runs, {len(chosen) - len(todo)} of them finished; {len(slots)} at a time", flush=True)
     say_what_differs({name: sweep.runs[name] for name in chosen if name not in todo})
     folder = os.path.dirname(sweep.runs[chosen[0]]["out_dir"])
-    if config.jobs > 1 and todo:  # a word for the fit, which a later command may do
+    if config.jobs > 1 and not gpus and todo:  # a word for the fit, which a later command may do
         os.makedirs(folder, exist_ok=True)
         with open(os.path.join(folder, SHARED), "w") as file:
-            file.write(f"{config.jobs} runs at a time shared a GPU or the CPU: their seconds compare with no others\n")
+            file.write(f"{config.jobs} runs at a time shared the CPU: their seconds compare with no others\n")
     failed = run_all(todo, sweep, slots)
     if failed:
         which = f"{len(failed)} of {len(todo)} runs failed: {', '.join(failed)}"
@@ -245,7 +250,7 @@ def fit(sweep, folder):
     """scaling_laws.py fit of all runs -> its exit status."""
     words = [options["out_dir"] for options in sweep.runs.values()] + [f"--out={os.path.join(folder, 'fit')}"]
     if os.path.exists(os.path.join(folder, SHARED)):
-        print(f"note: runs shared a GPU or the CPU ({folder}/{SHARED}): no fit of their seconds", flush=True)
+        print(f"note: runs shared the CPU ({folder}/{SHARED}): no fit of their seconds", flush=True)
         words.append("--costs=flops,parameters")
     return subprocess.run([sys.executable, "scaling_laws.py", "fit", *words, *shlex.split(sweep.fit)]).returncode
 

@@ -27,7 +27,7 @@ import runlog
 from configurator import ConfigError, load_config
 from cuda_graph import Graphed
 from data import TokenData, make_tokenizer
-from device import Numbers, choose_device, choose_dtype, device_name, peak_flops, to_device
+from device import Numbers, Turn, choose_device, choose_dtype, device_name, peak_flops, to_device
 from heartbeat import init_distributed
 from model import GPT, GPTConfig
 from moe import auxiliary_loss, balance, check_top_k, figures, report_size, router_names, set_top_k
@@ -233,7 +233,7 @@ def fit(config, progress, run, task, device, dtype, watchdog, micro_steps):
     say(*runlog.plan(config, model, *where, state["step"], **units, batch=task.units), sep="\n")
 
     # -- the loop
-    stop = StopSignal(say, config.save)
+    stop, turn = StopSignal(say, config.save), Turn()
     sent = deque()  # updates that the device was given and the host has not waited for
     ahead = 1 if device.type == "cuda" else 0  # so many of them, that the device never waits for the host
     lap = Lap()
@@ -322,7 +322,12 @@ def fit(config, progress, run, task, device, dtype, watchdog, micro_steps):
     if math.isinf(state["best_val_loss"]):  # not evaluated yet
         evaluate_log_save(totals(state["step"]))
     lap.start()
+    compiled = state["step"] + 5  # and recorded as a CUDA graph, by then
     while state["step"] < config.max_steps and not stopping:
+        if turn.path and state["step"] == compiled:
+            with watchdog.paused():
+                turn.take()
+            lap.start()
         send()
         due = state["step"] % config.eval_interval == 0 or state["step"] == config.max_steps
         while sent and (due or stopping or len(sent) > ahead):
@@ -334,6 +339,7 @@ def fit(config, progress, run, task, device, dtype, watchdog, micro_steps):
                 write(row)
 
     # -- what is left behind
+    turn.give()
     watchdog.stop()
     if world > 1:
         dist.destroy_process_group()

@@ -239,7 +239,9 @@ def test_compiles_for_hopper(monkeypatch, sizes, num_experts, k):
             if name.endswith("_kernel"):
                 monkeypatch.setattr(module, name, Compiler(kernel, compiled))
     monkeypatch.setattr(moe_kernels, "_multiprocessors", lambda tensor: 132)
-    monkeypatch.setattr(moe_kernels, "_gate_gradient", lambda shares, plan: plan.gate[:, :2000].t().clone())  # no place is made
+    monkeypatch.setattr(
+        moe_kernels, "_gate_gradient", lambda shares, plan: plan.gate[:, :2000].t().clone()
+    )  # no place is made
     x, A, B, index, gate, dy = example(sizes, 2000, num_experts, k, torch.bfloat16)
     if sizes is LOW_RANK:
         results(x, A, B, index, gate, dy, num_experts)

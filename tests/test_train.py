@@ -1,5 +1,6 @@
 """The loop: schedules, resuming, several processes, signals, faults. Real runs of a tiny model on the CPU."""
 
+import fcntl
 import functools
 import json
 import math
@@ -457,3 +458,23 @@ def test_wandb_is_not_imported_when_off(tiny):
     code = "import sys, train; train.main(sys.argv[1:]); sys.exit('wandb' in sys.modules or 'datasets' in sys.modules)"
     done = run_script("-c", code, *tiny, "--max_steps=1")
     assert done.returncode == 0, done.stderr
+
+
+def steps_logged(run):
+    return [row["step"] for row in runlog.read_log(str(run / "log.jsonl"))]
+
+
+def test_runs_on_one_gpu_take_turns(tiny, tmp_path):
+    """A run that has compiled waits while another trains; the wait is no training time."""
+    turn = tmp_path / "gpu0.turn"
+    with open(turn, "w") as another:
+        fcntl.flock(another, fcntl.LOCK_EX)
+        process = start_script("train.py", *tiny, env={"GPU_TURN": str(turn)})
+        while process.poll() is None and 5 not in steps_logged(tmp_path / "run"):
+            time.sleep(0.05)
+        time.sleep(2)
+        assert process.poll() is None and max(steps_logged(tmp_path / "run")) == 5
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, output
+    seconds = {row["step"]: row["seconds"] for row in read_rows(tmp_path / "run")}
+    assert seconds[6] - seconds[5] < 1.5 and max(seconds) == 20
