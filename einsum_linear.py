@@ -298,7 +298,7 @@ def multiplied_out(model):
     try:
         with torch.no_grad():
             for layer in layers:
-                layer.matrix = layer.materialize()
+                layer.matrix = layer.materialize().contiguous()  # as a dense layer's lies: the same kernels
         yield
     finally:
         for layer in layers:

@@ -6,11 +6,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import model as model_file
 from configurator import ConfigError
-from einsum_linear import Dense, EinsumLinear
+from einsum_linear import Dense, EinsumLinear, multiplied_out
 from model import GPT, GPTConfig, KVCache, sample_token
 from mup import make_optimizer
 from test_einsum_linear import SWEEP
@@ -316,3 +317,32 @@ def test_residual_stream_is_in_bfloat16_under_autocast_and_the_gradient_stays_ri
     hook.remove()
     assert seen == [torch.float32, torch.bfloat16] and got == pytest.approx(want, rel=5e-3)
     assert (gradient - exact).norm() < 0.03 * exact.norm()
+
+
+class Operations(TorchDispatchMode):
+    """All that happens: operators, with shapes and strides of what they read."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        tensors = [(tuple(a.shape), a.stride(), a.dtype) for a in args if isinstance(a, torch.Tensor)]
+        self.seen.append((str(function), tensors))
+        return function(*args, **(kwargs or {}))
+
+
+def test_a_token_costs_a_structured_model_what_it_costs_a_dense_one():
+    seen = []
+    for structure in ("dense", "btt"):
+        model = GPT(
+            GPTConfig(structure=structure, n_layer=2, n_head=2, d_model=64, vocab_size=96, block_size=32)
+        ).eval()
+        idx = torch.zeros(3, 5, dtype=torch.long)
+        with torch.no_grad(), multiplied_out(model):
+            cache = KVCache(model.config, idx.device)
+            model.trunk(idx, cache)
+            with Operations() as operations:
+                model.lm_head(model.trunk(idx[:, :1], cache)[:, -1])
+        seen.append(operations.seen)
+    assert seen[0] == seen[1] and len(seen[0]) > 50
