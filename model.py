@@ -22,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 
 from configurator import ConfigError
 from cuda_graph import Graphed
-from einsum_linear import Dense, EinsumLinear, make_linear, multiplied_out
+from einsum_linear import Dense, make_linear, multiplied_out
 from kernels import gelu
 from loss import linear_cross_entropy
 from moe import DenseMixture, Router, apply, apply_ffns, apply_layers, auxiliary_loss, check_top_k, make_mixture
@@ -224,9 +224,7 @@ class FFN(nn.Module):
         if self.router is not None:
             return apply_ffns(self.up, self.down, gelu, x, reports, self.router)
         h = apply(self.up, x, reports)  # (B, T, 4C)
-        if isinstance(self.down, EinsumLinear):
-            return self.down(h, after_gelu=True)
-        return apply(self.down, gelu(h), reports)
+        return apply(self.down, h, reports, after_gelu=True)
 
 
 def as_autocast(x):

@@ -27,7 +27,7 @@ from torch import nn
 
 from configurator import ConfigError
 from einsum_linear import CoreLinear, Dense, EinsumLinear, apply_all, init_std, make_linear
-from kernels import BTTSizes, compute_dtype, runs_triton
+from kernels import BTTSizes, compute_dtype, gelu, runs_triton
 from moe_kernels import btt_mixture, fits, routed_btt_mixture, router_fits
 
 AUXILIARY, Z = 0.01, 0.1  # loss = cross-entropy + AUXILIARY · mean over routers of (load balance + Z · z-loss)
@@ -522,23 +522,24 @@ def make_mixture(d_in, d_out, num_experts, top_k, routed=True, mixed=True, **opt
 # In the model. `reports` is a list that routers add theirs to, or None.
 
 
-def apply(layer, x, reports):
-    """layer(x), where the layer may be a mixture with a router of its own."""
-    if not isinstance(layer, Mixture):
-        return layer(x)
+def apply(layer, x, reports, after_gelu=False):
+    """layer(x), or layer(gelu(x)), where the layer may be a mixture with a router of its own."""
+    if isinstance(layer, EinsumLinear):
+        return layer(x, after_gelu)
     if isinstance(layer, BTTMixture) and takes_kernels(x):
         a, _, g, _, e, f, r = layer.sizes
         if router_fits(BTTSizes(g, a, f, e, r), layer.num_experts, layer.top_k):
-            return apply_by_kernels(layer, x, reports)
-    return layer(x, *route(layer.router, x, reports))
+            return apply_by_kernels(layer, x, reports, after_gelu)
+    x = gelu(x) if after_gelu else x
+    return layer(x, *route(layer.router, x, reports)) if isinstance(layer, Mixture) else layer(x)
 
 
-def apply_by_kernels(layer, x, reports):
-    """The same of a BTTMixture, with the router's gradient made by the kernels that make the layer's."""
+def apply_by_kernels(layer, x, reports, after_gelu):
+    """The same of a BTTMixture: the kernels that make its gradients make the router's and the GELU's, too."""
     dtype, router = compute_dtype(x), layer.router
     A, B = (core.to(dtype) for core in layer.effective_cores())
     rows = x.reshape(-1, layer.in_features).to(dtype)
-    y, *routed = routed_btt_mixture(rows, router.weight.float(), router.bias, A, B, layer.top_k)
+    y, *routed = routed_btt_mixture(rows, router.weight.float(), router.bias, A, B, layer.top_k, after_gelu)
     if reports is not None:
         reports.append(report(*routed))
     return layer.finish(y, x)

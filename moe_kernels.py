@@ -19,7 +19,7 @@ import math
 import torch
 
 from kernels import MAX_ROWS, _multiprocessors, _pow2, _rows, _z_stride
-from route_kernels import MOST_SETS, Plan, make_plan, route, set_tables, tile_tokens
+from route_kernels import MOST_SETS, Plan, make_plan, route_rows, set_tables, tile_tokens
 
 try:
     import triton
@@ -55,13 +55,14 @@ def btt_mixture(x, A, B, index, gate, num_experts):
     return y
 
 
-def routed_btt_mixture(x, W, bias, A, B, k):
+def routed_btt_mixture(x, W, bias, A, B, k, after_gelu=False):
     """btt_mixture of the k experts that a router of its own picks -> y, and the router's index, gate and logits.
 
+    Of x, or of gelu(x), which the kernels make of what they read.
     W (E, g·a) float32, bias (E,) as of route_kernels.route. The router's gradient is made where that of x is, which is then
     written once. gate has no gradient of its own: a loss of the router is one of its logits. See `router_fits`.
     """
-    y, logits, index, gate, *_ = torch.ops.nanoeinsum.routed_btt_mixture(x, W, bias, A, B, k)
+    y, logits, index, gate, *_ = torch.ops.nanoeinsum.routed_btt_mixture(x, W, bias, A, B, k, after_gelu)
     return y, index, gate, logits
 
 
@@ -71,6 +72,7 @@ def router_fits(sizes, num_experts, k):
 
 
 if triton is not None:
+    from kernels import _gelu, _gelu_slope
 
     @triton.jit
     def _expert_ranks(sets, of_set, j, r, K: tl.constexpr, R: tl.constexpr):
@@ -88,7 +90,7 @@ if triton is not None:
     def _mixture_first_kernel(
         x, A, z, token, set_tiles, tile_set, sets, z_stride, x_stride,
         G: tl.constexpr, AL: tl.constexpr, F: tl.constexpr, E: tl.constexpr, K: tl.constexpr, R: tl.constexpr,
-        AP: tl.constexpr, FB: tl.constexpr, CB: tl.constexpr, BM: tl.constexpr, SETS: tl.constexpr,
+        AP: tl.constexpr, FB: tl.constexpr, CB: tl.constexpr, BM: tl.constexpr, SETS: tl.constexpr, GELU: tl.constexpr,
     ):  # fmt: skip
         """z_g (slot·rank·f, place) = A_gᵀ x_gᵀ of one tile"""
         g, tile = tl.program_id(0) % G, tl.program_id(0) // G
@@ -100,6 +102,8 @@ if triton is not None:
             A_g = tl.load(A + (g * AL + a)[None, :] * (E * R * F) + columns[:, None], mask_A, 0.0)  # (CB, AP)
             mask_x = (tokens >= 0)[:, None] & (a[None, :] < AL)
             x_t = tl.load(x + tokens[:, None].to(tl.int64) * x_stride + g * AL + a[None, :], mask_x, 0.0)
+            if GELU:
+                x_t = _gelu(x_t)
             z_t = tl.dot(A_g, x_t.T).to(z.dtype.element_ty)  # (CB, BM)
             rows = z + (g * (K * R * F) + c // FB * F + c % FB)[:, None].to(tl.int64) * z_stride
             # Places without a token get the zeros that no x gives: what is padding is never uninitialised.
@@ -231,7 +235,7 @@ if triton is not None:
         dz, x, A, dx, dA, d, W, dW, token, set_tiles, tile_set, sets, z_stride, x_stride,
         G: tl.constexpr, AL: tl.constexpr, F: tl.constexpr, E: tl.constexpr, K: tl.constexpr, R: tl.constexpr,
         AP: tl.constexpr, FB: tl.constexpr, CB: tl.constexpr, QP: tl.constexpr, BM: tl.constexpr,
-        SETS: tl.constexpr, PARTS: tl.constexpr, ROUTER: tl.constexpr,
+        SETS: tl.constexpr, PARTS: tl.constexpr, ROUTER: tl.constexpr, GELU: tl.constexpr,
     ):  # fmt: skip
         """dx_g (n, a) = dz_gᵀ A_gᵀ and dA_gᵀ = dz_g x_g set by set; where ROUTER, dx_g += d W_g and dW_g = dᵀ x_g for its logits."""
         pid = tl.program_id(0)
@@ -254,13 +258,16 @@ if triton is not None:
                 tokens = tl.load(token + column)
                 dz_t = tl.load(at[:, None] + column[None, :], there[:, None], 0.0)
                 mask_x = (tokens >= 0)[:, None] & (a[None, :] < AL)
-                x_t = tl.load(x + tokens[:, None].to(tl.int64) * x_stride + g * AL + a[None, :], mask_x, 0.0)
+                before = tl.load(x + tokens[:, None].to(tl.int64) * x_stride + g * AL + a[None, :], mask_x, 0.0)
+                x_t = _gelu(before) if GELU else before
                 dx_t = tl.dot(dz_t.T, A_g)  # (BM, AP)
                 dA_g = tl.dot(dz_t, x_t, dA_g)
                 if ROUTER:
                     d_t = tl.load(d + tokens[:, None].to(tl.int64) * QP + q[None, :], (tokens >= 0)[:, None], 0.0)
                     dx_t = tl.dot(d_t, W_g, dx_t)
                     dW_g = tl.dot(d_t.T, x_t, dW_g)
+                if GELU:
+                    dx_t *= _gelu_slope(before)
                 to = dx + tokens[:, None].to(tl.int64) * (G * AL) + g * AL + a[None, :]
                 tl.store(to, dx_t.to(dx.dtype.element_ty), mask_x)
             # (part + set, g, slot, a, rank, f)
@@ -307,7 +314,7 @@ def _outputs(x, A, B, plan, num_experts):
     return x.new_empty(x.shape[0], f * e), x.new_empty(g * len(plan.gate) * r * f, _z_stride(len(plan.token)))
 
 
-def _forward(x, A, B, plan, num_experts, tokens):
+def _forward(x, A, B, plan, num_experts, tokens, after_gelu=False):
     """-> y, z"""
     y, z = _outputs(x, A, B, plan, num_experts)
     if len(x) == 0:
@@ -319,15 +326,15 @@ def _forward(x, A, B, plan, num_experts, tokens):
     shape = dict(E=num_experts, K=k, R=r, BM=tokens, SETS=len(sets), num_warps=4 if max(rows, columns) <= 128 else 8)
     tables = plan.token, plan.set_tiles, plan.tile_set, sets, z.stride(0)
     _mixture_first_kernel[(g * tiles,)](
-        x, A, z, *tables, x.stride(0), G=g, AL=a, F=f, AP=_pow2(a, 16), FB=_pow2(f), CB=columns, **shape
-    )
+        x, A, z, *tables, x.stride(0), G=g, AL=a, F=f, AP=_pow2(a, 16), FB=_pow2(f), CB=columns, GELU=after_gelu, **shape
+    )  # fmt: skip
     _mixture_second_kernel[(f * tiles,)](
         z, B, y, plan.gate, *tables, places, G=g, F=f, EL=e, EP=_pow2(e, 16), KB=_pow2(k * r), KP=rows, **shape
     )
     return y, z
 
 
-def _backward(x, dy, z, A, B, plan, num_experts, tokens, W=None, dlogits=None):
+def _backward(x, dy, z, A, B, plan, num_experts, tokens, W=None, dlogits=None, after_gelu=False):
     """-> dx, dA, dB and dgate (n, k), or, of a layer with a router W, dW in its stead, and dx with that of the router.
 
     dlogits (n, E) or None: gradient of the router's logits from elsewhere.
@@ -372,8 +379,8 @@ def _backward(x, dy, z, A, B, plan, num_experts, tokens, W=None, dlogits=None):
         )  # fmt: skip
     _mixture_first_backward_kernel[(g * parts,)](
         dz, x, A, dx, sums_A, d, twice, sums_W, *tables, z.stride(0), x.stride(0),
-        AL=a, AP=_pow2(a, 16), FB=_pow2(f), CB=columns, QP=width, PARTS=parts, ROUTER=W is not None, **shape,
-        num_warps=4 if columns <= 128 else 8, maxnreg=MOST_REGISTERS[resident],
+        AL=a, AP=_pow2(a, 16), FB=_pow2(f), CB=columns, QP=width, PARTS=parts, ROUTER=W is not None, GELU=after_gelu,
+        **shape, num_warps=4 if columns <= 128 else 8, maxnreg=MOST_REGISTERS[resident],
     )  # fmt: skip
     dA = _sum_experts(sums_A, plan.set_tiles, members, torch.empty_like(A), (g, a, r * f), parts)
     if W is None:
@@ -456,22 +463,22 @@ _btt.register_autograd(functools.partial(_gradients, _btt_backward), setup_conte
 
 @torch.library.custom_op("nanoeinsum::routed_btt_mixture", mutates_args=())
 def _routed(
-    x: torch.Tensor, W: torch.Tensor, bias: torch.Tensor, A: torch.Tensor, B: torch.Tensor, k: int
+    x: torch.Tensor, W: torch.Tensor, bias: torch.Tensor, A: torch.Tensor, B: torch.Tensor, k: int, after_gelu: bool
 ) -> tuple[
     torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor,
     torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor,
 ]:  # fmt: skip
     """-> y, logits, index, gate; z and the plan for backward"""
     x, E = _rows(x), len(W)
-    logits, index, gate = route(x, W, bias, k)
+    logits, index, gate = route_rows(x, W, bias, k, after_gelu)
     tokens = tile_tokens(len(x), math.comb(E, k))
     plan = make_plan(index, gate, E, tokens)
-    y, z = _forward(x, A.contiguous(), B.contiguous(), plan, E, tokens)
+    y, z = _forward(x, A.contiguous(), B.contiguous(), plan, E, tokens, after_gelu)
     return y, logits, index, gate, z, *plan
 
 
 @_routed.register_fake
-def _(x, W, bias, A, B, k):
+def _(x, W, bias, A, B, k, after_gelu):
     E = len(W)
     logits, index, gate = torch.ops.nanoeinsum.route(x, W, bias, k)
     plan = make_plan(index, gate, E, tile_tokens(x.shape[0], math.comb(E, k)))
@@ -483,13 +490,13 @@ def _(x, W, bias, A, B, k):
 def _routed_backward(
     x: torch.Tensor, dy: torch.Tensor, dlogits: torch.Tensor | None, z: torch.Tensor, W: torch.Tensor, A: torch.Tensor,
     B: torch.Tensor, token: torch.Tensor, gates: torch.Tensor, place: torch.Tensor, set_tiles: torch.Tensor,
-    tile_set: torch.Tensor,
+    tile_set: torch.Tensor, after_gelu: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     """-> dx, dA, dB, dW"""
     plan, E = Plan(token, gates, place, set_tiles, tile_set), len(W)
     tokens = tile_tokens(len(x), math.comb(E, len(gates)))
     dlogits = None if dlogits is None else dlogits.contiguous()
-    return _backward(_rows(x), _rows(dy), z, A.contiguous(), B.contiguous(), plan, E, tokens, W, dlogits)
+    return _backward(_rows(x), _rows(dy), z, A.contiguous(), B.contiguous(), plan, E, tokens, W, dlogits, after_gelu)
 
 
 @_routed_backward.register_fake
@@ -498,7 +505,7 @@ def _(x, dy, dlogits, z, W, A, B, *plan):
 
 
 def _routed_setup(ctx, inputs, output):
-    x, W, _, A, B, _ = inputs
+    x, W, _, A, B, _, ctx.after_gelu = inputs
     _, _, _, _, z, *plan = output
     ctx.save_for_backward(x, z, W, A, B, *plan)
     ctx.set_materialize_grads(False)
@@ -508,8 +515,8 @@ def _routed_gradients(ctx, dy, dlogits, *_):
     x, z, *saved = ctx.saved_tensors
     if dy is None:  # only the router's loss was asked for
         dy = x.new_zeros(x.shape[0], saved[2].shape[0] * saved[2].shape[2])
-    dx, dA, dB, dW = torch.ops.nanoeinsum.routed_btt_mixture_backward(x, dy, dlogits, z, *saved)
-    return dx, dW, None, dA, dB, None
+    dx, dA, dB, dW = torch.ops.nanoeinsum.routed_btt_mixture_backward(x, dy, dlogits, z, *saved, ctx.after_gelu)
+    return dx, dW, None, dA, dB, None, None
 
 
 _routed.register_autograd(_routed_gradients, setup_context=_routed_setup)

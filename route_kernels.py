@@ -25,19 +25,23 @@ except ImportError:
 # The router
 
 if triton is not None:
+    from kernels import _gelu
 
     @triton.jit
     def _route_kernel(
         x, W, bias, logits, index, gate, N, x_stride,
         D: tl.constexpr, E: tl.constexpr, K: tl.constexpr, EP: tl.constexpr, BM: tl.constexpr, DB: tl.constexpr,
+        GELU: tl.constexpr,
     ):  # fmt: skip
-        """logits (n, E) = x Wᵀ; index and gate (n, K) of the K largest logits + bias, ascending in the expert."""
+        """logits (n, E) = x Wᵀ, or gelu(x) Wᵀ; index and gate (n, K) of the K largest logits + bias, ascending in the expert."""
         n, e = tl.program_id(0) * BM + tl.arange(0, BM), tl.arange(0, EP)
         sums = tl.zeros((BM, EP), tl.float32)
         for start in tl.range(0, D, DB):
             d = start + tl.arange(0, DB)
             at_x = n[:, None].to(tl.int64) * x_stride + d[None, :]
             x_t = tl.load(x + at_x, (n < N)[:, None] & (d < D)[None, :], 0.0)
+            if GELU:
+                x_t = _gelu(x_t)
             W_t = tl.load(W + e[None, :] * D + d[:, None], (e < E)[None, :] & (d < D)[:, None], 0.0)  # (DB, EP)
             sums = tl.dot(x_t.to(tl.float32), W_t, sums, input_precision="tf32x3")
         real = (e < E)[None, :]
@@ -70,7 +74,12 @@ def route(
 
     The gates are the softmax of the k logits that are largest with the bias; a row's experts are in ascending order.
     """
-    x, W, bias = _rows(x), W.contiguous(), bias.contiguous()
+    return route_rows(_rows(x), W, bias, k)
+
+
+def route_rows(x, W, bias, k, after_gelu=False):
+    """What `route` does, of gelu(x) where asked."""
+    W, bias = W.contiguous(), bias.contiguous()
     (n, d), E = x.shape, len(W)
     logits, gate = (x.new_empty(n, width, dtype=torch.float32) for width in (E, k))
     index = torch.empty(n, k, dtype=torch.int64, device=x.device)
@@ -78,7 +87,7 @@ def route(
         tokens = 64
         _route_kernel[(triton.cdiv(n, tokens),)](
             x, W, bias, logits, index, gate, n, x.stride(0), D=d, E=E, K=k, EP=_pow2(E, 16), BM=tokens, DB=64,
-            num_warps=4, num_stages=4,
+            GELU=after_gelu, num_warps=4, num_stages=4,
         )  # fmt: skip
     return logits, index, gate
 
