@@ -99,12 +99,6 @@ def _(x, W, bias, k):
     return logits, x.new_empty(n, k, dtype=torch.int64), gate
 
 
-def gate_to_logits(dgate, gate, index, dlogits):
-    """Gradient of all logits (n, E): dlogits, what they have otherwise or None, and the softmax's of the gates' (n, k)."""
-    of_picked = gate * (dgate - (gate * dgate).sum(1, keepdim=True))
-    return dlogits.scatter_add(1, index, of_picked)
-
-
 def _route_setup(ctx, inputs, output):
     x, W, _, _ = inputs
     _, index, gate = output
@@ -114,7 +108,8 @@ def _route_setup(ctx, inputs, output):
 
 def _route_backward(ctx, dlogits, _, dgate):
     x, W, index, gate = ctx.saved_tensors
-    d = gate_to_logits(dgate, gate, index, dlogits).to(x.dtype)
+    of_picked = gate * (dgate - (gate * dgate).sum(1, keepdim=True))  # through the softmax
+    d = dlogits.scatter_add(1, index, of_picked).to(x.dtype)
     return d @ W.to(x.dtype), (d.t() @ x).to(W.dtype), None, None
 
 
