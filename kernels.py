@@ -172,6 +172,11 @@ def runs_triton(tensor):
     return INTERPRETED or (triton is not None and tensor.is_cuda and _has_room(tensor.device.index))
 
 
+def takes_kernels(x):
+    """Whether they run where x is, in the type that it is computed in."""
+    return runs_triton(x) and compute_dtype(x) in (torch.float16, torch.bfloat16)
+
+
 SHARED_MEMORY = 232_448  # bytes that a block may have on a Hopper GPU, which the kernels' block sizes are made for
 
 
@@ -190,7 +195,7 @@ BANDWIDTH, FLOP_RATE = 2.6e12, 650e12
 
 def way_for(x, sizes):
     """The way that btt takes for x (..., g·a)."""
-    if runs_triton(x) and compute_dtype(x) in (torch.float16, torch.bfloat16):
+    if takes_kernels(x):
         return choose_way(x.numel() // (sizes.g * sizes.a), sizes)
     return "torch"
 
@@ -445,9 +450,8 @@ btt_fused.register_autograd(_fused_gradients, setup_context=_fused_setup)
 # whole rows; every operand is then what Hopper's matrix units take as it lies. A program has one core's block and
 # every so-manieth tile of tokens.
 
-MAX_ROWS = (
-    256  # of a block of z, r·f or g·r, that a program can hold; twice as many of g·r, which two kernels share out
-)
+# Of a block of z, r·f or g·r, that a program can hold; twice as many of g·r, which two kernels share out.
+MAX_ROWS = 256
 
 
 def staged_fits(sizes):

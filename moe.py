@@ -27,7 +27,7 @@ from torch import nn
 
 from configurator import ConfigError
 from einsum_linear import CoreLinear, Dense, EinsumLinear, apply_all, init_std, make_linear
-from kernels import BTTSizes, compute_dtype, gelu, runs_triton
+from kernels import BTTSizes, compute_dtype, gelu, takes_kernels
 from moe_kernels import btt_mixture, fits, routed_btt_mixture, router_fits
 
 AUXILIARY, Z = 0.01, 0.1  # loss = cross-entropy + AUXILIARY · mean over routers of (load balance + Z · z-loss)
@@ -81,11 +81,6 @@ class Router(nn.Module):
             logits = F.linear(x.to(dtype), self.weight.to(dtype))
         index = pick(logits.detach() + self.bias, self.top_k)
         return index, logits.gather(1, index).softmax(dim=1), logits
-
-
-def takes_kernels(x):
-    """Whether kernels of ours run where x is and in the type that it is computed in."""
-    return runs_triton(x) and compute_dtype(x) in (torch.bfloat16, torch.float16)
 
 
 def pick(logits, k):

@@ -244,8 +244,9 @@ if triton is not None:
         at = dz + (g * (K * R * F) + c // FB * F + c % FB).to(tl.int64) * z_stride
         at_W = q[:, None] * (G * AL) + g * AL + a[None, :]
         dW_g = tl.zeros((QP, AP), tl.float32)
-        if ROUTER:
-            W_g = tl.load(W + at_W, (a < AL)[None, :], 0.0)  # (QP, AP)
+        if ROUTER:  # once for what 16 bits have of the logits' gradient, once for what they lack
+            W_g = tl.load(W + (q % E)[:, None] * (G * AL) + g * AL + a[None, :], (a < AL)[None, :], 0.0)
+            W_g = W_g.to(x.dtype.element_ty)  # (QP, AP)
         start, stop, set_0, set_1 = _share(set_tiles, tile_set, part, SETS, PARTS)
         for of_set in tl.range(set_0, set_1):
             columns, there = _a_columns(sets, of_set, c, F, FB, K, R)
@@ -364,26 +365,25 @@ def _backward(x, dy, z, A, B, plan, num_experts, tokens, W=None, dlogits=None, a
     )  # fmt: skip
     dB = _sum_experts(sums_B, plan.set_tiles, members, torch.empty_like(B), (f, g, r * e), parts)
 
-    width, sums = _pow2(2 * E, 16), columns * _pow2(a, 16)
+    routed, width, sums = W is not None, _pow2(2 * E, 16), columns * _pow2(a, 16)
     resident = 4 if sums <= 2048 else 3 if sums <= 4096 else 2
     parts = _parts(g, tiles, resident, x)
     sums_A = empty(parts + n_sets, g, k, a * r * f)
-    if W is None:
-        d = twice = sums_W = x
+    if not routed:
+        d = W = sums_W = x
     else:
-        d, twice, sums_W = x.new_empty(len(x), width), x.new_zeros(width, g * a), empty(parts, width, g * a)
-        twice[:E] = twice[E : 2 * E] = W
+        d, W, sums_W = x.new_empty(len(x), width), W.contiguous(), empty(parts, width, g * a)
         _router_gradient_kernel[(tiles,)](
             shares, plan.gate, shares if dlogits is None else dlogits, d, *tables, places, F=f * blocks, K=k, E=E,
             FP=_pow2(f * blocks), QP=width, BM=tokens, SETS=n_sets, MORE=dlogits is not None,
         )  # fmt: skip
     _mixture_first_backward_kernel[(g * parts,)](
-        dz, x, A, dx, sums_A, d, twice, sums_W, *tables, z.stride(0), x.stride(0),
-        AL=a, AP=_pow2(a, 16), FB=_pow2(f), CB=columns, QP=width, PARTS=parts, ROUTER=W is not None, GELU=after_gelu,
+        dz, x, A, dx, sums_A, d, W, sums_W, *tables, z.stride(0), x.stride(0),
+        AL=a, AP=_pow2(a, 16), FB=_pow2(f), CB=columns, QP=width, PARTS=parts, ROUTER=routed, GELU=after_gelu,
         **shape, num_warps=4 if columns <= 128 else 8, maxnreg=MOST_REGISTERS[resident],
     )  # fmt: skip
     dA = _sum_experts(sums_A, plan.set_tiles, members, torch.empty_like(A), (g, a, r * f), parts)
-    if W is None:
+    if not routed:
         return dx, dA, dB, _gate_gradient(shares.sum(0), plan)
     high, low = sums_W.sum(0)[: 2 * E].chunk(2)
     return dx, dA, dB, (high + low).to(W.dtype)
