@@ -10,6 +10,7 @@ lr_landscape   loss against learning rate, a curve a width, whose minimum µP ke
 
 Each is done twice, with the learning-rate multipliers that belong to each width (mup.py), and
 without: the narrowest model's at all widths, which is one rate for all, tuned at one of them.
+Of a single width (--widths=256,) lr_landscape finds the best rate of a structure: both ways are one there.
 
 A structure may carry options of GPTConfig: name:option=value,option=value, and so on. Spaces
 separate the values of a tuple ("einsum:theta=.5 .25 .25 .25 .5 .25 0"), a number may be a fraction
@@ -147,8 +148,9 @@ class CheckConfig:
         for name in ("n_layer", "n_head", "block_size", "batch_rows", "steps", "seeds"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)}: make it at least 1")
-        if not all(isinstance(width, int) and width > 0 for width in self.widths) or len(set(self.widths)) < 2:
-            raise ConfigError(f"widths={self.widths}: give two whole numbers or more, 64,128,256, say")
+        least = 2 if isinstance(self, CoordsConfig) else 1
+        if not all(isinstance(width, int) and width > 0 for width in self.widths) or len(set(self.widths)) < least:
+            raise ConfigError(f"widths={self.widths}: give {least} whole numbers or more, 64,128,256, say")
         self.widths = tuple(sorted(set(self.widths)))
 
     def models(self, structure, vocab_size):
@@ -350,7 +352,7 @@ def lr_landscape(config, say=print):
     """Final training loss of every width at every rate, with the multipliers of the width and without.
 
     config  LandscapeConfig
-    -> {"with": {width: [loss at each of config.lrs]}, "without": the same}, initial loss.
+    -> {"with": {width: [loss at each of config.lrs]}, "without": the same, but of a single width}, initial loss.
     A loss is in nats a token, the mean over the last tenth of the steps and over the seeds, nan
     where a run left the finite numbers; the initial one is the mean over widths and seeds before
     the first step. All runs of a seed see the same batches, and those of a width the same weights.
@@ -404,6 +406,8 @@ def lr_landscape(config, say=print):
                     )
     narrowest = config.widths[0]
     sums["without"][narrowest] = list(sums["with"][narrowest])
+    if len(config.widths) == 1:
+        del sums["without"]
     return sums, sum(initial) / len(initial)
 
 
@@ -456,12 +460,12 @@ def landscape(config):
     best = {kind: best_lrs(losses[kind], config.lrs) for kind in losses}
     label = config.structure + ("" if config.rank is None else f", rank={config.rank}")
     print(f"\n{label}: best learning rate and its loss (initial loss {initial:.3f})")
-    print(f"{'width':>6}  {'with muP':>18}  {'without':>18}")
+    print(f"{'width':>6}", *(f"{kind + ' muP':>19}" for kind in best))
     for width in config.widths:
         cells = [
             f"{'none' if lr is None else _rate(lr):>10} {loss:7.4f}" for lr, loss in (best[k][width] for k in best)
         ]
-        print(f"{width:>6}  {cells[0]}  {cells[1]}")
+        print(f"{width:>6}", *(f"{cell:>19}" for cell in cells))
     if config.png:
         draw_landscape(losses, config.lrs, initial, label, config.png)
     if config.json:
@@ -497,10 +501,12 @@ def landscape(config):
 def draw_landscape(losses, lrs, initial, label, path):
     """losses  what lr_landscape returns. Runs that ended above the initial loss, or nowhere, are drawn there."""
     plt = _pyplot()
-    figure, panels = plt.subplots(1, 2, figsize=(9, 4), sharex=True, sharey=True, layout="constrained")
-    widths = list(losses["with"])
+    figure, grid = plt.subplots(
+        1, len(losses), figsize=(4.5 * len(losses), 4), sharex=True, sharey=True, squeeze=False, layout="constrained"
+    )
+    panels, widths = grid[0], list(losses["with"])
     titles = {"with": "µP", "without": f"rates of width {widths[0]} for all"}
-    for kind, axes in zip(("with", "without"), panels):
+    for kind, axes in zip(losses, panels):
         for at, (width, values) in enumerate(losses[kind].items()):
             color = plt.get_cmap("viridis")(0.9 - 0.9 * at / max(1, len(widths) - 1))
             shown = [min(loss, initial) if math.isfinite(loss) else initial for loss in values]

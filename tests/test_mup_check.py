@@ -194,3 +194,17 @@ def test_lr_landscape_writes_its_picture_and_rows(char_data, tmp_path, capsys):
     assert (tmp_path / "lr.png").read_bytes()[:4] == b"\x89PNG"
     out = capsys.readouterr().out
     assert "6/6 | width 32 | without muP" in out and "2**-9" in out.splitlines()[-1]
+
+
+def test_the_best_rate_of_a_single_width(char_data, tmp_path, capsys):
+    options = {**SMALL, "steps": 3, "warmup_steps": 1, "lrs": "2**-9,1e30", "widths": "16,"}
+    words = [f"--{name}={value}" for name, value in options.items()]
+    words += [f"--{name}={tmp_path / f'lr.{name}'}" for name in ("png", "json")]
+    mup_check.main(["lr_landscape", "--structure=dense", f"--data_dir={char_data}", *words])
+    rows = json.loads((tmp_path / "lr.json").read_text())
+    assert [(row["lr"], row["multipliers"], row["best"]) for row in rows] == [
+        (2**-9, "with", True),
+        (1e30, "with", False),
+    ]
+    assert "2/2 | width 16" in (out := capsys.readouterr().out) and "without" not in out
+    assert (tmp_path / "lr.png").stat().st_size > 0
