@@ -5,12 +5,13 @@ A BTT is two block-diagonal products with a permutation between them (rows n are
     z[n, g, r, f] = Σ_a x[n, g, a] · A[g, a, (r f)]        y[n, f, e] = Σ_{g r} z[n, g, r, f] · B[f, (g r), e]
 
 It needs few FLOPs, so that time goes where the bytes go: z, and copies of it in another order, are what
-makes it slower than a dense product when it is written as two calls of torch.bmm. btt() has three ways,
+makes it slower than a dense product when it is written as two calls of torch.bmm. btt() has four ways,
 and takes the one that a model of their cost expects to be the fastest (results/kernels.md):
 
     fused   one kernel forward, one backward; z never leaves the chip. Where both cores fit on a multiprocessor
     staged  a kernel a product; z crosses device memory once, transposed, so that both sides read whole rows of it
     dense   the matrix is multiplied out, then cuBLAS. Where the cores hold nearly as many FLOPs as the matrix
+    torch   two calls of torch.bmm. Where blocks are too wide for the kernels; of a low-rank layer, two cuBLAS products
 
 Sums are float32 and in a fixed order: the same inputs give the same bits. On a CPU, in float32 and without
 Triton there is plain torch, `two_products`, which also serves every other θ. Imports nothing of this project.
@@ -130,7 +131,8 @@ def btt(x, A, B, way=None, after_gelu=False):
     elif way == "staged":
         y, _ = torch.ops.nanoeinsum.btt_staged(x_2d, A, B, after_gelu)
     elif way == "dense":
-        W = torch.ops.nanoeinsum.btt_multiplied_out(A, B) if runs_triton(x_2d) else btt_matrix(A, B)
+        by_kernel = runs_triton(x_2d) and _pow2(a) * _pow2(e) <= MOST_ENTRIES
+        W = torch.ops.nanoeinsum.btt_multiplied_out(A, B) if by_kernel else btt_matrix(A, B)
         y = torch.nn.functional.linear(gelu(x_2d) if after_gelu else x_2d, W)
     else:
         x_2d = gelu(x_2d) if after_gelu else x_2d
@@ -211,7 +213,13 @@ def choose_way(n, sizes):
     dense = 3 * 2 * n * d_in * d_out / FLOP_RATE + 12 * d_in * d_out / BANDWIDTH
     # x z | z y | dy z dz | dz x dx, of 2 bytes each
     staged = 2 * n * (3 * d_in + 2 * d_out + 6 * z) / BANDWIDTH + 5e-6
-    return "staged" if staged_fits(sizes) and staged < dense else "dense"
+    if staged_fits(sizes):
+        return "staged" if staged < dense else "dense"
+    # The same, dz once more for dB, and copies of z, dz, y, dy and dx; a low-rank layer has none of these.
+    copied = 0 if g == f == 1 else 2 * d_in + 4 * d_out + 4 * z
+    torch_way = 2 * n * (3 * d_in + 2 * d_out + 6 * z + copied) / BANDWIDTH
+    torch_way += 3 * 2 * n * r * (d_in * f + g * d_out) / FLOP_RATE + 5e-6
+    return "torch" if torch_way < dense else "dense"
 
 
 def _pow2(n, least=1):
@@ -452,20 +460,41 @@ btt_fused.register_autograd(_fused_gradients, setup_context=_fused_setup)
 
 # Of a block of z, r·f or g·r, that a program can hold; twice as many of g·r, which two kernels share out.
 MAX_ROWS = 256
+MAX_WIDTH = 256  # of α and ε: sums of a tile stay in registers
+
+
+class Tile(NamedTuple):
+    rows: int  # of a core's block and of z that a program has
+    width: int  # α or ε, padded
+    tokens: int  # of a tile
+    stages: int  # tiles that are loaded ahead and multiplied
+    warps: int
+    held: int  # numbers of 16 bits in shared memory
+
+
+def _staged_tiles(sizes):
+    """Of the first and the second product, of the second one's backward and of the first one's: a Tile."""
+    g, a, f, e, r = sizes
+    AP, EP, GR, RF = (_pow2(size, 16) for size in (a, e, g * r, r * f))
+
+    def tile(rows, width, tokens, stages, warps, loaded, stored):
+        return Tile(rows, width, tokens, stages, warps, rows * width + tokens * (stages * loaded + stored))
+
+    few = RF <= 64
+    some, part = min(RF, 128), min(GR, 128)
+    return (
+        tile(some, AP, 128, 3 if few else 2, 8 if few else 4, AP, some),
+        tile(GR, EP, 128 if GR <= 64 else 64, 3 if GR <= MAX_ROWS else 2, 4, GR, EP),
+        tile(part, EP, 128 if part <= 64 and e <= 64 else 64, 3, 8, part + EP, part),
+        tile(RF, AP, 128 if few and a <= 64 else 64, 3, 8 if few else 4, RF + AP, AP),
+    )
 
 
 def staged_fits(sizes):
     """Whether the staged kernels take a layer."""
-    g, _, f, e, r = sizes
-    rows, tokens, stages = _second_shape(sizes)
-    held = 2 * rows * (_pow2(e, 16) + stages * tokens)  # bytes of B_f and of tiles of z_f
-    return r * f <= MAX_ROWS and g * r <= 2 * MAX_ROWS and held <= SHARED_MEMORY
-
-
-def _second_shape(sizes):
-    """Of a program of the second product: rows of z, tokens of a tile, tiles that are loaded ahead and multiplied."""
-    rows = _pow2(sizes.g * sizes.r, 16)
-    return rows, 128 if rows <= 64 else 64, 3 if rows <= MAX_ROWS else 2
+    g, a, f, e, r = sizes
+    rows_fit = r * f <= MAX_ROWS and g * r <= 2 * MAX_ROWS
+    return rows_fit and max(a, e) <= MAX_WIDTH and all(2 * t.held <= SHARED_MEMORY for t in _staged_tiles(sizes))
 
 
 if triton is not None:
@@ -584,18 +613,17 @@ def btt_staged(
     x, A, B, (g, a, f, e, r) = _rows(x), A.contiguous(), B.contiguous(), _sizes(A, B)
     n = len(x)
     z, y = x.new_empty(g * r * f, _z_stride(n)), x.new_empty(n, f * e)
-    columns = min(_pow2(r * f, 16), 128)
-    small = columns <= 64
-    parts = _parts(g * triton.cdiv(r * f, columns), n, 128, x)
-    _staged_first_kernel[(g * triton.cdiv(r * f, columns) * parts,)](
-        x, A, z, n, z.stride(0), x.stride(0), G=g, AL=a, RF=r * f, AP=_pow2(a, 16), CB=columns,
-        BM=128, PARTS=parts, STAGES=3 if small else 2, GELU=after_gelu, num_warps=8 if small else 4,
+    first, second, *_ = _staged_tiles(_sizes(A, B))
+    blocks = g * triton.cdiv(r * f, first.rows)
+    parts = _parts(blocks, n, first.tokens, x)
+    _staged_first_kernel[(blocks * parts,)](
+        x, A, z, n, z.stride(0), x.stride(0), G=g, AL=a, RF=r * f, AP=first.width, CB=first.rows,
+        BM=first.tokens, PARTS=parts, STAGES=first.stages, GELU=after_gelu, num_warps=first.warps,
     )  # fmt: skip
-    rows, tokens, stages = _second_shape(_sizes(A, B))
-    parts = _parts(f, n, tokens, x)
+    parts = _parts(f, n, second.tokens, x)
     _staged_second_kernel[(f * parts,)](
-        z, B, y, n, z.stride(0), F=f, EL=e, GR=g * r, EP=_pow2(e, 16), KP=rows,
-        BM=tokens, PARTS=parts, STAGES=stages, num_warps=4,
+        z, B, y, n, z.stride(0), F=f, EL=e, GR=g * r, EP=second.width, KP=second.rows,
+        BM=second.tokens, PARTS=parts, STAGES=second.stages, num_warps=second.warps,
     )  # fmt: skip
     return y, z
 
@@ -617,21 +645,18 @@ def btt_staged_backward(
     x, dy, A, B, (g, a, f, e, r) = _rows(x), _rows(dy), A.contiguous(), B.contiguous(), _sizes(A, B)
     n = len(x)
     dz, dx = torch.empty_like(z), x.new_empty(n, g * a)
-    rows = min(_pow2(g * r, 16), 128)
-    tokens = 128 if rows <= 64 and e <= 64 else 64
-    k_blocks = triton.cdiv(g * r, rows)
-    parts_B, parts_A = _parts(f * k_blocks, n, tokens, x), _parts(g, n, 128, x)
+    *_, second, first = _staged_tiles(_sizes(A, B))
+    blocks = f * triton.cdiv(g * r, second.rows)
+    parts_B, parts_A = _parts(blocks, n, second.tokens, x), _parts(g, n, 128, x)
     sums_A = torch.empty(parts_A, A.numel(), dtype=torch.float32, device=x.device)
     sums_B = torch.empty(parts_B, B.numel(), dtype=torch.float32, device=x.device)
-    _staged_second_backward_kernel[(f * k_blocks * parts_B,)](
-        z, dy, B, dz, sums_B, n, z.stride(0), dy.stride(0), B.numel(), F=f, EL=e, GR=g * r, EP=_pow2(e, 16), KB=rows,
-        BM=tokens, PARTS=parts_B, STAGES=3, num_warps=8,
+    _staged_second_backward_kernel[(blocks * parts_B,)](
+        z, dy, B, dz, sums_B, n, z.stride(0), dy.stride(0), B.numel(), F=f, EL=e, GR=g * r, EP=second.width,
+        KB=second.rows, BM=second.tokens, PARTS=parts_B, STAGES=second.stages, num_warps=second.warps,
     )  # fmt: skip
-    columns = _pow2(r * f, 16)
-    tokens = 128 if columns <= 64 and a <= 64 else 64
     _staged_first_backward_kernel[(g * parts_A,)](
-        dz, x, A, dx, sums_A, n, z.stride(0), x.stride(0), A.numel(), G=g, AL=a, RF=r * f, AP=_pow2(a, 16), CP=columns,
-        BM=tokens, PARTS=parts_A, STAGES=3, GELU=after_gelu, num_warps=8 if columns <= 64 else 4,
+        dz, x, A, dx, sums_A, n, z.stride(0), x.stride(0), A.numel(), G=g, AL=a, RF=r * f, AP=first.width,
+        CP=first.rows, BM=first.tokens, PARTS=parts_A, STAGES=first.stages, GELU=after_gelu, num_warps=first.warps,
     )  # fmt: skip
     return dx, sums_A.sum(dim=0).to(A.dtype).view_as(A), sums_B.sum(dim=0).to(B.dtype).view_as(B)
 
@@ -658,6 +683,8 @@ btt_staged.register_autograd(_staged_gradients, setup_context=_staged_setup)
 # ---------------------------------------------------------------------------------------
 # Dense: the matrix multiplied out. A program has one block (φ γ), of few ranks: sums of outer products, without
 # the batched products of tiny matrices, and copies of their results, that torch makes of it.
+
+MOST_ENTRIES = 16_384  # of a block of W that a program holds
 
 if triton is not None:
 

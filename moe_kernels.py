@@ -27,6 +27,7 @@ try:
 except ImportError:
     triton = None
 
+MOST_WIDTH = 512  # of α and ε: tiles of x and dy fit in shared memory
 MOST_SUMS = 32_768  # of a core's gradient, float32, that a program can hold
 MOST_REGISTERS = {4: 128, 3: 168, 2: None}  # of a thread, for so many programs of 4 warps on a multiprocessor
 
@@ -35,7 +36,7 @@ def fits(sizes, num_experts, k):
     """Whether the kernels take a layer of kernels.BTTSizes, r being the rank of one expert."""
     g, a, f, e, r = sizes
     rows = _pow2(k * r) * max(_pow2(g), _pow2(f))
-    in_one_program = rows <= MAX_ROWS and rows * _pow2(max(a, e)) <= MOST_SUMS
+    in_one_program = rows <= MAX_ROWS and rows * _pow2(max(a, e)) <= MOST_SUMS and max(a, e) <= MOST_WIDTH
     return math.comb(num_experts, k) <= MOST_SETS and (in_one_program or g == f == 1)
 
 

@@ -92,6 +92,9 @@ def test_the_way_follows_cost():
     """Small cores stay on a multiprocessor, large ones are streamed, ranks that save nothing are multiplied out."""
     assert choose_way(32_768, layer_sizes(1024, 1024, 1)) == "fused"
     assert choose_way(32_768, layer_sizes(4096, 4096, 1)) == choose_way(32_768, layer_sizes(4096, 4096, 4)) == "staged"
+    assert (
+        choose_way(32_768, BTTSizes(1, 512, 1, 512, 22)) == choose_way(32_768, BTTSizes(4, 1024, 4, 256, 1)) == "torch"
+    )
     assert choose_way(32_768, layer_sizes(1024, 1024, 16)) == choose_way(32_768, layer_sizes(1024, 1024, 4)) == "dense"
     assert fused_blocks(layer_sizes(4096, 4096, 1)) is None
 
@@ -232,22 +235,35 @@ class Compiler:
 )
 def test_compiles_for_hopper(monkeypatch, d_in, d_out, rank, after_gelu):
     """Within shared memory, and registers do not spill by more than a few; large layers are on the wgmma path."""
-    compiled, sizes = {}, layer_sizes(d_in, d_out, rank)
+    sizes = layer_sizes(d_in, d_out, rank)
+    way = choose_way(4096, sizes)
+    for name, result in compile_way(monkeypatch, way, sizes, after_gelu).items():
+        assert result.metadata.shared <= kernels.SHARED_MEMORY, name
+        assert spilled(result) <= 128, name
+        assert way != "staged" or d_in < 4096 or "wgmma" in result.asm["ptx"], name
+
+
+@pytest.mark.parametrize("sizes", [(1, 256, 8, 256, 4), (2, 128, 16, 256, 16)])
+def test_the_widest_blocks_that_the_staged_kernels_take_fit_on_hopper(monkeypatch, sizes):
+    sizes = BTTSizes(*sizes)
+    assert kernels.staged_fits(sizes) and not kernels.staged_fits(sizes._replace(a=2 * sizes.a))
+    for name, result in compile_way(monkeypatch, "staged", sizes, False).items():
+        assert result.metadata.shared <= kernels.SHARED_MEMORY, name
+
+
+def compile_way(monkeypatch, way, sizes, after_gelu):
+    """{name: compiled} of all kernels of a way, forward and backward."""
+    compiled = {}
     for name, kernel in inspect.getmembers(kernels, lambda member: isinstance(member, triton.runtime.jit.JITFunction)):
         if re.match("_(fused|staged|dense)_", name):
             monkeypatch.setattr(kernels, name, Compiler(kernel, compiled))
     monkeypatch.setattr(kernels, "_multiprocessors", lambda tensor: 132)
     monkeypatch.setattr(kernels, "runs_triton", lambda tensor: True)
-    x, A, B, dy = example(sizes, (4096,), torch.bfloat16)
-    way = choose_way(4096, sizes)
-    results(way, x, A, B, dy, after_gelu)
+    results(way, *example(sizes, (4096,), torch.bfloat16), after_gelu)
     assert set(compiled) == {
         name for name in vars(kernels) if name.startswith(f"_{way}_") and isinstance(getattr(kernels, name), Compiler)
     }
-    for name, result in compiled.items():
-        assert result.metadata.shared <= kernels.SHARED_MEMORY, name
-        assert spilled(result) <= 128, name
-        assert way != "staged" or d_in < 4096 or "wgmma" in result.asm["ptx"], name
+    return compiled
 
 
 def spilled(compiled):
