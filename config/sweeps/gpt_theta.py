@@ -55,20 +55,22 @@ fit = "--reference=dense"
 # Widths at which all groups have 0.4 to 12 million FLOPs a token forward. A run takes 20 to 25 s to start and compile,
 # and for its 33M tokens 1 to 36 s (dense, BTT, low-rank: 1 to 20M tokens/s) or 9 to 80 s (Kronecker, TT and generic,
 # which have no kernels: 0.4 to 4M tokens/s). In all 13 minutes and 10.
-widths = {
-    (0.5, 0, 0.5, 0, 0.5, 0.5, 0): (256, 512, 1024, 1536),  # full-rank BTT, ν = 1/2
-    (0.67, 0, 0.33, 0, 0.33, 0.67, 0): (192, 384, 768, 1024),  # full-rank BTT, ν = 2/3
-    (0.67, 0, 0.33, 0, 0.67, 0.33, 0): (384, 768, 1536, 3072),  # low-rank BTT, ψ = 2/3
-    (1, 0, 0, 0, 1, 0, 0.5): (256, 512, 1024, 1536),  # low-rank, ψ = 1/2
-    (0.5, 0.5, 0, 0.5, 0.5, 0, 0): (256, 512, 1024, 1536),  # Kronecker, ω = 1/2
-    (0.5, 0.5, 0, 0.5, 0.5, 0, 0.25): (128, 256, 512, 768),  # TT, ω = 1/2
-    (0.5, 0.25, 0.25, 0.25, 0.5, 0.25, 0): (256, 512, 1024, 1536),  # generic, ω = 1/4
+# Each group at the best of four rates, as measured at its second width (results/scaling/rates.json); of low-rank layers,
+# which were not measured, as of BTT.
+sizes = {  # θ: rate, widths
+    (0.5, 0, 0.5, 0, 0.5, 0.5, 0): (6e-3, (256, 512, 1024, 1536)),  # full-rank BTT, ν = 1/2
+    (0.67, 0, 0.33, 0, 0.33, 0.67, 0): (6e-3, (192, 384, 768, 1024)),  # full-rank BTT, ν = 2/3
+    (0.67, 0, 0.33, 0, 0.67, 0.33, 0): (1.2e-2, (384, 768, 1536, 3072)),  # low-rank BTT, ψ = 2/3
+    (1, 0, 0, 0, 1, 0, 0.5): (6e-3, (256, 512, 1024, 1536)),  # low-rank, ψ = 1/2
+    (0.5, 0.5, 0, 0.5, 0.5, 0, 0): (1.2e-2, (256, 512, 1024, 1536)),  # Kronecker, ω = 1/2
+    (0.5, 0.5, 0, 0.5, 0.5, 0, 0.25): (1.2e-2, (128, 256, 512, 768)),  # TT, ω = 1/2
+    (0.5, 0.25, 0.25, 0.25, 0.5, 0.25, 0): (1.2e-2, (256, 512, 1024, 1536)),  # generic, ω = 1/4
 }
 small = dict(
     common=dict(
         data_dir="data/linux_char96", n_layer=3, max_steps=1000, warmup_steps=100, batch_tokens=32_768, micro_batch=256,
         eval_interval=50, eval_tokens=262_144, log_interval=50, save=False,
     ),
-    runs=[gpt(d, structure="dense") for d in (64, 128, 192, 256, 384)]
-    + [gpt(d, structure="einsum", theta=theta) for theta, sizes in widths.items() for d in sizes],
+    runs=[gpt(d, structure="dense", lr=1.5e-3) for d in (64, 128, 192, 256, 384)]
+    + [gpt(d, structure="einsum", theta=theta, lr=lr) for theta, (lr, widths) in sizes.items() for d in widths],
 )  # fmt: skip

@@ -31,7 +31,8 @@ for number in (8, 16):
             runs.append(gpt(d, structure="btt", n_layer=n, moe="linear", **experts(number)))
 fit = "--reference=dense"
 
-# Widths at which all groups have 0.4 to 11 million FLOPs a token forward. A run takes 20 to 30 s to start and compile,
+# Widths at which all groups have 0.4 to 11 million FLOPs a token forward, each group at the best of four rates, as
+# measured at its second width (results/scaling/rates.json). A run takes 20 to 30 s to start and compile,
 # and for its 49M tokens 2 to 7 s (dense), 3 to 13 s (MoE of FFNs) or 7 to 60 s (BTT-MoE, 0.9 to 7M tokens/s). In all 8
 # minutes and 5.
 small = dict(
@@ -39,7 +40,14 @@ small = dict(
         data_dir="data/linux_char96", n_layer=3, max_steps=1500, warmup_steps=100, batch_tokens=32_768, micro_batch=256,
         eval_interval=50, eval_tokens=262_144, log_interval=50, save=False,
     ),
-    runs=[gpt(d, structure="dense") for d in (64, 128, 192, 256, 384)]
-    + [gpt(d, structure="dense", moe="ffn", **experts(number)) for number in (8, 16) for d in (64, 128, 192, 256)]
-    + [gpt(d, structure="btt", moe="linear", **experts(number)) for number in (8, 16) for d in (128, 256, 512, 1024)],
+    runs=[gpt(d, structure="dense", lr=1.5e-3) for d in (64, 128, 192, 256, 384)]
+    + [
+        gpt(d, structure=structure, moe=moe, lr=lr, **experts(number))
+        for structure, moe, lr, widths in (
+            ("dense", "ffn", 3e-3, (64, 128, 192, 256)),
+            ("btt", "linear", 1.5e-3, (128, 256, 512, 1024)),
+        )
+        for number in (8, 16)
+        for d in widths
+    ],
 )  # fmt: skip
