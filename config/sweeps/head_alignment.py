@@ -26,8 +26,8 @@ runs = [
 ]  # fmt: skip
 fit = "--reference=btt"
 
-# The effect is small: 3 seeds, whose means are compared, at the best of four rates of BTT (results/scaling/rates.json). A run takes 25 s to start and compile, and for its 49M tokens
-# 2 to 21 s (20 to 2.4M tokens/s). In all 10 minutes and 4.
+# The effect is small: 3 seeds, whose means are compared, at the best of four rates of BTT (results/scaling/rates.json).
+# A run takes 25 s to start and compile, and for its 49M tokens 2 to 21 s (20 to 2.4M tokens/s). In all 10 minutes and 4.
 small = dict(
     common=dict(
         data_dir="data/linux_char96", n_layer=3, max_steps=1500, warmup_steps=100, batch_tokens=32_768, micro_batch=256,
