@@ -32,8 +32,8 @@ runs = mlps({
 fit = "--by=structure --loss=loss --points=final"  # the rate decays
 
 # Widths at which all groups have 0.4 to 20 million FLOPs an image forward, and larger ones of dense and BTT, whose
-# seconds show their layers and not the host's work. A run takes 35 to 40 s to read the images
-# and compile, and 6 to 14 s for its 2,929 updates. In all 15 minutes and 5.
+# seconds show their layers and not the host's work. A run takes 35 to 40 s to read the images and compile, and 6 to 14 s
+# for its 2,929 updates. In all 17 minutes and 4.
 small = dict(
     common=dict(max_steps=60 * 50_000 // 1024, eval_interval=1000, log_interval=50, save=False),
     runs=mlps({
