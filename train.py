@@ -146,6 +146,9 @@ def in_one_line(train, config, memory):
         )
         speak_for_this_rank(error)
         raise error from None
+    except KeyboardInterrupt:  # in training the loop itself ends, and saves
+        progress.say("stopped, outside of training")
+        raise SystemExit(130) from None
     finally:
         progress.close()
 

@@ -363,6 +363,16 @@ def test_signals_save_and_end_cleanly(tiny, tmp_path, name):
     assert f"stopped at step {saved['step']}" in rest
 
 
+def test_an_interrupt_while_it_starts_is_one_line(tiny, monkeypatch, capsys):
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, "build", interrupted)
+    with pytest.raises(SystemExit) as caught:
+        train.main(tiny)
+    assert caught.value.code == 130 and capsys.readouterr().out.endswith("stopped, outside of training\n")
+
+
 def test_a_non_finite_loss_stops_before_the_update(tiny, tmp_path, monkeypatch):
     original = train.GPT.forward
 

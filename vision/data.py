@@ -306,6 +306,19 @@ class Order:
         return self.epochs[number]
 
 
+PIECE = 64  # images that a worker decodes at a time: a whole share would be late at first, and take much memory ahead
+
+WORTH_A_WORKER = 2048  # held images, below which decoding them takes no longer than starting one
+
+
+def decoders(config):
+    """Processes that decode images for this one: config.workers, or its share of the cores."""
+    if config.workers is not None:
+        return config.workers
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+
+
 class Held:
     """All images on the device, uint8; the training images in a black frame, so that a random crop is one lookup."""
 
@@ -324,25 +337,26 @@ class Held:
 
     def load(self, split, say):
         """Decode a whole split -> uint8 (n, C, S, S), labels (n,) int64. Broken images are left out, with a count."""
-        S, C, images, kept, sizes = self.config.image_size, self.config.channels, [], [], {}
-        for i in range(len(split.labels)):
-            try:
-                image = decode(split.read(i), C)
-            except Exception:
-                self.broken, self.last_broken = self.broken + 1, split.name(i)
-                continue
-            sizes[image.size] = sizes.get(image.size, 0) + 1
-            images.append(pixels(to_square(image, S, S)))
-            kept.append(i)
-        if not images:
-            raise ConfigError(f"dataset={self.config.dataset}: no image of {len(split.labels)} can be decoded")
-        broken = len(split.labels) - len(images)
-        if broken:
-            say(f"{broken} broken images left out, the last: {self.last_broken}")
-        others = len(images) - sizes.get((S, S), 0)
+        S, n, parts, kept, sizes = self.config.image_size, len(split.labels), [], [], {}
+        loader = torch.utils.data.DataLoader(
+            Decoded(self.config, split), batch_size=PIECE, collate_fn=collate_decoded, worker_init_fn=leave_signals,
+            num_workers=min(decoders(self.config), n // WORTH_A_WORKER),
+        )  # fmt: skip
+        for images, rows, shapes, broken in loader:
+            parts.append(images)
+            kept += rows
+            for shape in shapes:
+                sizes[shape] = sizes.get(shape, 0) + 1
+            if broken:
+                self.broken, self.last_broken = self.broken + len(broken), split.name(broken[-1])
+        if not kept:
+            raise ConfigError(f"dataset={self.config.dataset}: no image of {n} can be decoded")
+        if len(kept) < n:
+            say(f"{n - len(kept)} broken images left out, the last: {self.last_broken}")
+        others = len(kept) - sizes.get((S, S), 0)
         if others:
             say(f"{others:,} images of other sizes ({max(sizes, key=sizes.get)}, …) made {S} x {S}")
-        return torch.from_numpy(np.stack(images)), torch.from_numpy(split.labels[kept])
+        return torch.cat(parts), torch.from_numpy(split.labels[kept])
 
     def train_batch(self, step, rows, start, stop):
         """Images start … stop of the batch of `step`, which has `rows` in all -> float (B, C, S, S) of 0 … 255, (B,)."""
@@ -367,6 +381,32 @@ class Held:
             yield self.val[rows].float(), torch.where(inside, self.val_labels[rows], -1)
 
 
+class Decoded(torch.utils.data.Dataset):
+    """i -> i, size of the image, pixels uint8 (C, S, S); pixels None of a broken one."""
+
+    def __init__(self, config, split):
+        self.config, self.split = config, split
+
+    def __len__(self):
+        return len(self.split.labels)
+
+    def __getitem__(self, i):
+        S = self.config.image_size
+        try:
+            image = decode(self.split.read(i), self.config.channels)
+        except Exception:  # what decoders raise has no common kind
+            return i, None, None
+        return i, image.size, pixels(to_square(image, S, S))
+
+
+def collate_decoded(items):
+    """-> uint8 (B, C, S, S), numbers and sizes of these images, numbers of the broken ones"""
+    good = [item for item in items if item[2] is not None]
+    stacked = np.stack([item[2] for item in good]) if good else np.zeros((0, 1, 1, 1), np.uint8)
+    broken = [i for i, _, image in items if image is None]
+    return torch.from_numpy(stacked), [item[0] for item in good], [item[1] for item in good], broken
+
+
 class Streamed:
     """Images decoded as they are needed, in worker processes, ahead of the trainer.
 
@@ -385,10 +425,7 @@ class Streamed:
             raise ConfigError(
                 "gpu_decode=True needs torchvision, which is missing: pip install torchvision, or leave it out"
             )
-        self.workers = config.workers
-        if self.workers is None:
-            cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-            self.workers = max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+        self.workers = decoders(config)
 
     def loader(self, split, keys):
         """keys: lists of (position, image) -> iterator over them of float (B, C, S, S) of 0 … 255, (B,), on the device."""
@@ -437,8 +474,6 @@ class Streamed:
 class Stretches:
     """Sampler of one process's share of each training batch, from `step` on, without an end, PIECE images at a time."""
 
-    PIECE = 64  # what a worker decodes at a time: a whole share would be late at first, and take much memory ahead
-
     def __init__(self, order, step, rows, start, stop):
         self.order, self.step, self.rows, self.start, self.stop = order, step, rows, start, stop
 
@@ -448,9 +483,9 @@ class Stretches:
                 first, count = step * self.rows + begin, end - begin
                 yield list(zip(range(first, first + count), self.order.stretch(first, count).tolist()))
 
-    @classmethod
-    def pieces(cls, start, stop):
-        return [(begin, min(begin + cls.PIECE, stop)) for begin in range(start, stop, cls.PIECE)]
+    @staticmethod
+    def pieces(start, stop):
+        return [(begin, min(begin + PIECE, stop)) for begin in range(start, stop, PIECE)]
 
 
 TRIES = 100  # broken files one behind the other, after which a run ends

@@ -41,7 +41,7 @@ class Config(RunConfig, AugmentConfig, DataConfig, ImageConfig):
     batch_size: int = 256  # images an update, all processes together
     micro_batch: int = 256  # images a process takes at a time; the rest of its batch is accumulated
     stream: bool | None = None  # decode images as needed; False: all at first, and hold them; None: above 64 pixels
-    workers: int | None = None  # decoding processes of a streaming one; None: one a core
+    workers: int | None = None  # processes that decode images; None: one a core
     gpu_decode: bool = False  # streaming: JPEGs decoded on the GPU, by torchvision
     eval_resize: int | None = None  # streaming: shorter side before the central crop; None: image_size · 256 / 224
     lr: float = 1e-3  # peak rate, of a dense layer of width base_width; of biases, norms and embeddings
@@ -67,8 +67,8 @@ class Config(RunConfig, AugmentConfig, DataConfig, ImageConfig):
             self.stream = self.image_size > 64
         refuse(self, "images that are streamed have min_crop", self.stream, crop_padding=0)
         refuse(
-            self, "images that are held are decoded once, before", not self.stream, workers=None, gpu_decode=False,
-            eval_resize=None, min_crop=0.08,
+            self, "images that are held are decoded once, before", not self.stream, gpu_decode=False, eval_resize=None,
+            min_crop=0.08,
         )  # fmt: skip
         if self.eval_resize is not None and self.eval_resize < self.image_size:
             raise ConfigError(
@@ -92,7 +92,7 @@ def train(config, progress):
     device = choose_device(config.device, local_rank)
     dtype = choose_dtype(config.dtype, device)
     watchdog = init_distributed(device, config.timeout)
-    with watchdog.paused():  # decoding may take minutes
+    with watchdog.paused(), workers_watched():  # decoding may take minutes
         data, classes = load_images(config, device, progress.say)
     run = build(
         config, device, dtype, world, watchdog.beat, MODELS[config.model], partial(multipliers, config), micro_steps
