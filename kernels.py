@@ -206,20 +206,25 @@ def choose_way(n, sizes):
     """The way with the least expected time, forward and backward. n: number of tokens."""
     if n == 0:
         return "torch"
-    g, a, f, e, r = sizes
-    d_in, d_out, z = g * a, f * e, g * r * f
     if fused_blocks(sizes) is not None and n >= 16 * 64:
         return "fused"  # reads x and dy and writes y and dx, little more
+    seconds = expected_seconds(n, sizes)
+    if not staged_fits(sizes):
+        del seconds["staged"]
+    return min(seconds, key=seconds.get)
+
+
+def expected_seconds(n, sizes):
+    """{way: seconds of forward and backward of n tokens}, by bytes and FLOPs, of all but fused."""
+    g, a, f, e, r = sizes
+    d_in, d_out, z = g * a, f * e, g * r * f
     dense = 3 * 2 * n * d_in * d_out / FLOP_RATE + 12 * d_in * d_out / BANDWIDTH
     # x z | z y | dy z dz | dz x dx, of 2 bytes each
     staged = 2 * n * (3 * d_in + 2 * d_out + 6 * z) / BANDWIDTH + 5e-6
-    if staged_fits(sizes):
-        return "staged" if staged < dense else "dense"
-    # The same, dz once more for dB, and copies of z, dz, y, dy and dx; a low-rank layer has none of these.
+    # The same, and copies of z, dz, y, dy and dx; a low-rank layer has none of these.
     copied = 0 if g == f == 1 else 2 * d_in + 4 * d_out + 4 * z
-    torch_way = 2 * n * (3 * d_in + 2 * d_out + 6 * z + copied) / BANDWIDTH
-    torch_way += 3 * 2 * n * r * (d_in * f + g * d_out) / FLOP_RATE + 5e-6
-    return "torch" if torch_way < dense else "dense"
+    products = 3 * 2 * n * r * (d_in * f + g * d_out)
+    return {"dense": dense, "staged": staged, "torch": staged + 2 * n * copied / BANDWIDTH + products / FLOP_RATE}
 
 
 def _pow2(n, least=1):

@@ -24,7 +24,7 @@ import re
 import sys
 import time
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
 
@@ -132,6 +132,7 @@ def _number(text):
 class CheckConfig:
     """What both checks have."""
 
+    least_widths: ClassVar[int] = 2
     widths: tuple = (64, 128, 256, 512)  # d_model of the models to compare
     n_layer: int = 2  # transformer blocks
     n_head: int = 2  # attention heads, the same at every width
@@ -148,9 +149,10 @@ class CheckConfig:
         for name in ("n_layer", "n_head", "block_size", "batch_rows", "steps", "seeds"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)}: make it at least 1")
-        least = 2 if isinstance(self, CoordsConfig) else 1
-        if not all(isinstance(width, int) and width > 0 for width in self.widths) or len(set(self.widths)) < least:
-            raise ConfigError(f"widths={self.widths}: give {least} whole numbers or more, 64,128,256, say")
+        few = len(set(self.widths)) < self.least_widths
+        if few or not all(isinstance(width, int) and width > 0 for width in self.widths):
+            least = {1: "a whole number", 2: "two whole numbers"}[self.least_widths]
+            raise ConfigError(f"widths={self.widths}: give {least} or more, 64,128,256, say")
         self.widths = tuple(sorted(set(self.widths)))
 
     def models(self, structure, vocab_size):
@@ -326,6 +328,7 @@ def draw_coords(results, widths, path):
 
 @dataclass
 class LandscapeConfig(CheckConfig):
+    least_widths: ClassVar[int] = 1
     structure: str = "btt"  # with its options, or without: btt, btt:rank=2, ...
     rank: int | str | None = None  # the structure's option `rank`: a number, or width/4, say
     lrs: tuple = ("2**-12..2**-5",)  # base learning rates: numbers, or a range that doubles
@@ -377,7 +380,8 @@ def lr_landscape(config, say=print):
 
     seeds = range(config.seed, config.seed + config.seeds)
     narrow = lr_multipliers(build(models[config.widths[0]], config.seed, device))
-    sums = {kind: {width: [0.0] * len(config.lrs) for width in config.widths} for kind in ("with", "without")}
+    kinds = ("with", "without")[: len(config.widths)]  # of a single width both are one
+    sums = {kind: {width: [0.0] * len(config.lrs) for width in config.widths} for kind in kinds}
     initial, done, started = [], 0, time.perf_counter()
     total = (2 * len(config.widths) - 1) * len(config.lrs) * len(seeds)
     for width in config.widths:
@@ -404,10 +408,8 @@ def lr_landscape(config, say=print):
                         f"{time.perf_counter() - started:.1f} s",
                         flush=True,
                     )
-    narrowest = config.widths[0]
-    sums["without"][narrowest] = list(sums["with"][narrowest])
-    if len(config.widths) == 1:
-        del sums["without"]
+    for kind in kinds[1:]:
+        sums[kind][config.widths[0]] = list(sums["with"][config.widths[0]])
     return sums, sum(initial) / len(initial)
 
 

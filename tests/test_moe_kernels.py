@@ -140,6 +140,7 @@ def test_which_layers_fit():
     assert not fits(layer_sizes(1024, 1024, 1), 64, 4)  # too many sets of experts
     assert not fits(layer_sizes(4096, 4096, 4), 8, 2)  # too many rows of z
     assert not fits(BTTSizes(4, 4096, 4, 256, 8), 8, 2)  # too much of a core for a program
+    assert not fits(BTTSizes(2, 1024, 2, 1024, 1), 8, 2)  # too wide tiles of x and dy
     assert fits(BTTSizes(1, 4096, 1, 4096, 512), 8, 2)  # low rank goes through it in parts
 
 

@@ -226,14 +226,14 @@ def test_held_images_become_rgb_and_square(monkeypatch, workers):
         Image.new("RGB", (9, 30), (9, 8, 7)),
     ]
     split = vision.data.Split(
-        np.array([0, 1, 0, 1]), lambda i: png(images[i]) if i < 3 else b"torn", lambda i: f"image {i}"
+        np.array([0, 1, 0, 1, 0, 1]), lambda i: png(images[i]) if i < 3 else b"torn", lambda i: f"image {i}"
     )
     said = []
     config = Config(**{**TINY, "channels": 3, "n_classes": 2, "workers": workers})
     held = Held(config, {"train": split, "val": split}, CPU, said.append)
     assert held.val.shape == (3, 3, 8, 8) and held.val_labels.tolist() == [0, 1, 0]
     assert held.val[:, :, 4, 4].tolist() == [[7, 7, 7], [1, 2, 3], [9, 8, 7]]
-    assert "1 broken images left out, the last: image 3" in said and any("other sizes" in text for text in said)
+    assert "3 broken images left out, the last: image 5" in said and any("other sizes" in text for text in said)
 
 
 def png(image, format="PNG"):

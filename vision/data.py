@@ -312,9 +312,14 @@ WORTH_A_WORKER = 2048  # held images, below which decoding them takes no longer 
 
 
 def decoders(config):
-    """Processes that decode images for this one: config.workers, or its share of the cores."""
+    """Processes that decode images for this one: config.workers, or its share of the cores.
+
+    They are forked, for a Split cannot be sent to a new process. Where forking is not safe (macOS) there are none by default.
+    """
     if config.workers is not None:
         return config.workers
+    if sys.platform != "linux":
+        return 0
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
@@ -337,18 +342,16 @@ class Held:
 
     def load(self, split, say):
         """Decode a whole split -> uint8 (n, C, S, S), labels (n,) int64. Broken images are left out, with a count."""
-        S, n, parts, kept, sizes = self.config.image_size, len(split.labels), [], [], {}
-        loader = torch.utils.data.DataLoader(
-            Decoded(self.config, split), batch_size=PIECE, collate_fn=collate_decoded, worker_init_fn=leave_signals,
-            num_workers=min(decoders(self.config), n // WORTH_A_WORKER),
-        )  # fmt: skip
-        for images, rows, shapes, broken in loader:
-            parts.append(images)
-            kept += rows
-            for shape in shapes:
-                sizes[shape] = sizes.get(shape, 0) + 1
-            if broken:
-                self.broken, self.last_broken = self.broken + len(broken), split.name(broken[-1])
+        S, n, images, kept, sizes = self.config.image_size, len(split.labels), [], [], {}
+        workers = min(decoders(self.config), n // WORTH_A_WORKER)
+        pieces = data_loader(Decoded(self.config, split), workers, batch_size=PIECE, collate_fn=list)
+        for i, (size, image) in enumerate(itertools.chain.from_iterable(pieces)):
+            if image is None:
+                self.broken, self.last_broken = self.broken + 1, split.name(i)
+                continue
+            sizes[size] = sizes.get(size, 0) + 1
+            images.append(image)
+            kept.append(i)
         if not kept:
             raise ConfigError(f"dataset={self.config.dataset}: no image of {n} can be decoded")
         if len(kept) < n:
@@ -356,7 +359,7 @@ class Held:
         others = len(kept) - sizes.get((S, S), 0)
         if others:
             say(f"{others:,} images of other sizes ({max(sizes, key=sizes.get)}, …) made {S} x {S}")
-        return torch.cat(parts), torch.from_numpy(split.labels[kept])
+        return torch.from_numpy(np.stack(images)), torch.from_numpy(split.labels[kept])
 
     def train_batch(self, step, rows, start, stop):
         """Images start … stop of the batch of `step`, which has `rows` in all -> float (B, C, S, S) of 0 … 255, (B,)."""
@@ -382,7 +385,7 @@ class Held:
 
 
 class Decoded(torch.utils.data.Dataset):
-    """i -> i, size of the image, pixels uint8 (C, S, S); pixels None of a broken one."""
+    """i -> size of the image, pixels uint8 (C, S, S); None, None of a broken one."""
 
     def __init__(self, config, split):
         self.config, self.split = config, split
@@ -395,16 +398,16 @@ class Decoded(torch.utils.data.Dataset):
         try:
             image = decode(self.split.read(i), self.config.channels)
         except Exception:  # what decoders raise has no common kind
-            return i, None, None
-        return i, image.size, pixels(to_square(image, S, S))
+            return None, None
+        return image.size, pixels(to_square(image, S, S))
 
 
-def collate_decoded(items):
-    """-> uint8 (B, C, S, S), numbers and sizes of these images, numbers of the broken ones"""
-    good = [item for item in items if item[2] is not None]
-    stacked = np.stack([item[2] for item in good]) if good else np.zeros((0, 1, 1, 1), np.uint8)
-    broken = [i for i, _, image in items if image is None]
-    return torch.from_numpy(stacked), [item[0] for item in good], [item[1] for item in good], broken
+def data_loader(images, workers, **how):
+    """A DataLoader of images that `workers` processes decode."""
+    fork = "fork" if workers else None
+    return torch.utils.data.DataLoader(
+        images, num_workers=workers, worker_init_fn=leave_signals, multiprocessing_context=fork, **how
+    )
 
 
 class Streamed:
@@ -429,9 +432,9 @@ class Streamed:
 
     def loader(self, split, keys):
         """keys: lists of (position, image) -> iterator over them of float (B, C, S, S) of 0 … 255, (B,), on the device."""
-        loader = torch.utils.data.DataLoader(
-            Images(self.config, self.splits[split], split == "train"), batch_sampler=keys, collate_fn=collate,
-            num_workers=self.workers, prefetch_factor=4 if self.workers else None, worker_init_fn=leave_signals,
+        loader = data_loader(
+            Images(self.config, self.splits[split], split == "train"), self.workers, batch_sampler=keys,
+            collate_fn=collate, prefetch_factor=4 if self.workers else None,
         )  # fmt: skip
         for images, labels, boxes, broken in loader:
             if broken:
