@@ -380,11 +380,19 @@ def bench_images(argv):
     device, rows = choose_device(config.device), []
     data, _ = load_images(config, device, print)
     augment, place = Augment(config, data.mean, data.std, device), (config.batch_size, 0, config.batch_size)
-    for what in ("loaded", "loaded and augmented"):
 
-        def batch(step, augmented=what != "loaded"):
-            x, y = data.train_batch(step, *place)
-            return augment(step, x, y, *place) if augmented else (x, y)
+    def load(*drawn):
+        return data.images(*drawn)[0]
+
+    def load_and_augment(numbers, *drawn):
+        return augment(*data.images(*drawn), numbers)[0]
+
+    for what, function in (("loaded", load), ("loaded and augmented", load_and_augment)):
+        timed = Graphed(function) if device.type == "cuda" else function  # an update has it in its graph
+
+        def batch(step, timed=timed, numbered=function is load_and_augment):
+            drawn = data.draw(step, *place)
+            return timed(augment.draw(step, *place), *drawn) if numbered else timed(*drawn)
 
         for step in range(5):
             batch(step)

@@ -190,7 +190,7 @@ def train(config, progress):
 class Task(NamedTuple):
     """What `fit` does not know of a run: its data, and what they are counted in."""
 
-    batch: Callable  # step -> the arguments of Run.update, this process's share
+    batch: Callable  # step -> this process's share: x, y, or the tensors that build's `prepare` makes x, y of
     validate: Callable  # () -> figures of the row of an evaluation, "val_loss" among them
     meta: dict  # plain values about the data, for the checkpoint
     unit: str  # "token", "image"
@@ -372,17 +372,19 @@ class Run(NamedTuple):
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     autocast: torch.autocast
-    update: Callable  # (x, y) -> loss, norm of the gradient, auxiliary loss
+    update: Callable  # (*batch) -> loss, norm of the gradient, auxiliary loss
     multipliers: dict  # of the learning rate, by parameter name
     reports: torch.Tensor | None  # of mixtures: the routers' reports of all processes, summed until they are read
 
 
 def build(
-    config, device, dtype, world, beat=lambda: None, Model=GPT, multipliers_of=lr_multipliers, micro_steps=None
+    config, device, dtype, world, beat=lambda: None, Model=GPT, multipliers_of=lr_multipliers, micro_steps=None,
+    prepare=lambda x, y: (x, y),
 ):  # fmt: skip
     """Model, optimizer and the update that they make: compiled, sharded, replicated, as a CUDA graph, as config says.
 
-    Model(config)(x, y) -> (_, loss); it has `blocks`, which are sharded one by one.
+    Model(config)(x, y) -> (_, loss); it has `blocks`, which are sharded one by one. prepare(*batch) -> x, y is
+    done first in an update, as a part of its graph.
     """
     as_graph = choose_cuda_graphs(config, device, dtype, world)
     compiling = device.type == "cuda" if config.compile is None else config.compile
@@ -409,12 +411,14 @@ def build(
     if config.moe != "none":
         reports = torch.zeros(len(router_names(model)), report_size(config.num_experts), device=device)
 
-    def update(x, y):
-        """One step of the optimizer on this process's share of a batch.
+    def update(*batch):
+        """One step of the optimizer on this process's share of a batch: x, y, or what `prepare` makes them of.
 
         x, y (micro_steps, micro_batch, …), of a GPT int64 tokens -> (3,) float32: mean loss of the share, norm of the
         whole gradient, mean auxiliary loss. It never waits for the device, so that it can be a CUDA graph.
         """
+        with torch.no_grad():
+            x, y = prepare(*batch)
         micro_steps, total, total_aux = len(x), torch.zeros((), device=device), torch.zeros((), device=device)
         here = None if reports is None else torch.zeros_like(reports)
         for i in range(micro_steps):

@@ -11,13 +11,21 @@ import os
 import re
 import signal
 from dataclasses import fields
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageEnhance, ImageOps
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensorMode,
+)
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 import checkpoint
@@ -26,8 +34,10 @@ import vision.regression
 import vision.train
 from configurator import ConfigError, load_config
 from conftest import ROOT, losses, read_rows, run_script, start_script
+from cuda_graph import Graphed
 from data import TokenData
-from vision.augment import OPERATION_NAMES, Augment, erase_boxes, inside, mix_boxes, rand_operation
+from train import build
+from vision.augment import OPERATION_NAMES, Augment, erase_boxes, inside, mix_boxes, moved, rand_operation
 from vision.data import Held, Order, Streamed, open_splits, random_box, rng
 from vision.mlp import MLP
 from vision.train import Config
@@ -186,7 +196,7 @@ def digits_held():
 def test_held_batches_against_a_loop(digits_held):
     config, splits, held = digits_held
     pixels = np.stack([splits["train"].read(i) for i in range(held.n)])
-    x, y = held.train_batch(5, 64, 0, 64)
+    x, y = held.images(*held.draw(5, 64, 0, 64))
     chosen = Order(held.n, config.seed).stretch(5 * 64, 64)
     shifts = rng(config.seed, vision.data.CROP, 5).integers(3, size=(64, 2))
     flips = rng(config.seed, vision.data.FLIP, 5).integers(2, size=64)
@@ -205,7 +215,8 @@ def test_a_batch_is_the_same_for_any_number_of_processes(digits_held):
     augment = Augment(config, held.mean, held.std, CPU)
 
     def share(start, stop):
-        return augment(3, *held.train_batch(3, 64, start, stop), 64, start, stop)
+        place = (64, start, stop)
+        return augment(*held.images(*held.draw(3, *place)), augment.draw(3, *place))
 
     whole, parts = share(0, 64), [share(0, 16), share(16, 48), share(48, 64)]
     for k in (0, 1):
@@ -294,7 +305,7 @@ def by_pil(name, image, level):
 def test_randaugments_operations_against_pil(name, C):
     x = scenes(4, C)
     levels = torch.tensor([0.3, -0.3, 0.8, -1.0])
-    got = OPERATION_NAMES[name](x, levels.view(-1, 1, 1, 1))
+    got = rand_operation(x, torch.full((4,), OPERATION_NAMES.index(name)), levels)
     for image, level, mine in zip(x, levels.tolist(), got):
         want = as_tensor(by_pil(name, as_pil(image), level))
         if name in ("shear_x", "shear_y", "translate_x", "translate_y", "rotate"):  # PIL has no half-black edges
@@ -306,11 +317,27 @@ def test_randaugments_operations_against_pil(name, C):
 
 def test_a_batch_of_operations_is_each_images_own():
     x, draw = scenes(40, 3), np.random.default_rng(0)
-    operations, levels = draw.integers(14, size=40), torch.from_numpy(draw.uniform(-1, 1, 40).astype(np.float32))
-    got = rand_operation(x, operations, levels, CPU)
-    for i, name in enumerate(list(OPERATION_NAMES)[k] for k in operations):
-        want = OPERATION_NAMES[name](x[i : i + 1], levels[i].view(1, 1, 1, 1))
+    x[:3], x[3, 0] = 77, 5  # of one value: neither autocontrast nor equalize has anything to do
+    operations = torch.from_numpy(np.append([12, 13, 13, 12], np.arange(36) % 14))
+    levels = torch.from_numpy(draw.uniform(-1, 1, 40).astype(np.float32))
+    got = rand_operation(x, operations, levels)
+    for i in range(40):
+        want = rand_operation(x[i : i + 1], operations[i : i + 1], levels[i : i + 1])
         torch.testing.assert_close(got[i : i + 1], want, atol=1e-3, rtol=1e-5)
+    same = [torch.equal(got[i], x[i]) for i in range(40)]
+    assert [OPERATION_NAMES[operations[i]] for i in range(3, 40) if same[i]] == ["identity"] * 3 and all(same[:3])
+
+
+def test_images_of_no_move_stay_where_they_are_bit_for_bit(monkeypatch):
+    x = scenes(14, 3) * 0.7 + torch.rand(14, 3, 24, 24)  # fractions, as a second operation gets them
+    numbers, levels = torch.arange(14), torch.full((14,), 0.5)
+    assert not torch.equal(moved(x, torch.zeros(5, 14, 1, 1, 1)), x)  # to resample them would change them
+    got = rand_operation(x, numbers, levels)
+    assert torch.equal(got[0], x[0])
+    monkeypatch.setattr("vision.augment.moved", lambda x, levels: torch.zeros_like(x))
+    unmoved = rand_operation(x, numbers, levels)
+    for name, mine, other in zip(OPERATION_NAMES, got, unmoved):
+        assert torch.equal(mine, other) == (name not in ("shear_x", "shear_y", "translate_x", "translate_y", "rotate"))
 
 
 def test_mixing_against_a_loop():
@@ -318,7 +345,7 @@ def test_mixing_against_a_loop():
     config = Config(**{**TINY, "mixup": 0.4, "cutmix": 1.0, "label_smoothing": 0.1})
     augment = Augment(config, [0.0], [1 / 255], CPU)  # the pixels stay as they are
     x, y = torch.rand(64, 1, 8, 8) * 255, torch.arange(64) % 10
-    got, targets = augment(0, x, y, 64, 0, 64)
+    got, targets = augment(x, y, augment.draw(0, 64, 0, 64))
     boxes, amounts = mix_boxes(rng(config.seed, vision.data.MIX, 0), 64, 8, 0.4, 1.0)
     cuts = 0
     for i, ((top, bottom, left, right), amount) in enumerate(zip(boxes, amounts)):
@@ -355,7 +382,8 @@ def test_erasing_is_a_rectangle_of_the_mean():
     mask = inside(torch.tensor([[1, 3, 2, 5], [0, 0, 4, 4]]), 6)
     assert mask.sum((1, 2, 3)).tolist() == [6, 0] and mask[0, 0, 1:3, 2:5].all()
     config = Config(**{**TINY, "random_erasing": 1.0})
-    x, _ = Augment(config, [0.5], [0.25], CPU)(0, torch.full((64, 1, 8, 8), 255.0), torch.zeros(64).long(), 64, 0, 64)
+    augment = Augment(config, [0.5], [0.25], CPU)
+    x, _ = augment(torch.full((64, 1, 8, 8), 255.0), torch.zeros(64).long(), augment.draw(0, 64, 0, 64))
     assert set(x.unique().tolist()) == {0.0, 2.0}
 
 
@@ -368,6 +396,100 @@ def test_random_crops_keep_within_their_bounds():
         shares.append((right - left) * (bottom - top) / 60_000)
         ratios.append((right - left) / (bottom - top))
     assert min(shares) > 0.07 and max(shares) > 0.85 and 0.7 < min(ratios) < 0.8 and 1.25 < max(ratios) < 1.55
+
+
+# -- batches made in the update
+
+
+def test_an_update_that_prepares_its_batch_equals_one_that_is_given_it(digits_held):
+    config, _, held = digits_held
+    augment = Augment(config, held.mean, held.std, CPU)
+    prepare = partial(vision.train.prepare, held, augment, (2, 32))
+    how = dict(Model=MLP, multipliers_of=partial(vision.train.multipliers, config), micro_steps=2)
+    inside_it, before_it = (build(config, CPU, torch.float32, 1, **how, **more) for more in (dict(prepare=prepare), {}))
+    rows = []
+    for step in range(3):
+        batch = (*held.draw(step, 64, 0, 64), augment.draw(step, 64, 0, 64))
+        rows.append(inside_it.update(*batch))
+        assert torch.equal(rows[-1], before_it.update(*prepare(*batch)))
+    assert torch.stack(rows)[:, 0].diff().abs().min() > 0
+    for one, other in zip(inside_it.model.parameters(), before_it.model.parameters()):
+        assert torch.equal(one, other)
+
+
+class OnTheDevice(TorchDispatchMode):
+    """Fails where an operation has a tensor of the host: a copy from there, or a number read, ends a CUDA graph."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        tensors = [leaf for leaf in tree_leaves((args, kwargs, out)) if isinstance(leaf, torch.Tensor)]
+        assert all(tensor.device.type == "cuda" for tensor in tensors), f"{func} has tensors of the host"
+        return out
+
+
+def fake_gpu(tensor, mode):
+    """A tensor of this shape that says it is on a GPU and has no values: what asks for one fails."""
+    with mode:
+        return torch.empty(tensor.shape, dtype=tensor.dtype, device="cuda")
+
+
+def test_preparing_a_batch_needs_nothing_of_the_host(digits_held):
+    """No shape depends on values, no value is read, nothing is copied from the host."""
+    config, splits, _ = digits_held
+    held, mode = Held(config, splits, CPU), FakeTensorMode()
+    augment = Augment(config, held.mean, held.std, CPU)
+    batch = (*held.draw(0, 64, 0, 64), augment.draw(0, 64, 0, 64))
+    for owner in (held, augment):
+        for name, value in vars(owner).items():
+            if isinstance(value, torch.Tensor):
+                setattr(owner, name, fake_gpu(value, mode))
+    batch = [fake_gpu(tensor, mode) for tensor in batch]
+    with mode, OnTheDevice():
+        x, y = vision.train.prepare(held, augment, (2, 32), *batch)
+    assert x.shape == (2, 32, 1, 8, 8) and y.shape == (2, 32, 10) and x.dtype == y.dtype == torch.float32
+    pixels, labels = torch.zeros(64, 1, 8, 8, dtype=torch.uint8), torch.zeros(64).long()
+    streamed = [fake_gpu(tensor, mode) for tensor in (pixels, labels, labels)]
+    with mode, OnTheDevice():
+        x, _ = Streamed.images(None, *streamed)
+    assert x.shape == pixels.shape and x.dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        lambda x: x[x > 0],
+        lambda x: x.nonzero(),
+        lambda x: x * x.max().item(),
+        lambda x: x if x.max() > 0 else -x,
+        lambda x: x + torch.tensor(3.0),
+        lambda x: x + torch.tensor(3.0, device="cuda"),
+        lambda x: x + torch.arange(3).to("cuda"),
+        lambda x: x.cpu(),
+    ],
+)
+def test_what_needs_the_host_is_found(wrong):
+    mode = FakeTensorMode()
+    x = fake_gpu(torch.empty(3), mode)
+    needs = (DataDependentOutputException, DynamicOutputShapeException, AssertionError)
+    with pytest.raises(needs), mode, OnTheDevice():
+        wrong(x)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
+def test_batches_made_in_a_cuda_graph(digits_held):
+    config, splits, _ = digits_held
+    device = torch.device("cuda", 0)
+    data = Held(config, splits, device)
+    augment = Augment(config, data.mean, data.std, device)
+
+    def images(*batch):
+        return vision.train.prepare(data, augment, (2, 32), *batch)[0]
+
+    graphed = Graphed(images)
+    for step in range(8):
+        batch = (*data.draw(step, 64, 0, 64), augment.draw(step, 64, 0, 64))
+        wrong = (graphed(*batch) - images(*batch)).abs() > 1e-3
+        assert wrong.float().mean() < 1e-3  # a value may be just at a step of posterize
 
 
 # -- runs
@@ -619,7 +741,7 @@ def test_decoding_by_torchvision_is_the_same_picture(folder, tmp_path, monkeypat
         config = Config(**options, gpu_decode=gpu_decode)
         data = Streamed(config, open_splits(config)[0], CPU)
         data.workers = 0
-        batches.append(data.train_batch(1, 8, 0, 8))
+        batches.append(data.images(*data.draw(1, 8, 0, 8)))
     (x, y), (x2, y2) = batches
     assert b"\xff\xd8" not in by_pil and len(by_pil) <= 3  # the PNGs
     assert torch.equal(y, y2) and (x - x2).abs().mean() < 12

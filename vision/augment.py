@@ -1,8 +1,10 @@
 """Augmentation of a whole batch on its device, in plain torch.
 
-All random numbers are drawn on the host, for the whole batch of all processes, from (seed, step): so the GPU is never
-waited for, and a process's share does not depend on how many there are. Images are float (B, C, S, S).
-Imports from vision's data and the root's device.
+All random numbers are drawn on the host, for the whole batch of all processes, from (seed, step), so that a process's
+share does not depend on how many there are. What is done with them is a function of tensors on the device, whose shapes
+never change and which the host never reads: so it can be part of an update's CUDA graph. For that, every operation of
+RandAugment is done to all images, and each takes the result it wants. Images are float (B, C, S, S).
+Imports from the root's configurator and device, and vision's data.
 
     RandAugment     Cubuk et al., arXiv 1909.13719: operations drawn for each image, of 31 levels; black where it moved from
     random erasing  Zhong et al., arXiv 1708.04896: a rectangle becomes the mean colour
@@ -50,46 +52,59 @@ class AugmentConfig:
 
 
 class Augment:
-    """augment(step, x, y, rows, start, stop): images of 0 … 255 and labels -> normalised images and targets.
+    """augment(x, y, numbers): images of 0 … 255 and labels -> normalised images and targets.
 
-    x (B, C, S, S), y (B,): rows start … stop of the batch of `step`, which has `rows` in all. Targets are the labels,
-    or, of mixed images or smoothed labels, probabilities (B, n_classes).
+    x (B, C, S, S), y (B,), numbers by `draw`. Targets are the labels, or, of mixed images or smoothed labels,
+    probabilities (B, n_classes).
     """
 
     def __init__(self, config, mean, std, device):
         self.config, self.device = config, device
         self.mean = torch.tensor(mean, device=device).view(1, -1, 1, 1)
         self.std = torch.tensor(std, device=device).view(1, -1, 1, 1)
+        self.classes = torch.arange(config.n_classes, device=device)
+        mixing = bool(config.mixup or config.cutmix)
+        # Columns of `draw`: operations, their levels, box to erase, box to mix, how much of the other image is in it.
+        self.columns = [config.rand_augment] * 2 + [4 * bool(config.random_erasing), 4 * mixing, 1 * mixing]
 
     def normalise(self, x):
         return (x / 255 - self.mean) / self.std
 
-    def __call__(self, step, x, y, rows, start, stop):
-        config, S = self.config, x.shape[-1]
+    def draw(self, step, rows, start, stop):
+        """Random numbers of rows start … stop of the batch of `step`, which has `rows` in all.
 
-        def put(array):
-            return to_device(torch.from_numpy(np.ascontiguousarray(array[start:stop])), self.device)
-
+        -> float32 (stop - start, sum of columns) on the device, by one copy: float32 has the whole numbers exactly.
+        """
+        config, S = self.config, self.config.image_size
+        parts = [np.zeros((rows, 0))]  # (rows, columns) each
         if config.rand_augment:
             draw = rng(config.seed, OPERATIONS, step)
             shape = (rows, config.rand_augment)
             operations, signs = draw.integers(len(OPERATION_NAMES), size=shape), 2 * draw.integers(2, size=shape) - 1
-            for k in range(config.rand_augment):
-                levels = put((config.rand_level / 30 * signs[:, k]).astype(np.float32))
-                x = rand_operation(x, operations[start:stop, k], levels, self.device)
+            parts += [operations, config.rand_level / 30 * signs]
+        if config.random_erasing:
+            parts += [erase_boxes(rng(config.seed, ERASE, step), rows, S, config.random_erasing)]
+        if config.mixup or config.cutmix:
+            boxes, amounts = mix_boxes(rng(config.seed, MIX, step), rows, S, config.mixup, config.cutmix)
+            parts += [boxes, amounts[:, None]]
+        table = np.concatenate(parts, axis=1)[start:stop].astype(np.float32)
+        return to_device(torch.from_numpy(table), self.device)
+
+    def __call__(self, x, y, numbers):
+        config, S = self.config, x.shape[-1]
+        operations, levels, erased, mixed, amounts = numbers.split(self.columns, dim=1)
+        for k in range(config.rand_augment):
+            x = rand_operation(x, operations[:, k], levels[:, k])
         x = self.normalise(x)
         if config.random_erasing:
-            x = x * ~inside(put(erase_boxes(rng(config.seed, ERASE, step), rows, S, config.random_erasing)), S)
+            x = x * ~inside(erased, S)
         if not (config.mixup or config.cutmix or config.label_smoothing):
             return x, y
-        y = F.one_hot(y, config.n_classes).float()
-        y = y * (1 - config.label_smoothing) + config.label_smoothing / config.n_classes
+        y = (y[:, None] == self.classes) * (1 - config.label_smoothing) + config.label_smoothing / config.n_classes
         if config.mixup or config.cutmix:
-            boxes, amounts = map(put, mix_boxes(rng(config.seed, MIX, step), rows, S, config.mixup, config.cutmix))
-            others = amounts.view(-1, 1, 1, 1) * inside(boxes, S)  # (B, 1, S, S): share of the other image
-            share = others.mean((2, 3))  # (B, 1)
-            x = x + others * (neighbour(x) - x)
-            y = y + share * (neighbour(y) - y)
+            others = amounts[:, :, None, None] * inside(mixed, S)  # (B, 1, S, S): share of the other image
+            x = x.lerp(neighbour(x), others)
+            y = y.lerp(neighbour(y), others.mean((2, 3)))
         return x, y
 
 
@@ -131,36 +146,50 @@ def mix_boxes(draw, rows, S, mixup, cutmix):
 
 
 # ---------------------------------------------------------------------------------------
-# RandAugment's operations: level (B,) is the strength from 0 to 1, with a sign where there are two directions
+# RandAugment: a level is an operation's strength from 0 to 1, with a sign where there are two directions
+
+OPERATION_NAMES = (
+    "identity",
+    *("shear_x", "shear_y", "translate_x", "translate_y", "rotate"),
+    *("brightness", "colour", "contrast", "sharpness"),
+    *("posterize", "solarize", "autocontrast", "equalize"),
+)
+MOVES, BLENDS = slice(1, 6), slice(6, 10)  # of OPERATION_NAMES
 
 
-def rand_operation(x, operations, levels, device):
-    """One operation on each image. operations (B,) on the host, so that nobody asks the device which images it has."""
-    order = np.argsort(operations, kind="stable")
-    ends = np.searchsorted(operations[order], np.arange(len(OPERATION_NAMES) + 1))
-    rows = to_device(torch.from_numpy(order), device)
-    x, levels = x[rows], levels[rows]
-    parts = []
-    for name, begin, end in zip(OPERATION_NAMES, ends, ends[1:]):
-        if begin < end:
-            parts.append(OPERATION_NAMES[name](x[begin:end], levels[begin:end].view(-1, 1, 1, 1)))
-    back = torch.empty_like(rows)
-    back[rows] = torch.arange(len(rows), device=device)
-    return torch.cat(parts)[back]
+def rand_operation(x, operations, levels):
+    """One operation on each image: operations (B,), each a place in OPERATION_NAMES; levels (B,)."""
+    numbers = torch.arange(len(OPERATION_NAMES), device=x.device)
+    masks = (operations == numbers[:, None])[:, :, None, None, None]  # (operations, B, 1, 1, 1)
+    wanted, level = dict(zip(OPERATION_NAMES, masks)), levels.view(-1, 1, 1, 1)
+    strength = level.abs()
+    x = torch.where(masks[MOVES].any(0), moved(x, masks[MOVES] * level), x)
+    x = torch.where(masks[BLENDS].any(0), blended(x, level, wanted), x)
+    x = torch.where(wanted["posterize"], posterize(x, strength), x)
+    x = solarize(x, strength, wanted["solarize"])
+    x = autocontrast(x, wanted["autocontrast"])
+    return equalize(x, wanted["equalize"])
 
 
-def moved(x, xx=1.0, xy=0.0, x0=0.0, yx=0.0, yy=1.0, y0=0.0):
-    """Image whose pixel (x, y) is the old one's (xx x + xy y + x0, yx x + yy y + y0), -1 to 1 from edge to edge."""
-    matrix = torch.empty(len(x), 6, device=x.device)  # filled in place: a tensor made from a number waits for the GPU
-    for k, value in enumerate((xx, xy, x0, yx, yy, y0)):
-        matrix[:, k] = value.flatten() if torch.is_tensor(value) else value
-    grid = F.affine_grid(matrix.view(-1, 2, 3), x.shape, align_corners=False)
+def moved(x, levels):
+    """Each image by its level (5, B, 1, 1, 1) of each of the MOVES, 0 of those that are not its operation."""
+    shear, shift, rotation = levels.flatten(1).split((2, 2, 1))  # (2, B), (2, B), (1, B)
+    (shear_x, shear_y), (shift_x, shift_y) = 0.3 * shear, 2 * 150 / 331 * shift
+    angle = math.pi / 6 * rotation[0]  # 30 degrees at most
+    cos, sin = angle.cos(), angle.sin()
+    # Pixel (x, y) is the old image's (row 0 · (x, y, 1), row 1 · (x, y, 1)), -1 to 1 from edge to edge.
+    matrix = torch.stack((cos, shear_x - sin, shift_x, shear_y + sin, cos, shift_y), dim=1).view(-1, 2, 3)
+    grid = F.affine_grid(matrix, x.shape, align_corners=False)
     return F.grid_sample(x, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
 
 
-def rotate(x, level):
-    angle = level * math.pi / 6  # 30 degrees at most
-    return moved(x, xx=angle.cos(), xy=-angle.sin(), yx=angle.sin(), yy=angle.cos())
+def blended(x, level, wanted):
+    """Between another image, by the operation, at factor 0, x at 1, and beyond: the factor is 1 + 0.9 level."""
+    luma = grey(x)  # colour's
+    other = torch.where(wanted["contrast"], luma.mean((2, 3), keepdim=True), luma)
+    other.masked_fill_(wanted["brightness"], 0)
+    other = torch.where(wanted["sharpness"], smooth(x), other)  # (B, C, S, S)
+    return torch.addcmul(other, 1 + 0.9 * level, x - other).clamp_(0, 255)
 
 
 def grey(x):
@@ -168,61 +197,35 @@ def grey(x):
     return x if x.shape[1] == 1 else 0.299 * x[:, 0:1] + 0.587 * x[:, 1:2] + 0.114 * x[:, 2:3]
 
 
-def blend(x, other, level):
-    """Between `other` at factor 0, x at 1, and beyond: the factor is 1 + 0.9 level."""
-    return (other + (1 + 0.9 * level) * (x - other)).clamp(0, 255)
+def smooth(x):
+    """The mean of 3 x 3 pixels, of which the one in the middle counts 5 times; the edge as it is."""
+    y = x.clone()
+    y[:, :, 1:-1, 1:-1].lerp_(F.avg_pool2d(x, 3, stride=1), 9 / 13)
+    return y
 
 
-def sharpness(x, level):
-    """Away from, or towards, the mean of 3 x 3 pixels, of which the one in the middle counts 5 times."""
-    smooth = x.clone()  # its edge as it is
-    smooth[:, :, 1:-1, 1:-1] = (9 * F.avg_pool2d(x, 3, stride=1) + 4 * x[:, :, 1:-1, 1:-1]) / 13
-    return blend(x, smooth, level)
-
-
-def posterize(x, level):
+def posterize(x, strength):
     """The highest 8 to 4 bits of each value."""
-    step = 2 ** (4 * level.abs()).round()
-    return (x / step).floor() * step
+    return x - x % 2 ** (4 * strength).round()
 
 
-def solarize(x, level):
-    return torch.where(x >= 256 * (1 - level.abs()), 255 - x, x)
+def solarize(x, strength, wanted):
+    """What is bright turned into its negative."""
+    return torch.where(wanted & (x >= 256 * (1 - strength)), 255 - x, x)
 
 
-def autocontrast(x, level):
-    """Each channel stretched to 0 … 255."""
-    low, high = x.amin((2, 3), keepdim=True), x.amax((2, 3), keepdim=True)
-    return torch.where(high > low, (x - low) * 255 / (high - low).clamp(min=1e-3), x)
+def autocontrast(x, wanted):
+    """Each channel stretched to 0 … 255, unless it has one value only."""
+    low, high = (value[..., None] for value in x.flatten(2).aminmax(dim=2, keepdim=True))  # (B, C, 1, 1)
+    return torch.where(wanted & (high > low), (x - low) * 255 / (high - low).clamp(min=1e-3), x)
 
 
-def equalize(x, level):
+def equalize(x, wanted):
     """Each channel's values evenly over 0 … 255, by its cumulative histogram, in whole numbers."""
     values = x.round().long().flatten(2)  # (B, C, S²)
-    counts = torch.zeros(*values.shape[:2], 256, device=x.device).scatter_add_(
-        2, values, torch.ones_like(values).float()
-    )
-    last = counts.gather(2, values.amax(2, keepdim=True))  # how many have the largest value
-    step = ((values.shape[2] - last) / 255).floor()
-    below = counts.cumsum(2) - counts
-    table = torch.where(step > 0, ((below + (step / 2).floor()) / step.clamp(min=1)).floor().clamp(0, 255), -1)
-    new = table.gather(2, values).view_as(x)
-    return torch.where(new < 0, x, new)
-
-
-OPERATION_NAMES = {
-    "identity": lambda x, level: x,
-    "shear_x": lambda x, level: moved(x, xy=0.3 * level),
-    "shear_y": lambda x, level: moved(x, yx=0.3 * level),
-    "translate_x": lambda x, level: moved(x, x0=2 * 150 / 331 * level),
-    "translate_y": lambda x, level: moved(x, y0=2 * 150 / 331 * level),
-    "rotate": rotate,
-    "brightness": lambda x, level: blend(x, torch.zeros_like(x), level),
-    "colour": lambda x, level: blend(x, grey(x), level),
-    "contrast": lambda x, level: blend(x, grey(x).mean((2, 3), keepdim=True), level),
-    "sharpness": sharpness,
-    "posterize": posterize,
-    "solarize": solarize,
-    "autocontrast": autocontrast,
-    "equalize": equalize,
-}
+    counts = torch.zeros(*values.shape[:2], 257, device=x.device)
+    counts[:, :, 1:].scatter_add_(2, values, torch.ones((), device=x.device).expand_as(values))
+    below = counts.cumsum(2)  # (B, C, 257): how many pixels have less than 0 … 256
+    step = (below % values.shape[2]).amax(2, keepdim=True) // 255  # (B, C, 1), by how many have less than the largest
+    table = ((below + step // 2) // step).clamp_(max=255)  # of no meaning where step is 0: few pixels, or one value
+    return torch.where(wanted & (step[..., None] > 0), table.gather(2, values).view_as(x), x)

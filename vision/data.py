@@ -361,14 +361,21 @@ class Held:
             say(f"{others:,} images of other sizes ({max(sizes, key=sizes.get)}, …) made {S} x {S}")
         return torch.from_numpy(np.stack(images)), torch.from_numpy(split.labels[kept])
 
-    def train_batch(self, step, rows, start, stop):
-        """Images start … stop of the batch of `step`, which has `rows` in all -> float (B, C, S, S) of 0 … 255, (B,)."""
+    def draw(self, step, rows, start, stop):
+        """Images start … stop of the batch of `step`, which has `rows` in all -> what `images` makes them of, a tuple.
+
+        It is one tensor (B, 4) int64 on the device: image, top and left of the crop, 1 where it is flipped.
+        """
         seed, config = self.config.seed, self.config
         shifts = rng(seed, CROP, step).integers(2 * config.crop_padding + 1, size=(rows, 2))
         flips = rng(seed, FLIP, step).integers(2, size=(rows, 1)) * config.flip
         chosen = self.order.stretch(step * rows, rows)
         table = torch.from_numpy(np.concatenate((chosen[:, None], shifts, flips), axis=1)[start:stop])
-        i, top, left, flip = to_device(table, self.device).unbind(1)  # (B,) each
+        return (to_device(table, self.device),)
+
+    def images(self, table):
+        """What was drawn -> float (B, C, S, S) of 0 … 255, labels (B,), all on the device. It never waits for it."""
+        i, top, left, flip = table.unbind(1)  # (B,) each
         y = top[:, None] + self.along  # (B, S)
         x = left[:, None] + torch.where(flip[:, None] == 1, self.along.flip(0), self.along)
         images = self.train[i[:, None, None, None], self.channel, y[:, None, :, None], x[:, None, None, :]]
@@ -431,7 +438,7 @@ class Streamed:
         self.workers = decoders(config)
 
     def loader(self, split, keys):
-        """keys: lists of (position, image) -> iterator over them of float (B, C, S, S) of 0 … 255, (B,), on the device."""
+        """keys: lists of (position, image) -> iterator over them of uint8 (B, C, S, S), labels (B,), on the device."""
         loader = data_loader(
             Images(self.config, self.splits[split], split == "train"), self.workers, batch_sampler=keys,
             collate_fn=collate, prefetch_factor=4 if self.workers else None,
@@ -450,20 +457,25 @@ class Streamed:
                     labels[torn] = -1
             else:
                 images = to_device(images, self.device)
-            yield images.float(), to_device(labels, self.device)
+            yield images, to_device(labels, self.device)
 
-    def train_batch(self, step, rows, start, stop):
-        """As Held.train_batch."""
+    def draw(self, step, rows, start, stop):
+        """As Held.draw: pixels (B, C, S, S) uint8, labels (B,), and with `flip` (B,) int64, 1 where one is flipped."""
         if step != self.next_step:  # the first, or where a resumed run goes on
             self.pieces = self.loader("train", Stretches(self.order, step, rows, start, stop))
         self.next_step = step + 1
         pieces = [next(self.pieces) for _ in Stretches.pieces(start, stop)]
-        images, labels = (torch.cat(tensors) for tensors in zip(*pieces))
+        drawn = [torch.cat(tensors) for tensors in zip(*pieces)]
         if self.config.flip:
             flips = torch.from_numpy(rng(self.config.seed, FLIP, step).integers(2, size=rows)[start:stop])
-            flips = to_device(flips, self.device).view(-1, 1, 1, 1)
-            images = torch.where(flips == 1, images.flip(3), images)
-        return images, labels
+            drawn.append(to_device(flips, self.device))
+        return tuple(drawn)
+
+    def images(self, images, labels, flips=None):
+        """As Held.images."""
+        if flips is not None:
+            images = torch.where(flips.view(-1, 1, 1, 1) == 1, images.flip(3), images)
+        return images.float(), labels
 
     def val_batches(self, rank, world, size):
         n = len(self.splits["val"].labels)
@@ -471,7 +483,7 @@ class Streamed:
         for first in range(0, -(-n // world), size):
             rows = range(rank + first * world, rank + (first + size) * world, world)
             keys.append([(row, row if row < n else -1) for row in rows])
-        return self.loader("val", keys)
+        return ((images.float(), labels) for images, labels in self.loader("val", keys))
 
 
 class Stretches:

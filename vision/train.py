@@ -94,19 +94,20 @@ def train(config, progress):
     watchdog = init_distributed(device, config.timeout)
     with watchdog.paused(), workers_watched():  # decoding may take minutes
         data, classes = load_images(config, device, progress.say)
-    run = build(
-        config, device, dtype, world, watchdog.beat, MODELS[config.model], partial(multipliers, config), micro_steps
-    )
-    if config.ema:
-        keep_average(run.optimizer, config.ema)
     augment = Augment(config, data.mean, data.std, device)
     share, shape = config.batch_size // world, (micro_steps, config.micro_batch)
 
     def batch(step):
-        """This process's share: images (micro_steps, micro_batch, C, S, S), targets (micro_steps, micro_batch, …)."""
+        """This process's share: which images, or their pixels, and random numbers; `prepare` makes x and y of them."""
         place = (config.batch_size, rank * share, (rank + 1) * share)
-        x, y = augment(step, *data.train_batch(step, *place), *place)
-        return x.unflatten(0, shape), y.unflatten(0, shape)
+        return *data.draw(step, *place), augment.draw(step, *place)
+
+    run = build(
+        config, device, dtype, world, watchdog.beat, MODELS[config.model], partial(multipliers, config), micro_steps,
+        partial(prepare, data, augment, shape),
+    )  # fmt: skip
+    if config.ema:
+        keep_average(run.optimizer, config.ema)
 
     def validate():
         with averaged(run.optimizer) if config.ema else nullcontext():
@@ -136,6 +137,16 @@ def load_images(config, device, say):
     check_labels(config, splits, classes, say)
     data = Streamed(config, splits, device) if config.stream else Held(config, splits, device, say)
     return data, classes
+
+
+def prepare(data, augment, shape, *batch):
+    """What was drawn for a batch -> images (*shape, C, S, S), targets (*shape, …); shape: (micro_steps, micro_batch).
+
+    It is a part of the update, and of its CUDA graph: no shape depends on values, and nothing comes from the host.
+    """
+    *drawn, numbers = batch
+    x, y = augment(*data.images(*drawn), numbers)
+    return x.unflatten(0, shape), y.unflatten(0, shape)
 
 
 def split_batch(config, world):
