@@ -55,16 +55,15 @@ fit = "--reference=dense"
 # Widths at which all groups have 0.4 to 12 million FLOPs a token forward. A run takes 20 to 25 s to start and compile,
 # and for its 33M tokens 1 to 36 s (dense, BTT, low-rank: 1 to 20M tokens/s) or 9 to 80 s (Kronecker, TT and generic,
 # which have no kernels: 0.4 to 4M tokens/s). In all 13 minutes and 10.
-# Each group at the best of four rates, as measured at its second width (results/scaling/rates.json); of low-rank layers,
-# which were not measured, as of BTT.
+# Each group at the best of four to six rates, as measured at its second width (results/scaling/rates.json).
 sizes = {  # θ: rate, widths
     (0.5, 0, 0.5, 0, 0.5, 0.5, 0): (6e-3, (256, 512, 1024, 1536)),  # full-rank BTT, ν = 1/2
     (0.67, 0, 0.33, 0, 0.33, 0.67, 0): (6e-3, (192, 384, 768, 1024)),  # full-rank BTT, ν = 2/3
     (0.67, 0, 0.33, 0, 0.67, 0.33, 0): (1.2e-2, (384, 768, 1536, 3072)),  # low-rank BTT, ψ = 2/3
-    (1, 0, 0, 0, 1, 0, 0.5): (6e-3, (256, 512, 1024, 1536)),  # low-rank, ψ = 1/2
-    (0.5, 0.5, 0, 0.5, 0.5, 0, 0): (1.2e-2, (256, 512, 1024, 1536)),  # Kronecker, ω = 1/2
-    (0.5, 0.5, 0, 0.5, 0.5, 0, 0.25): (1.2e-2, (128, 256, 512, 768)),  # TT, ω = 1/2
-    (0.5, 0.25, 0.25, 0.25, 0.5, 0.25, 0): (1.2e-2, (256, 512, 1024, 1536)),  # generic, ω = 1/4
+    (1, 0, 0, 0, 1, 0, 0.5): (1.2e-2, (256, 512, 1024, 1536)),  # low-rank, ψ = 1/2
+    (0.5, 0.5, 0, 0.5, 0.5, 0, 0): (4.8e-2, (256, 512, 768, 1024)),  # Kronecker, ω = 1/2
+    (0.5, 0.5, 0, 0.5, 0.5, 0, 0.25): (4.8e-2, (128, 256, 512, 768)),  # TT, ω = 1/2
+    (0.5, 0.25, 0.25, 0.25, 0.5, 0.25, 0): (4.8e-2, (256, 512, 768, 1024)),  # generic, ω = 1/4
 }
 small = dict(
     common=dict(

@@ -4,7 +4,7 @@
 #   python prepare_owt.py --tokenizer=char96
 #   python sweep.py config/sweeps/moe.py                   # as published: 60 runs of 6.6B tokens, 160 hours of an H100
 #   python prepare_owt.py --source=linux_source --tokenizer=char96 --out_dir=data/linux_char96      # text of yours
-#   python sweep.py config/sweeps/moe.py --small           # 21 runs of 49M tokens, 14 minutes of an H100
+#   python sweep.py config/sweeps/moe.py --small           # 21 runs of 33M tokens, 12 minutes of an H100
 # Times are estimates.
 config = "config/char_btt.py"  # 65,536 tokens a batch, context 128
 common = dict(
@@ -33,11 +33,11 @@ fit = "--reference=dense"
 
 # Widths at which all groups have 0.4 to 11 million FLOPs a token forward, each group at the best of four rates, as
 # measured at its second width (results/scaling/rates.json). A run takes 20 to 30 s to start and compile,
-# and for its 49M tokens 2 to 7 s (dense), 3 to 13 s (MoE of FFNs) or 7 to 60 s (BTT-MoE, 0.9 to 7M tokens/s). In all 8
+# and for its 33M tokens 2 to 5 s (dense), 2 to 9 s (MoE of FFNs) or 5 to 40 s (BTT-MoE, 0.9 to 7M tokens/s). In all 8
 # minutes and 5.
 small = dict(
     common=dict(
-        data_dir="data/linux_char96", n_layer=3, max_steps=1500, warmup_steps=100, batch_tokens=32_768, micro_batch=256,
+        data_dir="data/linux_char96", n_layer=3, max_steps=1000, warmup_steps=100, batch_tokens=32_768, micro_batch=256,
         eval_interval=50, eval_tokens=262_144, log_interval=50, save=False,
     ),
     runs=[gpt(d, structure="dense", lr=1.5e-3) for d in (64, 128, 192, 256, 384)]
