@@ -263,7 +263,7 @@ class FitConfig:
         "structure", "theta", "rank", "num_blocks", "num_cores", "align_heads", "overrides", "moe", "num_experts", "top_k",
     )  # fmt: skip
     loss: Literal["val_loss", "loss", "error"] = "val_loss"  # of validation, of training, or 1 - top-1 of images
-    points: Literal["all", "final"] = "all"  # of a run: every validation, or its last, as a decayed rate asks for
+    points: Literal["all", "final"] = "all"  # of a run: validations after the warm-up, or, for a decayed rate, the last
     costs: tuple = ("flops", "seconds", "parameters")  # what is paid
     samples: int = 200  # resamplings of the runs behind every interval
 
@@ -371,14 +371,16 @@ def family(theta):
 
 
 def make_run(log, measure, points="all"):
-    """A Run: what it had cost at each validation after step 0, and the measure then."""
-    unit, key = unit_of(log.rows), MEASURES[measure][1]
-    rows = [row for row in log.rows if math.isfinite(row.get("val_loss", math.nan)) and row.get("flops", 0) > 0]
+    """A Run: what it had cost at each validation after the warm-up, whose rate is none to compare at, and the measure then."""
+    unit, key, warmup = unit_of(log.rows), MEASURES[measure][1], log.options.get("warmup_steps", 0)
+    rows = [row for row in log.rows if math.isfinite(row.get("val_loss", math.nan)) and row["step"] > warmup]
     rows = [row for row in rows if math.isfinite(row.get(key, math.nan))]
     if points == "final":
         rows = rows[-1:]
     if not rows:
-        raise ConfigError(f"{log.path} has no validation after step 0: leave it out, or wait for one")
+        raise ConfigError(
+            f"{log.path} has no validation after its {warmup} steps of warm-up: leave it out, or wait for one"
+        )
     speed = median_of(log.rows, f"{unit}_per_second")
     cost = {
         "flops": [row["flops"] for row in rows],
@@ -458,7 +460,7 @@ def axis(measure, unit):
 def summary(logs, runs, config, measure):
     """Lines on what was fitted."""
     groups = len({log.group for log in logs})
-    what = "every validation" if config.points == "all" else "the last validation"
+    what = "every validation after the warm-up" if config.points == "all" else "the last validation"
     yield f"{len(logs)} runs of {groups} groups, {measure} at {what} of each."
     yield f"Intervals hold 90% of {config.samples} resamplings of a group's seeds, where it has several, else of its runs."
     settings, spread = frontiers.spread_of_seeds(runs)

@@ -290,6 +290,13 @@ def test_what_is_measured_of_images(tmp_path):
     assert len(scaling_laws.make_run(log, "loss", "final").loss) == 1
 
 
+def test_what_is_measured_in_the_warm_up_does_not_count(tmp_path):
+    run = scaling_laws.make_run(log_of(tmp_path, image_rows(0.5), warmup_steps=50), "val_loss")
+    np.testing.assert_allclose(run.cost["flops"], [100_000])
+    with pytest.raises(ConfigError, match="no validation after its 100 steps of warm-up"):
+        scaling_laws.make_run(log_of(tmp_path, image_rows(0.5), warmup_steps=100), "val_loss")
+
+
 def test_a_setting_is_everything_but_the_seed(tmp_path):
     rows = image_rows(0.5)
     runs = [

@@ -3,7 +3,7 @@
 # training loss for the same compute. Error and training loss, against FLOPs and against seconds, in one picture:
 # out/sweeps/mlp_cifar_small/fit/reached.png.
 #   python sweep.py config/sweeps/mlp_cifar.py           # as published: 49 runs of 500 epochs, 2 hours of an H100
-#   python sweep.py config/sweeps/mlp_cifar.py --small   # 27 runs of 60 epochs, 19 minutes of an H100
+#   python sweep.py config/sweeps/mlp_cifar.py --small   # 27 runs of 60 epochs, 5 minutes of an H100 with --jobs=6
 # Times are estimates. CIFAR-10 comes from the hub; a local copy: --common="--data_dir=FOLDER_OF_PARQUET".
 import math
 
@@ -12,11 +12,11 @@ config = "vision/config/mlp_cifar10.py"  # 3 blocks, batch 1024, lr 3e-3 for a d
 
 structures = {
     "dense": lambda d: dict(structure="dense"),
-    "kronecker": lambda d: dict(structure="kronecker"),
-    "low_rank": lambda d: dict(structure="low_rank", rank=math.isqrt(d)),
     "btt": lambda d: dict(structure="btt"),
-    "monarch": lambda d: dict(structure="monarch", num_blocks=4),
     "tt": lambda d: dict(structure="tt", rank=16),
+    "monarch": lambda d: dict(structure="monarch", num_blocks=4),
+    "low_rank": lambda d: dict(structure="low_rank", rank=math.isqrt(d)),
+    "kronecker": lambda d: dict(structure="kronecker"),
 }
 
 
@@ -32,10 +32,10 @@ runs = mlps({
 fit = "--by=structure --loss=loss --points=final"  # the rate decays
 
 # Widths at which all groups have 0.4 to 20 million FLOPs an image forward, and larger ones of dense and BTT, whose
-# seconds show their layers and not the host's work. A run takes 35 to 40 s to read the images and compile, and 6 to 14 s
-# for its 2,929 updates. In all 17 minutes and 4.
+# seconds show their layers. The rate is the best of three for dense layers of width 128 and 512 (results/vision.md). A
+# run takes 30 to 40 s to read the images and compile, and 3 to 10 s for its 2,929 updates.
 small = dict(
-    common=dict(max_steps=60 * 50_000 // 1024, eval_interval=1000, log_interval=50, save=False),
+    common=dict(max_steps=60 * 50_000 // 1024, eval_interval=1000, log_interval=50, save=False, lr=1e-2),
     runs=mlps({
         "dense": (64, 128, 256, 512, 1024, 2048), "kronecker": (256, 1024, 2048, 4096), "low_rank": (256, 1024, 2048, 4096),
         "btt": (256, 1024, 2048, 4096, 8192), "monarch": (128, 256, 512, 1024), "tt": (32, 128, 256, 512),
