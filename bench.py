@@ -6,6 +6,7 @@
     python bench.py step config/gpt2_btt.py --against="config/gpt2_dense.py"           # two configs side by side
     python bench.py step config/gpt2_btt.py --profile=out/profile                      # where the time goes
     torchrun --standalone --nproc_per_node=8 bench.py step config/gpt2_btt.py --parts=False    # on eight GPUs
+    python bench.py image_step vision/config/mlp_cifar10.py --against="vision/config/mlp_cifar10.py --structure=dense"
     python bench.py sample --out_dir=out/gpt2_btt       # tokens a second, with the cache of keys and values and without
     python bench.py data                                # the character encoder, and batches from a memory-mapped file
     python bench.py images vision/config/mlp_cifar10.py # images a second, loaded and augmented, without a model
@@ -43,7 +44,9 @@ from prepare_owt import prepare, stdlib_files
 
 
 @dataclass
-class StepConfig(train.Config):
+class TimingConfig:
+    """Options of `step` and `image_step`, beside those of the run."""
+
     steps: int = 20  # timed updates, after five that do not count
     against: str = ""  # other configs, as one word, ; between them: --against="config/gpt2_dense.py --fused_loss=False"
     parts: bool = True  # time forward and backward passes apart, too
@@ -51,60 +54,18 @@ class StepConfig(train.Config):
     json: str | None = None  # file for the rows
 
 
-def bench_step(argv):
-    config = load_config(StepConfig, argv)
-    configs = [(argv, config)]
-    for text in filter(None, config.against.split(";")):
-        words = shlex.split(text)
-        configs.append((words, load_config(StepConfig, [f"--steps={config.steps}", f"--parts={config.parts}", *words])))
-    rank, local_rank, world = ranks()
-    device = choose_device(config.device, local_rank)
-    watchdog = init_distributed(device, config.timeout)
-    rows = []
-    with watchdog.paused():  # nobody beats here
-        for words, one in configs:
-            rows.append({"what": "step", "command": " ".join(words), **time_step(one)})
-            if config.json and rank == 0:  # what there is, should a later one fail
-                write_rows(config.json, rows, device)
-        if config.profile:
-            os.makedirs(config.profile, exist_ok=True)
-            profile_step(config, config.profile)
-    watchdog.stop()
-    if world > 1:
-        dist.destroy_process_group()
-    if rank:
-        return
-    for key in rows[0]:
-        cells = [f"{row[key]:,.4g}" if isinstance(row[key], float) else str(row[key])[:50] for row in rows]
-        ratio = f"x {rows[0][key] / rows[1][key]:.3f}" if len(rows) == 2 and isinstance(rows[0][key], float) else ""
-        print(f"{key:<26}" + "".join(f"{cell:>20}" for cell in cells), ratio)
+@dataclass
+class StepConfig(train.Config, TimingConfig):
+    pass
 
 
 class Bench:
-    """A run's update, and its batches of random tokens, read from a memory-mapped file as in training."""
+    """A run's update, and the device that it is timed on."""
 
     def __init__(self, config):
         self.rank, local_rank, self.world = ranks()
         self.config, self.device = config, choose_device(config.device, local_rank)
         self.dtype = choose_dtype(config.dtype, self.device)
-        self.rows, self.micro_steps = train.split_batch(config, self.world)
-        self.run = train.build(config, self.device, self.dtype, self.world)
-        self.folder = tempfile.TemporaryDirectory()
-        ids = np.random.default_rng(0).integers(config.vocab_size, size=2**22, dtype=np.uint16)
-        for split in ("train", "val"):
-            ids.tofile(os.path.join(self.folder.name, f"{split}.bin"))
-        meta = dict(dtype="uint16", vocab_size=config.vocab_size, train_tokens=len(ids), val_tokens=len(ids))
-        with open(os.path.join(self.folder.name, "meta.json"), "w") as file:
-            json.dump(meta, file)
-        self.data = TokenData(self.folder.name, config.block_size)
-
-    def batch(self, step):
-        """This process's share."""
-        share = self.rows // self.world
-        first = self.rank * share
-        tensors = self.data.train_batch(self.config.seed, step, self.rows, first, first + share)
-        shape = (self.micro_steps, self.config.micro_batch, self.config.block_size)
-        return [to_device(tensor.reshape(shape), self.device) for tensor in tensors]
 
     def synchronize(self):
         if self.device.type == "cuda":
@@ -123,14 +84,104 @@ class Bench:
         return [a.elapsed_time(b) for a, b in zip(events, events[1:])]
 
 
-def time_step(config):
+class TokenBench(Bench):
+    """Of a GPT, with batches of random tokens, read from a memory-mapped file as in training."""
+
+    unit = "token"
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.rows, self.micro_steps = train.split_batch(config, self.world)
+        self.run = train.build(config, self.device, self.dtype, self.world)
+        self.units, self.flops = (
+            config.batch_tokens,
+            self.run.model.flops_per_token(),
+        )  # of an update; of a token, forward
+        self.folder = tempfile.TemporaryDirectory()
+        ids = np.random.default_rng(0).integers(config.vocab_size, size=2**22, dtype=np.uint16)
+        for split in ("train", "val"):
+            ids.tofile(os.path.join(self.folder.name, f"{split}.bin"))
+        meta = dict(dtype="uint16", vocab_size=config.vocab_size, train_tokens=len(ids), val_tokens=len(ids))
+        with open(os.path.join(self.folder.name, "meta.json"), "w") as file:
+            json.dump(meta, file)
+        self.data = TokenData(self.folder.name, config.block_size)
+
+    def batch(self, step):
+        """This process's share: the arguments of an update."""
+        share = self.rows // self.world
+        first = self.rank * share
+        tensors = self.data.train_batch(self.config.seed, step, self.rows, first, first + share)
+        shape = (self.micro_steps, self.config.micro_batch, self.config.block_size)
+        return [to_device(tensor.reshape(shape), self.device) for tensor in tensors]
+
+    def close(self):
+        self.folder.cleanup()
+
+
+class ImageBench(Bench):
+    """Of an MLP or ViT, with the images of its data set."""
+
+    unit = "image"
+
+    def __init__(self, config):
+        from vision.train import load_images, start
+
+        super().__init__(config)
+        data, _ = load_images(config, self.device, print)
+        _, self.batch, self.run, _ = start(config, data, self.device, self.dtype)
+        self.units, self.flops = config.batch_size, self.run.model.flops()
+
+    def close(self):
+        pass
+
+
+def bench_step(argv, Config=StepConfig, make_bench=TokenBench):
+    config = load_config(Config, argv)
+    configs = [(argv, config)]
+    for text in filter(None, config.against.split(";")):
+        words = shlex.split(text)
+        configs.append((words, load_config(Config, [f"--steps={config.steps}", f"--parts={config.parts}", *words])))
+    rank, local_rank, world = ranks()
+    device = choose_device(config.device, local_rank)
+    watchdog = init_distributed(device, config.timeout)
+    rows = []
+    with watchdog.paused():  # nobody beats here
+        for words, one in configs:
+            rows.append({"what": "step", "command": " ".join(words), **time_step(one, make_bench)})
+            if config.json and rank == 0:  # what there is, should a later one fail
+                write_rows(config.json, rows, device)
+        if config.profile:
+            os.makedirs(config.profile, exist_ok=True)
+            profile_step(config, make_bench)
+    watchdog.stop()
+    if world > 1:
+        dist.destroy_process_group()
+    if rank:
+        return
+    for key in rows[0]:
+        cells = [f"{row[key]:,.4g}" if isinstance(row[key], float) else str(row[key])[:50] for row in rows]
+        ratio = f"x {rows[0][key] / rows[1][key]:.3f}" if len(rows) == 2 and isinstance(rows[0][key], float) else ""
+        print(f"{key:<26}" + "".join(f"{cell:>20}" for cell in cells), ratio)
+
+
+def bench_image_step(argv):
+    from vision.train import Config
+
+    @dataclass
+    class ImageStepConfig(Config, TimingConfig):
+        pass
+
+    bench_step(argv, ImageStepConfig, ImageBench)
+
+
+def time_step(config, make_bench):
     """Figures of one config, a dict: floats are figures, the rest says what was timed. On several processes, rank 0's."""
     gc.collect()
     torch._dynamo.reset()
     if config.device != "cpu" and torch.cuda.is_available():
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-    bench, steps = Bench(config), config.steps
+    bench, steps = make_bench(config), config.steps
     run, count = bench.run, iter(range(10**9))
 
     def update():
@@ -147,11 +198,13 @@ def time_step(config):
     memory = torch.cuda.max_memory_allocated() / 2**30 if bench.device.type == "cuda" else None
 
     # Parts: forward alone, forward and backward, all; as graphs where the update is one. DDP exchanges in the last only.
-    def forward(x, y):
+    def forward(*batch):
+        x, y = run.prepare(*batch)
         with run.autocast:
             return sum(run.fast(x[i], y[i])[1] for i in range(len(x)))
 
-    def forward_backward(x, y):
+    def forward_backward(*batch):
+        x, y = run.prepare(*batch)
         for i in range(len(x)):
             with run.autocast:
                 _, loss = run.fast(x[i], y[i])
@@ -159,29 +212,29 @@ def time_step(config):
         run.optimizer.zero_grad(set_to_none=True)
         return loss.detach()
 
-    x, y = bench.batch(0)
+    batch = bench.batch(0)
     data = 1e3 * seconds(lambda: bench.batch(0), repeats=10)
     parts = []
     for function in (forward, forward_backward) * config.parts:
         timed = Graphed(function) if isinstance(run.update, Graphed) else function
         for _ in range(5):
-            timed(x, y)
-        parts.append(float(np.median(bench.milliseconds(lambda timed=timed: timed(x, y), max(3, steps // 2)))))
+            timed(*batch)
+        parts.append(float(np.median(bench.milliseconds(lambda timed=timed: timed(*batch), max(3, steps // 2)))))
         del timed
         gc.collect()
     median = float(np.median(times))
-    name, tokens = device_name(bench.device), config.batch_tokens
+    name, unit, units = device_name(bench.device), bench.unit, bench.units
     peak = peak_flops(name) if bench.dtype != torch.float32 else None
-    flops = 3 * run.model.flops_per_token()
+    flops = 3 * bench.flops
     figures = {
         "processes": bench.world,
         "parameters": sum(p.numel() for p in run.model.parameters()),
-        "tokens_an_update": tokens,
-        "training_mflops_a_token": flops / 1e6,
+        f"{unit}s_an_update": units,
+        f"training_mflops_a{'n' * (unit == 'image')}_{unit}": flops / 1e6,
         "ms_median": median,
         "ms_mean_of_all": whole,
-        "tokens_per_second": tokens / median * 1e3,
-        "mfu": tokens / median * 1e3 * flops / (peak * bench.world) if peak else None,
+        f"{unit}s_per_second": units / median * 1e3,
+        "mfu": units / median * 1e3 * flops / (peak * bench.world) if peak else None,
         "peak_memory_gib": memory,
         "first_five_updates_s": first,
         "data_ms_of_the_host": data,
@@ -191,7 +244,7 @@ def time_step(config):
         figures["forward_share"] = parts[0] / median
         figures["backward_share"] = (parts[1] - parts[0]) / median
         figures["optimizer_share"] = (median - parts[1]) / median
-    bench.folder.cleanup()
+    bench.close()
     return figures
 
 
@@ -210,11 +263,11 @@ KERNEL_GROUPS = {
 }
 
 
-def profile_step(config, folder):
-    """Write folder/profile.txt, kernels by their share of three updates, and folder/trace.json, of rank 0."""
+def profile_step(config, make_bench):
+    """Write profile.txt, kernels by their share of three updates, and trace.json, of rank 0, into config.profile."""
     from torch.profiler import ProfilerActivity, profile
 
-    bench = Bench(config)
+    bench, folder = make_bench(config), config.profile
     for step in range(5):
         bench.run.update(*bench.batch(step))
     bench.synchronize()
@@ -416,6 +469,7 @@ BENCHES = {
     "layers": bench_layers,
     "mixtures": bench_mixtures,
     "step": bench_step,
+    "image_step": bench_image_step,
     "sample": bench_sample,
     "data": bench_data,
     "images": bench_images,

@@ -373,6 +373,7 @@ class Run(NamedTuple):
     scaler: torch.amp.GradScaler
     autocast: torch.autocast
     update: Callable  # (*batch) -> loss, norm of the gradient, auxiliary loss
+    prepare: Callable  # (*batch) -> x, y, what an update does first
     multipliers: dict  # of the learning rate, by parameter name
     reports: torch.Tensor | None  # of mixtures: the routers' reports of all processes, summed until they are read
 
@@ -448,7 +449,7 @@ def build(
         return torch.stack((total, norm, total_aux))
 
     update = Graphed(update) if as_graph else update
-    return Run(model, fast, optimizer, scaler, autocast, update, multipliers, reports)
+    return Run(model, fast, optimizer, scaler, autocast, update, prepare, multipliers, reports)
 
 
 def choose_cuda_graphs(config, device, dtype, world):

@@ -38,6 +38,26 @@ def test_parts_and_profile(tmp_path):
     assert (tmp_path / "trace.json").stat().st_size > 1000
 
 
+def test_an_update_of_images(tmp_path):
+    """Two models and their parts; the images are those of a run, of which an update takes a batch."""
+    words = (
+        "--n_layer=1 --d_model=36 --image_size=8 --channels=1 --mixup=0.4 --batch_size=64 --micro_batch=32 --device=cpu"
+    )
+    path = tmp_path / "step.json"
+    against = f"--against={words} --compile=False --structure=dense"
+    words = [*words.split(), "--compile=False", "--steps=2", f"--profile={tmp_path}", f"--json={path}", against]
+    done = run_script("bench.py", "image_step", *words)
+    assert done.returncode == 0, done.stdout + done.stderr
+    btt, dense = json.loads(path.read_text())
+    for row in (btt, dense):
+        assert row["images_an_update"] == 64
+        assert row["images_per_second"] == pytest.approx(64e3 / row["ms_median"]) and row["forward_share"] > 0
+    # dense: input 64 x 36, one block of 36 -> 144 -> 36, head 36 x 10, 2 FLOPs a weight, a backward pass twice a forward
+    assert dense["training_mflops_an_image"] == pytest.approx(6e-6 * (64 * 36 + 2 * 36 * 144 + 36 * 10))
+    assert btt["training_mflops_an_image"] < dense["training_mflops_an_image"]
+    assert "matrix products" in (tmp_path / "profile.txt").read_text()
+
+
 def test_layers_on_a_cpu_are_those_of_plain_torch(tmp_path):
     words = [
         "--layers=64-64:1 48-96:2",

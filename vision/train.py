@@ -88,26 +88,13 @@ def main(argv):
 
 def train(config, progress):
     rank, local_rank, world = ranks()
-    micro_steps = split_batch(config, world)
+    split_batch(config, world)  # refuses a batch before images are decoded
     device = choose_device(config.device, local_rank)
     dtype = choose_dtype(config.dtype, device)
     watchdog = init_distributed(device, config.timeout)
     with watchdog.paused(), workers_watched():  # decoding may take minutes
         data, classes = load_images(config, device, progress.say)
-    augment = Augment(config, data.mean, data.std, device)
-    share, shape = config.batch_size // world, (micro_steps, config.micro_batch)
-
-    def batch(step):
-        """This process's share: which images, or their pixels, and random numbers; `prepare` makes x and y of them."""
-        place = (config.batch_size, rank * share, (rank + 1) * share)
-        return *data.draw(step, *place), augment.draw(step, *place)
-
-    run = build(
-        config, device, dtype, world, watchdog.beat, MODELS[config.model], partial(multipliers, config), micro_steps,
-        partial(prepare, data, augment, shape),
-    )  # fmt: skip
-    if config.ema:
-        keep_average(run.optimizer, config.ema)
+    augment, batch, run, micro_steps = start(config, data, device, dtype, watchdog.beat)
 
     def validate():
         with averaged(run.optimizer) if config.ema else nullcontext():
@@ -129,6 +116,27 @@ def train(config, progress):
         fit(config, progress, run, task, device, dtype, watchdog, micro_steps)
     if rank == 0:
         say_summary(config, progress, device)
+
+
+def start(config, data, device, dtype, beat=lambda: None):
+    """What an update takes -> augment, batch(step): the arguments of run.update, run, micro-steps."""
+    rank, _, world = ranks()
+    micro_steps = split_batch(config, world)
+    augment = Augment(config, data.mean, data.std, device)
+    share, shape = config.batch_size // world, (micro_steps, config.micro_batch)
+
+    def batch(step):
+        """This process's share: which images, or their pixels, and random numbers; `prepare` makes x and y of them."""
+        place = (config.batch_size, rank * share, (rank + 1) * share)
+        return *data.draw(step, *place), augment.draw(step, *place)
+
+    run = build(
+        config, device, dtype, world, beat, MODELS[config.model], partial(multipliers, config), micro_steps,
+        partial(prepare, data, augment, shape),
+    )  # fmt: skip
+    if config.ema:
+        keep_average(run.optimizer, config.ema)
+    return augment, batch, run, micro_steps
 
 
 def load_images(config, device, say):
