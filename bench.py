@@ -60,7 +60,7 @@ class StepConfig(train.Config, TimingConfig):
 
 
 class Bench:
-    """A run's update, and the device that it is timed on."""
+    """A run's update, and the device that it is timed on; units of an update, tokens or images, and FLOPs of one, forward."""
 
     def __init__(self, config):
         self.rank, local_rank, self.world = ranks()
@@ -93,10 +93,7 @@ class TokenBench(Bench):
         super().__init__(config)
         self.rows, self.micro_steps = train.split_batch(config, self.world)
         self.run = train.build(config, self.device, self.dtype, self.world)
-        self.units, self.flops = (
-            config.batch_tokens,
-            self.run.model.flops_per_token(),
-        )  # of an update; of a token, forward
+        self.units, self.flops = config.batch_tokens, self.run.model.flops_per_token()
         self.folder = tempfile.TemporaryDirectory()
         ids = np.random.default_rng(0).integers(config.vocab_size, size=2**22, dtype=np.uint16)
         for split in ("train", "val"):
