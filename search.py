@@ -48,7 +48,7 @@ from model import GPT, GPTConfig
 from moe import check_top_k
 from prepare_owt import prepare_default
 from runlog import duration, read_log, save_figure, short, writing
-from sweep import count_gpus
+from sweep import gpus_to_use
 
 try:
     import optuna
@@ -91,7 +91,7 @@ class Config(train.Config):
     max_rank: float = 1.0  # largest exponent of the rank index
     experts: tuple | int = 1  # numbers of experts to choose from, 1 for none: 1,4,8; with experts beta = delta = 0
     jobs: int = 1  # trials at a time on every GPU, or on the CPU
-    gpus: int | None = None  # GPUs to use; None: all there are
+    gpus: int | None = None  # GPUs to use; None: all there are, or that CUDA_VISIBLE_DEVICES names
     report: bool = False  # no trials, only table and picture of those in the storage
 
     def __post_init__(self):
@@ -412,7 +412,7 @@ def words(options):
 
 def run_training(options, folder, slot, evaluations):
     """Train in a process of its own -> final loss; yields (evaluation, loss) of its log, None while nothing is new."""
-    env = {**os.environ, **({} if slot is None else {"CUDA_VISIBLE_DEVICES": str(slot)})}
+    env = {**os.environ, **({} if slot is None else {"CUDA_VISIBLE_DEVICES": slot})}
     script = os.path.join(os.path.dirname(os.path.abspath(__file__)), "train.py")
     with writing(folder, "give another --out"):
         os.makedirs(folder, exist_ok=True)
@@ -700,8 +700,7 @@ def main(argv):
     if not config.report:
         prepare_default(config.data_dir)
         TokenData(config.data_dir, config.block_size)  # what is wrong with it is said here, and once
-        gpus = 0 if config.device == "cpu" else count_gpus() if config.gpus is None else config.gpus
-        slots = (list(range(gpus)) or [None]) * config.jobs
+        slots = (gpus_to_use(0 if config.device == "cpu" else config.gpus) or [None]) * config.jobs
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # ended as by Ctrl-C
         try:
             space, say = Space(config.max_rank, config.experts), progress(study, config.trials)

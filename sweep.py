@@ -39,7 +39,7 @@ class Config:
     small: bool = False  # the sweep file's small version
     common: str = ""  # options for all runs, laid over the file's: --common="--data_dir=data/mine --max_steps=500"
     jobs: int = 1  # runs at a time on every GPU, of which one trains and the others start; or on the CPU
-    gpus: int | None = None  # GPUs to use; None: all there are
+    gpus: int | None = None  # GPUs to use; None: all there are, or that CUDA_VISIBLE_DEVICES names
     commands: bool = False  # print the commands of the runs that are not finished, and do nothing
     out: str | None = None  # folder of all runs; None: out/sweeps/ and the sweep file's name
     only: str = ""  # runs whose name contains this
@@ -164,12 +164,25 @@ def say_what_differs(runs):
         print(f"note: {len(others)} of these had other options, {others[0]}: another --out does them anew")
 
 
-def count_gpus():
+def gpus_to_use(most=None):
+    """Numbers of the GPUs that CUDA_VISIBLE_DEVICES names, else of all that are here; the first `most` of them."""
+    if most == 0:
+        return []
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    found = [name.strip() for name in named.split(",") if name.strip()] if named is not None else all_gpus()
+    if most is not None and most > len(found):
+        raise ConfigError(
+            f"gpus={most}, but {len(found)} are here or named by CUDA_VISIBLE_DEVICES: make it at most that"
+        )
+    return found[:most]
+
+
+def all_gpus():
     try:
         listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True)
     except OSError:
-        return 0
-    return listed.stdout.count("GPU ") if listed.returncode == 0 else 0
+        return []
+    return [str(i) for i in range(listed.stdout.count("GPU "))] if listed.returncode == 0 else []
 
 
 def run_all(todo, sweep, slots):
@@ -186,7 +199,7 @@ def run_all(todo, sweep, slots):
                 env = {"TORCHINDUCTOR_COMPILE_THREADS": threads, **os.environ}
                 if slot is not None:
                     turn = os.path.join(os.path.dirname(folder), f"gpu{slot}.turn")
-                    env |= {"CUDA_VISIBLE_DEVICES": str(slot), "GPU_TURN": turn}
+                    env |= {"CUDA_VISIBLE_DEVICES": slot, "GPU_TURN": turn}
                 with open(os.path.join(folder, "train.log"), "a") as log:
                     process = subprocess.Popen(command(sweep, name), stdout=log, stderr=subprocess.STDOUT, env=env)
                 running[name] = process, slot, time.monotonic()
@@ -226,8 +239,8 @@ def main(argv):
     if config.commands:
         print(*(shlex.join(command(sweep, name)) for name in todo), sep="\n")
         return
-    gpus = count_gpus() if config.gpus is None else config.gpus
-    slots = (list(range(gpus)) or [None]) * config.jobs
+    gpus = gpus_to_use(config.gpus)
+    slots = (gpus or [None]) * config.jobs
     print(f"{len(chosen)} runs, {len(chosen) - len(todo)} of them finished; {len(slots)} at a time", flush=True)
     say_what_differs({name: sweep.runs[name] for name in chosen if name not in todo})
     folder = os.path.dirname(sweep.runs[chosen[0]]["out_dir"])

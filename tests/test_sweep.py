@@ -3,6 +3,7 @@
 import json
 import os
 import shlex
+import sys
 
 import numpy as np
 import pytest
@@ -179,6 +180,26 @@ def test_finished_runs_of_other_options_are_spoken_of(tmp_path, capsys):
     sweep.main([path, f"--out={tmp_path}", "--gpus=0"])
     note = "note: 1 of these had other options, max_steps5 data_dir='a', not 'b': another --out does them anew"
     assert capsys.readouterr().out.splitlines() == ["2 runs, 2 of them finished; 1 at a time", note]
+
+
+def test_gpus_are_those_that_are_named(tmp_path, monkeypatch):
+    """Of a machine with four: each run has one of those that CUDA_VISIBLE_DEVICES leaves."""
+    monkeypatch.setattr(sweep, "all_gpus", lambda: list("0123"))
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert (
+        sweep.gpus_to_use() == ["0", "1", "2", "3"] and sweep.gpus_to_use(2) == ["0", "1"] and not sweep.gpus_to_use(0)
+    )
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,1")
+    assert sweep.gpus_to_use() == ["3", "1"] and sweep.gpus_to_use(1) == ["3"]
+    with pytest.raises(ConfigError, match="gpus=3, but 2 are here or named by CUDA_VISIBLE_DEVICES"):
+        sweep.gpus_to_use(3)
+    look = "import os, sys; open(sys.argv[-1].split('=')[1] + '/gpu', 'w').write(os.environ['CUDA_VISIBLE_DEVICES'])"
+    monkeypatch.setattr(sweep, "command", lambda sweep, name: [sys.executable, "-c", look, f"--to={tmp_path}/{name}"])
+    runs = {name: {"out_dir": str(tmp_path / name)} for name in ("a", "b")}
+    assert not sweep.run_all(list(runs), sweep.Sweep(runs, "", [], None), sweep.gpus_to_use())
+    assert [(tmp_path / name / "gpu").read_text() for name in runs] == ["3", "1"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert sweep.gpus_to_use() == []
 
 
 # -- runs of vision/
