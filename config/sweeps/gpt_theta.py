@@ -4,7 +4,7 @@
 #   python prepare_owt.py --tokenizer=char96
 #   python sweep.py config/sweeps/gpt_theta.py           # as published: 284 runs of 6.6B tokens, 1,600 hours of an H100
 #   python prepare_owt.py --source=linux_source --tokenizer=char96 --out_dir=data/linux_char96    # text of yours
-#   python sweep.py config/sweeps/gpt_theta.py --small   # 33 runs of 33M tokens, 23 minutes of an H100
+#   python sweep.py config/sweeps/gpt_theta.py --small   # 37 runs of 33M tokens, 16 minutes of an H100 with --jobs=5
 # Times are estimates. Out come table.md, fit.json and pictures in out/sweeps/gpt_theta_small/fit. Other text of 96
 # characters: --common="--data_dir=data/mine".
 config = "config/char_btt.py"  # 65,536 tokens a batch, context 128
@@ -52,12 +52,11 @@ runs += [
 ]
 fit = "--reference=dense"
 
-# Widths at which all groups have 0.4 to 12 million FLOPs a token forward. A run takes 20 to 25 s to start and compile,
-# and for its 33M tokens 1 to 36 s (dense, BTT, low-rank: 1 to 20M tokens/s) or 9 to 80 s (Kronecker, TT and generic,
-# which have no kernels: 0.4 to 4M tokens/s). In all 13 minutes and 10.
+# Widths at which all groups have 0.4 to 12 million FLOPs a token forward, and two larger ones of dense and of BTT, for
+# seconds. A run takes 20 to 30 s to start and compile, and for its 33M tokens 1 to 40 s.
 # Each group at the best of four to six rates, as measured at its second width (results/scaling/rates.json).
 sizes = {  # θ: rate, widths
-    (0.5, 0, 0.5, 0, 0.5, 0.5, 0): (6e-3, (256, 512, 1024, 1536)),  # full-rank BTT, ν = 1/2
+    (0.5, 0, 0.5, 0, 0.5, 0.5, 0): (6e-3, (256, 512, 1024, 1536, 2048, 3072)),  # full-rank BTT, ν = 1/2
     (0.67, 0, 0.33, 0, 0.33, 0.67, 0): (6e-3, (192, 384, 768, 1024)),  # full-rank BTT, ν = 2/3
     (0.67, 0, 0.33, 0, 0.67, 0.33, 0): (1.2e-2, (384, 768, 1536, 3072)),  # low-rank BTT, ψ = 2/3
     (1, 0, 0, 0, 1, 0, 0.5): (1.2e-2, (256, 512, 1024, 1536)),  # low-rank, ψ = 1/2
@@ -70,6 +69,6 @@ small = dict(
         data_dir="data/linux_char96", n_layer=3, max_steps=1000, warmup_steps=100, batch_tokens=32_768, micro_batch=256,
         eval_interval=50, eval_tokens=262_144, log_interval=50, save=False,
     ),
-    runs=[gpt(d, structure="dense", lr=1.5e-3) for d in (64, 128, 192, 256, 384)]
+    runs=[gpt(d, structure="dense", lr=1.5e-3) for d in (64, 128, 192, 256, 384, 768, 1024)]
     + [gpt(d, structure="einsum", theta=theta, lr=lr) for theta, (lr, widths) in sizes.items() for d in widths],
 )  # fmt: skip
