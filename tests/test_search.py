@@ -13,6 +13,7 @@ import pytest
 optuna = pytest.importorskip("optuna")
 
 import search  # noqa: E402
+import search_report  # noqa: E402
 import train  # noqa: E402
 from configurator import ConfigError, load_config  # noqa: E402
 from conftest import ROOT, environment, losses, run_script  # noqa: E402
@@ -311,9 +312,9 @@ def test_a_trial_that_another_machine_took_is_let_go():
 
 
 def test_rank_correlation():
-    assert search.rank_correlation([1, 2, 3, 4], [10, 20, 40, 80]) == pytest.approx(1)
-    assert search.rank_correlation([1, 1, 2, 2], [4, 3, 2, 1]) == pytest.approx(-0.894427)  # scipy's spearmanr
-    assert np.isnan(search.rank_correlation([1, 1], [1, 2]))
+    assert search_report.rank_correlation([1, 2, 3, 4], [10, 20, 40, 80]) == pytest.approx(1)
+    assert search_report.rank_correlation([1, 1, 2, 2], [4, 3, 2, 1]) == pytest.approx(-0.894427)  # scipy's spearmanr
+    assert np.isnan(search_report.rank_correlation([1, 1], [1, 2]))
 
 
 @pytest.mark.parametrize("pruner", [None, halving()])
@@ -337,7 +338,7 @@ def test_report(tmp_path, capsys, pruner):
     shown = capsys.readouterr().out.strip().split("\n")
     assert len(shown) == 10 and sum("FAILED: it blew up" in line for line in shown) == 1
     assert shown[-1].startswith("9/9 trial") and "left" in shown[-2]
-    search.report(study, str(tmp_path))
+    search_report.report(search.make_rows(study), study.user_attrs["budget"], str(tmp_path))
     assert "| 1 | 1.0000 |" in capsys.readouterr().out
     text = (tmp_path / "table.md").read_text()
     listed = [float(line.split("|")[2]) for line in text.split("\n") if line.startswith("| ") and "loss" not in line]
@@ -349,7 +350,7 @@ def test_report(tmp_path, capsys, pruner):
         and rows[0]["device"] == "some GPU"
         and rows[0]["losses"]["1"] == pytest.approx(2 + rows[0]["omega"])
     )
-    at, scored = search.comparable(search.make_rows(study), study.user_attrs["budget"])
+    at, scored = search_report.comparable(search.make_rows(study), study.user_attrs["budget"])
     assert (at, len(scored)) == (1 if pruner else 3, 9)
     assert (tmp_path / "search.png").read_bytes()[:4] == b"\x89PNG"
 
