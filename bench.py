@@ -155,10 +155,12 @@ def bench_step(argv, Config=StepConfig, make_bench=TokenBench):
         dist.destroy_process_group()
     if rank:
         return
-    for key in rows[0]:
-        cells = [f"{row[key]:,.4g}" if isinstance(row[key], float) else str(row[key])[:50] for row in rows]
+    for number, row in enumerate(rows, 1):
+        print(f"{number}: {row['command']}")
+    for key in [key for key in rows[0] if key not in ("what", "command")]:
+        cells = [f"{row[key]:,.4g}" if isinstance(row[key], float) else str(row[key]) for row in rows]
         ratio = f"x {rows[0][key] / rows[1][key]:.3f}" if len(rows) == 2 and isinstance(rows[0][key], float) else ""
-        print(f"{key:<26}" + "".join(f"{cell:>20}" for cell in cells), ratio)
+        print(f"{key:<26}" + "".join(f"{cell:>14}" for cell in cells), ratio)
 
 
 def bench_image_step(argv):
