@@ -67,6 +67,9 @@ class Bench:
         self.config, self.device = config, choose_device(config.device, local_rank)
         self.dtype = choose_dtype(config.dtype, self.device)
 
+    def close(self):
+        """What it left on the disk is removed."""
+
     def synchronize(self):
         if self.device.type == "cuda":
             torch.cuda.synchronize()
@@ -121,15 +124,13 @@ class ImageBench(Bench):
     unit = "image"
 
     def __init__(self, config):
-        from vision.train import load_images, start
+        from vision.train import load_images, split_batch, start
 
         super().__init__(config)
+        micro_steps = split_batch(config, self.world)
         data, _ = load_images(config, self.device, print)
-        _, self.batch, self.run, _ = start(config, data, self.device, self.dtype)
+        _, self.batch, self.run = start(config, data, self.device, self.dtype, micro_steps)
         self.units, self.flops = config.batch_size, self.run.model.flops()
-
-    def close(self):
-        pass
 
 
 def bench_step(argv, Config=StepConfig, make_bench=TokenBench):
@@ -422,6 +423,7 @@ def bench_images(argv):
     """Images a second as vision/train.py gets them, of one process: the first batches, which start workers, do not count."""
     from vision.train import Augment, load_images
     from vision.train import Config as VisionConfig
+    from vision.train import prepare as made
 
     @dataclass
     class ImagesConfig(VisionConfig):
@@ -433,18 +435,21 @@ def bench_images(argv):
     data, _ = load_images(config, device, print)
     augment, place = Augment(config, data.mean, data.std, device), (config.batch_size, 0, config.batch_size)
 
-    def load(*drawn):
-        return data.images(*drawn)[0]
+    def which(step):
+        return data.draw(step, *place)
 
-    def load_and_augment(numbers, *drawn):
-        return augment(*data.images(*drawn), numbers)[0]
+    def which_and_how(step):
+        return *which(step), augment.draw(step, *place)
 
-    for what, function in (("loaded", load), ("loaded and augmented", load_and_augment)):
+    ways = {
+        "loaded": (which, lambda *drawn: data.images(*drawn)[0]),
+        "loaded and augmented": (which_and_how, lambda *drawn: made(data, augment, (1, -1), *drawn)[0]),
+    }
+    for what, (draw, function) in ways.items():
         timed = Graphed(function) if device.type == "cuda" else function  # an update has it in its graph
 
-        def batch(step, timed=timed, numbered=function is load_and_augment):
-            drawn = data.draw(step, *place)
-            return timed(augment.draw(step, *place), *drawn) if numbered else timed(*drawn)
+        def batch(step, draw=draw, timed=timed):
+            return timed(*draw(step))
 
         for step in range(5):
             batch(step)

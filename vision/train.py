@@ -88,13 +88,13 @@ def main(argv):
 
 def train(config, progress):
     rank, local_rank, world = ranks()
-    split_batch(config, world)  # refuses a batch before images are decoded
+    micro_steps = split_batch(config, world)
     device = choose_device(config.device, local_rank)
     dtype = choose_dtype(config.dtype, device)
     watchdog = init_distributed(device, config.timeout)
     with watchdog.paused(), workers_watched():  # decoding may take minutes
         data, classes = load_images(config, device, progress.say)
-    augment, batch, run, micro_steps = start(config, data, device, dtype, watchdog.beat)
+    augment, batch, run = start(config, data, device, dtype, micro_steps, watchdog.beat)
 
     def validate():
         with averaged(run.optimizer) if config.ema else nullcontext():
@@ -118,10 +118,9 @@ def train(config, progress):
         say_summary(config, progress, device)
 
 
-def start(config, data, device, dtype, beat=lambda: None):
-    """What an update takes -> augment, batch(step): the arguments of run.update, run, micro-steps."""
+def start(config, data, device, dtype, micro_steps, beat=lambda: None):
+    """What an update takes -> augment, batch(step): the arguments of run.update, run."""
     rank, _, world = ranks()
-    micro_steps = split_batch(config, world)
     augment = Augment(config, data.mean, data.std, device)
     share, shape = config.batch_size // world, (micro_steps, config.micro_batch)
 
@@ -136,7 +135,7 @@ def start(config, data, device, dtype, beat=lambda: None):
     )  # fmt: skip
     if config.ema:
         keep_average(run.optimizer, config.ema)
-    return augment, batch, run, micro_steps
+    return augment, batch, run
 
 
 def load_images(config, device, say):

@@ -43,6 +43,7 @@ from device import choose_device, write_rows  # noqa: E402
 from model import GPT, GPTConfig  # noqa: E402
 from prepare_owt import prepare_default  # noqa: E402
 from runlog import median_of, read_log, save_figure, short  # noqa: E402
+from sweep import gpus_to_use  # noqa: E402
 
 TEXT = "--data_dir=data/stdlib_char96"  # prepares itself: structure to learn
 
@@ -107,7 +108,7 @@ class Bench:
         # A command that compiles leaves those beside it some cores.
         fixed["TORCHINDUCTOR_COMPILE_THREADS"] = str(max(1, min(16, os.cpu_count() // 4)))
         if processes == 1 and self.on_gpu:
-            fixed["CUDA_VISIBLE_DEVICES"] = visible_gpus()[gpu]
+            fixed["CUDA_VISIBLE_DEVICES"] = gpus_to_use()[gpu]
         command = Command(words, processes > 1, {**os.environ, **fixed, **(env or {})}, self.path("output.txt"))
         self.commands.append(command)
         return command
@@ -168,11 +169,6 @@ class Command:
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         self.popen.wait()
-
-
-def visible_gpus():
-    names = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return names.split(",") if names else [str(i) for i in range(torch.cuda.device_count())]
 
 
 def children(pid):
