@@ -28,6 +28,7 @@ from typing import ClassVar, Literal, NamedTuple
 
 import torch
 
+from compiling import order_loops
 from configurator import ConfigError, load_config
 from data import TokenData
 from device import choose_device, choose_dtype, write_rows
@@ -390,6 +391,7 @@ def lr_landscape(config, say=print):
         ways = {"with": lr_multipliers(model)} | ({} if width == config.widths[0] else {"without": narrow})
         compiled = model
         if config.compile:
+            order_loops()
             torch.compiler.reset()  # every width is compiled for itself, not as a change of another's shapes
             compiled = torch.compile(model, dynamic=False)
         for seed in seeds:

@@ -24,6 +24,7 @@ import torch.distributed as dist
 
 import checkpoint
 import runlog
+from compiling import order_loops
 from configurator import ConfigError, load_config
 from cuda_graph import Graphed
 from data import TokenData, make_tokenizer
@@ -389,6 +390,8 @@ def build(
     """
     as_graph = choose_cuda_graphs(config, device, dtype, world)
     compiling = device.type == "cuda" if config.compile is None else config.compile
+    if compiling and device.type == "cuda":
+        order_loops()
     torch.manual_seed(config.seed)
     torch.set_float32_matmul_precision("high")
     with device:

@@ -1,0 +1,36 @@
+"""torch.compile, with a barrier that torch up to 2.13 leaves out of the kernels it makes for a GPU.
+
+A reduction over rows that its program reads in several turns is a loop. If a second loop reads back what the first has
+stored, another thread may have stored it, and nothing orders the two: of a standard MoE of width 256, compiled block
+by block, gradients were wrong by 7,000 times in most updates on an H100 (torch 2.11). torch puts a barrier between
+since pytorch/pytorch#190519; here one follows every loop that stores, which costs nothing that can be measured.
+Imports nothing of this project.
+"""
+
+import inspect
+
+import torch
+
+
+def order_loops(kernel=None):
+    """Have the kernels that torch.compile makes from now on wait after every loop that stores. Says whether it had to.
+
+    kernel: the class of torch's that writes them, TritonKernel; another one in tests.
+    """
+    if kernel is None:
+        from torch._inductor.codegen.triton import TritonKernel as kernel
+    if "invalidated_stores" in inspect.getsource(kernel.load) or hasattr(kernel.codegen_body, "barriers"):
+        return False
+    write_body = kernel.codegen_body
+
+    def codegen_body(self):
+        """As torch has it: the lines kept so far, as one loop if the kernel loops."""
+        loop_stores = bool(self.stores) and any(tree.is_loop for tree in self.range_trees)
+        write_body(self)
+        if loop_stores:
+            self.body.writeline("tl.debug_barrier()")
+
+    codegen_body.barriers = True
+    kernel.codegen_body = codegen_body
+    torch.compiler.config.cache_key_tag += " barriers after loops"  # kernels on disk were made without
+    return True
