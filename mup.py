@@ -17,6 +17,7 @@ Imports from einsum_linear and moe.
 """
 
 import torch
+from torch.distributed.tensor import DTensor
 
 from einsum_linear import CoreLinear, Dense
 from moe import Router
@@ -47,22 +48,23 @@ def make_optimizer(model, lr, weight_decay=0.0, betas=(0.9, 0.95), multipliers=N
     A group keeps its multiplier as "lr_mult"; set_lr makes its rate. Matrices decay, vectors do
     not, and a step takes lr · weight_decay off a matrix whatever its multiplier: decay is
     divided by it, so that it does not grow where the rate does. On a GPU the rates are tensors,
-    which a recorded CUDA graph reads anew at every replay.
+    which a recorded CUDA graph reads anew at every replay. Not of sharded parameters, which no graph updates:
+    to learn the shapes of an AdamW whose rate is a tensor, torch would do one on zeros of the whole model.
     """
     multipliers = lr_multipliers(model) if multipliers is None else multipliers
     groups = {}
     for name, parameter in model.named_parameters():
         decay = weight_decay / multipliers[name] if parameter.dim() >= 2 else 0.0
         groups.setdefault((multipliers[name], decay), []).append(parameter)
-    device = next(model.parameters()).device
-    on_gpu = device.type == "cuda"
+    first = next(model.parameters())
+    graphed = first.is_cuda and not isinstance(first, DTensor)
     optimizer = torch.optim.AdamW(
         [{"params": params, "lr_mult": mult, "weight_decay": decay} for (mult, decay), params in groups.items()],
-        lr=lr, betas=betas, eps=1e-8, fused=device.type in ("cuda", "cpu"), capturable=on_gpu,
+        lr=lr, betas=betas, eps=1e-8, fused=first.device.type in ("cuda", "cpu"), capturable=graphed,
     )  # fmt: skip
-    if on_gpu:
+    if graphed:
         for group in optimizer.param_groups:
-            group["lr"] = torch.zeros((), device=device)
+            group["lr"] = torch.zeros((), device=first.device)
     set_lr(optimizer, lr)
     return optimizer
 

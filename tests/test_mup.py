@@ -2,6 +2,10 @@
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Shard
 
 from model import GPT, GPTConfig
 from mup import lr_multipliers, make_optimizer, set_lr
@@ -69,3 +73,20 @@ def test_coordinate_check(structure):
     assert {"blocks.0", "blocks.1.attn.k", "blocks.1.ffn.down", "lm_head"} < set(sizes["with"])
     assert largest_spread(sizes["with"]) < 2
     assert largest_spread(sizes["without"]) > 3
+
+
+def test_rates_are_tensors_only_where_a_graph_reads_them():
+    """On a GPU, that is; of sharded parameters they are numbers. Pretended tensors: neither GPU nor memory is needed."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        with FakeTensorMode(allow_non_fake_inputs=True), torch.device("cuda"):
+            layer = torch.nn.Linear(8, 4, bias=False)
+            optimizer = make_optimizer(layer, 1e-3, multipliers={"weight": 2.0})
+            assert torch.is_tensor(optimizer.param_groups[0]["lr"]) and optimizer.defaults["capturable"]
+            mesh = DeviceMesh("cuda", [0], _init_backend=False)
+            sharded = DTensor.from_local(layer.weight.detach(), mesh, [Shard(0)], run_check=False)
+            layer.weight = torch.nn.Parameter(sharded)
+            optimizer = make_optimizer(layer, 1e-3, multipliers={"weight": 2.0})
+            assert optimizer.param_groups[0]["lr"] == 2e-3 and not optimizer.defaults["capturable"]
+    finally:
+        dist.destroy_process_group()
