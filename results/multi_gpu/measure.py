@@ -490,7 +490,7 @@ def draw(rows, png):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    names = list(dict.fromkeys(row["model"] for row in rows))
+    names = list(dict.fromkeys(row["model"] for row in rows if row["gpus"] > 1))
     figure, panels = plt.subplots(1, len(names), figsize=(5.5 * len(names), 4.5), layout="constrained", squeeze=False)
     for axes, name in zip(panels[0], names):
         ours = sorted((row for row in rows if row["model"] == name), key=lambda row: row["gpus"])
