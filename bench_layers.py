@@ -18,7 +18,7 @@ import kernels
 from configurator import ConfigError, load_config
 from device import choose_device, choose_dtype, device_name, write_rows
 from einsum_linear import BTT, factor_sizes, make_linear
-from moe import Mixture, apply, auxiliary_loss, make_mixture, route
+from moe import Mixture, apply, auxiliary_loss, make_mixture, report, route
 
 
 @dataclass
@@ -260,10 +260,10 @@ def time_mixture(text, config, device, dtype):
         torch._dynamo.reset()
 
         def forward(x, layer=layer):
-            reports = []
+            routings = []
             with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-                y = layer(x, reports) if isinstance(layer, AllExperts) else apply(layer, x, reports)
-            return (y, auxiliary_loss(torch.stack(reports))) if reports else (y,)
+                y = layer(x, routings) if isinstance(layer, AllExperts) else apply(layer, x, routings)
+            return (y, auxiliary_loss(report(routings))) if routings else (y,)
 
         compiling = device.type == "cuda" if config.compile is None else config.compile
         run = torch.compile(forward, fullgraph=True) if compiling else forward
@@ -297,11 +297,11 @@ class AllExperts(torch.nn.Module):
         super().__init__()
         self.mixture: Mixture = mixture
 
-    def forward(self, x, reports):
+    def forward(self, x, routings):
         layer = self.mixture
         a, _, g, _, e, f, r = layer.sizes
         E, n, (A, B) = layer.num_experts, len(x), layer.effective_cores()
-        index, gate = route(layer.router, x, reports)
+        index, gate = route(layer.router, x, routings)
         gates = torch.zeros(n, E, device=x.device).scatter(1, index, gate).to(x.dtype)
         z = x.view(n, g, a).transpose(0, 1) @ A.to(x.dtype)  # (g, n, E·r·f)
         z = (z.view(g, n, E, r * f) * gates[:, :, None]).view(g, n, E, r, f)

@@ -25,7 +25,7 @@ from cuda_graph import Graphed
 from einsum_linear import Dense, make_linear, multiplied_out
 from kernels import gelu
 from loss import linear_cross_entropy
-from moe import DenseMixture, Router, apply, apply_ffns, apply_layers, auxiliary_loss, check_top_k, make_mixture
+from moe import DenseMixture, Router, apply, apply_ffns, apply_layers, auxiliary_loss, check_top_k, make_mixture, report
 
 # What `structured_layers` and `overrides` may name, one by one or as a group ("attn" is the four attn.* roles).
 ROLES = ("embed", "attn.q", "attn.k", "attn.v", "attn.proj", "ffn.up", "ffn.down", "lm_head")
@@ -195,9 +195,9 @@ class Attention(nn.Module):
         self.k_norm = nn.LayerNorm(hs, bias=config.bias) if mup else nn.Identity()
         self.proj = linear(config, "attn.proj", nh * hs, config.d_model, zero_init=True)
 
-    def forward(self, x, cache=None, reports=None):
+    def forward(self, x, cache=None, routings=None):
         B, T, C = x.shape
-        qkv = apply_layers((self.q, self.k, self.v), x, reports, self.router)
+        qkv = apply_layers((self.q, self.k, self.v), x, routings, self.router)
         q, k, v = (y.view(B, T, self.n_head, self.head_size) for y in qkv)
         q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)  # autocast leaves LayerNorm's output in float32
         q, k, v = (tensor.transpose(1, 2) for tensor in (q, k, v))  # (B, nh, T, hs)
@@ -208,7 +208,7 @@ class Attention(nn.Module):
         y = F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, is_causal=self.causal and mask is None, scale=self.scale, dropout_p=dropout
         )  # (B, nh, T, hs)
-        return apply(self.proj, y.transpose(1, 2).reshape(B, T, -1), reports)  # (B, T, C)
+        return apply(self.proj, y.transpose(1, 2).reshape(B, T, -1), routings)  # (B, T, C)
 
 
 class FFN(nn.Module):
@@ -220,11 +220,11 @@ class FFN(nn.Module):
         self.up = linear(config, "ffn.up", config.d_model, 4 * config.d_model)
         self.down = linear(config, "ffn.down", 4 * config.d_model, config.d_model, zero_init=True)
 
-    def forward(self, x, reports=None):
+    def forward(self, x, routings=None):
         if self.router is not None:
-            return apply_ffns(self.up, self.down, gelu, x, reports, self.router)
-        h = apply(self.up, x, reports)  # (B, T, 4C)
-        return apply(self.down, h, reports, after_gelu=True)
+            return apply_ffns(self.up, self.down, gelu, x, routings, self.router)
+        h = apply(self.up, x, routings)  # (B, T, 4C)
+        return apply(self.down, h, routings, after_gelu=True)
 
 
 def as_autocast(x):
@@ -234,7 +234,7 @@ def as_autocast(x):
 
 
 class Block(nn.Module):
-    """x (B, T, C) -> x, and in training the reports of the block's routers, a list of tensors (moe.report)."""
+    """x (B, T, C) -> x, and in training the routings of the block's routers, a list (moe.report)."""
 
     def __init__(self, config):
         super().__init__()
@@ -247,9 +247,9 @@ class Block(nn.Module):
         self.branch_scale = math.sqrt(3 / config.n_layer) if config.parametrization == "mup" else 1.0
 
     def forward(self, x, cache=None):
-        reports = [] if self.training else None
-        x = self.add(x, self.attn(self.attn_norm(x), cache, reports))
-        return self.add(x, self.ffn(self.ffn_norm(x), reports)), reports
+        routings = [] if self.training else None
+        x = self.add(x, self.attn(self.attn_norm(x), cache, routings))
+        return self.add(x, self.ffn(self.ffn_norm(x), routings)), routings
 
     def add(self, x, branch):
         branch = self.dropout(branch)
@@ -303,12 +303,12 @@ class GPT(nn.Module):
             self.lm_head.weight = self.token_embedding.weight
 
     def forward(self, idx, targets=None, apart=False):
-        reports = []
-        logits, loss = self.head(self.trunk(idx, reports=reports), targets)
+        routings = []
+        logits, loss = self.head(self.trunk(idx, routings=routings), targets)
         if apart:
-            return logits, loss, torch.stack(reports)
-        if reports and loss is not None:
-            loss = loss + auxiliary_loss(torch.stack(reports))
+            return logits, loss, report(routings)
+        if routings and loss is not None:
+            loss = loss + auxiliary_loss(report(routings))
         return logits, loss
 
     def head(self, x, targets=None):
@@ -323,10 +323,10 @@ class GPT(nn.Module):
         loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-1)
         return logits, loss
 
-    def trunk(self, idx, cache=None, reports=None):
+    def trunk(self, idx, cache=None, routings=None):
         """Everything below the head: (B, T) ids -> (B, T, C). With a cache, idx continues what it holds.
 
-        reports: a list, to which the reports of the routers are added in training.
+        routings: a list, to which the routings of mixtures are added in training.
         """
         if idx.size(1) > self.config.block_size:
             raise ValueError(f"{idx.size(1)} tokens do not fit block_size={self.config.block_size}")
@@ -338,8 +338,8 @@ class GPT(nn.Module):
                 x, new = checkpoint(block, x, use_reentrant=False, preserve_rng_state=self.config.dropout > 0)
             else:
                 x, new = block(x, cache)
-            if reports is not None and new is not None:
-                reports += new
+            if routings is not None and new is not None:
+                routings += new
         return self.final_norm(x).to(x.dtype)
 
     @torch.no_grad()

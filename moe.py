@@ -94,6 +94,7 @@ def pick(logits, k):
     return turn.gather(1, logits.gather(1, turn).topk(k).indices)
 
 
+# A routing is what a router made of one batch: index, gate (n, k) without gradient, logits (n, E). Layers add theirs to a list.
 # A report is what is known of one router and one batch: (4 + 2 E,) float32, whose sums over batches and processes,
 # divided by those of the first column, are the means. Only the auxiliary loss has a gradient. Its columns: 1; the
 # auxiliary loss; entropy of a token's gates; standard deviation of logits; E shares of the rows; E mean gates.
@@ -104,24 +105,23 @@ def report_size(num_experts):
     return LOADS + 2 * num_experts
 
 
-def report(index, gate, logits):
-    """-> (4 + 2 E,), as said above. index, gate (n, k), logits (n, E).
+def report(routings):
+    """A list of R routings of n tokens -> (R, 4 + 2 E), as said above. All at once: a router has 20 small kernels else.
 
     The load balance (Fedus et al., "Switch Transformers", JMLR 2022, eq. 4) is E · Σ_e load_e · p_e with the mean
     probability p_e under the softmax of all logits, 1 where both are even. The z-loss (Zoph et al., "ST-MoE", 2022,
     eq. 5) is the mean of logsumexp², which keeps logits small. Their means are over the tokens of this
     batch: with several micro-batches or processes each has an auxiliary loss of its own, and the mean of these counts.
     """
-    n, k = index.shape
+    index, gate, logits = (torch.stack(tensors) for tensors in zip(*routings))  # (R, n, k), (R, n, k), (R, n, E)
     zeros = torch.zeros_like(logits)
-    load = zeros.scatter(1, index, 1 / k).mean(dim=0)
-    gate = gate.detach()
-    balance = logits.shape[1] * (load * logits.softmax(dim=1).mean(dim=0)).sum()
-    aux = balance + Z * logits.logsumexp(dim=1).square().mean()
-    entropy = torch.special.entr(gate).sum(dim=1).mean()
-    spread = logits.detach().std(dim=0, correction=0).mean()
-    single = torch.stack((torch.ones_like(aux), aux, entropy, spread))
-    return torch.cat((single, load, zeros.scatter(1, index, gate).mean(dim=0)))
+    load = zeros.scatter(2, index, 1 / index.shape[2]).mean(dim=1)  # (R, E)
+    balance = logits.shape[2] * (load * logits.softmax(dim=2).mean(dim=1)).sum(dim=1)
+    aux = balance + Z * logits.logsumexp(dim=2).square().mean(dim=1)
+    entropy = torch.special.entr(gate).sum(dim=2).mean(dim=1)
+    spread = logits.detach().std(dim=1, correction=0).mean(dim=1)
+    single = torch.stack((torch.ones_like(aux), aux, entropy, spread), dim=1)
+    return torch.cat((single, load, zeros.scatter(2, index, gate).mean(dim=1)), dim=1)
 
 
 def auxiliary_loss(reports):
@@ -514,45 +514,45 @@ def make_mixture(d_in, d_out, num_experts, top_k, routed=True, mixed=True, **opt
 
 
 # ---------------------------------------------------------------------------------------
-# In the model. `reports` is a list that routers add theirs to, or None.
+# In the model. `routings` is a list that routers add theirs to, or None.
 
 
-def apply(layer, x, reports, after_gelu=False):
+def apply(layer, x, routings, after_gelu=False):
     """layer(x), or layer(gelu(x)), where the layer may be a mixture with a router of its own."""
     if isinstance(layer, EinsumLinear):
         return layer(x, after_gelu)
     if isinstance(layer, BTTMixture) and takes_kernels(x):
         a, _, g, _, e, f, r = layer.sizes
         if router_fits(BTTSizes(g, a, f, e, r), layer.num_experts, layer.top_k):
-            return apply_by_kernels(layer, x, reports, after_gelu)
+            return apply_by_kernels(layer, x, routings, after_gelu)
     x = gelu(x) if after_gelu else x
-    return layer(x, *route(layer.router, x, reports)) if isinstance(layer, Mixture) else layer(x)
+    return layer(x, *route(layer.router, x, routings)) if isinstance(layer, Mixture) else layer(x)
 
 
-def apply_by_kernels(layer, x, reports, after_gelu):
+def apply_by_kernels(layer, x, routings, after_gelu):
     """The same of a BTTMixture: the kernels that make its gradients make the router's and the GELU's, too."""
     dtype, router = compute_dtype(x), layer.router
     A, B = (core.to(dtype) for core in layer.effective_cores())
     rows = x.reshape(-1, layer.in_features).to(dtype)
     y, *routed = routed_btt_mixture(rows, router.weight.float(), router.bias, A, B, layer.top_k, after_gelu)
-    if reports is not None:
-        reports.append(report(*routed))
+    if routings is not None:
+        routings.append(routed)
     return layer.finish(y, x)
 
 
-def apply_layers(layers, x, reports, router=None):
+def apply_layers(layers, x, routings, router=None):
     """[layer(x) for layer in layers], some of which may be mixtures; with a router, one for all of them."""
     if router is not None:
-        index, gate = route(router, x, reports)
+        index, gate = route(router, x, routings)
         return [layer(x, index, gate) for layer in layers]
     if any(isinstance(layer, Mixture) for layer in layers):
-        return [apply(layer, x, reports) for layer in layers]
+        return [apply(layer, x, routings) for layer in layers]
     return apply_all(layers, x)
 
 
-def apply_ffns(up, down, activation, x, reports, router):
+def apply_ffns(up, down, activation, x, routings, router):
     """Σ_k gate · down_e(activation(up_e(x))): a mixture of FFNs, of which `up` and `down` hold the layers."""
-    index, gate = route(router, x, reports)
+    index, gate = route(router, x, routings)
     order, inverse, ends = sort_by_expert(index, up.num_experts)
     rows = _Spread.apply(x.reshape(-1, x.shape[-1]).to(compute_dtype(x)), order, inverse)
     hidden = activation(up.finish(up.experts(rows, ends), rows))  # (m, d_ff)
@@ -560,9 +560,9 @@ def apply_ffns(up, down, activation, x, reports, router):
     return down.finish(_Collect.apply(y, order, inverse, len(index)), x)
 
 
-def route(router, x, reports):
+def route(router, x, routings):
     """x (..., d_in) -> index, gate (n, k)"""
     index, gate, logits = router(x.reshape(-1, x.shape[-1]))
-    if reports is not None:
-        reports.append(report(index, gate, logits))
+    if routings is not None:
+        routings.append((index, gate.detach(), logits))
     return index, gate

@@ -219,7 +219,8 @@ def test_reports_by_hand():
     logits = torch.tensor([[2.0, 0.0, 1.0], [0.0, 3.0, -1.0]], dtype=torch.float64, requires_grad=True)
     index = torch.tensor([[0, 2], [1, 0]])
     gate = logits.gather(1, index).softmax(dim=1)
-    row = moe.report(index, gate, logits)
+    other = (index.flip(1), gate.flip(1).detach(), 2 * logits)  # a router beside it, which changes nothing
+    row = moe.report([(index, gate.detach(), logits), other])[0]
     p, g = logits.detach().softmax(dim=1), gate.detach()
     load = [2 / 4, 1 / 4, 1 / 4]
     balance = 3 * sum(f * mean for f, mean in zip(load, p.mean(dim=0).tolist()))

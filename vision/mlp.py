@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from configurator import ConfigError
 from kernels import gelu
 from model import FFN, BlockConfig, as_autocast, linear
-from moe import auxiliary_loss
+from moe import auxiliary_loss, report
 
 # Options of attention, as they are where there is none.
 ATTENTION = {"n_head": 1, "d_head": None, "align_heads": False, "share_router": False}
@@ -103,8 +103,8 @@ class MLPBlock(nn.Module):
         self.branch_scale = (3 / config.n_layer) ** 0.5  # depth-muP, as in model.Block
 
     def forward(self, x):
-        reports = [] if self.training else None
-        return x + self.branch_scale * self.dropout(self.ffn(self.norm(x), reports)), reports
+        routings = [] if self.training else None
+        return x + self.branch_scale * self.dropout(self.ffn(self.norm(x), routings)), routings
 
 
 class MLP(nn.Module):
@@ -132,9 +132,9 @@ class MLP(nn.Module):
         if hasattr(self, "order"):
             x = x[:, self.order]
         x = as_autocast(self.input_norm(gelu(self.input(x))))  # (B, C)
-        x, reports = through(self.blocks, x, self.config)
+        x, routings = through(self.blocks, x, self.config)
         y = self.head(x)
-        return result(y, None if targets is None else self.loss(y.float(), targets), reports, apart)
+        return result(y, None if targets is None else self.loss(y.float(), targets), routings, apart)
 
     def passes(self, role):
         """How often an input makes the layer that plays `role` work."""
@@ -146,21 +146,21 @@ class MLP(nn.Module):
 
 
 def through(blocks, x, config):
-    """x through all blocks -> x, and in training the reports of the routers of mixtures, a list."""
-    reports = []
+    """x through all blocks -> x, and in training the routings of mixtures, a list."""
+    routings = []
     for block in blocks:
         if config.activation_checkpointing and block.training:  # its inside is made again for the backward pass
             x, new = checkpoint(block, x, use_reentrant=False, preserve_rng_state=config.dropout > 0)
         else:
             x, new = block(x)
-        reports += new or []
-    return x, reports
+        routings += new or []
+    return x, routings
 
 
-def result(y, loss, reports, apart):
+def result(y, loss, routings, apart):
     """What a model returns, as model.GPT does: apart, or with the auxiliary loss of mixtures in the loss."""
     if apart:
-        return y, loss, torch.stack(reports)
-    if reports and loss is not None:
-        loss = loss + auxiliary_loss(torch.stack(reports))
+        return y, loss, report(routings)
+    if routings and loss is not None:
+        loss = loss + auxiliary_loss(report(routings))
     return y, loss

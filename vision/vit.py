@@ -47,10 +47,10 @@ class ViT(nn.Module):
         if self.config.pool == "token":
             x = torch.cat((self.class_embedding.to(x.dtype).expand(len(x), 1, -1), x), dim=1)  # (B, T, C)
         x = self.dropout(as_autocast(x + self.position_embedding))
-        x, reports = through(self.blocks, x, self.config)
+        x, routings = through(self.blocks, x, self.config)
         x = self.final_norm(x)
         logits = self.head(x[:, 0] if self.config.pool == "token" else x.mean(dim=1))
-        return result(logits, None if targets is None else F.cross_entropy(logits.float(), targets), reports, apart)
+        return result(logits, None if targets is None else F.cross_entropy(logits.float(), targets), routings, apart)
 
     def passes(self, role):
         """How often an image makes the layer that plays `role` work."""
