@@ -71,7 +71,7 @@ def test_once_and_only_where_torch_has_none(tag):
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="the kernels are a GPU's")
 def test_gradients_of_compiled_blocks_on_a_gpu():
-    """Of a standard MoE of width 256, where torch 2.11 without the barrier was wrong in most of these passes."""
+    """Of a standard MoE of width 256, of which torch 2.11 without the barrier made 9 of 22 wrong."""
     order_loops()
     torch.manual_seed(0)
     model = GPT(
