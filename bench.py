@@ -18,7 +18,6 @@ import gc
 import json
 import os
 import shlex
-import sys
 import tempfile
 import time
 from dataclasses import dataclass
@@ -29,7 +28,7 @@ import torch.distributed as dist
 
 import train
 from bench_layers import bench_layers, bench_mixtures
-from configurator import ConfigError, load_config
+from configurator import ConfigError, as_script, load_config
 from cuda_graph import Graphed
 from data import CharTokenizer, TokenData
 from device import choose_device, choose_dtype, device_name, peak_flops, to_device, write_rows
@@ -487,4 +486,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    as_script(main)

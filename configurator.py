@@ -34,6 +34,15 @@ class ConfigError(SystemExit, ValueError):
         return self.message
 
 
+def as_script(main):
+    """The end of a script: main(words of the command line). Ctrl-C that nobody caught is one line, and status 130."""
+    try:
+        main(sys.argv[1:])
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        raise SystemExit(130) from None
+
+
 def load_config(Config, argv):
     """Build the dataclass `Config` from `argv`, the arguments after the program's name.
 

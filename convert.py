@@ -12,14 +12,13 @@ Imports from configurator, einsum_linear, model, data, checkpoint and sample.
 
 import math
 import os
-import sys
 from dataclasses import MISSING, asdict, dataclass, fields
 from typing import ClassVar
 
 import torch
 
 import checkpoint
-from configurator import ConfigError, load_config
+from configurator import ConfigError, as_script, load_config
 from data import GPT2Tokenizer
 from einsum_linear import Dense
 from model import GPT, GPT2_BLOCK_NAMES, GPTConfig
@@ -290,4 +289,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    as_script(main)

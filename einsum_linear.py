@@ -22,7 +22,6 @@ Imports from configurator and kernels.
 
 import difflib
 import math
-import sys
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -32,7 +31,7 @@ import torch
 from torch import nn
 
 import kernels
-from configurator import ConfigError, load_config
+from configurator import ConfigError, as_script, load_config
 
 # ---------------------------------------------------------------------------------------
 # θ and its taxonomy
@@ -850,4 +849,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    as_script(main)

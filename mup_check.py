@@ -21,7 +21,6 @@ Imports from configurator, device, data, moe, model, mup and prepare_owt.
 import math
 import os
 import re
-import sys
 import time
 from dataclasses import dataclass
 from typing import ClassVar, Literal, NamedTuple
@@ -29,7 +28,7 @@ from typing import ClassVar, Literal, NamedTuple
 import torch
 
 from compiling import order_loops
-from configurator import ConfigError, load_config
+from configurator import ConfigError, as_script, load_config
 from data import TokenData
 from device import choose_device, choose_dtype, write_rows
 from model import GPT, Block, GPTConfig
@@ -581,4 +580,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    as_script(main)

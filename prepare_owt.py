@@ -14,7 +14,6 @@ import json
 import multiprocessing
 import os
 import random
-import sys
 import sysconfig
 from collections import deque
 from concurrent.futures import Executor, Future, ProcessPoolExecutor
@@ -24,7 +23,7 @@ from typing import Literal
 import numpy as np
 from tqdm import tqdm
 
-from configurator import ConfigError, load_config
+from configurator import ConfigError, as_script, load_config
 from data import GPT2Tokenizer, make_tokenizer
 
 
@@ -351,4 +350,4 @@ def check_counts(config, itemsize, paths, counts):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    as_script(main)

@@ -7,13 +7,12 @@
 Imports from configurator, device, data, checkpoint, moe and model.
 """
 
-import sys
 from dataclasses import dataclass, fields
 
 import torch
 
 import checkpoint
-from configurator import ConfigError, load_config
+from configurator import ConfigError, as_script, load_config
 from data import make_tokenizer
 from device import choose_device
 from model import GPT, GPTConfig
@@ -99,4 +98,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    as_script(main)

@@ -16,14 +16,13 @@ configurator, runlog, frontiers, einsum_linear and model, and, to count the para
 import json
 import math
 import os
-import sys
 from dataclasses import dataclass, fields
 from typing import Literal, NamedTuple
 
 import numpy as np
 
 import frontiers
-from configurator import ConfigError, load_config
+from configurator import ConfigError, as_script, load_config
 from frontiers import Run
 from runlog import median_of, read_log, save_figure, short
 
@@ -549,4 +548,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    as_script(main)

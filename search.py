@@ -39,7 +39,7 @@ import torch
 
 import train
 from checkpoint import PLACES
-from configurator import ConfigError, load_config
+from configurator import ConfigError, as_script, load_config
 from data import TokenData
 from device import device_name
 from einsum_linear import BTT, canonical, factor_sizes, taxonomy
@@ -588,4 +588,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    as_script(main)

@@ -30,7 +30,7 @@ import time
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from configurator import ConfigError, load_config
+from configurator import ConfigError, as_script, load_config
 from runlog import read_log
 
 
@@ -218,6 +218,7 @@ def run_all(todo, sweep, slots):
                 if process.returncode:
                     failed.append(name)
     except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C would leave them running
         for process, _, _ in running.values():
             process.send_signal(signal.SIGINT)  # each saves and ends
         for process, _, _ in running.values():
@@ -269,4 +270,4 @@ def fit(sweep, folder):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    as_script(main)

@@ -12,7 +12,6 @@ import json
 import math
 import os
 import signal
-import sys
 import time
 from collections import deque
 from collections.abc import Callable
@@ -25,7 +24,7 @@ import torch.distributed as dist
 import checkpoint
 import runlog
 from compiling import order_loops
-from configurator import ConfigError, load_config
+from configurator import ConfigError, as_script, load_config
 from cuda_graph import Graphed
 from data import TokenData, make_tokenizer
 from device import Numbers, Turn, choose_device, choose_dtype, device_name, peak_flops, to_device
@@ -591,4 +590,4 @@ def print_sample(config, device):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    as_script(main)

@@ -5,7 +5,7 @@ from typing import Literal
 
 import pytest
 
-from configurator import ConfigError, help_text, load_config
+from configurator import ConfigError, as_script, help_text, load_config
 
 
 @dataclass
@@ -136,3 +136,12 @@ def test_help_covers_inherited_options():
     for name in train.Config.__dataclass_fields__:
         line = next(line for line in lines if line.startswith(f"  --{name}="))
         assert len(line.split(maxsplit=1)[1].strip()) > 3, f"{name} has no comment"
+
+
+def test_ctrl_c_that_nobody_caught_is_one_line(capsys):
+    def interrupted(words):
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit) as end:
+        as_script(interrupted)
+    assert end.value.code == 130 and capsys.readouterr().err == "stopped\n"

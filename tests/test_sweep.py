@@ -3,7 +3,9 @@
 import json
 import os
 import shlex
+import signal
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -15,7 +17,7 @@ import train
 import vision.regression
 import vision.train
 from configurator import ConfigError, load_config
-from conftest import ROOT, read_rows, run_script
+from conftest import ROOT, read_rows, run_script, start_script
 from model import GPT
 from vision.mlp import MLP
 
@@ -82,6 +84,29 @@ def test_a_run_that_fails_is_named_and_the_others_go_on(path, tmp_path):
     assert done.returncode == 1 and "error: 1 of 2 runs failed: dense_d_model37; the same" in done.stderr
     assert "n_head=2 does not divide d_model=37" in (tmp_path / "runs" / "dense_d_model37" / "train.log").read_text()
     assert sweep.is_finished({"out_dir": str(tmp_path / "runs" / "btt_d_model64"), "max_steps": 6})
+
+
+def test_ctrl_c_twice_leaves_nothing_running_and_the_same_command_goes_on(path, tmp_path):
+    words = ["sweep.py", path, f"--out={tmp_path}/runs", "--gpus=0", "--only=dense_d_model36"]
+    log = tmp_path / "runs" / "dense_d_model36" / "log.jsonl"
+    long = "--common=--max_steps=100000 --eval_interval=50000"
+    process = start_script(*words, long)
+    try:
+        waited = time.monotonic() + 120
+        while not (log.exists() and log.stat().st_size) and time.monotonic() < waited:
+            time.sleep(0.05)
+        for _ in range(2):
+            process.send_signal(signal.SIGINT)
+        said, _ = process.communicate(timeout=120)
+    finally:
+        process.kill()
+    assert process.returncode == 1 and "stopped: the same command goes on" in said and "Traceback" not in said
+    steps = [row["step"] for row in read_rows(log.parent)]
+    train_log = (log.parent / "train.log").read_text()
+    assert "Traceback" not in train_log and 0 < steps[-1] < 100_000, train_log
+    done = run_script(*words, f"--common=--max_steps={steps[-1] + 2}")
+    assert done.returncode == 0 and "1/1 dense_d_model36" in done.stdout, done.stdout + done.stderr
+    assert f"going on from step {steps[-1]}" in (log.parent / "train.log").read_text()
 
 
 @pytest.mark.parametrize(

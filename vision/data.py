@@ -33,7 +33,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from configurator import ConfigError, load_config
+from configurator import ConfigError, as_script, load_config
 from device import to_device
 
 HUB = {"cifar10": "uoft-cs/cifar10", "cifar100": "uoft-cs/cifar100", "imagenet": "ILSVRC/imagenet-1k"}
@@ -693,4 +693,4 @@ def image_streams(config):
 
 
 if __name__ == "__main__":
-    write_pixels(load_config(PixelsConfig, sys.argv[1:]))
+    as_script(lambda words: write_pixels(load_config(PixelsConfig, words)))

@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from configurator import load_config
+from configurator import as_script, load_config
 from device import choose_device, choose_dtype, to_device
 from heartbeat import init_distributed
 from mup import BASE_WIDTH
@@ -146,4 +146,4 @@ def train(config, progress):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    as_script(main)

@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from configurator import ConfigError, load_config
+from configurator import ConfigError, as_script, load_config
 from device import choose_device, choose_dtype
 from heartbeat import init_distributed
 from mup import BASE_WIDTH, lr_multipliers
@@ -239,4 +239,4 @@ def evaluate(run, data, augment, config, device, rank, world, beat=lambda: None)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    as_script(main)
