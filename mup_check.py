@@ -390,7 +390,8 @@ def lr_landscape(config, say=print):
         ways = {"with": lr_multipliers(model)} | ({} if width == config.widths[0] else {"without": narrow})
         compiled = model
         if config.compile:
-            order_loops()
+            if device.type == "cuda":
+                order_loops()
             torch.compiler.reset()  # every width is compiled for itself, not as a change of another's shapes
             compiled = torch.compile(model, dynamic=False)
         for seed in seeds:
