@@ -256,6 +256,27 @@ class Block(nn.Module):
         return x + (branch if self.branch_scale == 1 else self.branch_scale * branch)
 
 
+def through(blocks, x, config, *cache):
+    """x through all blocks -> x, and in training the routings of mixtures, a list."""
+    routings = []
+    for block in blocks:
+        if config.activation_checkpointing and block.training:  # its inside is made again for the backward pass
+            x, new = checkpoint(block, x, use_reentrant=False, preserve_rng_state=config.dropout > 0)
+        else:
+            x, new = block(x, *cache)
+        routings += new or []
+    return x, routings
+
+
+def result(y, loss, routings, apart):
+    """What a model returns, as GPT says: apart, or with the auxiliary loss of mixtures in the loss."""
+    if apart:
+        return y, loss, report(routings)
+    if routings and loss is not None:
+        loss = loss + auxiliary_loss(report(routings))
+    return y, loss
+
+
 class GPT(nn.Module):
     """GPT(config)(idx, targets=None) -> (logits, loss)
 
@@ -305,11 +326,7 @@ class GPT(nn.Module):
     def forward(self, idx, targets=None, apart=False):
         routings = []
         logits, loss = self.head(self.trunk(idx, routings=routings), targets)
-        if apart:
-            return logits, loss, report(routings)
-        if routings and loss is not None:
-            loss = loss + auxiliary_loss(report(routings))
-        return logits, loss
+        return result(logits, loss, routings, apart)
 
     def head(self, x, targets=None):
         """What is above the trunk: x (B, T, C) -> logits and cross-entropy, each or None, as forward says."""
@@ -333,13 +350,9 @@ class GPT(nn.Module):
         position = torch.arange(idx.size(1), device=idx.device) if cache is None else cache.next_positions(idx.size(1))
         x = self.embed(self.token_embedding(idx)) + self.position_embedding(position)  # (B, T, C)
         x = self.dropout(as_autocast(x))
-        for block in self.blocks:
-            if self.config.activation_checkpointing and self.training:
-                x, new = checkpoint(block, x, use_reentrant=False, preserve_rng_state=self.config.dropout > 0)
-            else:
-                x, new = block(x, cache)
-            if routings is not None and new is not None:
-                routings += new
+        x, new = through(self.blocks, x, self.config, cache)
+        if routings is not None:
+            routings += new
         return self.final_norm(x).to(x.dtype)
 
     @torch.no_grad()

@@ -5,7 +5,7 @@
 ("Compute Better Spent", ICML 2024, section 5; the LayerNorms as in "Searching for Efficient Linear
 Layers", NeurIPS 2024, section 5). What writes to the residual stream, and the head, start at zero.
 
-Shapes: B batch, D = channels · image_size², C = d_model. Imports from the root's configurator, kernels, moe and model.
+Shapes: B batch, D = channels · image_size², C = d_model. Imports from the root's configurator, kernels and model.
 """
 
 from dataclasses import dataclass
@@ -14,12 +14,10 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 from configurator import ConfigError
 from kernels import gelu
-from model import FFN, BlockConfig, as_autocast, linear
-from moe import auxiliary_loss, report
+from model import FFN, BlockConfig, as_autocast, linear, result, through
 
 # Options of attention, as they are where there is none.
 ATTENTION = {"n_head": 1, "d_head": None, "align_heads": False, "share_router": False}
@@ -143,24 +141,3 @@ class MLP(nn.Module):
     def flops(self):
         """FLOPs of a forward pass on one input, 2 a multiplication."""
         return sum(module.flops_per_token for module in self.modules() if hasattr(module, "cores"))
-
-
-def through(blocks, x, config):
-    """x through all blocks -> x, and in training the routings of mixtures, a list."""
-    routings = []
-    for block in blocks:
-        if config.activation_checkpointing and block.training:  # its inside is made again for the backward pass
-            x, new = checkpoint(block, x, use_reentrant=False, preserve_rng_state=config.dropout > 0)
-        else:
-            x, new = block(x)
-        routings += new or []
-    return x, routings
-
-
-def result(y, loss, routings, apart):
-    """What a model returns, as model.GPT does: apart, or with the auxiliary loss of mixtures in the loss."""
-    if apart:
-        return y, loss, report(routings)
-    if routings and loss is not None:
-        loss = loss + auxiliary_loss(report(routings))
-    return y, loss

@@ -4,15 +4,14 @@ Attention is the GPT's without its mask: q, k and v apart, a LayerNorm a head on
 residual branches from zero ("Compute Better Spent", ICML 2024, section 5). What is its own: patches in, one class out.
 
 Shapes: B batch, P patches, T = P + 1 tokens with a class token (pool="token"), else P; C = d_model.
-Imports from mlp and the root's model.
+Imports from the root's model.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from model import EMBEDDING_STD, Block, as_autocast, linear
-from vision.mlp import result, through
+from model import EMBEDDING_STD, Block, as_autocast, linear, result, through
 
 
 class ViT(nn.Module):
