@@ -4,7 +4,7 @@ For every layer and number of tokens: milliseconds forward, and forward with bac
 the plain torch.bmm path, and of each way that kernels.btt has; the floor, below which no kernel can be on this GPU;
 the error of each against float64. Of a mixture the same with its router, beside the layer of its top_k experts alone and
 the way in which it was published, which computes all experts. On a GPU calls are recorded in a CUDA graph, so that
-launches are not timed. Imports from kernels, einsum_linear, moe, configurator and device.
+launches are not timed. Imports from compiling, kernels, einsum_linear, moe, configurator and device.
 """
 
 import itertools
@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 
 import kernels
+from compiling import order_loops
 from configurator import ConfigError, load_config
 from device import choose_device, choose_dtype, device_name, write_rows
 from einsum_linear import BTT, factor_sizes, make_linear
@@ -266,6 +267,8 @@ def time_mixture(text, config, device, dtype):
             return (y, auxiliary_loss(report(routings))) if routings else (y,)
 
         compiling = device.type == "cuda" if config.compile is None else config.compile
+        if compiling:
+            order_loops(device)
         run = torch.compile(forward, fullgraph=True) if compiling else forward
         gradients = [x, *layer.parameters()]
 

@@ -2,8 +2,8 @@
 
 A reduction over rows that its program reads in several turns is a loop. If a second loop reads back what the first has
 stored, another thread may have stored it, and nothing orders the two: of a standard MoE of width 256, compiled block
-by block, gradients were 7,000 times too large in 9 of 22 backward passes on an H100 (torch 2.11). torch puts a barrier between
-since pytorch/pytorch#190519; here one follows every loop that stores.
+by block, gradients were 7,000 times too large in 9 of 22 backward passes on an H100 (torch 2.11, results/compiling.md).
+torch puts a barrier between since pytorch/pytorch#190519; here one follows every loop that stores.
 Imports nothing of this project.
 """
 
@@ -12,11 +12,13 @@ import inspect
 import torch
 
 
-def order_loops(kernel=None):
-    """Have the kernels that torch.compile makes from now on wait after every loop that stores. Says whether it had to.
+def order_loops(device, kernel=None):
+    """Have the kernels that torch.compile makes for the device wait after loops that store -> whether they did not.
 
     kernel: the class of torch's that writes them, TritonKernel; another one in tests.
     """
+    if device.type != "cuda":
+        return False
     if kernel is None:
         from torch._inductor.codegen.triton import TritonKernel as kernel
     if "invalidated_stores" in inspect.getsource(kernel.load) or hasattr(kernel.codegen_body, "barriers"):

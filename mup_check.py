@@ -15,7 +15,7 @@ Of a single width (--widths=256,) lr_landscape finds the best rate of a structur
 A structure may carry options of GPTConfig: name:option=value,option=value, and so on. Spaces
 separate the values of a tuple ("einsum:theta=.5 .25 .25 .25 .5 .25 0"), a number may be a fraction
 of the width ("low_rank:rank=width/4"), and ";" separates structures that have options.
-Imports from configurator, device, data, moe, model, mup and prepare_owt.
+Imports from compiling, configurator, device, data, moe, model, mup and prepare_owt.
 """
 
 import math
@@ -390,8 +390,7 @@ def lr_landscape(config, say=print):
         ways = {"with": lr_multipliers(model)} | ({} if width == config.widths[0] else {"without": narrow})
         compiled = model
         if config.compile:
-            if device.type == "cuda":
-                order_loops()
+            order_loops(device)
             torch.compiler.reset()  # every width is compiled for itself, not as a change of another's shapes
             compiled = torch.compile(model, dynamic=False)
         for seed in seeds:

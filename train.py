@@ -389,8 +389,8 @@ def build(
     """
     as_graph = choose_cuda_graphs(config, device, dtype, world)
     compiling = device.type == "cuda" if config.compile is None else config.compile
-    if compiling and device.type == "cuda":
-        order_loops()
+    if compiling:
+        order_loops(device)
     torch.manual_seed(config.seed)
     torch.set_float32_matmul_precision("high")
     with device:

@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from compiling import order_loops
-from model import GPT, GPTConfig
-from moe import auxiliary_loss
+from conftest import run_script
+
+GPU = torch.device("cuda")
 
 
 class Tree:
@@ -43,7 +44,7 @@ def tag():
 
 def test_barrier_after_loops_that_store(tag):
     Kernel = make_kernel()
-    assert order_loops(Kernel)
+    assert order_loops(GPU, Kernel)
     assert torch.compiler.config.cache_key_tag.startswith("mine ")  # kernels made before are not taken from the disk
     kernel = Kernel(False, True)
     kernel.stores.append("store x")
@@ -54,47 +55,26 @@ def test_barrier_after_loops_that_store(tag):
     kernel.stores.append("store x")
     kernel.codegen_body()
     assert kernel.lines == ["store x"]
+    assert not order_loops(torch.device("cpu"), make_kernel())
 
 
 def test_once_and_only_where_torch_has_none(tag):
     Kernel = make_kernel()
-    assert order_loops(Kernel) and not order_loops(Kernel)
+    assert order_loops(GPU, Kernel) and not order_loops(GPU, Kernel)
 
     class Mended(make_kernel()):
         def load(self, name):
             return name in self.invalidated_stores
 
     write_body = Mended.codegen_body
-    assert not order_loops(Mended) and Mended.codegen_body is write_body
+    assert not order_loops(GPU, Mended) and Mended.codegen_body is write_body
     assert torch.compiler.config.cache_key_tag.count("barriers") == 1
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="the kernels are a GPU's")
 def test_gradients_of_compiled_blocks_on_a_gpu():
     """Of a standard MoE of width 256, of which torch 2.11 without the barrier made 9 of 22 wrong."""
-    order_loops()
-    torch.manual_seed(0)
-    model = GPT(
-        GPTConfig(
-            block_size=128, vocab_size=96, n_layer=2, n_head=4, d_model=256, structure="dense", moe="ffn", num_experts=8
-        )
-    ).cuda()  # fmt: skip
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if not parameter.any():  # what starts at 0 hides the gradients below it
-                parameter.normal_(std=0.5 / parameter.shape[-2] ** 0.5)
-    x, y = torch.randint(96, (2, 256, 128), device="cuda")
-
-    def gradients():
-        model.zero_grad(set_to_none=True)
-        with torch.autocast("cuda", torch.bfloat16):
-            _, loss, reports = model(x, y, apart=True)
-            (loss + auxiliary_loss(reports)).backward()
-        return [parameter.grad.clone() for parameter in model.parameters()]
-
-    expected = gradients()
-    for block in model.blocks:
-        block.compile()
-    for _ in range(5):
-        for gradient, reference in zip(gradients(), expected):
-            assert (gradient - reference).norm() < 0.2 * reference.norm()  # rounding sends some tokens to other experts
+    done = run_script("results/compiling/gradients.py", "--moe=ffn")
+    worst = [float(line.split()[1]) for line in done.stdout.splitlines()]  # parameter of each pass
+    assert done.returncode == 0 and len(worst) == 5, done.stdout + done.stderr
+    assert all(apart < 0.2 for apart in worst)  # rounding sends some tokens to other experts
