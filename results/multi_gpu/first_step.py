@@ -1,0 +1,44 @@
+"""What torch computes on real tensors to learn the shapes of an AdamW of sharded parameters: first_step.txt.
+
+torchrun --standalone --nproc_per_node=2 results/multi_gpu/first_step.py            # rates as numbers: nothing
+torchrun --standalone --nproc_per_node=2 results/multi_gpu/first_step.py tensors    # rates as tensors, as a GPU's were
+"""
+
+import os
+import sys
+
+import torch
+import torch._subclasses.fake_tensor as fake_tensor
+
+ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+sys.path.insert(0, ROOT)
+os.chdir(ROOT)
+
+import train  # noqa: E402
+from device import choose_device  # noqa: E402
+from heartbeat import init_distributed  # noqa: E402
+
+run_fallback_kernel = fake_tensor.run_fallback_kernel
+
+
+def say(mode, function, arguments, *others):
+    numbers = sum(argument.numel() for argument in arguments if isinstance(argument, torch.Tensor))
+    print(f"computed to learn its shapes: {function} on {numbers:,} numbers", flush=True)
+    return run_fallback_kernel(mode, function, arguments, *others)
+
+
+fake_tensor.run_fallback_kernel = say
+words = "--structure=dense --n_layer=2 --d_model=64 --n_head=2 --block_size=32 --vocab_size=96 --micro_batch=4"
+words += " --batch_tokens=256 --device=cpu --compile=False --shard=fsdp"
+config = train.load_config(train.Config, words.split())
+device = choose_device("cpu")
+watchdog = init_distributed(device, 100)
+with watchdog.paused():
+    run = train.build(config, device, torch.float32, world=2)
+    print(f"{sum(p.numel() for p in run.model.parameters()):,} parameters")
+    if sys.argv[1:] == ["tensors"]:
+        for group in run.optimizer.param_groups:
+            group["lr"] = torch.tensor(group["lr"])
+    run.update(*torch.randint(96, (2, 1, 4, 32)))
+watchdog.stop()
+torch.distributed.destroy_process_group()
