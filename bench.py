@@ -282,7 +282,7 @@ def profile_step(config, make_bench):
     for event in profiler.events():
         device = event.device_type == torch.autograd.DeviceType.CUDA
         time_us = event.device_time if on_gpu else event.self_cpu_time_total
-        if device == on_gpu and time_us and not event.name.startswith(("Optimizer.", "ProfilerStep")):
+        if device == on_gpu and time_us and not event.name.startswith(("Optimizer.", "ProfilerStep", "nccl:")):
             kernel = kernels.setdefault(event.name, [0.0, 0.0])
             kernel[0] += time_us / 3e3
             kernel[1] += 1 / 3

@@ -32,7 +32,7 @@ from heartbeat import init_distributed
 from model import GPT, GPTConfig
 from moe import auxiliary_loss, balance, check_top_k, figures, report_size, router_names, set_top_k
 from mup import lr_multipliers, make_optimizer, set_lr
-from parallel import clip_gradients, exchange_gradients, ranks, replicate, shard, speak_for_this_rank
+from parallel import FlatGradients, clip_gradients, exchange_gradients, ranks, replicate, shard, speak_for_this_rank
 from prepare_owt import prepare_default
 from sample import Config as SampleConfig
 from sample import load_model, sample
@@ -47,9 +47,11 @@ class RunConfig:
     device: str = "auto"  # cuda, cpu, mps; auto: a GPU where there is one
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # matrix products; auto: 16 bits on GPUs
     compile: bool | Literal["blocks"] | None = None  # torch.compile; None: on a GPU; blocks: one graph for all blocks
-    cuda_graphs: bool | None = None  # an update as one CUDA graph; None: where it can be, on one GPU
+    cuda_graphs: bool | None = None  # an update as a CUDA graph, or two with an exchange between; None: where it can be
     shard: Literal["none", "fsdp"] = "none"  # fsdp: parameters, gradients and optimizer state over all processes
-    bucket_mb: int = 1000  # MiB of gradients that unsharded processes exchange at a time; each splits a compiled graph
+    bucket_mb: int = (
+        0  # DDP: copies exchange so many MiB of gradients at a time, while they compute; 0: all at once, then
+    )
     timeout: float = 600.0  # seconds without progress after which a run of several processes ends
     max_steps: int = 10_000  # updates in all
     micro_batch: int = 16  # sequences, or images, a process takes at a time; the rest of its batch is accumulated
@@ -70,8 +72,8 @@ class RunConfig:
     wandb_project: str = "nanoeinsum"  # its project there
 
     def __post_init__(self):
-        at_least(1, self, "max_steps", "micro_batch", "bucket_mb", "eval_interval", "log_interval")
-        at_least(0, self, "seed", "lr", "warmup_steps", "min_lr_ratio", "weight_decay", "grad_clip")
+        at_least(1, self, "max_steps", "micro_batch", "eval_interval", "log_interval")
+        at_least(0, self, "seed", "bucket_mb", "lr", "warmup_steps", "min_lr_ratio", "weight_decay", "grad_clip")
         if self.eval_top_k is not None:
             if self.moe == "none":
                 raise ConfigError(f"eval_top_k={self.eval_top_k} with moe='none', which has no experts: leave it out")
@@ -251,7 +253,7 @@ def fit(config, progress, run, task, device, dtype, watchdog, micro_steps):
             torch.manual_seed(hash((config.seed, step, rank)))  # dropout too is a function of the step
         batch = task.batch(step)
         watchdog.beat(step)
-        loss, norm, aux = run.update(*batch).unbind()
+        loss, aux, norm = run.update(*batch).unbind()
         agreed = torch.stack((loss / world, aux / world, torch.full_like(loss, stop.asked)))
         watchdog.beat()
         if world > 1:
@@ -372,7 +374,7 @@ class Run(NamedTuple):
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     autocast: torch.autocast
-    update: Callable  # (*batch) -> loss, norm of the gradient, auxiliary loss
+    update: Callable  # (*batch) -> loss, auxiliary loss, norm of the gradient
     prepare: Callable  # (*batch) -> x, y, what an update does first
     multipliers: dict  # of the learning rate, by parameter name
     reports: torch.Tensor | None  # of mixtures: the routers' reports of all processes, summed until they are read
@@ -395,6 +397,7 @@ def build(
     torch.set_float32_matmul_precision("high")
     with device:
         model = Model(config)
+    flat = None
     if config.shard == "fsdp" and world > 1:
         shard(model, device, compiling)
         fast = parallel = model
@@ -403,8 +406,10 @@ def build(
             for block in model.blocks:
                 block.compile()
         fast = parallel = torch.compile(model) if compiling is True else model
-        if world > 1:
+        if world > 1 and config.bucket_mb:
             parallel = replicate(fast, device, micro_steps or split_batch(config, world)[1], config.bucket_mb)
+        elif world > 1:
+            flat = FlatGradients(model)
     multipliers = multipliers_of(model)
     betas = (0.9, config.beta2)
     optimizer = make_optimizer(model, config.lr, config.weight_decay, betas, multipliers)
@@ -413,17 +418,18 @@ def build(
     reports = None
     if config.moe != "none":
         reports = torch.zeros(len(router_names(model)), report_size(config.num_experts), device=device)
+        here = torch.zeros_like(reports)  # of one update
 
-    def update(*batch):
-        """One step of the optimizer on this process's share of a batch: x, y, or what `prepare` makes them of.
+    def passes(*batch):
+        """Forward and backward passes on this process's share of a batch: x, y, or what `prepare` makes them of.
 
-        x, y (micro_steps, micro_batch, …), of a GPT int64 tokens -> (3,) float32: mean loss of the share, norm of the
-        whole gradient, mean auxiliary loss. It never waits for the device, so that it can be a CUDA graph.
+        x, y (micro_steps, micro_batch, …), of a GPT int64 tokens -> (2,) float32: means of the loss and of the auxiliary one.
         """
         with torch.no_grad():
             x, y = prepare(*batch)
         micro_steps, total, total_aux = len(x), torch.zeros((), device=device), torch.zeros((), device=device)
-        here = None if reports is None else torch.zeros_like(reports)
+        if reports is not None:
+            here.zero_()
         for i in range(micro_steps):
             with exchange_gradients(parallel, wanted=i == micro_steps - 1):
                 beat()  # whoever hangs between two of these is behind the others
@@ -433,32 +439,59 @@ def build(
                     else:
                         _, loss, new = parallel(x[i], y[i], apart=True)
                         aux = auxiliary_loss(new)
-                        here += new.detach()
+                        here.add_(new.detach())
                 beat()
                 scaler.scale((loss + aux) / micro_steps).backward()
             total += loss.detach() / micro_steps
             total_aux += aux.detach() / micro_steps
+        if flat is not None:
+            flat.collect()
+        return torch.stack((total, total_aux))
+
+    def step():
+        """The optimizer's, on the gradients of all processes -> (1,) float32: their norm."""
+        if flat is not None:
+            flat.hand_out()
         scaler.unscale_(optimizer)
         norm = clip_gradients(model.parameters(), config.grad_clip or math.inf)
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
         if reports is not None:
-            if world > 1:
-                dist.all_reduce(here)
             balance(model, here)
             reports.add_(here)
-        return torch.stack((total, norm, total_aux))
+        return norm.view(1)
 
-    update = Graphed(update) if as_graph else update
+    def update(*batch):
+        """A batch's -> (3,) float32: loss and auxiliary loss of this process's share, norm of the whole gradient.
+
+        It never waits for the device, so that it can be a CUDA graph.
+        """
+        losses = passes(*batch)
+        if flat is not None:
+            flat.exchange()
+        if reports is not None and world > 1:
+            dist.all_reduce(here)
+        return torch.cat((losses, step()))
+
+    if (
+        as_graph and world > 1
+    ):  # one before the exchange, one after it: NCCL does not end while a graph has a part of it
+        passes, step = Graphed(passes), Graphed(step)
+    elif as_graph:
+        update = Graphed(update)
     return Run(model, fast, optimizer, scaler, autocast, update, prepare, multipliers, reports)
 
 
 def choose_cuda_graphs(config, device, dtype, world):
-    """Whether an update runs as one CUDA graph: by default where it can, on one GPU."""
+    """Whether an update runs as a CUDA graph, on several GPUs as two: by default where it can."""
     reasons = [
         (device.type != "cuda", f"device {device.type}"),
-        (world > 1, f"{world} processes"),
+        (world > 1 and config.shard == "fsdp", "shard=fsdp"),
+        (
+            world > 1 and config.bucket_mb > 0,
+            f"bucket_mb={config.bucket_mb}, which exchanges gradients within the passes",
+        ),
         (dtype == torch.float16, "float16, whose scaler reads the gradients"),
         (config.activation_checkpointing and config.dropout > 0, "activation_checkpointing with dropout"),
     ]

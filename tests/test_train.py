@@ -416,7 +416,7 @@ def test_float16_and_bfloat16_learn_too(tiny, tmp_path):
         (["--decay_fraction=1.5"], ["decay_fraction=1.5", "less than 1"]),
         (["--cuda_graphs=True"], ["cuda_graphs=True", "device cpu", "leave it out"]),
         (["--timeout=0"], ["timeout=0", "more than 0"]),
-        (["--bucket_mb=0"], ["bucket_mb=0", "at least 1"]),
+        (["--bucket_mb=-1"], ["bucket_mb=-1", "at least 0"]),
         (["--save=False", "--sample_tokens=9"], ["sample_tokens=9", "save=False"]),
     ],
 )

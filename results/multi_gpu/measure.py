@@ -6,7 +6,7 @@
     python results/multi_gpu/measure.py --out=OUT --device=cpu             # 2 processes, tiny models: does it run?
     python results/multi_gpu/measure.py --report OUT/multi_gpu.json …      # tables, and multi_gpu.png beside the first
 
-speed   an update on 1, 2, 4, … GPUs: DDP and FSDP2, weak scaling (tokens a GPU stay) and strong (tokens of all stay)
+speed   an update on 1, 2, 4, … GPUs: copies and shards, weak scaling (tokens a GPU stay) and strong (tokens of all stay)
 equal   one run on 1 GPU and on all: the largest relative difference of the losses
 resume  saved sharded on all GPUs, resumed on half of them and on one, against the unbroken run; what they have in
         common is run twice, which shows how far equal commands come apart
@@ -21,6 +21,7 @@ equal, resume and kill together 2 at most, large 2. NVLink multicast stays off. 
 import argparse
 import json
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -51,7 +52,8 @@ TEXT = "--data_dir=data/stdlib_char96"  # prepares itself: structure to learn
 HOW = {
     "CUDA graph": "",
     "no graph": "--cuda_graphs=False",
-    "DDP": "",
+    "CUDA graphs": "",  # two, the exchange of gradients between them
+    "DDP, one bucket": "--bucket_mb=1000",
     "DDP, buckets of 25 MB": "--bucket_mb=25",
     "FSDP2": "--shard=fsdp",
 }
@@ -98,7 +100,7 @@ class Bench:
         return os.path.join(tempfile.mkdtemp(dir=self.folder), name)
 
     def start(self, script, options, processes, gpu=0, restarts=0, env=None):
-        """A command in the background; of one process: on that GPU."""
+        """A command in the background, on as many GPUs as processes, from `gpu` on."""
         if self.ended:
             raise RuntimeError("asked to stop")
         words = [script, *shlex.split(options)]
@@ -107,8 +109,8 @@ class Bench:
         fixed = {"PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1", "NCCL_NVLS_ENABLE": "0"}
         # A command that compiles leaves those beside it some cores.
         fixed["TORCHINDUCTOR_COMPILE_THREADS"] = str(max(1, min(16, os.cpu_count() // 4)))
-        if processes == 1 and self.on_gpu:
-            fixed["CUDA_VISIBLE_DEVICES"] = gpus_to_use()[gpu]
+        if self.on_gpu:
+            fixed["CUDA_VISIBLE_DEVICES"] = ",".join(gpus_to_use()[gpu : gpu + processes])
         command = Command(words, processes > 1, {**os.environ, **fixed, **(env or {})}, self.path("output.txt"))
         self.commands.append(command)
         return command
@@ -199,41 +201,46 @@ def cases(count, world, tokens):
     if count == 1:
         return [("weak", weak, "CUDA graph"), ("weak", weak, "no graph"), ("strong", tokens, "CUDA graph")]
     if count == world:  # the same, weak or strong
-        return [("both", tokens, how) for how in ("DDP", "DDP, buckets of 25 MB", "FSDP2")]
-    return [("weak", weak, "DDP"), ("weak", weak, "FSDP2"), ("strong", tokens, "DDP")]
+        return [("both", tokens, how) for how in ("CUDA graphs", "DDP, one bucket", "DDP, buckets of 25 MB", "FSDP2")]
+    return [("weak", weak, "CUDA graphs"), ("weak", weak, "FSDP2"), ("strong", tokens, "CUDA graphs")]
 
 
 def speed(bench):
-    """One-GPU commands go side by side, each on its own GPU and cores; those of several GPUs alone."""
-    counts = [count for count in (1, 2, 4, 8, 16) if count <= bench.world]
-    for count in counts:
-        started = []
-        chosen = {name: model for name, model in models(bench.world, bench.on_gpu).items() if bench.only in name}
-        for gpu, (name, (options, tokens)) in enumerate(chosen.items()):
-            todo = cases(count, bench.world, tokens)
-            commands = []
-            for _, batch, how in todo:
-                steps = max(10, min(40, 5_500_000 // (batch // count))) if bench.on_gpu else 3
-                commands.append(" ".join(f"{options} --batch_tokens={batch} {HOW[how]} --steps={steps}".split()))
-            first, *others = commands
-            path = bench.path("step.json")
-            words = f"step {first} --parts=False --json={path} --against={shlex.quote('; '.join(others))}"
-            command = bench.start("bench.py", words, count, gpu=gpu % bench.world)
-            started.append((name, todo, commands, path, command))
-            if count > 1 or not bench.on_gpu:
-                command.finish(limit=400)
-        for name, todo, commands, path, command in started:
-            figures, _ = command.finish(limit=400)
-            measured = []
-            with suppress(OSError), open(path) as file:
-                measured = json.load(file)
-            for (scaling, _, how), words, row in zip(todo, commands, measured):
-                launcher = "python" if count == 1 else f"torchrun --standalone --nproc_per_node={count}"
-                row["command"] = f"{launcher} bench.py step {words} --parts=False"
-                yield {"part": "speed", "model": name, "gpus": count, "scaling": scaling, "how": how, **row}
-            if len(measured) < len(todo):
-                yield {"part": "speed", "model": name, "gpus": count, "failed": True, **figures}
-            print(f"speed: {name} on {count}: {figures['seconds']} s, status {figures['status']}", flush=True)
+    """Commands of few GPUs go side by side where all have GPUs of their own, and cores."""
+    chosen = [
+        (name, *model) for name, model in models(bench.world, bench.on_gpu).items() if re.search(bench.only, name)
+    ]
+    for count in [count for count in (1, 2, 4, 8, 16) if count <= bench.world]:
+        at_once = bench.world // count if bench.on_gpu else 1
+        for first in range(0, len(chosen), at_once):
+            started = [
+                start_timing(bench, count, place * count, *model)
+                for place, model in enumerate(chosen[first : first + at_once])
+            ]
+            for name, todo, commands, path, command in started:
+                figures, _ = command.finish(limit=400)
+                measured = []
+                with suppress(OSError), open(path) as file:
+                    measured = json.load(file)
+                for (scaling, _, how), words, row in zip(todo, commands, measured):
+                    launcher = "python" if count == 1 else f"torchrun --standalone --nproc_per_node={count}"
+                    row["command"] = f"{launcher} bench.py step {words} --parts=False"
+                    yield {"part": "speed", "model": name, "gpus": count, "scaling": scaling, "how": how, **row}
+                if len(measured) < len(todo):
+                    yield {"part": "speed", "model": name, "gpus": count, "failed": True, **figures}
+                print(f"speed: {name} on {count}: {figures['seconds']} s, status {figures['status']}", flush=True)
+
+
+def start_timing(bench, count, gpu, name, options, tokens):
+    """All cases of a model on `count` GPUs from `gpu` on, by one command in the background."""
+    todo, commands = cases(count, bench.world, tokens), []
+    for _, batch, how in todo:
+        steps = max(10, min(40, 5_500_000 // (batch // count))) if bench.on_gpu else 3
+        commands.append(" ".join(f"{options} --batch_tokens={batch} {HOW[how]} --steps={steps}".split()))
+    first, *others = commands
+    path = bench.path("step.json")
+    words = f"step {first} --parts=False --json={path} --against={shlex.quote('; '.join(others))}"
+    return name, todo, commands, path, bench.start("bench.py", words, count, gpu=gpu)
 
 
 # ---------------------------------------------------------------------------------------
@@ -289,7 +296,8 @@ def equal(bench):
         )
     for name, (options, env) in runs.items():
         one = bench.reference(options, 1, gpu=bench.world - 1, env=env)
-        several = {how: bench.reference(f"{options} {HOW[how]}", bench.world, env=env) for how in ("DDP", "FSDP2")}
+        hows = ("CUDA graphs", "FSDP2") if env is None else ("CUDA graphs", "DDP, one bucket", "FSDP2")
+        several = {how: bench.reference(f"{options} {HOW[how]}", bench.world, env=env) for how in hows}
         for command in (one, *several.values()):
             command.finish()
         for how, command in several.items():
@@ -335,7 +343,7 @@ def kill(bench):
         return {"part": "kill", "what": what, **figures, **compare(killed.out_dir, whole.out_dir)}
 
     with ThreadPoolExecutor(2 if bench.on_gpu else 1) as threads:
-        return list(threads.map(one, ("DDP", "FSDP2")))
+        return list(threads.map(one, ("CUDA graphs", "FSDP2")))
 
 
 def kill_last_rank(bench, command, step):
@@ -499,7 +507,7 @@ def draw(rows, png):
         if one:
             axes.plot([0, counts[-1]], [0, one * counts[-1] / 1e6], "k--", lw=1, label="as many single GPUs")
             axes.plot(1, one / 1e6, "ko", zorder=3, label="1 GPU, CUDA graph")
-        for how, style in (("DDP", "C0o"), ("DDP, buckets of 25 MB", "C2^"), ("FSDP2", "C1v")):
+        for how, style in zip(list(HOW)[2:], ("C0o", "C3s", "C2^", "C1v")):
             for scaling, line in (("weak", "-"), ("strong", ":")):
                 points = [row for row in ours if row["scaling"] in (scaling, "both")]
                 several = [row for row in points if row["how"] == how]
@@ -535,7 +543,9 @@ def main():
     parser.add_argument("--out", default="out/multi_gpu", help="folder for multi_gpu.json")
     parser.add_argument("--device", default="auto", help="cpu: a smoke test")
     parser.add_argument("--processes", type=int, help="GPUs to use, all by default; on the CPU 2")
-    parser.add_argument("--only", default="", help="speed: of models whose name contains this; other models' rows stay")
+    parser.add_argument(
+        "--only", default="", help="speed: of models whose name this regular expression finds; other models' rows stay"
+    )
     parser.add_argument("--report", nargs="+", metavar="JSON", help="no runs: tables and picture of these rows")
     arguments = parser.parse_args()
     if arguments.report:
@@ -577,7 +587,9 @@ def write(part, rows, path, bench):
         if os.path.exists(path):
             with open(path) as file:
                 others = [
-                    row for row in json.load(file) if row["part"] != part or bench.only not in row.get("model", "")
+                    row
+                    for row in json.load(file)
+                    if row["part"] != part or not re.search(bench.only, row.get("model", ""))
                 ]
         write_rows(path, others + rows, bench.device)
 
