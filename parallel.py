@@ -1,4 +1,4 @@
-"""Several processes: DDP, or FSDP2 that shards parameters, gradients and optimizer state. Imports nothing of this project.
+"""Several processes: copies, DDP, or FSDP2 that shards parameters, gradients and optimizer state. Imports nothing of this project.
 
 Under torchrun a process drives one GPU (NCCL), or shares the CPU (gloo).
 """

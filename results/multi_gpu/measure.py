@@ -14,8 +14,8 @@ kill    SIGKILL to the last rank; torchrun restarts, the run completes, against 
 large   a model whose parameters, gradients and optimizer state do not fit one GPU: 1 GPU runs out of memory, all train it
 
 All are the project's own commands. OUT/multi_gpu.json is written as rows come; those of other parts in it stay.
-A part that fails says so in a row, with the end of the command's output. On two H100s: speed about 6 minutes,
-equal, resume and kill together 2 at most, large 2. NVLink multicast stays off. For Linux: processes are found in /proc.
+A part that fails says so in a row, with the end of the command's output. On four H100s: speed about 12 minutes,
+equal, resume and kill together 2, large 1. NVLink multicast stays off. For Linux: processes are found in /proc.
 """
 
 import argparse
@@ -410,8 +410,8 @@ def efficiency(row, rows):
     """Tokens a second over those of as many single GPUs -> {"CUDA graph": …, "no graph": …}, of the same scaling."""
     result = {}
     for one in rows:
-        same = one["model"] == row["model"] and one["gpus"] == 1 and row["scaling"] in (one["scaling"], "both")
-        if same:
+        same = all(one[key] == row[key] for key in ("model", "device"))
+        if same and one["gpus"] == 1 and row["scaling"] in (one["scaling"], "both"):
             key = one["how"] + (", all tokens" if one["scaling"] == "strong" else "")
             result[key] = row["tokens_per_second"] / row["gpus"] / one["tokens_per_second"]
     return result
@@ -426,12 +426,12 @@ def report(paths):
     speeds = [row for row in rows if row["part"] == "speed" and not row.get("failed")]
     if speeds:
         references = list(dict.fromkeys(key for row in speeds for key in efficiency(row, speeds)))
-        head = ["model", "GPUs", "how", "scaling", "tokens an update", "ms", "tokens/s", "MFU", "GiB"]
+        head = ["model", "device", "GPUs", "how", "scaling", "tokens an update", "ms", "tokens/s", "MFU", "GiB"]
         table(
             head + [f"to 1 GPU, {key}" for key in references],
             [
                 [
-                    row["model"], row["gpus"], row["how"], row["scaling"], f"{row['tokens_an_update']:,}",
+                    row["model"], row["device"], row["gpus"], row["how"], row["scaling"], f"{row['tokens_an_update']:,}",
                     f"{row['ms_median']:.1f}", f"{row['tokens_per_second']:,.0f}", percent(row["mfu"]),
                     "" if row["peak_memory_gib"] is None else f"{row['peak_memory_gib']:.1f}",
                     *(percent(efficiency(row, speeds).get(key)) for key in references),
@@ -498,10 +498,11 @@ def draw(rows, png):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    names = list(dict.fromkeys(row["model"] for row in rows if row["gpus"] > 1))
+    names = list(dict.fromkeys((row["model"], row["device"]) for row in rows if row["gpus"] == 1))
     figure, panels = plt.subplots(1, len(names), figsize=(5.5 * len(names), 4.5), layout="constrained", squeeze=False)
-    for axes, name in zip(panels[0], names):
-        ours = sorted((row for row in rows if row["model"] == name), key=lambda row: row["gpus"])
+    for axes, (name, device) in zip(panels[0], names):
+        ours = [row for row in rows if (row["model"], row["device"]) == (name, device)]
+        ours.sort(key=lambda row: row["gpus"])
         counts = sorted({row["gpus"] for row in ours})
         one = next((row["tokens_per_second"] for row in ours if row["how"] == "CUDA graph"), None)
         if one:
@@ -521,11 +522,11 @@ def draw(rows, png):
                 x = [row["gpus"] for row in points]
                 y = [row["tokens_per_second"] / 1e6 for row in points]
                 axes.plot(x, y, style + line, mfc=None if scaling == "weak" else "none", label=label)
-        axes.set(title=name, xlabel="GPUs", ylabel="million tokens/s", xticks=counts)
+        axes.set(title=f"{name}\n{device}", xlabel="GPUs", ylabel="million tokens/s", xticks=counts)
         axes.set(xlim=(0, 1.08 * counts[-1]), ylim=(0, None))
         axes.grid(alpha=0.3)
-        axes.legend(fontsize=9, loc="lower right")
-    figure.suptitle(f"{rows[0]['device']}, torch {rows[0]['torch']}", fontsize=9)
+        axes.legend(fontsize=9, loc="upper left")
+    figure.suptitle(f"torch {rows[0]['torch']}", fontsize=9)
     save_figure(figure, png)
     print(f"written: {png}\n")
 
