@@ -474,12 +474,10 @@ def build(
             dist.all_reduce(here)
         return torch.cat((losses, step()))
 
-    if (
-        as_graph and world > 1
-    ):  # one before the exchange, one after it: NCCL does not end while a graph has a part of it
-        passes, step = Graphed(passes), Graphed(step)
-    elif as_graph:
+    if as_graph and world == 1:
         update = Graphed(update)
+    elif as_graph:  # exchanges stay outside: NCCL would not end before the graphs that hold one
+        passes, step = Graphed(passes), Graphed(step)
     return Run(model, fast, optimizer, scaler, autocast, update, prepare, multipliers, reports)
 
 
@@ -488,10 +486,7 @@ def choose_cuda_graphs(config, device, dtype, world):
     reasons = [
         (device.type != "cuda", f"device {device.type}"),
         (world > 1 and config.shard == "fsdp", "shard=fsdp"),
-        (
-            world > 1 and config.bucket_mb > 0,
-            f"bucket_mb={config.bucket_mb}, which exchanges gradients within the passes",
-        ),
+        (world > 1 and config.bucket_mb > 0, f"bucket_mb={config.bucket_mb}, whose exchange is within the passes"),
         (dtype == torch.float16, "float16, whose scaler reads the gradients"),
         (config.activation_checkpointing and config.dropout > 0, "activation_checkpointing with dropout"),
     ]

@@ -373,6 +373,24 @@ def test_an_interrupt_while_it_starts_is_one_line(tiny, monkeypatch, capsys):
     assert caught.value.code == 130 and capsys.readouterr().out.endswith("stopped, outside of training\n")
 
 
+@pytest.mark.parametrize(
+    "words, world, graphs",
+    [("", 1, True), ("", 2, True), ("--shard=fsdp", 1, True), ("--shard=fsdp", 2, False), ("--bucket_mb=25", 1, True),
+     ("--bucket_mb=25", 2, False), ("--activation_checkpointing", 2, True),
+     ("--activation_checkpointing --dropout=0.1", 1, False)],
+)  # fmt: skip
+def test_what_can_be_a_cuda_graph(words, world, graphs):
+    """By default what can be one is one; to ask for what cannot says why, with the option."""
+    for asked in ("", "--cuda_graphs=True", "--cuda_graphs=False"):
+        config = train.load_config(train.Config, [*words.split(), *asked.split()])
+        choose = functools.partial(train.choose_cuda_graphs, config, torch.device("cuda"), torch.bfloat16, world)
+        if asked == "--cuda_graphs=True" and not graphs:
+            with pytest.raises(ConfigError, match=words.split()[0].removeprefix("--")):
+                choose()
+        else:
+            assert choose() == (graphs and asked != "--cuda_graphs=False")
+
+
 def test_a_non_finite_loss_stops_before_the_update(tiny, tmp_path, monkeypatch):
     original = train.GPT.forward
 
