@@ -7,7 +7,7 @@
     python bench.py step config/gpt2_btt.py --profile=out/profile                      # where the time goes
     torchrun --standalone --nproc_per_node=8 bench.py step config/gpt2_btt.py --parts=False    # on eight GPUs
     python bench.py image_step vision/config/mlp_cifar10.py --against="vision/config/mlp_cifar10.py --structure=dense"
-    python bench.py sample --out_dir=out/gpt2_btt       # tokens a second, with the cache of keys and values and without
+    python bench.py sample --structure=btt --rank=4     # tokens a second, with the cache of keys and values and without
     python bench.py data                                # the character encoder, and batches from a memory-mapped file
     python bench.py images vision/config/mlp_cifar10.py # images a second, loaded and augmented, without a model
 
@@ -480,6 +480,9 @@ BENCHES = {
 
 
 def main(argv):
+    if argv[:1] in (["--help"], ["-h"]):
+        print(f"{__doc__.strip()}\n\n--help behind a command prints its options.")
+        raise SystemExit(0)
     if not argv or argv[0] not in BENCHES:
         raise ConfigError(f"bench.py {' '.join(argv[:1])}: say what to time, {', '.join(BENCHES)}")
     BENCHES[argv[0]](argv[1:])

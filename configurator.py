@@ -168,7 +168,12 @@ def _checked(key, value, fields, hints, where):
             return int(value)  # --max_steps=1e4
         elif isinstance(value, kind) and not (kind in (int, float) and isinstance(value, bool)):
             return value
-    raise ConfigError(f"{where}{key}={value!r} has the wrong type: give {_describe(hint)}")
+    literals = [kind for kind in (hint, *typing.get_args(hint)) if typing.get_origin(kind) is typing.Literal]
+    choices = [str(choice) for kind in literals for choice in typing.get_args(kind)]
+    near = difflib.get_close_matches(str(value), choices, n=1)
+    wrong = "is unknown" if choices and isinstance(value, str) else "has the wrong type"
+    remedy = f"did you mean {near[0]!r}? give" if near else "give"
+    raise ConfigError(f"{where}{key}={value!r} {wrong}: {remedy} {_describe(hint)}")
 
 
 def _is_union(hint):

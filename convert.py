@@ -22,6 +22,7 @@ from configurator import ConfigError, as_script, load_config
 from data import GPT2Tokenizer
 from einsum_linear import Dense
 from model import GPT, GPT2_BLOCK_NAMES, GPTConfig
+from runlog import writing
 from sample import load_model
 
 
@@ -56,6 +57,10 @@ class Config(GPTConfig):
                 f"out_dir={self.out_dir!r} and export={self.export!r}: give exactly one, "
                 "--out_dir=FOLDER to convert or --export=FOLDER for Hugging Face"
             )
+        if self.out_dir and os.path.realpath(self.out_dir) == os.path.realpath(self.source):
+            raise ConfigError(f"out_dir={self.out_dir} is the source: give another")
+        if os.path.isfile(self.out_dir):
+            raise ConfigError(f"out_dir={self.out_dir} is a file: give a folder")
         for field in fields(self):
             default = field.default if field.default_factory is MISSING else field.default_factory()
             value = getattr(self, field.name)
@@ -174,7 +179,8 @@ def pad_vocabulary(state, vocab_size):
 def save_converted(model, meta, config):
     """A checkpoint of step 0 in config.out_dir, and config.py with the model's options beside it."""
     checkpoint.set_aside(config.out_dir)
-    os.makedirs(config.out_dir, exist_ok=True)
+    with writing(config.out_dir, "give another out_dir"):
+        os.makedirs(config.out_dir, exist_ok=True)
     options = asdict(model.config)
     checkpoint.save(
         config.out_dir,
@@ -223,7 +229,8 @@ def export(model, folder, source, meta):
         )
     )  # fmt: skip
     theirs.load_state_dict(hugging_face_state_dict(model))
-    theirs.save_pretrained(folder)
+    with writing(folder, "give another export"):
+        theirs.save_pretrained(folder)
 
 
 def is_tied(model):

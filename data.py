@@ -40,7 +40,10 @@ class TokenData:
                 "make it anew with prepare_owt.py"
             )
         if count <= self.block_size:
-            raise ConfigError(f"{path} has {count} tokens: take a block_size below that (it is {self.block_size})")
+            more = ", or prepare the data with a larger --val_fraction" * (split == "val")
+            raise ConfigError(
+                f"{path} has {count} tokens: take a block_size below that (it is {self.block_size}){more}"
+            )
         return np.memmap(path, dtype=dtype, mode="r")
 
     def train_batch(self, seed, step, rows, start, stop):
@@ -77,7 +80,9 @@ class TokenData:
 def read_meta(data_dir):
     path = os.path.join(data_dir, "meta.json")
     if not os.path.isfile(path):
-        raise ConfigError(f"data_dir={data_dir}: {path} is missing: make the data with prepare_owt.py")
+        raise ConfigError(
+            f"data_dir={data_dir}: {path} is missing: make the data with prepare_owt.py, of images with vision/data.py"
+        )
     try:
         with open(path) as file:
             meta = json.load(file)

@@ -46,6 +46,8 @@ def check_theta(theta):
         raise ConfigError(
             f"theta={_show(theta)} has {len(theta)} values: give seven (alpha beta gamma delta epsilon phi rho)"
         )
+    if not all(map(math.isfinite, theta)):
+        raise ConfigError(f"theta={_show(theta)}: give numbers between 0 and 1")
     if min(theta) < 0 or theta[6] > 1:
         near = tuple(min(1.0, max(0.0, t)) for t in theta)
         raise ConfigError(f"theta={_show(theta)}: exponents lie between 0 and 1, as in {_show(near)}")
@@ -227,8 +229,10 @@ def apply_all(layers, x):
         return [layer.finish(y, x) for layer, y in zip(layers, ys)]
     if not all(type(layer) is Dense for layer in layers) or not torch.is_grad_enabled():
         return [layer(x) for layer in layers]
-    biases = [layer.bias for layer in layers]
-    bias = None if any(bias is None for bias in biases) else torch.cat(biases)
+    biases = [layer.bias for layer in layers if layer.bias is not None]
+    if len(biases) not in (0, len(layers)):
+        return [layer(x) for layer in layers]
+    bias = torch.cat(biases) if biases else None
     y = nn.functional.linear(x, torch.cat([layer.weight for layer in layers]), bias)
     return y.split([layer.out_features for layer in layers], dim=-1)
 
@@ -704,8 +708,11 @@ def make_linear(
         raise ConfigError("structure='einsum' needs theta: seven numbers, such as (.5, 0, .5, 0, .5, .5, 0)")
     for name, least in (("rank", 1), ("num_cores", 2), ("d_in", 1), ("d_out", 1)):
         value = {**options, "d_in": d_in, "d_out": d_out}[name]
-        if value < least:
-            raise ConfigError(f"{name}={value}: make it {least} or more")
+        if not isinstance(value, int) or value < least:
+            raise ConfigError(f"{name}={value!r}: make it a whole number, {least} or more")
+    if num_cores > max(2, math.log2(min(d_in, d_out))):
+        most = max(2, int(math.log2(min(d_in, d_out))))
+        raise ConfigError(f"num_cores={num_cores}: {d_in} and {d_out} have no factors for so many, take {most} at most")
     for name, width in (("heads_out", d_out), ("heads_in", d_in)):
         if options[name] and (num_cores > 2 or num_blocks or width % options[name] or width == 1):
             raise ConfigError(
@@ -722,10 +729,13 @@ def make_linear(
 class Config:
     d_in: int = 1024  # width of the input
     d_out: int = 1024  # width of the output
-    theta: tuple | None = (
-        None  # seven exponents (alpha beta gamma delta epsilon phi rho); None: a table of the named structures
-    )
+    theta: tuple | None = None  # seven exponents (alpha beta gamma delta epsilon phi rho); None: the named structures
     plot: bool | str = False  # draw every named structure at its (omega, psi, nu); --plot=FILE, or taxonomy.png
+
+    def __post_init__(self):
+        for name in ("d_in", "d_out"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name}={getattr(self, name)}: make it at least 1")
 
 
 # Points of the space by name, for the table's taxonomy and the picture: square layers, ranks as d^ρ.
@@ -840,7 +850,12 @@ def main(argv):
     config = load_config(Config, argv)
     if config.plot:
         path = "taxonomy.png" if config.plot is True else config.plot
-        plot_taxonomy(path)
+        try:
+            plot_taxonomy(path)
+        except (OSError, ValueError) as error:  # no such folder, or no such format
+            raise ConfigError(
+                f"plot={path} cannot be written ({error}): give a .png in a folder that is there"
+            ) from None
         print(f"drawn: {path}")
     elif config.theta is None:
         print("\n".join(table_of_structures(config.d_in, config.d_out)))

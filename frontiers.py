@@ -13,6 +13,7 @@ reference group (dense) pays for that loss ÷ what the group pays. C is FLOPs, s
 configurator.
 """
 
+import functools
 import math
 from typing import NamedTuple
 
@@ -36,6 +37,7 @@ class Run(NamedTuple):
     cost: dict  # {"flops": array, "seconds": array, "parameters": array}
     loss: np.ndarray  # of validation, say, in nats per token
     setting: str = ""  # the same for runs that differ in nothing but their seed; "": no other is like it
+    step: np.ndarray | None = None  # of the points; None: 0, 1, 2, …
 
 
 class Fit(NamedTuple):
@@ -46,6 +48,8 @@ class Fit(NamedTuple):
     exponent: float
 
     def loss(self, cost):
+        if self.exponent == 0:
+            return np.full_like(np.asarray(cost, dtype=float), self.loss_at_infinity)
         return self.loss_at_infinity + (np.asarray(cost) / self.scale) ** -self.exponent
 
 
@@ -62,14 +66,19 @@ def by_setting(runs):
 
 
 def mean_over_seeds(runs):
-    """One Run a setting: the means of its runs, point by point. Of runs without others like them, themselves."""
+    """One Run a setting: the means of its runs, step by step. Of runs without others like them, themselves."""
     return [_mean(alike) if len(alike) > 1 else alike[0] for alike in by_setting(runs)]
 
 
 def _mean(runs):
-    n = min(len(run.loss) for run in runs)  # one may have been cut short
-    cost = {name: np.mean([run.cost[name][:n] for run in runs], axis=0) for name in runs[0].cost}
-    return runs[0]._replace(cost=cost, loss=np.mean([run.loss[:n] for run in runs], axis=0))
+    """At the steps that all have, since one may have been cut short; of none such, the mean of those that got furthest."""
+    steps = [np.arange(len(run.loss)) if run.step is None else run.step for run in runs]
+    common = functools.reduce(np.intersect1d, steps)
+    if not len(common):
+        common = np.array([max(step[-1] for step in steps)])
+    having = [(run, np.isin(step, common)) for run, step in zip(runs, steps) if np.isin(common, step).all()]
+    cost = {name: np.mean([run.cost[name][at] for run, at in having], axis=0) for name in runs[0].cost}
+    return runs[0]._replace(cost=cost, loss=np.mean([run.loss[at] for run, at in having], axis=0), step=common)
 
 
 def resample(runs, random):
@@ -177,8 +186,8 @@ def fit_power_law(cost, loss):
         best = int(np.argmin(errors))
         low, high = floors[max(0, best - 1)], floors[min(32, best + 1)]
     slope, intercept = slopes[best], y[best].mean() - slopes[best] * x.mean()
-    if slope >= 0:
-        return Fit(float(floors[best]), math.inf, 0.0)  # it does not fall
+    if slope >= 0 or -intercept / slope > 700:  # it does not fall, or so slowly that its scale is no number
+        return Fit(float(np.exp(log_loss.mean())), math.inf, 0.0)
     return Fit(float(floors[best]), math.exp(-intercept / slope), -float(slope))
 
 

@@ -29,6 +29,7 @@ from moe import DenseMixture, Router, apply, apply_ffns, apply_layers, auxiliary
 
 # What `structured_layers` and `overrides` may name, one by one or as a group ("attn" is the four attn.* roles).
 ROLES = ("embed", "attn.q", "attn.k", "attn.v", "attn.proj", "ffn.up", "ffn.down", "lm_head")
+OVERRIDABLE = ("structure", "theta", "rank", "num_blocks", "num_cores", "bias", "normalize")  # of make_linear's options
 
 EMBEDDING_STD = 1.0  # muP: embeddings are of size 1 whatever the width
 
@@ -84,14 +85,20 @@ class BlockConfig:
                     near = difflib.get_close_matches(str(name), ("attn", "ffn", *self.roles), n=1)
                     remedy = f"did you mean {near[0]!r}?" if near else f"choose from attn, ffn, {', '.join(self.roles)}"
                     raise ConfigError(f"{option}: unknown layer {name!r}, {remedy}")
+        for name, override in (self.overrides or {}).items():
+            if not isinstance(override, (str, dict)) or isinstance(override, dict) and set(override) - set(OVERRIDABLE):
+                raise ConfigError(
+                    f"overrides: {name}={override!r}: give a structure, or a dict of {', '.join(OVERRIDABLE)}"
+                )
         self._check_mixtures()
 
     def _check_mixtures(self):
         defaults = {"num_experts": 8, "top_k": 2, "share_router": False}
         for name, default in defaults.items():
             if self.moe == "none" and getattr(self, name) != default:
+                kinds = "'linear'" if name == "share_router" else "'linear' or 'ffn'"
                 raise ConfigError(
-                    f"{name}={getattr(self, name)} with moe='none', which has none: leave it out, or take moe='linear' or 'ffn'"
+                    f"{name}={getattr(self, name)} with moe='none', which has none: leave it out, or take moe={kinds}"
                 )
         if self.num_experts < 2:
             raise ConfigError(f"num_experts={self.num_experts}: make it at least 2, or take moe='none'")
@@ -118,18 +125,21 @@ class BlockConfig:
 
     def layer_options(self, role):
         """make_linear's options for the layer that plays `role`: an override, else the structure, else dense."""
-        for name, override in (self.overrides or {}).items():
-            if _covers(name, role):
-                options = {"structure": override} if isinstance(override, str) else dict(override)
-                break
+        ours = {name: getattr(self, name) for name in ("structure", "theta", "rank", "num_blocks", "num_cores")}
+        covering = [name for name in self.overrides or {} if _covers(name, role)]
+        if covering:
+            override = self.overrides[max(covering, key=len)]  # the narrowest: attn.q rather than attn
+            options = {"structure": override} if isinstance(override, str) else dict(override)
+            if "structure" not in options:
+                options = {**ours, **options}
+        elif any(_covers(name, role) for name in self.structured_layers):
+            options = ours
         else:
-            if not any(_covers(name, role) for name in self.structured_layers):
-                return {"structure": "dense"}
-            options = {name: getattr(self, name) for name in ("structure", "theta", "rank", "num_blocks", "num_cores")}
-        if options.get("structure") != "dense":
+            return {"structure": "dense"}
+        if options["structure"] != "dense":
             options.setdefault("normalize", self.normalize)
             if self.align_heads and role.startswith("attn."):
-                if options.get("structure", "btt") not in ("btt", "monarch"):
+                if options["structure"] not in ("btt", "monarch"):
                     raise ConfigError(
                         f"align_heads with structure={options['structure']!r}: only btt and monarch have blocks to align"
                     )
@@ -146,7 +156,7 @@ class GPTConfig(BlockConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        for name in ("block_size", "vocab_size"):
+        for name in ("block_size", "vocab_size", "d_embed"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"{name}={value}: make it at least 1")
@@ -172,8 +182,6 @@ def linear(config, role, d_in, d_out, **kwargs):
         return make_mixture(d_in, d_out, config.num_experts, config.top_k, routed=routed, mixed=linear, **arguments)
     except ConfigError as error:
         raise ConfigError(f"{role}: {error}") from None
-    except TypeError:
-        raise ConfigError(f"overrides: {role}={options} has an option that make_linear does not know") from None
 
 
 class Attention(nn.Module):
@@ -364,12 +372,15 @@ class GPT(nn.Module):
         its later half is read anew and generation goes on from there. On a GPU structured layers
         are multiplied out meanwhile, and the step of one token is a CUDA graph.
         """
-        with multiplied_out(self) if idx.is_cuda else nullcontext():
-            return self._generate(idx, max_new_tokens, temperature, top_k, top_p, generator)
-
-    def _generate(self, idx, max_new_tokens, temperature, top_k, top_p, generator):
         was_training = self.training
         self.eval()
+        try:
+            with multiplied_out(self) if idx.is_cuda else nullcontext():
+                return self._generate(idx, max_new_tokens, temperature, top_k, top_p, generator)
+        finally:
+            self.train(was_training)
+
+    def _generate(self, idx, max_new_tokens, temperature, top_k, top_p, generator):
         cache = KVCache(self.config, idx.device)
 
         def read(tokens):
@@ -387,7 +398,6 @@ class GPT(nn.Module):
             else:
                 logits, held = read_one(idx[:, end - 1 : end]), held + 1
             idx[:, end : end + 1] = sample_token(logits, temperature, top_k, top_p, generator)
-        self.train(was_training)
         return idx
 
     def flops_per_token(self):
@@ -412,6 +422,7 @@ class GPT(nn.Module):
             layer_norm_epsilon=1e-5,
             scale_attn_weights=True,
             scale_attn_by_inverse_layer_idx=False,
+            tie_word_embeddings=True,
         )
         for key, value in {**wanted, "n_inner": c.n_inner and 4 * c.n_embd}.items():
             if getattr(c, key) != value:
@@ -491,13 +502,14 @@ def sample_token(logits, temperature=1.0, top_k=None, top_p=None, generator=None
     """(B, vocab_size) logits -> (B, 1) token ids."""
     if temperature == 0:
         return logits.argmax(dim=-1, keepdim=True)
-    logits = logits / temperature
+    logits = (logits - logits.amax(dim=-1, keepdim=True)) / temperature  # at most 0: none overflows
     if top_k is not None and top_k < logits.size(-1):
-        kth = logits.topk(top_k).values[:, -1:]
-        logits = logits.masked_fill(logits < kth, -math.inf)
+        kept = logits.topk(top_k).indices  # that many, also of equal ones
+        logits = torch.full_like(logits, -math.inf).scatter(-1, kept, logits.gather(-1, kept))
     if top_p is not None:
         ordered, order = logits.sort(descending=True)
         probability = ordered.softmax(dim=-1)
         beyond = probability.cumsum(dim=-1) - probability >= top_p  # the likelier ones already make up p
+        beyond[:, 0] = False
         logits = logits.masked_fill(torch.zeros_like(beyond).scatter(-1, order, beyond), -math.inf)
     return torch.multinomial(logits.softmax(dim=-1), 1, generator=generator)

@@ -32,15 +32,9 @@ class Config:
     source: str = "owt"  # "owt", "stdlib", or a local file or folder
     tokenizer: Literal["gpt2", "char96"] = "gpt2"  # GPT-2 BPE (uint16) or 96 characters (uint8)
     out_dir: str | None = None  # None: data/SOURCE_TOKENIZER
-    dataset: str = (
-        "Skylion007/openwebtext"  # with source="owt": its name on the hub, or a local folder in the hub's layout
-    )
+    dataset: str = "Skylion007/openwebtext"  # of source="owt": its name on the hub, or a folder in the hub's layout
     text_field: str = "text"  # name of the text in .jsonl objects, .parquet columns and hub data sets
-    extensions: tuple = (
-        "txt",
-        "jsonl",
-        "parquet",
-    )  # of the files taken from a local folder; an unknown one is read as text
+    extensions: tuple = ("txt", "jsonl", "parquet")  # of the files taken from a folder; an unknown one is read as text
     val_fraction: float = 0.0005  # of the documents
     seed: int = 2357  # of the split
     num_proc: int = 0  # tokenizing processes; 0: one a core, but one for char96, which is faster than reading
@@ -321,7 +315,7 @@ def move_tail(config, itemsize, paths, counts):
     """Too few documents for one to fall to validation: the last tokens of train become val."""
     if counts["train_tokens"] == 0:
         return
-    tail = max(1, round(counts["train_tokens"] * config.val_fraction))
+    tail = max(round(counts["train_tokens"] * config.val_fraction), min(10_000, counts["train_tokens"] // 20), 1)
     print(f"no document of {counts['documents']} fell to validation: it gets the last {tail:,} tokens (--val_fraction)")
     with open(paths["train"], "r+b") as train, open(paths["val"], "wb") as val:
         start = train.seek(-tail * itemsize, os.SEEK_END)

@@ -68,7 +68,11 @@ def start_wandb(project, config, run_id):
         import wandb
     except ImportError:
         raise ConfigError("wandb=True, but the package wandb is not installed: pip install wandb") from None
-    return wandb.init(project=project, config=config, id=run_id, resume="allow")
+    try:
+        return wandb.init(project=project, config=config, id=run_id, resume="allow")
+    except wandb.errors.Error as error:
+        first = str(error).splitlines()[0]
+        raise ConfigError(f"wandb=True: {first} Or WANDB_MODE=offline, which needs no login") from None
 
 
 # ---------------------------------------------------------------------------------------

@@ -37,6 +37,8 @@ class Config:
         for name, least in (("num_samples", 1), ("max_new_tokens", 1), ("temperature", 0), ("seed", 0)):
             if getattr(self, name) < least:
                 raise ConfigError(f"{name}={getattr(self, name)}: make it at least {least}")
+        if self.seed >= 2**63:
+            raise ConfigError(f"seed={self.seed}: make it less than 2**63")
         if self.top_k is not None and self.top_k < 1:
             raise ConfigError(f"top_k={self.top_k}: make it at least 1, or None")
         if self.top_p is not None and not 0 < self.top_p <= 1:
@@ -48,6 +50,8 @@ def load_model(out_dir):
     saved = checkpoint.load(out_dir)
     if saved is None:
         raise ConfigError(f"out_dir={out_dir} holds no checkpoint: train one, or give another --out_dir")
+    if "vocab_size" not in saved["config"]:
+        raise ConfigError(f"out_dir={out_dir} holds a model of images: give the out_dir of a run of train.py")
     names = {field.name for field in fields(GPTConfig)}
     model = GPT(GPTConfig(**{key: value for key, value in saved["config"].items() if key in names}))
     model.load_state_dict(saved["model"])

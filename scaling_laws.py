@@ -239,7 +239,7 @@ def run_figures(rows):
         f"{last['flops']:.3g}" if "flops" in last else "",
         f"{last['seconds']:,.1f}" if "seconds" in last else "",
         *(f"{values[-1]:.4f}" if values else "" for values in (training, validation)),
-        f"{min(validation):.4f}" if validation else "",
+        f"{min(filter(math.isfinite, validation), default=math.nan):.4f}" if validation else "",
     )
 
 
@@ -270,8 +270,13 @@ class FitConfig:
         for cost in self.costs:
             if cost not in frontiers.COSTS:
                 raise ConfigError(f"costs: {cost!r} is unknown, choose from {', '.join(frontiers.COSTS)}")
+        if not self.costs:
+            raise ConfigError(f"costs is empty: give some of {', '.join(frontiers.COSTS)}")
         if self.samples < 1:
             raise ConfigError(f"samples={self.samples}: make it at least 1")
+
+
+NOT_THE_RUN = ("out_dir", "resume")  # options that change nothing of what a run learns
 
 
 class Log(NamedTuple):
@@ -292,7 +297,7 @@ def fit(argv):
     paths = list(dict.fromkeys(log_path(word) for word in words))
     if not paths:
         raise ConfigError("fit: which runs? give their folders or logs, such as out/sweep/*")
-    logs = [read_run_and_options(path, config) for path in paths]
+    logs = furthest([read_run_and_options(path, config) for path in paths])
     units = {unit_of(log.rows): log.path for log in logs}
     if len(units) > 1:
         (one, a), (other, b) = list(units.items())[:2]
@@ -319,6 +324,19 @@ def fit(argv):
     print(*lines, f"written: {config.out}/table.md, fit.json, {', '.join(drawn)}", sep="\n")
 
 
+def furthest(logs):
+    """Of attempts at one run, seed and all, the one that got furthest; a new run sets an old one aside as NAME.1."""
+    kept = {}
+    for log in logs:
+        run = json.dumps({key: log.options[key] for key in log.options if key not in NOT_THE_RUN}, sort_keys=True)
+        if run in kept:
+            shorter, longer = sorted((log, kept[run]), key=lambda log: log.rows[-1]["step"])
+            print(f"{shorter.path}: another attempt at {longer.path}, which got as far or further: left out")
+            log = longer
+        kept[run] = log
+    return list(kept.values())
+
+
 def read_run_and_options(path, config):
     rows, options = read_run(path, MEASURES[config.loss][1]), read_options(path)
     return Log(path, rows, options, group_name(options, config.by), num_parameters(options))
@@ -341,7 +359,10 @@ def group_name(options, by):
     """
     from model import BlockConfig  # here, since torch takes seconds to import and plot does without
 
-    defaults = {field.name: field.default for field in fields(BlockConfig)}
+    defaults = json.loads(json.dumps({field.name: field.default for field in fields(BlockConfig)}))  # as in config.json
+    for name in by:
+        if name not in options and name not in defaults:
+            raise ConfigError(f"by: {name!r} is no option of these runs")
     value = {name: options.get(name, defaults.get(name)) for name in {**defaults, **dict.fromkeys(by)}}
     parts = [str(value["structure"])] if "structure" in by else []
     shown = {"structure", "theta", "moe", "num_experts", "top_k"}  # in words of their own
@@ -388,8 +409,9 @@ def make_run(log, measure, points="all"):
     }
     cost = {name: np.array(values, dtype=float) for name, values in cost.items()}
     loss = np.array([measured(log.rows, row, measure) for row in rows])
-    setting = {key: value for key, value in log.options.items() if key not in ("seed", "out_dir", "resume")}
-    return Run(os.path.dirname(log.path), log.group, cost, loss, json.dumps(setting, sort_keys=True))
+    setting = {key: value for key, value in log.options.items() if key not in ("seed", *NOT_THE_RUN)}
+    steps = np.array([row["step"] for row in rows])
+    return Run(os.path.dirname(log.path), log.group, cost, loss, json.dumps(setting, sort_keys=True), steps)
 
 
 def measured(rows, at, measure):

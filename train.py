@@ -49,9 +49,7 @@ class RunConfig:
     compile: bool | Literal["blocks"] | None = None  # torch.compile; None: on a GPU; blocks: one graph for all blocks
     cuda_graphs: bool | None = None  # an update as a CUDA graph, or two with an exchange between; None: where it can be
     shard: Literal["none", "fsdp"] = "none"  # fsdp: parameters, gradients and optimizer state over all processes
-    bucket_mb: int = (
-        0  # DDP: copies exchange so many MiB of gradients at a time, while they compute; 0: all at once, then
-    )
+    bucket_mb: int = 0  # MiB of gradients that copies exchange at a time, by DDP, as they compute; 0: all, afterwards
     timeout: float = 600.0  # seconds without progress after which a run of several processes ends
     max_steps: int = 10_000  # updates in all
     micro_batch: int = 16  # sequences, or images, a process takes at a time; the rest of its batch is accumulated
@@ -227,10 +225,10 @@ def fit(config, progress, run, task, device, dtype, watchdog, micro_steps):
         say(f"{config.out_dir}: no checkpoint to go on from, starting at step 0")
     log = wandb_run = None
     if rank == 0:
-        log = open_log(config, None if saved is None else state["step"], say)
         if config.wandb:
             wandb_run = runlog.start_wandb(config.wandb_project, asdict(config), state["wandb_id"])
             state["wandb_id"] = wandb_run.id
+        log = open_log(config, None if saved is None else state["step"], say)
     del saved
     units = dict(unit=task.unit, flops=task.flops)
     say(*runlog.model_table(model, run.multipliers, config.lr, **units, passes=task.passes), sep="\n")
@@ -533,9 +531,12 @@ def split_batch(config, world):
     unit = config.block_size * config.micro_batch * world
     if config.batch_tokens % unit:
         near = max(1, round(config.batch_tokens / unit)) * unit
+        share = config.batch_tokens // (config.block_size * world)  # sequences
+        fits = math.gcd(share, config.micro_batch) if share * config.block_size * world == config.batch_tokens else 0
+        remedies = [f"micro_batch={fits}"] * (fits > 0) + [f"batch_tokens={near}"]
         raise ConfigError(
             f"batch_tokens={config.batch_tokens} is not divisible by block_size {config.block_size} x micro_batch "
-            f"{config.micro_batch} x {world} processes = {unit}: take batch_tokens={near}, or another micro_batch"
+            f"{config.micro_batch} x {world} processes = {unit}: take {', or '.join(remedies)}"
         )
     return config.batch_tokens // config.block_size, config.batch_tokens // unit
 

@@ -1,6 +1,8 @@
 """Options from dataclass, files and command line; one clear line for each mistake."""
 
-from dataclasses import dataclass
+import importlib
+import re
+from dataclasses import dataclass, fields
 from typing import Literal
 
 import pytest
@@ -129,13 +131,20 @@ def test_help_lists_every_option_with_default_and_comment(capsys):
         assert line in out
 
 
-def test_help_covers_inherited_options():
-    import train
-
-    lines = help_text(train.Config).splitlines()
-    for name in train.Config.__dataclass_fields__:
+@pytest.mark.parametrize(
+    "where",
+    ["train", "prepare_owt", "sample", "convert", "search", "sweep", "einsum_linear", "mup_check.CoordsConfig",
+     "mup_check.LandscapeConfig", "scaling_laws.PlotConfig", "scaling_laws.FitConfig", "bench.StepConfig",
+     "bench.SampleBenchConfig", "bench.DataConfig", "bench_layers.LayersConfig", "bench_layers.MixturesConfig"],
+)  # fmt: skip
+def test_help_says_what_every_option_does(where):
+    """Those of the classes it inherits from, too; a field that is more than one line loses its comment."""
+    module, _, name = where.partition(".")
+    Config = getattr(importlib.import_module(module), name or "Config")
+    lines = help_text(Config).splitlines()
+    for name in [field.name for field in fields(Config)]:
         line = next(line for line in lines if line.startswith(f"  --{name}="))
-        assert len(line.split(maxsplit=1)[1].strip()) > 3, f"{name} has no comment"
+        assert re.search(r"=\S.* \w", line), f"{name} has no comment"
 
 
 def test_ctrl_c_that_nobody_caught_is_one_line(capsys):

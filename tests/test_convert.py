@@ -289,6 +289,8 @@ def runs(tmp_path):
         ("--source={runs}/mup", "give exactly one"),
         ("--source={runs}/mup --out_dir={runs}/a --export={runs}/b", "give exactly one"),
         ("--out_dir={runs}/a", "source is missing"),
+        ("--source={runs}/mup --out_dir={runs}/mup/", "is the source"),
+        ("--source={runs}/mup --out_dir={runs}/full/notes", "is a file"),
         ("--source={runs}/nothing --out_dir={runs}/a", "nothing does not exist"),
         ("--source={runs}/full --out_dir={runs}/a", "full holds no checkpoint and no GPT-2"),
         ("--source={runs}/mup --export={runs}/a", "parametrization='mup'.*standard"),

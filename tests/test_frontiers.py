@@ -1,6 +1,7 @@
 """Frontiers, power laws and multipliers, on synthetic runs whose truth is known."""
 
 import json
+import shutil
 from dataclasses import asdict
 
 import numpy as np
@@ -124,6 +125,28 @@ def test_runs_that_differ_in_their_seed_are_their_mean():
     assert frontiers.spread_of_seeds([one, other])[0] == 0
 
 
+def test_seeds_are_averaged_step_by_step():
+    """One has a validation that is no number, and has left it out; of final points alone, those that got furthest count."""
+    run = synthetic("dense", sizes=1)[0]._replace(step=np.arange(15) * 50)
+    whole, other = seeds_of(run, (1.0, 1.2))
+    gap = np.arange(15) != 3
+    other = other._replace(step=run.step[gap], loss=other.loss[gap], cost={k: c[gap] for k, c in other.cost.items()})
+    (mean,) = frontiers.mean_over_seeds([whole, other])
+    np.testing.assert_allclose(mean.loss, 1.1 * run.loss[gap])
+    np.testing.assert_allclose(mean.cost["flops"], run.cost["flops"][gap])
+    last = [one._replace(step=one.step[i : i + 1], loss=one.loss[i : i + 1],
+                         cost={k: c[i : i + 1] for k, c in one.cost.items()}) for one, i in ((whole, 14), (other, 5))]  # fmt: skip
+    (mean,) = frontiers.mean_over_seeds(last)
+    assert mean.loss == pytest.approx(run.loss[14]) and list(mean.step) == [700]
+
+
+def test_a_loss_that_hardly_falls_has_a_law_all_the_same():
+    cost = np.geomspace(1e12, 1e16, 5)
+    for loss in (4.56 * cost**-0.001, np.full(5, 4.56)):
+        law = frontiers.fit_power_law(cost, loss)
+        np.testing.assert_allclose(law.loss(cost), loss, rtol=0.02)
+
+
 def test_seeds_are_resampled_within_their_setting():
     runs = [seed for run in synthetic("dense", sizes=3) for seed in seeds_of(run, (0.99, 1.0, 1.01))]
     random = np.random.default_rng(0)
@@ -193,12 +216,28 @@ def test_command_writes_table_json_and_pictures(tmp_path):
         assert (tmp_path / "fit" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_an_attempt_that_was_set_aside_is_no_second_seed(tmp_path, capsys):
+    """A new run moves an old one to NAME.1: the same options, fewer steps. The fit is that of the whole runs."""
+    runs, fits = write_runs(tmp_path), []
+    shutil.copytree(runs[0], f"{runs[0]}.1")
+    lines = (tmp_path / "btt0" / "log.jsonl").read_text().splitlines(keepends=True)
+    with open(f"{runs[0]}.1/log.jsonl", "w") as file:
+        file.writelines(lines[:4])
+    for words in (runs, [*runs, f"{runs[0]}.1"]):
+        scaling_laws.main(["fit", *words, f"--out={tmp_path}/fit", "--samples=5", "--costs=flops"])
+        fits.append(json.loads((tmp_path / "fit" / "fit.json").read_text())["flops"])
+    assert fits[0] == fits[1]
+    assert "btt0.1/log.jsonl: another attempt at" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     "words, message",
     [
         (["--out=x"], "which runs"),
         (["{run}", "--reference=tt"], "no group of these runs: take one of"),
         (["{run}", "--costs=('tokens',)"], "choose from flops, seconds, parameters"),
+        (["{run}", "--costs=()"], "costs is empty"),
+        (["{run}", "--by=strukture"], "by: 'strukture' is no option"),
         (["{tmp}"], "does not exist"),
     ],
 )

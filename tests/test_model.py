@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import model as model_file
 from configurator import ConfigError
-from einsum_linear import Dense, EinsumLinear, multiplied_out
+from einsum_linear import Dense, EinsumLinear, apply_all, make_linear, multiplied_out
 from model import GPT, GPTConfig, KVCache, sample_token
 from mup import make_optimizer
 from test_einsum_linear import SWEEP
@@ -52,6 +52,10 @@ def test_a_model_that_is_no_plain_gpt2_is_refused(tmp_path):
         GPT2Config(vocab_size=11, n_positions=8, n_embd=8, n_layer=1, n_head=2, activation_function="relu")
     ).save_pretrained(tmp_path)
     with pytest.raises(ConfigError, match="activation_function=relu.*gelu_new"):
+        GPT.from_pretrained(str(tmp_path))
+    config = GPT2Config(vocab_size=11, n_positions=8, n_embd=8, n_layer=1, n_head=2, tie_word_embeddings=False)
+    GPT2LMHeadModel(config).save_pretrained(tmp_path)  # our head is the embedding
+    with pytest.raises(ConfigError, match="tie_word_embeddings=False"):
         GPT.from_pretrained(str(tmp_path))
 
 
@@ -154,6 +158,10 @@ def test_sampling_draws_from_the_right_distribution():
         frequencies(top_p=0.85), renormalised(3), atol=0.01, rtol=0
     )  # the third takes it past 0.85
     torch.testing.assert_close(frequencies(top_p=0.01), renormalised(1), atol=0, rtol=0)
+    for extreme in (dict(top_p=1e-300), dict(temperature=1e-45), dict(top_k=1)):
+        torch.testing.assert_close(frequencies(**extreme), renormalised(1), atol=0, rtol=0)
+    equal = sample_token(torch.zeros(1000, 5), top_k=2, generator=generator)
+    assert len(equal.unique()) == 2  # as many as asked for, of equally likely ones too
     torch.testing.assert_close(frequencies(temperature=0), renormalised(1), atol=0, rtol=0)
 
 
@@ -182,6 +190,29 @@ def test_overrides_by_layer():
     block = model.blocks[0]
     assert isinstance(block.attn.q, Dense) and block.attn.k.sizes.rho == 2
     assert block.ffn.up.sizes == (36, 1, 1, 1, 144, 1, 3)
+
+
+def test_an_override_is_of_the_models_structure_and_the_narrowest_counts():
+    overrides = {"ffn": {"rank": 3}, "attn": "btt", "attn.q": "dense"}
+    model = GPT(GPTConfig(**SMALL, structure="low_rank", rank=2, overrides=overrides))
+    attn, ffn = model.blocks[0].attn, model.blocks[0].ffn
+    assert ffn.up.sizes == (36, 1, 1, 1, 144, 1, 3) and model.lm_head.sizes.rho == 2
+    assert isinstance(attn.q, Dense) and attn.k.sizes.alpha == 6
+
+
+@pytest.mark.parametrize("override", [None, 5, ["btt"], {"gain": True}])
+def test_an_override_that_is_none_is_one_clear_line(override):
+    with pytest.raises(ConfigError, match="overrides: ffn=.*give a structure, or a dict of structure, theta"):
+        GPTConfig(**SMALL, overrides={"ffn": override})
+
+
+def test_q_k_and_v_of_which_one_has_a_bias():
+    """In training dense layers of one input are one product; that must leave no bias out."""
+    layers = [make_linear(8, 6, "dense", bias=bias) for bias in (True, False, False)]
+    torch.nn.init.normal_(layers[0].bias)
+    x = torch.randn(3, 8)
+    for y, layer in zip(apply_all(layers, x), layers):
+        torch.testing.assert_close(y, x @ layer.weight.T + (0 if layer.bias is None else layer.bias))
 
 
 def test_a_narrow_embedding_is_brought_to_the_models_width():
@@ -249,7 +280,7 @@ def test_impossible_configs_are_refused(kwargs, words):
     "kwargs, words",
     [
         (dict(align_heads=True, structure="low_rank"), ["align_heads", "low_rank", "btt"]),
-        (dict(overrides={"ffn": {"structure": "btt", "ranks": 2}}), ["overrides", "ffn.up", "ranks"]),
+        (dict(overrides={"ffn": {"structure": "btt", "ranks": 2}}), ["overrides: ffn=", "ranks", "num_cores"]),
         (dict(overrides={"ffn": "butterfly"}), ["ffn.up", "butterfly", "monarch"]),
         (dict(structure="dense", rank=2), ["attn.q", "rank=2", "dense"]),
     ],

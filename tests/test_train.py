@@ -422,6 +422,7 @@ def test_float16_and_bfloat16_learn_too(tiny, tmp_path):
 @pytest.mark.parametrize(
     "words, expected",
     [
+        (["--micro_batch=16"], ["take micro_batch=8, or batch_tokens=512"]),
         (["--batch_tokens=300"], ["batch_tokens=300", "128", "take batch_tokens=256"]),
         (["--n_head=5"], ["n_head=5", "d_model=36", "take n_head="]),
         (["--vocab_size=90"], ["vocab_size=90", "96", "--vocab_size=96"]),
@@ -430,7 +431,8 @@ def test_float16_and_bfloat16_learn_too(tiny, tmp_path):
         (["--lr=-1"], ["lr=-1", "at least 0"]),
         (["--max_steps=0"], ["max_steps=0", "at least 1"]),
         (["--device=cuda:x"], ["device", "cuda:x"]),
-        (["--dtype=int8"], ["dtype", "int8", "bfloat16"]),
+        (["--dtype=int8"], ["dtype", "int8", "is unknown", "bfloat16"]),
+        (["--dtype=bfloat6"], ["did you mean 'bfloat16'"]),
         (["--decay_fraction=1.5"], ["decay_fraction=1.5", "less than 1"]),
         (["--cuda_graphs=True"], ["cuda_graphs=True", "device cpu", "leave it out"]),
         (["--timeout=0"], ["timeout=0", "more than 0"]),
@@ -480,6 +482,19 @@ def test_wandb_offline_gets_the_rows_and_the_run_id_resumes(tiny, tmp_path, monk
     train.main([*tiny, "--wandb", "--max_steps=4", "--resume"])
     assert first and checkpoint.load(tmp_path / "run")["wandb_id"] == first
     assert len(os.listdir(tmp_path / "wandb")) >= 2
+
+
+def test_wandb_without_a_login_is_one_line(tiny, tmp_path, monkeypatch):
+    """Before anything of an earlier run is moved."""
+    wandb = pytest.importorskip("wandb")
+
+    def no_login(**options):
+        raise wandb.errors.UsageError("No API key configured.\nmore")
+
+    monkeypatch.setattr(wandb, "init", no_login)
+    with pytest.raises(ConfigError, match="^wandb=True: No API key configured. .*WANDB_MODE=offline"):
+        train.main([*tiny, "--wandb"])
+    assert not (tmp_path / "run").exists()
 
 
 def test_wandb_is_not_imported_when_off(tiny):
