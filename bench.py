@@ -28,7 +28,7 @@ import torch.distributed as dist
 
 import train
 from bench_layers import bench_layers, bench_mixtures
-from configurator import ConfigError, as_script, load_config
+from configurator import as_script, choose_command, load_config
 from cuda_graph import Graphed
 from data import CharTokenizer, TokenData
 from device import choose_device, choose_dtype, device_name, peak_flops, to_device, write_rows
@@ -480,12 +480,7 @@ BENCHES = {
 
 
 def main(argv):
-    if argv[:1] in (["--help"], ["-h"]):
-        print(f"{__doc__.strip()}\n\n--help behind a command prints its options.")
-        raise SystemExit(0)
-    if not argv or argv[0] not in BENCHES:
-        raise ConfigError(f"bench.py {' '.join(argv[:1])}: say what to time, {', '.join(BENCHES)}")
-    BENCHES[argv[0]](argv[1:])
+    choose_command(argv, BENCHES, "bench.py", "say what to time", __doc__)(argv[1:])
 
 
 if __name__ == "__main__":

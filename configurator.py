@@ -43,6 +43,16 @@ def as_script(main):
         raise SystemExit(130) from None
 
 
+def choose_command(argv, commands, script, question, doc):
+    """commands[argv[0]], of a script that has several; SystemExit behind its `doc` for --help, ConfigError of no such one."""
+    if argv[:1] in (["--help"], ["-h"]):
+        print(f"{doc.strip()}\n\n--help behind a command prints its options.")
+        raise SystemExit(0)
+    if not argv or argv[0] not in commands:
+        raise ConfigError(f"{' '.join([script, *argv[:1]])}: {question}, {' or '.join(commands)}")
+    return commands[argv[0]]
+
+
 def load_config(Config, argv):
     """Build the dataclass `Config` from `argv`, the arguments after the program's name.
 

@@ -710,8 +710,8 @@ def make_linear(
         value = {**options, "d_in": d_in, "d_out": d_out}[name]
         if not isinstance(value, int) or value < least:
             raise ConfigError(f"{name}={value!r}: make it a whole number, {least} or more")
-    if num_cores > max(2, math.log2(min(d_in, d_out))):
-        most = max(2, int(math.log2(min(d_in, d_out))))
+    most = max(2, min(d_in, d_out).bit_length() - 1)
+    if num_cores > most:
         raise ConfigError(f"num_cores={num_cores}: {d_in} and {d_out} have no factors for so many, take {most} at most")
     for name, width in (("heads_out", d_out), ("heads_in", d_in)):
         if options[name] and (num_cores > 2 or num_blocks or width % options[name] or width == 1):

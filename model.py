@@ -86,7 +86,8 @@ class BlockConfig:
                     remedy = f"did you mean {near[0]!r}?" if near else f"choose from attn, ffn, {', '.join(self.roles)}"
                     raise ConfigError(f"{option}: unknown layer {name!r}, {remedy}")
         for name, override in (self.overrides or {}).items():
-            if not isinstance(override, (str, dict)) or isinstance(override, dict) and set(override) - set(OVERRIDABLE):
+            options = {"structure": override} if isinstance(override, str) else override
+            if not isinstance(options, dict) or not options.keys() <= set(OVERRIDABLE):
                 raise ConfigError(
                     f"overrides: {name}={override!r}: give a structure, or a dict of {', '.join(OVERRIDABLE)}"
                 )

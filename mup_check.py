@@ -28,7 +28,7 @@ from typing import ClassVar, Literal, NamedTuple
 import torch
 
 from compiling import order_loops
-from configurator import ConfigError, as_script, load_config
+from configurator import ConfigError, as_script, choose_command, load_config
 from data import TokenData
 from device import choose_device, choose_dtype, write_rows
 from model import GPT, Block, GPTConfig
@@ -566,12 +566,7 @@ def _save(figure, path):
 
 def main(argv):
     commands = {"coords": (CoordsConfig, coords), "lr_landscape": (LandscapeConfig, landscape)}
-    if argv[:1] in (["--help"], ["-h"]):
-        print(f"{__doc__.strip()}\n\n--help behind a command prints its options.")
-        return
-    if not argv or argv[0] not in commands:
-        raise ConfigError(f"mup_check.py {' '.join(argv[:1])}: say which check, {' or '.join(commands)}")
-    Config, command = commands[argv[0]]
+    Config, command = choose_command(argv, commands, "mup_check.py", "say which check", __doc__)
     config = load_config(Config, argv[1:])
     for path in (config.png, config.json):  # before the work, not after it
         if path:

@@ -22,7 +22,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 import frontiers
-from configurator import ConfigError, as_script, load_config
+from configurator import ConfigError, as_script, choose_command, load_config
 from frontiers import Run
 from runlog import median_of, read_log, save_figure, short
 
@@ -276,9 +276,6 @@ class FitConfig:
             raise ConfigError(f"samples={self.samples}: make it at least 1")
 
 
-NOT_THE_RUN = ("out_dir", "resume")  # options that change nothing of what a run learns
-
-
 class Log(NamedTuple):
     """What a run left behind."""
 
@@ -324,11 +321,17 @@ def fit(argv):
     print(*lines, f"written: {config.out}/table.md, fit.json, {', '.join(drawn)}", sep="\n")
 
 
+def what_it_learns(options, *without):
+    """A run's options as one text, but for those that change nothing of what it learns, and those named."""
+    left = {key: value for key, value in options.items() if key not in ("out_dir", "resume", *without)}
+    return json.dumps(left, sort_keys=True)
+
+
 def furthest(logs):
     """Of attempts at one run, seed and all, the one that got furthest; a new run sets an old one aside as NAME.1."""
     kept = {}
     for log in logs:
-        run = json.dumps({key: log.options[key] for key in log.options if key not in NOT_THE_RUN}, sort_keys=True)
+        run = what_it_learns(log.options)
         if run in kept:
             shorter, longer = sorted((log, kept[run]), key=lambda log: log.rows[-1]["step"])
             print(f"{shorter.path}: another attempt at {longer.path}, which got as far or further: left out")
@@ -409,9 +412,8 @@ def make_run(log, measure, points="all"):
     }
     cost = {name: np.array(values, dtype=float) for name, values in cost.items()}
     loss = np.array([measured(log.rows, row, measure) for row in rows])
-    setting = {key: value for key, value in log.options.items() if key not in ("seed", *NOT_THE_RUN)}
     steps = np.array([row["step"] for row in rows])
-    return Run(os.path.dirname(log.path), log.group, cost, loss, json.dumps(setting, sort_keys=True), steps)
+    return Run(os.path.dirname(log.path), log.group, cost, loss, what_it_learns(log.options, "seed"), steps)
 
 
 def measured(rows, at, measure):
@@ -560,13 +562,7 @@ def shades(values):
 
 
 def main(argv):
-    commands = {"plot": plot, "fit": fit}
-    if argv[:1] in (["--help"], ["-h"]):
-        print(f"{__doc__.strip()}\n\n--help behind a command prints its options.")
-        return
-    if not argv or argv[0] not in commands:
-        raise ConfigError(f"{' '.join(['scaling_laws.py', *argv[:1]])}: say what to do, {' or '.join(commands)}")
-    commands[argv[0]](argv[1:])
+    choose_command(argv, {"plot": plot, "fit": fit}, "scaling_laws.py", "say what to do", __doc__)(argv[1:])
 
 
 if __name__ == "__main__":

@@ -531,9 +531,10 @@ def split_batch(config, world):
     unit = config.block_size * config.micro_batch * world
     if config.batch_tokens % unit:
         near = max(1, round(config.batch_tokens / unit)) * unit
-        share = config.batch_tokens // (config.block_size * world)  # sequences
-        fits = math.gcd(share, config.micro_batch) if share * config.block_size * world == config.batch_tokens else 0
-        remedies = [f"micro_batch={fits}"] * (fits > 0) + [f"batch_tokens={near}"]
+        remedies = [f"batch_tokens={near}"]
+        share, rest = divmod(config.batch_tokens, config.block_size * world)  # sequences of a process
+        if rest == 0:
+            remedies.insert(0, f"micro_batch={math.gcd(share, config.micro_batch)}")
         raise ConfigError(
             f"batch_tokens={config.batch_tokens} is not divisible by block_size {config.block_size} x micro_batch "
             f"{config.micro_batch} x {world} processes = {unit}: take {', or '.join(remedies)}"

@@ -57,6 +57,7 @@ HOW = {
     "DDP, buckets of 25 MB": "--bucket_mb=25",
     "FSDP2": "--shard=fsdp",
 }
+STYLES = {"CUDA graphs": "C0o", "DDP, one bucket": "C3s", "DDP, buckets of 25 MB": "C2^", "FSDP2": "C1v"}
 
 
 def models(world, on_gpu):
@@ -508,7 +509,7 @@ def draw(rows, png):
         if one:
             axes.plot([0, counts[-1]], [0, one * counts[-1] / 1e6], "k--", lw=1, label="as many single GPUs")
             axes.plot(1, one / 1e6, "ko", zorder=3, label="1 GPU, CUDA graph")
-        for how, style in zip(list(HOW)[2:], ("C0o", "C3s", "C2^", "C1v")):
+        for how, style in STYLES.items():
             for scaling, line in (("weak", "-"), ("strong", ":")):
                 points = [row for row in ours if row["scaling"] in (scaling, "both")]
                 several = [row for row in points if row["how"] == how]
