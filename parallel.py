@@ -26,12 +26,13 @@ def ranks():
 def speak_for_this_rank(error):
     """Print an error that only this rank may have met: of a ConfigError's line rank 0 alone says its own.
 
-    Where rank 0 met it too, torchrun ends this process during the wait, and the line is said once.
+    Where rank 0 met it too, torchrun ends this process during the wait, and the line is said once. The wait is
+    long enough for a rank 0 that reads its last checkpoint before it ends.
     """
     rank = ranks()[0]
     if rank:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        time.sleep(2)
+        time.sleep(15)
         print(f"error: rank {rank}: {error}", file=sys.stderr, flush=True)
 
 

@@ -48,10 +48,10 @@ HARM = """
 import math, os, sys, time
 sys.path.insert(0, {root!r})
 import torch
-import data, train
+import checkpoint, data, train
 
 mine, first = int(os.environ.get("RANK", 0)) == {rank}, os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
-train_batch, forward = data.TokenData.train_batch, train.GPT.forward
+train_batch, forward, load = data.TokenData.train_batch, train.GPT.forward, checkpoint.load
 
 def harmed_batch(self, seed, number, *rest):
     global step
@@ -68,7 +68,13 @@ def harmed_forward(self, *args, **kwargs):
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total …")
     return forward(self, *args, **kwargs)
 
+def slow_load(*args, **kwargs):  # as of a large checkpoint, which rank 0 reads to name it
+    time.sleep(4)
+    return load(*args, **kwargs)
+
 data.TokenData.train_batch, train.GPT.forward = harmed_batch, harmed_forward
+if "nan" == {what!r}:
+    checkpoint.load = slow_load
 train.main(sys.argv[1:])
 """
 
