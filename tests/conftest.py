@@ -1,10 +1,15 @@
 """Fixtures shared by the tests. Run them all with `pytest`, from the repository's root."""
 
 import json
+import multiprocessing
 import os
+import runpy
 import signal
+import socket
 import subprocess
 import sys
+import tempfile
+import time
 
 import numpy as np
 import pytest
@@ -13,6 +18,10 @@ import torch
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 torch.set_num_threads(1)  # as in the processes the tests start: sums in another order round otherwise
+# Processes forked by run_forked and test_checkpoint have these already, which take 6 s of a core to import.
+multiprocessing.set_forkserver_preload(
+    ["torch._dynamo", "torch.distributed.checkpoint", "torch.distributed.fsdp", "triton", "matplotlib.pyplot"]
+)
 
 
 @pytest.fixture(scope="session")
@@ -63,6 +72,44 @@ def run_script(*words, env=None, processes=None, timeout=240):
     return subprocess.run(
         command(words, processes), cwd=ROOT, capture_output=True, text=True, timeout=timeout, env=environment(env)
     )
+
+
+def run_forked(script, *words, processes=None, timeout=240):
+    """As run_script, with no torchrun between: for what a script does, not for how its processes start and end."""
+    context, world, ranks = multiprocessing.get_context("forkserver"), processes or 1, []
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    with tempfile.TemporaryDirectory() as folder:
+        outputs = [[os.path.join(folder, f"{rank}.{name}") for name in ("out", "err")] for rank in range(world)]
+        for rank in range(world):
+            env = dict(MASTER_ADDR="localhost", MASTER_PORT=port, RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=world)
+            env = environment({name: str(value) for name, value in env.items()} if processes else None)
+            ranks.append(context.Process(target=as_main, args=(script, [*map(str, words)], env, outputs[rank])))
+            ranks[-1].start()
+        deadline = time.monotonic() + timeout
+        try:
+            for process in ranks:
+                process.join(deadline - time.monotonic())
+                assert process.exitcode is not None, f"{script} takes more than {timeout} s"
+        finally:
+            for process in ranks:
+                process.kill()
+        said = ["".join(open(path).read() for path in paths) for paths in zip(*outputs)]
+    return subprocess.CompletedProcess(words, max(abs(process.exitcode) for process in ranks), *said)
+
+
+def as_main(script, words, env, outputs):
+    """In a process of its own: `python script words`."""
+    os.environ.clear()
+    os.environ.update(env)
+    torch.set_num_threads(1)
+    for stream, path in zip((sys.stdout, sys.stderr), outputs):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), stream.fileno())
+    os.chdir(ROOT)
+    path = os.path.join(ROOT, script)
+    sys.argv, sys.path[0] = [path, *words], os.path.dirname(path)
+    runpy.run_path(path, run_name="__main__")
 
 
 def start_script(*words, env=None, processes=None):

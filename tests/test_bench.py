@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from bench_layers import AllExperts
-from conftest import run_script
+from conftest import run_forked
 from moe import apply, make_mixture
 
 SHAPE = "--vocab_size=96 --n_layer=1 --n_head=2 --d_model=36 --block_size=32 --micro_batch=2 --batch_tokens=256"
@@ -18,7 +18,7 @@ def test_an_update_is_timed(tmp_path, processes):
     words = f"{SHAPE} --device=cpu --compile=False"
     against = f"--against={words} --structure=dense; {words} --shard=fsdp"
     path = tmp_path / "step.json"
-    done = run_script(
+    done = run_forked(
         "bench.py", "step", *words.split(), "--steps=2", "--parts=False", f"--json={path}", against, processes=processes
     )
     assert done.returncode == 0, done.stdout + done.stderr
@@ -32,7 +32,7 @@ def test_an_update_is_timed(tmp_path, processes):
 
 def test_parts_and_profile(tmp_path):
     words = f"{SHAPE} --device=cpu --compile=False --steps=2 --profile={tmp_path}".split()
-    done = run_script("bench.py", "step", *words, processes=2)
+    done = run_forked("bench.py", "step", *words, processes=2)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "optimizer_share" in done.stdout and "matrix products" in (tmp_path / "profile.txt").read_text()
     assert (tmp_path / "trace.json").stat().st_size > 1000
@@ -46,7 +46,7 @@ def test_an_update_of_images(tmp_path):
     path = tmp_path / "step.json"
     against = f"--against={words} --compile=False --structure=dense"
     words = [*words.split(), "--compile=False", "--steps=2", f"--profile={tmp_path}", f"--json={path}", against]
-    done = run_script("bench.py", "image_step", *words)
+    done = run_forked("bench.py", "image_step", *words)
     assert done.returncode == 0, done.stdout + done.stderr
     btt, dense = json.loads(path.read_text())
     for row in (btt, dense):
@@ -66,12 +66,12 @@ def test_layers_on_a_cpu_are_those_of_plain_torch(tmp_path):
         f"--json={tmp_path}/rows.json",
         f"--png={tmp_path}/a.png",
     ]
-    done = run_script("bench.py", "layers", *words)
+    done = run_forked("bench.py", "layers", *words)
     assert done.returncode == 0, done.stdout + done.stderr
     rows = json.loads((tmp_path / "rows.json").read_text())
     assert [row["way"] for row in rows] == 2 * ["dense", "btt, torch", "btt, dense", "chosen: torch"]
     assert all(row["error"] < 1e-5 for row in rows if row["way"] != "dense")
-    again = run_script("bench.py", "layers", f"--draw={tmp_path}/rows.json", f"--png={tmp_path}/b.png")
+    again = run_forked("bench.py", "layers", f"--draw={tmp_path}/rows.json", f"--png={tmp_path}/b.png")
     assert again.returncode == 0 and (tmp_path / "b.png").read_bytes().startswith(b"\x89PNG"), again.stderr
 
 
@@ -79,7 +79,7 @@ def test_mixtures_on_a_cpu(tmp_path):
     """All ways are timed; the published way, which the others are compared with, computes the same."""
     layers = "btt/64-36:1/4:2 low_rank/48-64:4/4:2 dense/32-32:1/3:1"
     words = [f"--layers={layers}", "--tokens=32", "--device=cpu", f"--json={tmp_path}/rows.json"]
-    done = run_script("bench.py", "mixtures", *words)
+    done = run_forked("bench.py", "mixtures", *words)
     assert done.returncode == 0, done.stdout + done.stderr
     rows = json.loads((tmp_path / "rows.json").read_text())
     both = ["dense", "2 experts, no router", "mixture", "all experts, by bmm"]
@@ -88,5 +88,5 @@ def test_mixtures_on_a_cpu(tmp_path):
 
     mixture, x = make_mixture(36, 48, 4, 2, structure="btt", rank=2), torch.randn(20, 36)
     torch.testing.assert_close(AllExperts(mixture)(x, []), apply(mixture, x, []))
-    refused = run_script("bench.py", "mixtures", "--layers=btt/64-36:1")
+    refused = run_forked("bench.py", "mixtures", "--layers=btt/64-36:1")
     assert refused.returncode == 1 and "'btt/64-36:1' is no mixture: write" in refused.stderr

@@ -97,7 +97,6 @@ def one_rank():
 
 def on_ranks(world, function, *args, seconds=120):
     """function(rank, *args) in `world` processes; their failure is one here, and so is hanging."""
-    multiprocessing.set_forkserver_preload(["torch.distributed.fsdp", "torch.distributed.checkpoint", "torch._dynamo"])
     store = os.path.join(args[0], f"store{time.monotonic_ns()}")
     context = mp.start_processes(
         rank_main, (world, store, function, args), nprocs=world, join=False, start_method="forkserver"

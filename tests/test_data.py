@@ -11,7 +11,7 @@ import torch
 
 import prepare_owt
 from configurator import ConfigError
-from conftest import run_script
+from conftest import run_forked
 from data import CharTokenizer, GPT2Tokenizer, TokenData, read_meta
 from prepare_owt import Config, prepare
 
@@ -235,12 +235,12 @@ def test_broken_jsonl_is_named(tmp_path, content, words):
 
 def test_prepare_as_a_command(tmp_path):
     (tmp_path / "a.txt").write_text("some text " * 500)
-    done = run_script(
+    done = run_forked(
         "prepare_owt.py", f"--source={tmp_path}", "--tokenizer=char96", f"--out_dir={tmp_path}/out", "--num_proc=2"
     )
     assert done.returncode == 0, done.stderr
     assert "training and" in done.stdout and "1 documents" in done.stdout
-    done = run_script("prepare_owt.py", f"--source={tmp_path}/nothing", "--tokenizer=char96")
+    done = run_forked("prepare_owt.py", f"--source={tmp_path}/nothing", "--tokenizer=char96")
     assert done.returncode == 1 and done.stderr.startswith("error: source=") and "Traceback" not in done.stderr
 
 

@@ -10,7 +10,7 @@ import pytest
 import frontiers
 import scaling_laws
 from configurator import ConfigError
-from conftest import run_script
+from conftest import run_forked
 from frontiers import Fit, Run, fit_power_law, frontier
 
 TRUE = {"dense": Fit(0.5, 1e12, 0.30), "btt": Fit(0.5, 2.5e11, 0.30), "low_rank": Fit(0.6, 1e12, 0.22)}
@@ -205,7 +205,7 @@ def write_runs(folder, groups=("dense", "btt"), sizes=4):
 def test_command_writes_table_json_and_pictures(tmp_path):
     (tmp_path / "runs").mkdir()
     runs = write_runs(tmp_path / "runs")
-    done = run_script("scaling_laws.py", "fit", *runs, f"--out={tmp_path}/fit", "--samples=20")
+    done = run_forked("scaling_laws.py", "fit", *runs, f"--out={tmp_path}/fit", "--samples=20")
     assert done.returncode == 0, done.stderr
     table = (tmp_path / "fit" / "table.md").read_text()
     assert "| btt, rank=4 | 4 |" in table and table in done.stdout

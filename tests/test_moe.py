@@ -17,7 +17,7 @@ import runlog
 import sample
 import train
 from configurator import ConfigError
-from conftest import losses, read_rows, run_script
+from conftest import losses, read_rows, run_forked
 from data import CharTokenizer
 from einsum_linear import make_linear
 from kernels import gelu
@@ -487,7 +487,7 @@ def test_resumed_equals_straight_bit_for_bit(run, tmp_path):
 def test_two_processes_equal_one(run, tmp_path, words):
     """Their micro-batches are those of one process, and so is the auxiliary loss; the biases follow the whole batch."""
     folder, arguments = run
-    done = run_script("train.py", *arguments, *words, f"--out_dir={tmp_path}/two", processes=2)
+    done = run_forked("train.py", *arguments, *words, f"--out_dir={tmp_path}/two", processes=2)
     assert done.returncode == 0, done.stdout + done.stderr
     for key in ("loss", "val_loss", "grad_norm", "aux_loss"):
         one, two = losses(folder, key), losses(tmp_path / "two", key)

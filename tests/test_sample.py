@@ -6,7 +6,7 @@ import torch
 import sample
 import train
 from configurator import ConfigError
-from conftest import run_script
+from conftest import run_forked
 from data import CharTokenizer
 
 
@@ -38,7 +38,7 @@ def test_command_with_a_prompt_from_text_and_from_a_file(run, tmp_path):
     (tmp_path / "prompt.txt").write_text("12 + 3")
     texts = []
     for start in ("12 + 3", f"FILE:{tmp_path}/prompt.txt"):
-        done = run_script(
+        done = run_forked(
             "sample.py", f"--out_dir={run}", "--start", start, "--num_samples=2", "--max_new_tokens=40", "--top_k=5"
         )
         assert done.returncode == 0, done.stderr

@@ -16,7 +16,7 @@ import search  # noqa: E402
 import search_report  # noqa: E402
 import train  # noqa: E402
 from configurator import ConfigError, load_config  # noqa: E402
-from conftest import ROOT, environment, losses, run_script  # noqa: E402
+from conftest import ROOT, environment, losses, run_forked  # noqa: E402
 from einsum_linear import BTT, NAMED_THETAS, check_theta, factor_sizes, taxonomy  # noqa: E402
 from model import GPT  # noqa: E402
 
@@ -393,7 +393,7 @@ def test_killed_in_the_middle_it_goes_on_to_the_end(tiny, tmp_path):
     log.write_text(
         '{"step": 16, "val_loss": 9.9}\n' + log.read_text()
     )  # of a run that was stopped there: no evaluation
-    done = run_script("search.py", *words)
+    done = run_forked("search.py", *words)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("/2 trial") == 2 and "ended early" in done.stdout, done.stdout
     assert "going on from step" in (out / "trial_0" / "train.log").read_text()

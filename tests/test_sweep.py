@@ -17,7 +17,7 @@ import train
 import vision.regression
 import vision.train
 from configurator import ConfigError, load_config
-from conftest import ROOT, read_rows, run_script, start_script
+from conftest import ROOT, read_rows, run_forked, start_script
 from model import GPT
 from vision.mlp import MLP
 
@@ -59,7 +59,7 @@ def test_names_tell_runs_apart():
 def test_runs_then_fit_and_then_nothing_is_left(path, tmp_path, capsys):
     words = ["sweep.py", path, f"--out={tmp_path}/runs", "--gpus=0", "--jobs=2"]
     # one of the three is there already
-    done = run_script(*words, "--only=dense_d_model36")
+    done = run_forked(*words, "--only=dense_d_model36")
     assert done.returncode == 0 and "1/1 dense_d_model36" in done.stdout, done.stdout + done.stderr
     assert "2 of the sweep's 3 runs are left: the fit follows when all are finished" in done.stdout
     log = tmp_path / "runs" / "dense_d_model36" / "log.jsonl"
@@ -67,7 +67,7 @@ def test_runs_then_fit_and_then_nothing_is_left(path, tmp_path, capsys):
     sweep.main([*words[1:], "--commands"])
     left = capsys.readouterr().out.splitlines()
     assert len(left) == 2 and all("train.py" in line and "--resume" in line for line in left)
-    done = run_script(*words)
+    done = run_forked(*words)
     assert done.returncode == 0 and "3 runs, 1 of them finished; 2 at a time" in done.stdout, done.stdout + done.stderr
     assert log.read_bytes() == before
     fit = json.loads((tmp_path / "runs" / "fit" / "fit.json").read_text())
@@ -80,7 +80,7 @@ def test_runs_then_fit_and_then_nothing_is_left(path, tmp_path, capsys):
 def test_a_run_that_fails_is_named_and_the_others_go_on(path, tmp_path):
     text = open(path).read().replace('dict(structure="btt", d_model=36), ', "")
     open(path, "w").write(text.replace("d_model=36", "d_model=37"))  # no multiple of two heads
-    done = run_script("sweep.py", path, f"--out={tmp_path}/runs", "--gpus=0", "--jobs=2")
+    done = run_forked("sweep.py", path, f"--out={tmp_path}/runs", "--gpus=0", "--jobs=2")
     assert done.returncode == 1 and "error: 1 of 2 runs failed: dense_d_model37; the same" in done.stderr
     assert "n_head=2 does not divide d_model=37" in (tmp_path / "runs" / "dense_d_model37" / "train.log").read_text()
     assert sweep.is_finished({"out_dir": str(tmp_path / "runs" / "btt_d_model64"), "max_steps": 6})
@@ -104,7 +104,7 @@ def test_ctrl_c_twice_leaves_nothing_running_and_the_same_command_goes_on(path, 
     steps = [row["step"] for row in read_rows(log.parent)]
     train_log = (log.parent / "train.log").read_text()
     assert "Traceback" not in train_log and 0 < steps[-1] < 100_000, train_log
-    done = run_script(*words, f"--common=--max_steps={steps[-1] + 2}")
+    done = run_forked(*words, f"--common=--max_steps={steps[-1] + 2}")
     assert done.returncode == 0 and "1/1 dense_d_model36" in done.stdout, done.stdout + done.stderr
     assert f"going on from step {steps[-1]}" in (log.parent / "train.log").read_text()
 
@@ -240,7 +240,7 @@ fit = "--by=structure --loss=loss --points=final --samples=5"
 
 
 def test_images_from_sweep_to_picture(tmp_path):
-    done = run_script("sweep.py", write(tmp_path, IMAGES), f"--out={tmp_path}/runs", "--gpus=0")
+    done = run_forked("sweep.py", write(tmp_path, IMAGES), f"--out={tmp_path}/runs", "--gpus=0")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "1 runs of 1 groups, training loss (nats per image) at the last validation of each" in done.stdout
     fit = json.loads((tmp_path / "runs" / "fit" / "fit.json").read_text())
@@ -263,7 +263,7 @@ runs = [dict(seed=seed) for seed in (1, 2)]
 
 
 def test_seeds_of_a_regression_are_one_setting(tmp_path, capsys):
-    done = run_script("sweep.py", write(tmp_path, REGRESSION), f"--out={tmp_path}/runs", "--gpus=0", "--jobs=2")
+    done = run_forked("sweep.py", write(tmp_path, REGRESSION), f"--out={tmp_path}/runs", "--gpus=0", "--jobs=2")
     assert done.returncode == 0, done.stdout + done.stderr
     runs = [str(tmp_path / "runs" / name) for name in ("seed1", "seed2")]
     scaling_laws.fit([*runs, f"--out={tmp_path}/fit", "--samples=5"])

@@ -18,7 +18,7 @@ import checkpoint
 import runlog
 import train
 from configurator import ConfigError
-from conftest import losses, read_rows, run_script, start_script
+from conftest import losses, read_rows, run_forked, run_script, start_script
 from data import TokenData
 from device import peak_flops
 from sample import load_model
@@ -269,7 +269,7 @@ def test_torchruns_restart_resumes_without_the_flag(tiny, tmp_path, monkeypatch,
 def test_two_processes_equal_one(tiny, tmp_path, straight):
     """Equal global batch, two real gloo processes: losses equal to rounding, evaluation on both ranks included."""
     train.main(tiny)
-    done = run_script("train.py", *tiny, f"--out_dir={tmp_path}/two", processes=2)
+    done = run_forked("train.py", *tiny, f"--out_dir={tmp_path}/two", processes=2)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("step 20/20") == 1  # one rank speaks
     for key in ("loss", "val_loss", "grad_norm", "tokens"):
@@ -281,7 +281,7 @@ def test_a_run_of_two_processes_goes_on_as_one(tiny, tmp_path):
     """The batch is that of all processes together: on resuming it is not multiplied by their number."""
     train.main(tiny)
     two = [*tiny, f"--out_dir={tmp_path}/two"]
-    done = run_script("train.py", *two, "--max_steps=10", "--schedule=constant", processes=2)
+    done = run_forked("train.py", *two, "--max_steps=10", "--schedule=constant", processes=2)
     assert done.returncode == 0, done.stderr
     train.main([*two, "--schedule=constant", "--resume"])
     train.main([*tiny, "--schedule=constant", f"--out_dir={tmp_path}/one"])
@@ -294,12 +294,12 @@ def test_sharded_on_two_goes_on_sharded_on_four_and_whole_on_one(tiny, tmp_path)
     """FSDP2: saved by 2 processes, resumed by 4 and by 1, losses equal to an unbroken run's on one process."""
     tiny = [*tiny, "--micro_batch=2", "--schedule=constant", "--dropout=0.0"]
     train.main([*tiny, f"--out_dir={tmp_path}/straight"])
-    done = run_script("train.py", *tiny, "--shard=fsdp", "--max_steps=10", processes=2)
+    done = run_forked("train.py", *tiny, "--shard=fsdp", "--max_steps=10", processes=2)
     assert done.returncode == 0, done.stdout + done.stderr
     assert sorted(os.listdir(tmp_path / "run")) == ["ckpt.dcp", "ckpt_prev.dcp", "config.json", "log.jsonl", "loss.png"]
     for name in ("four", "one"):
         shutil.copytree(tmp_path / "run", tmp_path / name)
-    done = run_script("train.py", *tiny, "--shard=fsdp", "--resume", f"--out_dir={tmp_path}/four", processes=4)
+    done = run_forked("train.py", *tiny, "--shard=fsdp", "--resume", f"--out_dir={tmp_path}/four", processes=4)
     assert done.returncode == 0 and "going on from step 10" in done.stdout, done.stdout + done.stderr
     train.main([*tiny, "--resume", f"--out_dir={tmp_path}/one"])
     for key in ("loss", "val_loss", "grad_norm", "lr"):
@@ -338,7 +338,7 @@ def test_a_compiled_copy_has_a_graph_a_bucket(tiny, tmp_path):
     for buckets in ("--bucket_mb=1", ""):  # the default: one
         out = tmp_path / f"run{buckets}"
         words = [tmp_path / "compiled.py", *tiny, "--compile=True", *buckets.split(), f"--out_dir={out}"]
-        done = run_script(*words, processes=2)
+        done = run_forked(*words, processes=2)
         assert done.returncode == 0, done.stdout + done.stderr
         graphs[buckets] = int(re.search(r"graphs: (\d+)", done.stdout)[1])
         two = losses(out)

@@ -33,7 +33,7 @@ import vision.data
 import vision.regression
 import vision.train
 from configurator import ConfigError, load_config
-from conftest import ROOT, losses, read_rows, run_script, start_script
+from conftest import ROOT, losses, read_rows, run_forked, run_script, start_script
 from cuda_graph import Graphed
 from data import TokenData
 from train import build
@@ -578,7 +578,7 @@ def test_another_model_is_not_resumed(straight):
 def test_two_processes_equal_one(tmp_path):
     options = dict(TINY, **AUGMENTED, max_steps=10, eval_interval=5)
     vision.train.main(words(dict(options, out_dir=tmp_path / "one")))
-    done = run_script("vision/train.py", *words(dict(options, out_dir=tmp_path / "two")), processes=2)
+    done = run_forked("vision/train.py", *words(dict(options, out_dir=tmp_path / "two")), processes=2)
     assert done.returncode == 0, done.stderr
     for key in ("loss", "val_loss", "grad_norm", "top1", "images"):
         one, two = losses(tmp_path / "one", key), losses(tmp_path / "two", key)
@@ -800,7 +800,7 @@ def test_the_real_cifar10(tmp_path):
 def test_images_as_tokens_are_read_one_a_row(parquet_folder, tmp_path):
     out = str(tmp_path / "tokens")
     where = parquet_folder()
-    done = run_script("vision/data.py", f"--out_dir={out}", f"--data_dir={where}", "--dataset=three", "--image_size=4")
+    done = run_forked("vision/data.py", f"--out_dir={out}", f"--data_dir={where}", "--dataset=three", "--image_size=4")
     assert done.returncode == 0, done.stderr
     assert "24 and 12 images of 48 tokens" in done.stdout
     data = TokenData(out, 48)
