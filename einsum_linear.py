@@ -264,7 +264,8 @@ class CoreLinear(nn.Module):
 
     def reset_parameters(self):
         for core, std in zip(self.cores, self.init_std):
-            nn.init.normal_(core, std=std)
+            if not core.is_meta:  # there only sizes are asked for, and torch takes a millisecond to draw nothing
+                nn.init.normal_(core, std=std)
         if self.zero_init:
             nn.init.zeros_(self.cores[-1])
 

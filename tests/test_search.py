@@ -377,7 +377,7 @@ def test_a_run_that_fails_and_one_that_outlived_its_search(tmp_path):
 def test_killed_in_the_middle_it_goes_on_to_the_end(tiny, tmp_path):
     out = tmp_path / "search"
     words = [word for word in tiny if not word.startswith(("--out_dir", "--max_steps", "--eval_interval"))]
-    words += [f"--out={out}", "--max_steps=150", "--eval_interval=30", "--trials=2", "--prune=2"]
+    words += [f"--out={out}", "--max_steps=75", "--eval_interval=15", "--trials=2", "--prune=2"]
     process = subprocess.Popen(
         [sys.executable, "search.py", *words], env=environment(None), start_new_session=True,
         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
@@ -390,15 +390,13 @@ def test_killed_in_the_middle_it_goes_on_to_the_end(tiny, tmp_path):
     process.wait()
     before = losses(out / "trial_0", "val_loss")
     log = out / "trial_0" / "log.jsonl"
-    log.write_text(
-        '{"step": 16, "val_loss": 9.9}\n' + log.read_text()
-    )  # of a run that was stopped there: no evaluation
+    log.write_text('{"step": 8, "val_loss": 9.9}\n' + log.read_text())  # of a run that was stopped there: no evaluation
     done = run_forked("search.py", *words)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("/2 trial") == 2 and "ended early" in done.stdout, done.stdout
     assert "going on from step" in (out / "trial_0" / "train.log").read_text()
     after = losses(out / "trial_0", "val_loss")
-    assert after.pop(16) == 9.9 and after.pop(0) and before.pop(0)
+    assert after.pop(8) == 9.9 and after.pop(0) and before.pop(0)
     assert {step: after[step] for step in before} == before
     rows = json.loads((out / "search.json").read_text())
     assert [row["state"] for row in rows] == ["complete", "pruned"]
