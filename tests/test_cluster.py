@@ -7,7 +7,8 @@ import subprocess
 import pytest
 
 import checkpoint
-from conftest import ROOT, losses, run_script
+import train
+from conftest import ROOT, losses
 
 SRUN = """#!/usr/bin/env bash
 # As srun on two nodes: the command once a node, and the first failure is the status.
@@ -34,7 +35,6 @@ def test_slurm_script_trains_on_two_nodes_and_goes_on(tiny, tmp_path):
         assert done.returncode == 0, done.stdout + done.stderr
         assert checkpoint.load(tmp_path / "run")["step"] == steps
     assert "going on from step 10" in done.stdout
-    alone = run_script("train.py", *tiny, "--schedule=constant", f"--out_dir={tmp_path}/alone")
-    assert alone.returncode == 0, alone.stderr
+    train.main([*tiny, "--schedule=constant", f"--out_dir={tmp_path}/alone"])
     want, got = losses(tmp_path / "alone"), losses(tmp_path / "run")
     assert want.keys() == got.keys() and all(got[step] == pytest.approx(want[step], rel=1e-3) for step in want)

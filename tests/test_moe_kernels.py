@@ -154,7 +154,7 @@ def interpreted():
     """What the test above runs. Memory that a kernel does not write is NaN here."""
     torch.use_deterministic_algorithms(True)
     btts = [
-        (BTTSizes(8, 16, 4, 16, 1), 100, 4, 2),
+        (BTTSizes(8, 16, 4, 16, 1), 60, 4, 2),
         (BTTSizes(3, 12, 5, 20, 2), 37, 5, 2),
         (BTTSizes(3, 5, 7, 4, 3), 30, 4, 1),
         (BTTSizes(4, 8, 6, 10, 1), 33, 4, 4),  # k = E
@@ -162,7 +162,7 @@ def interpreted():
         (BTTSizes(8, 16, 8, 16, 1), 1, 4, 2),  # one token
         (BTTSizes(4, 16, 4, 16, 1), 0, 3, 2),  # none
         (BTTSizes(40, 4, 3, 6, 1), 20, 3, 2),  # rows of z in two blocks
-        (BTTSizes(4, 16, 4, 16, 1), 400, 3, 2),  # larger tiles
+        (BTTSizes(4, 16, 4, 16, 1), 200, 3, 2),  # larger tiles
     ]
     low_ranks = [
         (BTTSizes(1, 70, 1, 150, 9), 90, 4, 2),
@@ -235,7 +235,7 @@ def check_lonely_experts():
         assert max(errors(x, A, B, lonely, gate, dy, 4)) < 1e-5
         dA = results(x, A, B, lonely, gate, dy, 4)[2].view(g, a, 4, r * f)
         assert not dA[:, :, [1, 3]].any() and dA[:, :, [0, 2]].any()
-        inputs = (x, A, B, index, gate, dy, 4)
+        inputs = (x[:20], A, B, index[:20], gate[:20], dy[:20], 4)
         assert all(torch.equal(a, b) for a, b in zip(results(*inputs), results(*inputs)))
         # without a break of the graph
         fast = torch.compile(btt_mixture, fullgraph=True, backend="aot_eager")
