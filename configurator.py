@@ -77,10 +77,12 @@ def load_config(Config, argv):
 
 
 def help_text(Config):
-    """One line an option: name, default and the comment of its field in the source."""
-    comments = _field_comments(Config)
+    """One line an option: name, default and the comment of its field in the source. Not of those in Config.hidden."""
+    comments, hidden = _field_comments(Config), getattr(Config, "hidden", ())
     lines = [inspect.cleandoc(sys.modules[Config.__module__].__doc__ or ""), "", "options:"]
     for field in dataclasses.fields(Config):
+        if field.name in hidden:
+            continue
         option = f"--{field.name}={field.default!r}"
         lines.append(f"  {option:<36} {comments.get(field.name, '')}".rstrip())
     return "\n".join(lines)

@@ -91,6 +91,11 @@ class BlockConfig:
                 raise ConfigError(
                     f"overrides: {name}={override!r}: give a structure, or a dict of {', '.join(OVERRIDABLE)}"
                 )
+        attention = [role for role in self.roles if role.startswith("attn.")]
+        if self.align_heads and all(self.layer_options(role)["structure"] == "dense" for role in attention):
+            raise ConfigError(
+                "align_heads=True with dense q, k, v and proj: leave it out, or make one of them btt or monarch"
+            )
         self._check_mixtures()
 
     def _check_mixtures(self):

@@ -94,6 +94,8 @@ class Config(train.Config):
     gpus: int | None = None  # GPUs to use; None: all there are, or that CUDA_VISIBLE_DEVICES names
     report: bool = False  # no trials, only table and picture of those in the storage
 
+    hidden = tuple(OWNED)  # of the help: main refuses them
+
     def __post_init__(self):
         for name, value in OWNED.items():
             setattr(self, name, value)

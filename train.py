@@ -220,7 +220,8 @@ def fit(config, progress, run, task, device, dtype, watchdog, micro_steps):
         if saved["scaler"]:  # empty where the checkpoint is of convert.py, or of a run without float16
             scaler.load_state_dict(saved["scaler"])
         state = {key: saved[key] for key in state}
-        say(f"{config.out_dir}: going on from step {state['step']}")
+        done = f", nothing is left of max_steps={config.max_steps}" if state["step"] >= config.max_steps else ""
+        say(f"{config.out_dir}: going on from step {state['step']}{done}")
     elif config.resume:
         say(f"{config.out_dir}: no checkpoint to go on from, starting at step 0")
     log = wandb_run = None

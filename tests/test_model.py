@@ -226,6 +226,8 @@ def test_a_narrow_embedding_is_brought_to_the_models_width():
 
 
 def test_aligned_heads_in_the_model():
+    one = {"attn": "dense", "attn.k": "btt"}
+    assert GPTConfig(**{**SMALL, "d_model": 48, "n_head": 6}, align_heads=True, overrides=one).align_heads
     model = GPT(GPTConfig(**{**SMALL, "d_model": 48, "n_head": 6}, align_heads=True))
     attn = model.blocks[0].attn
     assert [layer.sizes.phi for layer in (attn.q, attn.k, attn.v)] == [6] * 3 and attn.q.sizes.epsilon == 8
@@ -280,6 +282,8 @@ def test_impossible_configs_are_refused(kwargs, words):
     "kwargs, words",
     [
         (dict(align_heads=True, structure="low_rank"), ["align_heads", "low_rank", "btt"]),
+        (dict(align_heads=True, structure="dense"), ["align_heads", "dense q, k, v and proj", "btt"]),
+        (dict(align_heads=True, structured_layers=("ffn",)), ["align_heads", "dense q, k, v and proj", "btt"]),
         (dict(overrides={"ffn": {"structure": "btt", "ranks": 2}}), ["overrides: ffn=", "ranks", "num_cores"]),
         (dict(overrides={"ffn": "butterfly"}), ["ffn.up", "butterfly", "monarch"]),
         (dict(structure="dense", rank=2), ["attn.q", "rank=2", "dense"]),

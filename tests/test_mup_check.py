@@ -157,7 +157,7 @@ SMALL = dict(n_layer=1, n_head=2, block_size=8, batch_rows=32, steps=30, warmup_
 )
 def test_the_best_rate_stays_in_place_under_mup_only(char_data, structure, narrow, wide, lrs):
     config = LandscapeConfig(
-        structure=structure, widths=(narrow, wide), seeds=2, lrs=(lrs,), data_dir=char_data, **SMALL
+        structure=structure, widths=(narrow, wide), seeds=1, lrs=(lrs,), data_dir=char_data, **SMALL
     )
     losses, initial = lr_landscape(config, say=lambda *args, **kwargs: None)
     assert initial == pytest.approx(math.log(96))  # the head starts at zero

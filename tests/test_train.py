@@ -239,8 +239,10 @@ def test_resume_refuses_another_model_and_tells_other_changes(tiny, tmp_path, ca
     train.main([*tiny, "--resume", "--max_steps=4", "--lr=1e-3"])
     out = capsys.readouterr().out
     assert "resumed with lr=0.001, it was 0.005" in out and "resumed with max_steps=4, it was 2" in out
+    train.main([*tiny, "--resume", "--max_steps=4", "--lr=1e-3"])
+    assert "going on from step 4, nothing is left of max_steps=4" in capsys.readouterr().out
     rates = losses(tmp_path / "run", "lr")
-    assert rates[3] == pytest.approx(1e-3 * 3 / 5)  # from the new base rate, not from a saved one
+    assert max(rates) == 4 and rates[3] == pytest.approx(1e-3 * 3 / 5)  # from the new base rate, not from a saved one
 
 
 def test_a_torn_checkpoint_is_passed_over(tiny, tmp_path, capsys):
