@@ -161,7 +161,7 @@ def interpreted():
         (BTTSizes(4, 16, 3, 16, 1), 60, 5, 3),
         (BTTSizes(8, 16, 8, 16, 1), 1, 4, 2),  # one token
         (BTTSizes(4, 16, 4, 16, 1), 0, 3, 2),  # none
-        (BTTSizes(40, 4, 3, 6, 1), 20, 3, 2),  # rows of z in two blocks
+        (BTTSizes(10, 4, 3, 6, 4), 20, 3, 2),  # rows of z in two blocks
         (BTTSizes(4, 16, 4, 16, 1), 200, 3, 2),  # larger tiles
     ]
     low_ranks = [
