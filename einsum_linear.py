@@ -202,7 +202,7 @@ class Dense(nn.Linear):
 
     def reset_parameters(self):
         self.init_std = [init_std(self.in_features, self.out_features)]
-        nn.init.normal_(self.weight, std=0.0 if self.zero_init else self.init_std[0])
+        draw(self.weight, 0.0 if self.zero_init else self.init_std[0])
         if self.bias is not None:
             nn.init.zeros_(self.bias)
 
@@ -264,8 +264,7 @@ class CoreLinear(nn.Module):
 
     def reset_parameters(self):
         for core, std in zip(self.cores, self.init_std):
-            if not core.is_meta:  # there only sizes are asked for, and torch takes a millisecond to draw nothing
-                nn.init.normal_(core, std=std)
+            draw(core, std)
         if self.zero_init:
             nn.init.zeros_(self.cores[-1])
 
@@ -574,6 +573,15 @@ def num_parameters(sizes):
     """Entries of both cores."""
     a, b, g, d, e, f, r = sizes
     return a * g * d * f * r + b * g * e * f * r
+
+
+def draw(tensor, std):
+    """Fill a tensor with normal numbers of that standard deviation.
+
+    Not on the meta device: there only sizes are asked for, and torch takes a millisecond to draw nothing.
+    """
+    if not tensor.is_meta:
+        nn.init.normal_(tensor, std=std)
 
 
 def init_std(fan_in, fan_out):

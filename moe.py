@@ -58,6 +58,8 @@ class Router(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self):
+        if self.weight.is_meta:  # as einsum_linear.draw
+            return
         nn.init.normal_(self.weight)
         self.weight -= self.weight.mean(dim=1, keepdim=True)
         self.weight *= self.init_std[0] * math.sqrt(self.in_features) / self.weight.norm(dim=1, keepdim=True)

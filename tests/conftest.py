@@ -74,6 +74,11 @@ def run_script(*words, env=None, processes=None, timeout=240):
     )
 
 
+def run_interpreted(script, timeout=240):
+    """The script's own checks, of Triton kernels in the interpreter: chosen at import, so in a process of its own."""
+    return run_script(script, env={"TRITON_INTERPRET": "1", "PYTHONPATH": f"{ROOT}:{ROOT}/tests"}, timeout=timeout)
+
+
 def run_forked(script, *words, processes=None, timeout=240):
     """As run_script, with no torchrun between: for what a script does, not for how its processes start and end."""
     context, world, ranks = multiprocessing.get_context("forkserver"), processes or 1, []
@@ -103,7 +108,6 @@ def as_main(script, words, env, outputs):
     """In a process of its own: `python script words`."""
     os.environ.clear()
     os.environ.update(env)
-    torch.set_num_threads(1)
     for stream, path in zip((sys.stdout, sys.stderr), outputs):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), stream.fileno())
     os.chdir(ROOT)

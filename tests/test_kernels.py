@@ -114,12 +114,11 @@ def test_a_gpu_without_room_for_the_blocks_takes_plain_torch(monkeypatch, memory
 
 
 # ---------------------------------------------------------------------------------------
-# The kernels in the interpreter. In a process of its own: the interpreter is chosen at import.
+# The kernels in the interpreter
 
 
 def test_kernels_in_the_interpreter():
-    path = {"TRITON_INTERPRET": "1", "PYTHONPATH": f"{ROOT}:{ROOT}/tests"}
-    done = run_script("tests/test_kernels.py", env=path)
+    done = run_interpreted("tests/test_kernels.py")
     assert done.returncode == 0 and done.stdout.endswith("passed\n"), done.stdout + done.stderr
 
 
@@ -137,7 +136,7 @@ def interpreted():
     sizes = st.builds(BTTSizes, *(st.integers(1, most) for most in (20, 20, 20, 20, 5)))
     ways = {"fused": 0, "staged": 0, "dense": 0}
 
-    @settings(max_examples=30, deadline=None, database=None, derandomize=True)
+    @settings(max_examples=40, deadline=None, database=None, derandomize=True)
     @given(sizes, st.integers(0, 70), st.sampled_from([torch.float32, torch.float16]), st.booleans())
     def odd_sizes(sizes, n, dtype, after_gelu):
         inputs = example(sizes, (n,), dtype)
@@ -150,7 +149,7 @@ def interpreted():
 
     odd_sizes()
     assert max(errors("staged", *example(BTTSizes(68, 2, 3, 2, 5), (70,), torch.float32))) < 1e-5  # 340 rows of z
-    assert min(ways.values()) >= 6, ways  # all were tried
+    assert min(ways.values()) >= 10, ways  # all were tried
 
     for way, sizes in (("fused", BTTSizes(16, 16, 16, 12, 1)), ("staged", BTTSizes(16, 16, 16, 12, 3))):
         x, A, B, dy = example(sizes, (5, 9), torch.float32)

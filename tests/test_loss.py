@@ -79,8 +79,8 @@ def test_memory_of_the_logits_is_that_of_a_chunk(monkeypatch):
 
 
 def test_triton_kernel_equals_torch_on_a_row_of_several_blocks():
-    """Below, at and above a block, and no multiple of one. In a process of its own: the interpreter is chosen at import."""
-    done = run_script("tests/test_loss.py", env={"TRITON_INTERPRET": "1", "PYTHONPATH": f"{ROOT}:{ROOT}/tests"})
+    """Below, at and above a block, and no multiple of one."""
+    done = run_interpreted("tests/test_loss.py")
     assert done.returncode == 0 and done.stdout.strip() == "12 cases", done.stdout + done.stderr
 
 

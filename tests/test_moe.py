@@ -399,7 +399,7 @@ def real_text():
 
 @pytest.mark.parametrize("kind", [dict(moe="linear", rank=1), dict(moe="ffn", structure="dense")], ids=str)
 def test_no_expert_starves_on_real_text(kind, real_text):
-    """150 steps of 512 characters, at a high rate: without the routers' biases some experts end at 0.05 / E and below."""
+    """150 steps of 512 characters, at a high rate: without the routers' biases some experts end at 0.15 / E and below."""
     torch.manual_seed(0)
     model = GPT(GPTConfig(block_size=64, vocab_size=96, n_layer=1, n_head=2, d_model=64, **kind))
     optimizer = make_optimizer(model, 4e-3)
