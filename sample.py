@@ -15,8 +15,9 @@ import checkpoint
 from configurator import ConfigError, as_script, load_config
 from data import make_tokenizer
 from device import choose_device
-from model import GPT, GPTConfig
+from model import GPT
 from moe import set_top_k
+from options import GPTConfig
 
 
 @dataclass
