@@ -19,7 +19,7 @@ from compiling import order_loops
 from configurator import ConfigError, load_config
 from device import choose_device, choose_dtype, device_name, write_rows
 from einsum_linear import make_linear
-from moe import Mixture, apply, auxiliary_loss, make_mixture, report, route
+from moe import Mixture, Mixtures, make_mixture
 from theta import BTT, factor_sizes
 
 
@@ -261,11 +261,12 @@ def time_mixture(text, config, device, dtype):
     for way, layer in ways.items():
         torch._dynamo.reset()
 
-        def forward(x, layer=layer):
-            routings = []
+        mixtures = Mixtures.of(layer)
+
+        def forward(x, layer=layer, mixtures=mixtures):
             with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-                y = layer(x, routings) if isinstance(layer, AllExperts) else apply(layer, x, routings)
-            return (y, auxiliary_loss(report(routings))) if routings else (y,)
+                y = layer(x)
+            return (y,) if mixtures is None else (y, mixtures.add_loss(torch.zeros((), device=x.device)))
 
         compiling = device.type == "cuda" if config.compile is None else config.compile
         if compiling:
@@ -301,11 +302,11 @@ class AllExperts(torch.nn.Module):
         super().__init__()
         self.mixture: Mixture = mixture
 
-    def forward(self, x, routings):
+    def forward(self, x):
         layer = self.mixture
         a, _, g, _, e, f, r = layer.sizes
         E, n, (A, B) = layer.num_experts, len(x), layer.effective_cores()
-        index, gate = route(layer.router, x, routings)
+        index, gate = layer.router(x)
         gates = torch.zeros(n, E, device=x.device).scatter(1, index, gate).to(x.dtype)
         z = x.view(n, g, a).transpose(0, 1) @ A.to(x.dtype)  # (g, n, E·r·f)
         z = (z.view(g, n, E, r * f) * gates[:, :, None]).view(g, n, E, r, f)

@@ -34,13 +34,9 @@ from torch import nn
 import kernels
 from theta import ChainSizes, Sizes, factor_sizes, layer_sizes, multiplications, taxonomy  # noqa: F401
 
-# ---------------------------------------------------------------------------------------
-# Layers. All of them have: in_features, out_features, cores, init_std (one float a core), flops_per_token,
-# materialize() -> (d_out, d_in), and load_dense(W), which sets the cores to the best approximation of W.
-
 
 class Dense(nn.Linear):
-    """A plain matrix, with the interface of the structured layers."""
+    """A plain matrix, with the interface of CoreLinear."""
 
     def __init__(self, d_in, d_out, bias=False, zero_init=False):
         self.zero_init = zero_init
@@ -60,6 +56,9 @@ class Dense(nn.Linear):
     def flops_per_token(self):
         return 2 * self.in_features * self.out_features
 
+    def forward(self, x, after=None):
+        return super().forward(x if after is None else after(x))
+
     def materialize(self):
         return self.weight
 
@@ -68,7 +67,7 @@ class Dense(nn.Linear):
         self.weight.copy_(W)
 
 
-def apply_all(layers, x):
+def apply_together(layers, x):
     """[layer(x) for layer in layers]; in training as one layer where a GPU does that faster: dense ones, some BTTs."""
     if torch.is_grad_enabled() and kernels.joins(x, [getattr(layer, "btt_sizes", None) for layer in layers]):
         ys = kernels.btt_joined(x, [layer.effective_cores() for layer in layers])
@@ -84,13 +83,18 @@ def apply_all(layers, x):
 
 
 class CoreLinear(nn.Module):
-    """What layers made of cores share: the cores, their RMS cap, their gains, the bias.
+    """A linear layer made of cores. This class has the cores, their RMS cap, their gains and the bias; a structure adds
 
-    A core is a batched matrix, a parameter of shape (batch, fan_in, fan_out); `shapes` lists them.
-    `normalize` caps each core's RMS at its initial value and gives it a learnable scale
-    ("Compute Better Spent", ICML 2024, section 4); `gain=False` leaves the scale out, for a
-    layer whose output is normalised anyway. `zero_init` zeroes the last core. `fan_ins` sets the
-    learning rates (mup.py), `stds` the initial sizes, where those of the shapes are not the ones.
+        product(x)        (..., d_in) -> W x, (n, …) with n the product of the leading axes, without bias
+        flops_per_token   2 × multiplications
+        materialize()     W, (d_out, d_in)
+        load_dense(W)     sets the cores to the best approximation of W (d_out, d_in)
+
+    A core is a batched matrix, a parameter of shape (batch, fan_in, fan_out); `shapes` lists them. Its learning rate
+    follows from `fan_ins` (mup.py), its first values from `init_std`, one number a core; where those of the shapes are
+    not the right ones, `fan_ins` and `stds` say so. `zero_init` zeroes the last core.
+    `normalize` caps each core's RMS at its initial value and gives it a learnable scale ("Compute Better Spent",
+    ICML 2024, section 4); `gain=False` leaves the scale out, for a layer whose output is normalised anyway.
     """
 
     def __init__(
@@ -130,6 +134,13 @@ class CoreLinear(nn.Module):
             self.cores[i].copy_(core.reshape(self.cores[i].shape))
             if self.gains is not None:
                 self.gains[i] = _excess(self.cores[i], std)
+
+    def forward(self, x, after=None):
+        """x (..., d_in) -> W after(x), (..., d_out), in x's dtype or autocast's. after: an elementwise function, or None."""
+        x = x if after is None else after(x)
+        if self.matrix is not None:
+            return nn.functional.linear(x, self.matrix, self.bias)
+        return self.finish(self.product(x), x)
 
     def finish(self, y, x):
         """(n, …) outputs -> (..., d_out) as x's leading axes say, plus bias."""
@@ -172,9 +183,6 @@ class EinsumLinear(CoreLinear):
 
     In memory x is (γ β α) and y is (φ ε δ), last index fastest: a Kronecker product (γ = φ = 1) is then
     B ⊗ A, and a BTT (β = δ = 1) reads x and passes z between its two products without a copy.
-
-    x: (..., d_in) -> (..., d_out), in x's dtype or autocast's. after_gelu: of gelu(x), which a BTT's kernels make of what
-    they read: cheaper than a GELU before the layer.
     """
 
     def __init__(self, sizes, **kwargs):
@@ -194,13 +202,13 @@ class EinsumLinear(CoreLinear):
         a, b, g, d, e, f, r = self.sizes
         return kernels.BTTSizes(g, a, f, e, r) if b == d == 1 and self.matrix is None else None
 
-    def forward(self, x, after_gelu=False):
-        a, b, g, d, e, f, r = self.sizes
+    def forward(self, x, after=None):
         if self.btt_sizes is not None:
-            return self.finish(kernels.btt(x, *self.effective_cores(), after_gelu=after_gelu), x)
-        x = kernels.gelu(x) if after_gelu else x
-        if self.matrix is not None:
-            return nn.functional.linear(x, self.matrix, self.bias)
+            return self.finish(kernels.btt(x, *self.effective_cores(), after=after), x)
+        return super().forward(x, after)
+
+    def product(self, x):
+        a, b, g, d, e, f, r = self.sizes
         n = x.numel() // self.in_features
         x_4d = x.reshape(n, g, b, a)
         # The first core contracts α (or β) for every γ, the second makes ε (or δ) for every φ.
@@ -210,7 +218,7 @@ class EinsumLinear(CoreLinear):
         else:
             y = kernels.two_products(x_4d.permute(1, 2, 0, 3), *self.effective_cores())  # (γ, β, n, α) -> (φ, ε, n, δ)
             y = y.permute(2, 0, 1, 3)
-        return self.finish(y, x)  # from (n, φ, ε, δ)
+        return y  # (n, φ, ε, δ)
 
     def materialize(self):
         """The matrix W, (d_out, d_in), from the definition in one step (not through forward)."""
@@ -279,9 +287,7 @@ class ChainLinear(CoreLinear):
         self.in_sizes, self.out_sizes, self.ranks, self.blocks = tuple(in_sizes), tuple(out_sizes), ranks, blocks
         self.flops_per_token = 2 * mults
 
-    def forward(self, x):
-        if self.matrix is not None:
-            return nn.functional.linear(x, self.matrix, self.bias)
+    def product(self, x):
         n = x.numel() // self.in_features
         z, done, left = x, 1, self.in_features  # z: (n, j_1 ⋯ j_{k-1}, i_k, i_{k+1} ⋯ i_c, r_{k-1})
         for k, core in enumerate(self.effective_cores()):
@@ -295,7 +301,7 @@ class ChainLinear(CoreLinear):
                 z = z.permute(0, 1, 3, 2, 4).reshape(n * done * left, i * r) @ core[0].to(z.dtype)
                 z = z.view(n, done, left, j, r_next).permute(0, 1, 3, 2, 4)
             done *= j  # z: (n, done, j, left, r_next)
-        return self.finish(z, x)
+        return z
 
     def _ids(self, k):
         """einsum's labels of core k's axes: i_k is k, j_k is c + k, r_k is 2c + k."""

@@ -28,9 +28,8 @@ try:
 except ImportError:  # no GPU: plain torch
     triton = None
 
-INTERPRETED = (
-    triton is not None and triton.knobs.runtime.interpret
-)  # TRITON_INTERPRET=1: kernels run on the CPU, slowly
+# TRITON_INTERPRET=1: kernels run on the CPU, slowly
+INTERPRETED = triton is not None and triton.knobs.runtime.interpret
 
 
 # ---------------------------------------------------------------------------------------
@@ -110,13 +109,13 @@ def btt_matrix(A, B):
 # BTT
 
 
-def btt(x, A, B, way=None, after_gelu=False):
-    """y = W x for a Block Tensor-Train W of two cores, or y = W gelu(x).
+def btt(x, A, B, way=None, after=None):
+    """y = W x for a Block Tensor-Train W of two cores, or y = W after(x).
 
     x (..., g·a), A (g, a, r·f), B (f, g·r, e) -> y (..., f·e), in x's dtype or autocast's.
     way: "fused", "staged", "dense" or "torch"; None takes what should be the fastest (way_for).
-    after_gelu: the kernels apply the GELU to what they read of x, forward and backward, which saves a copy of x in memory
-    and two passes over it.
+    after: an elementwise function. If it is `gelu`, the kernels apply it to what they read of x, forward and backward,
+    which saves a copy of x in memory and two passes over it.
     """
     sizes = g, a, f, e, r = _sizes(A, B)
     if x.shape[-1] != g * a or B.shape[1] != g * r or A.shape[2] != r * f:
@@ -126,6 +125,9 @@ def btt(x, A, B, way=None, after_gelu=False):
     n = x_2d.shape[0]
     if way is None:
         way = way_for(x, sizes)
+    after_gelu = after is gelu and way in ("fused", "staged")
+    if after is not None and not after_gelu:
+        x_2d = after(x_2d)
     if way == "fused":
         y = torch.ops.nanoeinsum.btt_fused(x_2d, A, B, after_gelu)
     elif way == "staged":
@@ -133,9 +135,8 @@ def btt(x, A, B, way=None, after_gelu=False):
     elif way == "dense":
         by_kernel = runs_triton(x_2d) and _pow2(a) * _pow2(e) <= MOST_ENTRIES
         W = torch.ops.nanoeinsum.btt_multiplied_out(A, B) if by_kernel else btt_matrix(A, B)
-        y = torch.nn.functional.linear(gelu(x_2d) if after_gelu else x_2d, W)
+        y = torch.nn.functional.linear(x_2d, W)
     else:
-        x_2d = gelu(x_2d) if after_gelu else x_2d
         x_4d = x_2d.view(n, g, 1, a).permute(1, 3, 0, 2)
         y = TwoProducts.apply(x_4d, A, B).permute(2, 0, 1, 3)  # (f, 1, n, e) -> (n, f, 1, e)
     return y.reshape(*x.shape[:-1], f * e)

@@ -19,10 +19,19 @@ from torch.utils.checkpoint import checkpoint
 
 from configurator import ConfigError
 from cuda_graph import Graphed
-from einsum_linear import Dense, make_linear, multiplied_out
+from einsum_linear import Dense, apply_together, make_linear, multiplied_out
 from kernels import gelu
 from loss import linear_cross_entropy
-from moe import DenseMixture, Router, apply, apply_ffns, apply_layers, auxiliary_loss, make_mixture, report
+from moe import (
+    DenseMixture,
+    MixtureOfFFNs,
+    Mixtures,
+    Router,
+    checkpoint_routed,
+    make_mixture,
+    mix_together,
+    with_auxiliary_loss,
+)
 from options import GPTConfig
 
 EMBEDDING_STD = 1.0  # muP: embeddings are of size 1 whatever the width
@@ -63,9 +72,10 @@ class Attention(nn.Module):
         self.k_norm = nn.LayerNorm(hs, bias=config.bias) if mup else nn.Identity()
         self.proj = linear(config, "attn.proj", zero_init=True)
 
-    def forward(self, x, cache=None, routings=None):
+    def forward(self, x, cache=None):
         B, T, C = x.shape
-        qkv = apply_layers((self.q, self.k, self.v), x, routings, self.router)
+        layers = (self.q, self.k, self.v)
+        qkv = apply_together(layers, x) if self.router is None else mix_together(self.router, layers, x)
         q, k, v = (y.view(B, T, self.n_head, self.head_size) for y in qkv)
         q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)  # autocast leaves LayerNorm's output in float32
         q, k, v = (tensor.transpose(1, 2) for tensor in (q, k, v))  # (B, nh, T, hs)
@@ -76,23 +86,27 @@ class Attention(nn.Module):
         y = F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, is_causal=self.causal and mask is None, scale=self.scale, dropout_p=dropout
         )  # (B, nh, T, hs)
-        return apply(self.proj, y.transpose(1, 2).reshape(B, T, -1), routings)  # (B, T, C)
+        return self.proj(y.transpose(1, 2).reshape(B, T, -1))  # (B, T, C)
 
 
 class FFN(nn.Module):
-    """Two layers with a GELU between them; with moe="ffn" a mixture of such FFNs, whose layers `up` and `down` hold."""
+    """Two layers with a GELU between them."""
 
     def __init__(self, config):
         super().__init__()
-        self.router = Router(config.d_model, config.num_experts, config.top_k) if config.moe == "ffn" else None
         self.up = linear(config, "ffn.up")  # C -> 4C
         self.down = linear(config, "ffn.down", zero_init=True)  # 4C -> C
 
-    def forward(self, x, routings=None):
-        if self.router is not None:
-            return apply_ffns(self.up, self.down, gelu, x, routings, self.router)
-        h = apply(self.up, x, routings)  # (B, T, 4C)
-        return apply(self.down, h, routings, after_gelu=True)
+    def forward(self, x):
+        return self.down(self.up(x), after=gelu)  # down(gelu(up(x))): some kernels apply a GELU to what they read
+
+
+def make_ffn(config):
+    """An FFN, or with moe="ffn" a mixture of such FFNs."""
+    if config.moe != "ffn":
+        return FFN(config)
+    router = Router(config.d_model, config.num_experts, config.top_k)
+    return MixtureOfFFNs(router, linear(config, "ffn.up"), linear(config, "ffn.down", zero_init=True), gelu)
 
 
 def as_autocast(x):
@@ -102,47 +116,35 @@ def as_autocast(x):
 
 
 class Block(nn.Module):
-    """x (B, T, C) -> x, and in training the routings of the block's routers, a list (moe.report)."""
+    """x (B, T, C) -> x"""
 
     def __init__(self, config):
         super().__init__()
         self.attn_norm = nn.LayerNorm(config.d_model, bias=config.bias)
         self.attn = Attention(config)
         self.ffn_norm = nn.LayerNorm(config.d_model, bias=config.bias)
-        self.ffn = FFN(config)
+        self.ffn = make_ffn(config)
         self.dropout = nn.Dropout(config.dropout)
         # Depth-muP: the sum of the branches keeps its size when layers are added.
         self.branch_scale = math.sqrt(3 / config.n_layer) if config.parametrization == "mup" else 1.0
 
     def forward(self, x, cache=None):
-        routings = [] if self.training else None
-        x = self.add(x, self.attn(self.attn_norm(x), cache, routings))
-        return self.add(x, self.ffn(self.ffn_norm(x), routings)), routings
+        x = self.add(x, self.attn(self.attn_norm(x), cache))
+        return self.add(x, self.ffn(self.ffn_norm(x)))
 
     def add(self, x, branch):
         branch = self.dropout(branch)
         return x + (branch if self.branch_scale == 1 else self.branch_scale * branch)
 
 
-def through(blocks, x, config, *cache):
-    """x through all blocks -> x, and in training the routings of mixtures, a list."""
-    routings = []
-    for block in blocks:
-        if config.activation_checkpointing and block.training:  # its inside is made again for the backward pass
-            x, new = checkpoint(block, x, use_reentrant=False, preserve_rng_state=config.dropout > 0)
-        else:
-            x, new = block(x, *cache)
-        routings += new or []
-    return x, routings
-
-
-def result(y, loss, routings, apart):
-    """What a model returns, as GPT says: apart, or with the auxiliary loss of mixtures in the loss."""
-    if apart:
-        return y, loss, report(routings)
-    if routings and loss is not None:
-        loss = loss + auxiliary_loss(report(routings))
-    return y, loss
+def run_block(block, x, config, *cache):
+    """block(x), in training with activation_checkpointing: its inside is computed again for the backward pass."""
+    if not (config.activation_checkpointing and block.training):
+        return block(x, *cache)
+    rng = dict(preserve_rng_state=config.dropout > 0)
+    if config.moe != "none":
+        return checkpoint_routed(block, x, **rng)
+    return checkpoint(block, x, use_reentrant=False, **rng)
 
 
 class GPT(nn.Module):
@@ -152,9 +154,7 @@ class GPT(nn.Module):
     targets  (B, T) int64, -1 where no loss is wanted
     logits   (B, T, vocab_size) in the compute dtype; None where the loss was made without them (fused_loss)
     loss     mean cross-entropy in nats, float32, or None. Of mixtures in training mode, the auxiliary loss is added
-
-    GPT(config)(idx, targets, apart=True) -> (logits, cross-entropy, reports): in training mode of mixtures, the
-    reports of all routers, (routers, 4 + 2 E), from which moe.auxiliary_loss makes what is to be added.
+    (`mixtures`, moe.Mixtures, then has the cross-entropy without it)
     """
 
     def __init__(self, config):
@@ -172,6 +172,7 @@ class GPT(nn.Module):
         else:
             for embedding in (self.token_embedding, self.position_embedding):
                 nn.init.normal_(embedding.weight, std=EMBEDDING_STD)
+        self.mixtures = Mixtures.of(self)  # their routers, or None
 
     def _init_as_gpt2(self):
         """std 0.02, less on the residual branches, head tied to the embedding (GPT-2 report, section 2.3).
@@ -191,10 +192,9 @@ class GPT(nn.Module):
         if isinstance(self.lm_head, Dense):
             self.lm_head.weight = self.token_embedding.weight
 
-    def forward(self, idx, targets=None, apart=False):
-        routings = []
-        logits, loss = self.head(self.trunk(idx, routings=routings), targets)
-        return result(logits, loss, routings, apart)
+    def forward(self, idx, targets=None):
+        logits, loss = self.head(self.trunk(idx), targets)
+        return logits, with_auxiliary_loss(self, loss)
 
     def head(self, x, targets=None):
         """What is above the trunk: x (B, T, C) -> logits and cross-entropy, each or None, as forward says."""
@@ -208,19 +208,15 @@ class GPT(nn.Module):
         loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-1)
         return logits, loss
 
-    def trunk(self, idx, cache=None, routings=None):
-        """Everything below the head: (B, T) ids -> (B, T, C). With a cache, idx continues what it holds.
-
-        routings: a list, to which the routings of mixtures are added in training.
-        """
+    def trunk(self, idx, cache=None):
+        """Everything below the head: (B, T) ids -> (B, T, C). With a cache, idx continues what it holds."""
         if idx.size(1) > self.config.block_size:
             raise ValueError(f"{idx.size(1)} tokens do not fit block_size={self.config.block_size}")
         position = torch.arange(idx.size(1), device=idx.device) if cache is None else cache.next_positions(idx.size(1))
         x = self.embed(self.token_embedding(idx)) + self.position_embedding(position)  # (B, T, C)
         x = self.dropout(as_autocast(x))
-        x, new = through(self.blocks, x, self.config, cache)
-        if routings is not None:
-            routings += new
+        for block in self.blocks:
+            x = run_block(block, x, self.config, cache)
         return self.final_norm(x).to(x.dtype)
 
     @torch.no_grad()

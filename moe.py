@@ -24,9 +24,10 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from configurator import ConfigError
-from einsum_linear import CoreLinear, Dense, EinsumLinear, apply_all, init_std, make_linear
+from einsum_linear import CoreLinear, Dense, init_std, make_linear
 from kernels import BTTSizes, compute_dtype, gelu, takes_kernels
 from moe_kernels import btt_mixture, fits, routed_btt_mixture, router_fits
 from options import check_top_k
@@ -40,14 +41,17 @@ BALANCE = 0.1  # step of the routers' biases, in standard deviations of their lo
 
 
 class Router(nn.Module):
-    """Picks top_k experts for each token: x (n, d_in) -> index (n, k) int64, gate (n, k) of rows that sum to 1, logits (n, E).
+    """Picks top_k experts for each token: x (..., d_in) -> index (n, k) int64, gate (n, k) of rows that sum to 1.
 
     Logits are float32, also under autocast: of 16 bits, many would tie. The rows of the matrix start at one length
     and with mean 0, so that no expert is ahead at first: neither by chance, nor by the mean that inputs from a GELU
     have. With top_k = 1 the only gate is 1, and the router learns from the auxiliary loss alone.
 
     `bias` (E,) is added to the logits that experts are picked by, not to those that the gates are made of. It has no
-    gradient: `balance` moves it after every update.
+    gradient: Mixtures.balance moves it after every update.
+
+    In training `routing` keeps what the router made of the last batch, until Mixtures reads it: index, gate without
+    gradient, and the logits (n, E).
     """
 
     def __init__(self, d_in, num_experts, top_k):
@@ -56,6 +60,7 @@ class Router(nn.Module):
         self.init_std = [init_std(d_in, num_experts)]
         self.weight = nn.Parameter(torch.empty(num_experts, d_in))
         self.register_buffer("bias", torch.zeros(num_experts))
+        self.routing = None
         self.reset_parameters()
 
     @torch.no_grad()
@@ -75,6 +80,12 @@ class Router(nn.Module):
         return 2 * self.in_features * self.out_features
 
     def forward(self, x):
+        index, gate, logits = self.route(x.reshape(-1, self.in_features))
+        self.keep(index, gate, logits)
+        return index, gate
+
+    def route(self, x):
+        """x (n, d_in) -> index, gate, logits"""
         if takes_kernels(x) and self.out_features <= 128:
             logits, index, gate = torch.ops.nanoeinsum.route(
                 x.to(compute_dtype(x)), self.weight.float(), self.bias, self.top_k
@@ -85,6 +96,10 @@ class Router(nn.Module):
             logits = F.linear(x.to(dtype), self.weight.to(dtype))
         index = pick(logits.detach() + self.bias, self.top_k)
         return index, logits.gather(1, index).softmax(dim=1), logits
+
+    def keep(self, index, gate, logits):
+        if self.training:
+            self.routing = index, gate.detach(), logits
 
 
 def pick(logits, k):
@@ -98,19 +113,85 @@ def pick(logits, k):
     return turn.gather(1, logits.gather(1, turn).topk(k).indices)
 
 
-# A routing is what a router made of one batch: index, gate (n, k) without gradient, logits (n, E). Layers add theirs to a list.
-# A report is what is known of one router and one batch: (4 + 2 E,) float32, whose sums over batches and processes,
-# divided by those of the first column, are the means. Only the auxiliary loss has a gradient. Its columns: 1; the
-# auxiliary loss; entropy of a token's gates; standard deviation of logits; E shares of the rows; E mean gates.
-AUX, ENTROPY, SPREAD, LOADS = 1, 2, 3, 4
+class Mixtures:
+    """The routers of a model, read together: GPT(config).mixtures, None of a model without mixtures.
 
+    A report is what is known of one router and one batch: (4 + 2 E,) float32, whose sums over batches and processes,
+    divided by those of the first column, are the means. Only the auxiliary loss has a gradient. Its columns: 1; the
+    auxiliary loss; entropy of a token's gates; standard deviation of logits; E shares of the rows; E mean gates.
 
-def report_size(num_experts):
-    return LOADS + 2 * num_experts
+    names          of the R routers, by the layer that each serves: "blocks.0.attn.q"
+    reports        (R, 4 + 2 E) of the last batch in training, without gradient
+    cross_entropy  of the last batch in training, without gradient: the loss before add_loss
+    """
+
+    AUX, ENTROPY, SPREAD, LOADS = 1, 2, 3, 4  # columns of a report
+
+    @classmethod
+    def of(cls, model):
+        """The model's Mixtures, or None where it has no routers."""
+        named = {name.removesuffix(".router"): m for name, m in model.named_modules() if isinstance(m, Router)}
+        return cls(named) if named else None
+
+    def __init__(self, named_routers):
+        self.names, self.routers = list(named_routers), list(named_routers.values())
+        self.reports = self.cross_entropy = None
+
+    def no_reports(self, device):
+        """Reports of no batch at all, to sum others into."""
+        return torch.zeros(len(self.routers), self.LOADS + 2 * self.routers[0].out_features, device=device)
+
+    def add_loss(self, loss):
+        """The loss of a batch in training, and what the routers add to it; None where there is no loss."""
+        routings = [router.routing for router in self.routers]
+        for router in self.routers:
+            router.routing = None  # it holds the graph of the batch
+        if loss is None:
+            return None
+        reports = report(routings)
+        self.reports, self.cross_entropy = reports.detach(), loss.detach()
+        return loss + auxiliary_loss(reports)
+
+    @torch.no_grad()
+    def balance(self, reports):
+        """After an update: experts with few rows are picked more easily from now on, those with many less.
+
+        reports (R, 4 + 2 E), summed over the whole batch, all processes: their biases stay equal.
+        The auxiliary loss alone, shared by all routers, does not keep experts alive at high rates and small batches:
+        its gradient drowns in that of the cross-entropy, which Adam scales it with. A bias balances by itself (Wang et
+        al., "Auxiliary-Loss-Free Load Balancing Strategy for Mixture-of-Experts", 2024), here by steps in proportion to
+        what is amiss and to the size of the logits, whatever these grow to.
+        """
+        means = reports / reports[:, :1]
+        load = means[:, self.LOADS :].chunk(2, dim=1)[0]
+        steps = BALANCE * means[:, self.SPREAD, None] * (1 - load.shape[1] * load).clamp(-1, 1)
+        for router, step in zip(self.routers, steps):
+            router.bias += step
+
+    def figures(self, reports):
+        """Summed reports, (R, 4 + 2 E) on any device, as {name: plain numbers}: what a row of the log has.
+
+        load            share of the rows that each expert got, 1/E where they are even
+        token_entropy   of the gates of a token, in nats, mean over tokens: 0 where one expert has all the weight, at most log k
+        mean_entropy    of the mean of the gates: at most log E, where all experts have the same weight
+        """
+        sums = reports.cpu().double()
+        means = sums / sums[:, :1]
+        load, gate = means[:, self.LOADS :].chunk(2, dim=1)
+        mean_entropy = torch.special.entr(gate).sum(dim=1)
+
+        def rounded(values):
+            return [round(value, 4) for value in values.tolist()]
+
+        columns = zip(self.names, load, rounded(means[:, self.ENTROPY]), rounded(mean_entropy))
+        return {
+            name: {"load": rounded(of_experts), "token_entropy": of_token, "mean_entropy": of_mean}
+            for name, of_experts, of_token, of_mean in columns
+        }
 
 
 def report(routings):
-    """A list of R routings of n tokens -> (R, 4 + 2 E), as said above. All at once: a router has 20 small kernels else.
+    """Routings of R routers, n tokens each -> their reports, (R, 4 + 2 E). All at once: apart, each takes 20 small kernels.
 
     The load balance (Fedus et al., "Switch Transformers", JMLR 2022, eq. 4) is E · Σ_e load_e · p_e with the mean
     probability p_e under the softmax of all logits, 1 where both are even. The z-loss (Zoph et al., "ST-MoE", 2022,
@@ -129,51 +210,15 @@ def report(routings):
 
 
 def auxiliary_loss(reports):
-    """What the routers add to the cross-entropy. reports (routers, 4 + 2 E) of one batch."""
-    return AUXILIARY * reports[:, AUX].mean()
+    """What the routers add to the cross-entropy. reports (R, 4 + 2 E) of one batch."""
+    return AUXILIARY * reports[:, Mixtures.AUX].mean()
 
 
-@torch.no_grad()
-def balance(model, reports):
-    """After an update: experts with few rows are picked more easily from now on, those with many less.
-
-    reports (routers, 4 + 2 E), summed over the whole batch, all processes: their biases stay equal.
-    The auxiliary loss alone, shared by all routers, does not keep experts alive at high rates and small batches:
-    its gradient drowns in that of the cross-entropy, which Adam scales it with. A bias balances by itself (Wang et
-    al., "Auxiliary-Loss-Free Load Balancing Strategy for Mixture-of-Experts", 2024), here by steps in proportion to
-    what is amiss and to the size of the logits, whatever these grow to.
-    """
-    means = reports / reports[:, :1]
-    load = means[:, LOADS:].chunk(2, dim=1)[0]
-    steps = BALANCE * means[:, SPREAD, None] * (1 - load.shape[1] * load).clamp(-1, 1)
-    for router, step in zip((module for module in model.modules() if isinstance(module, Router)), steps):
-        router.bias += step
-
-
-def router_names(model):
-    """Names of the model's routers, in the order of its reports, by the layer that each serves: "blocks.0.attn.q"."""
-    return [name.removesuffix(".router") for name, module in model.named_modules() if isinstance(module, Router)]
-
-
-def figures(names, sums):
-    """Summed reports, (routers, 4 + 2 E) on any device, as {name: plain numbers}: what a row of the log has.
-
-    load            share of the rows that each expert got, 1/E where they are even
-    token_entropy   of the gates of a token, in nats, mean over tokens: 0 where one expert has all the weight, at most log k
-    mean_entropy    of the mean of the gates: at most log E, where all experts have the same weight
-    """
-    means = (sums.double() / sums[:, :1].double()).cpu()
-    load, gate = means[:, LOADS:].chunk(2, dim=1)
-    mean_entropy = torch.special.entr(gate).sum(dim=1)
-
-    def rounded(values):
-        return [round(value, 4) for value in values.tolist()]
-
-    columns = zip(names, load, rounded(means[:, ENTROPY]), rounded(mean_entropy))
-    return {
-        name: {"load": rounded(of_experts), "token_entropy": of_token, "mean_entropy": of_mean}
-        for name, of_experts, of_token, of_mean in columns
-    }
+def with_auxiliary_loss(model, loss):
+    """The loss of a batch; in training of a model with mixtures, with what its routers add. loss may be None."""
+    if model.mixtures is None or not model.training:
+        return loss
+    return model.mixtures.add_loss(loss)
 
 
 def set_top_k(model, top_k, option="top_k"):
@@ -187,6 +232,26 @@ def set_top_k(model, top_k, option="top_k"):
     check_top_k(option, top_k, model.config.num_experts)
     for module in mixtures:
         module.top_k = top_k
+
+
+def checkpoint_routed(function, x, **kwargs):
+    """torch.utils.checkpoint of a block with routers: their routings are outputs, too.
+
+    What a checkpointed function leaves behind on the side is made again in the backward pass, and would then be kept.
+    """
+    routers = [module for module in function.modules() if isinstance(module, Router)]
+
+    def run(x):
+        try:
+            return function(x), *(tensor for router in routers for tensor in router.routing)
+        finally:
+            for router in routers:
+                router.routing = None
+
+    y, *tensors = checkpoint(run, x, use_reentrant=False, **kwargs)
+    for i, router in enumerate(routers):
+        router.routing = tuple(tensors[3 * i : 3 * i + 3])
+    return y
 
 
 # ---------------------------------------------------------------------------------------
@@ -421,13 +486,21 @@ class Mixture(CoreLinear):
     For whole matrices likewise: std √k · init_std(d_in, d_out), rate lr · 768 / d_in. The layers inside an FFN that is
     an expert are mixed by nobody, and start as one expert alone (active=1).
 
-    x (..., d_in), index (n, k) int64, gate (n, k) -> (..., d_out). router: its own, or None where it is given index and gate.
+    x (..., d_in) -> (..., d_out), by a router of its own; or, where `mix` gets index and gate from elsewhere, router is None.
     """
 
     def __init__(self, d_in, d_out, num_experts, top_k, routed, shapes, **kwargs):
         super().__init__(d_in, d_out, shapes, **kwargs)
         self.num_experts, self.top_k = num_experts, top_k
         self.router = Router(d_in, num_experts, top_k) if routed else None
+
+    def forward(self, x, after=None):
+        x = x if after is None else after(x)
+        return self.mix(x, *self.router(x))
+
+    def mix(self, x, index, gate):
+        """x (..., d_in), index (n, k) int64, gate (n, k) -> Σ_k gate · W[index] x, (..., d_out)"""
+        return self.finish(self.product(x.reshape(-1, self.in_features), index, gate), x)
 
     def extra_repr(self):
         return f"{self.in_features} -> {self.out_features}, {self.top_k} of {self.num_experts} experts"
@@ -450,9 +523,21 @@ class BTTMixture(Mixture):
         a, _, g, _, e, f, r = self.sizes
         return 2 * self.top_k * g * r * f * (a + e)
 
-    def forward(self, x, index, gate):
-        y = btt_moe(x.reshape(-1, self.in_features), *self.effective_cores(), index, gate, self.num_experts)
+    def forward(self, x, after=None):
+        a, _, g, _, e, f, r = self.sizes
+        if not (takes_kernels(x) and router_fits(BTTSizes(g, a, f, e, r), self.num_experts, self.top_k)):
+            return super().forward(x, after)
+        # The kernels that make the gradients of x make the router's and the GELU's, too.
+        dtype, router = compute_dtype(x), self.router
+        x = x if after in (None, gelu) else after(x)
+        A, B = (core.to(dtype) for core in self.effective_cores())
+        rows = x.reshape(-1, self.in_features).to(dtype)
+        y, *routing = routed_btt_mixture(rows, router.weight.float(), router.bias, A, B, self.top_k, after is gelu)
+        router.keep(*routing)
         return self.finish(y, x)
+
+    def product(self, x, index, gate):
+        return btt_moe(x, *self.effective_cores(), index, gate, self.num_experts)
 
     def experts(self, x, ends, gate=None):
         """Sorted rows (m, d_in) -> (m, d_out), without bias."""
@@ -479,8 +564,8 @@ class DenseMixture(Mixture):
     def flops_per_token(self):
         return 2 * self.top_k * self.in_features * self.out_features
 
-    def forward(self, x, index, gate):
-        return self.finish(dense_moe(x.reshape(-1, self.in_features), self.cores[0], index, gate), x)
+    def product(self, x, index, gate):
+        return dense_moe(x, self.cores[0], index, gate)
 
     def experts(self, x, ends, gate=None):
         """Sorted rows (m, d_in) -> (m, d_out), without bias."""
@@ -508,56 +593,23 @@ def make_mixture(d_in, d_out, num_experts, top_k, routed=True, mixed=True, **opt
     return BTTMixture(expert.sizes, num_experts, top_k, active, routed, **kwargs)
 
 
-# ---------------------------------------------------------------------------------------
-# In the model. `routings` is a list that routers add theirs to, or None.
+def mix_together(router, layers, x):
+    """[layer(x) for layer in layers], mixtures of which a token has the same experts in all."""
+    index, gate = router(x)
+    return [layer.mix(x, index, gate) for layer in layers]
 
 
-def apply(layer, x, routings, after_gelu=False):
-    """layer(x), or layer(gelu(x)), where the layer may be a mixture with a router of its own."""
-    if isinstance(layer, EinsumLinear):
-        return layer(x, after_gelu)
-    if isinstance(layer, BTTMixture) and takes_kernels(x):
-        a, _, g, _, e, f, r = layer.sizes
-        if router_fits(BTTSizes(g, a, f, e, r), layer.num_experts, layer.top_k):
-            return apply_by_kernels(layer, x, routings, after_gelu)
-    x = gelu(x) if after_gelu else x
-    return layer(x, *route(layer.router, x, routings)) if isinstance(layer, Mixture) else layer(x)
+class MixtureOfFFNs(nn.Module):
+    """The standard MoE: Σ_k gate · down_e(activation(up_e(x))). `up` and `down` hold the layers of all its FFNs."""
 
+    def __init__(self, router, up, down, activation):
+        super().__init__()
+        self.router, self.up, self.down, self.activation = router, up, down, activation
 
-def apply_by_kernels(layer, x, routings, after_gelu):
-    """The same of a BTTMixture: the kernels that make its gradients make the router's and the GELU's, too."""
-    dtype, router = compute_dtype(x), layer.router
-    A, B = (core.to(dtype) for core in layer.effective_cores())
-    rows = x.reshape(-1, layer.in_features).to(dtype)
-    y, *routed = routed_btt_mixture(rows, router.weight.float(), router.bias, A, B, layer.top_k, after_gelu)
-    if routings is not None:
-        routings.append(routed)
-    return layer.finish(y, x)
-
-
-def apply_layers(layers, x, routings, router=None):
-    """[layer(x) for layer in layers], some of which may be mixtures; with a router, one for all of them."""
-    if router is not None:
-        index, gate = route(router, x, routings)
-        return [layer(x, index, gate) for layer in layers]
-    if any(isinstance(layer, Mixture) for layer in layers):
-        return [apply(layer, x, routings) for layer in layers]
-    return apply_all(layers, x)
-
-
-def apply_ffns(up, down, activation, x, routings, router):
-    """Σ_k gate · down_e(activation(up_e(x))): a mixture of FFNs, of which `up` and `down` hold the layers."""
-    index, gate = route(router, x, routings)
-    order, inverse, ends = sort_by_expert(index, up.num_experts)
-    rows = _Spread.apply(x.reshape(-1, x.shape[-1]).to(compute_dtype(x)), order, inverse)
-    hidden = activation(up.finish(up.experts(rows, ends), rows))  # (m, d_ff)
-    y = down.experts(hidden, ends, gate.flatten()[order])
-    return down.finish(_Collect.apply(y, order, inverse, len(index)), x)
-
-
-def route(router, x, routings):
-    """x (..., d_in) -> index, gate (n, k)"""
-    index, gate, logits = router(x.reshape(-1, x.shape[-1]))
-    if routings is not None:
-        routings.append((index, gate.detach(), logits))
-    return index, gate
+    def forward(self, x):
+        index, gate = self.router(x)  # (n, k)
+        order, inverse, ends = sort_by_expert(index, self.up.num_experts)
+        rows = _Spread.apply(x.reshape(-1, x.shape[-1]).to(compute_dtype(x)), order, inverse)
+        hidden = self.activation(self.up.finish(self.up.experts(rows, ends), rows))  # (m, d_ff)
+        y = self.down.experts(hidden, ends, gate.flatten()[order])
+        return self.down.finish(_Collect.apply(y, order, inverse, len(index)), x)

@@ -215,7 +215,6 @@ def activation_sizes(model, multipliers, lr=5e-4, steps=5, batch_rows=8, seed=0)
 
     def record(name):
         def hook(module, args, output):
-            output = output[0] if isinstance(module, Block) else output  # its routings are no activations
             sizes[name] = output.detach().square().mean().sqrt().item()
 
         return hook

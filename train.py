@@ -56,7 +56,7 @@ from data import TokenData, make_tokenizer
 from device import Numbers, Turn, choose_device, choose_dtype, device_name, peak_flops, to_device
 from heartbeat import init_distributed
 from model import GPT
-from moe import auxiliary_loss, balance, figures, report_size, router_names, set_top_k
+from moe import auxiliary_loss, set_top_k
 from mup import lr_multipliers, make_optimizer, set_lr
 from parallel import FlatGradients, clip_gradients, exchange_gradients, ranks, replicate, shard, speak_for_this_rank
 from prepare_owt import prepare_default
@@ -263,7 +263,7 @@ def fit(config, progress, run, task, device, dtype, watchdog, micro_steps):
         if config.eval_top_k:
             set_top_k(model, config.top_k)
         if run.reports is not None and "loss" in row:
-            row["moe"] = figures(router_names(model), run.reports)
+            row["moe"] = model.mixtures.figures(run.reports)
             run.reports.zero_()
         state["best_val_loss"] = min(state["best_val_loss"], row["val_loss"])
         write(row)
@@ -345,6 +345,8 @@ def build(
     """
     as_graph = choose_cuda_graphs(config, device, dtype, world)
     compiling = device.type == "cuda" if config.compile is None else config.compile
+    if compiling and config.activation_checkpointing and config.moe != "none":
+        compiling = "blocks"  # torch.compile does not take a checkpointed block that leaves routings behind
     if compiling:
         order_loops(device)
     torch.manual_seed(config.seed)
@@ -369,10 +371,9 @@ def build(
     optimizer = make_optimizer(model, config.lr, config.weight_decay, betas, multipliers)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
-    reports = None
-    if config.moe != "none":
-        reports = torch.zeros(len(router_names(model)), report_size(config.num_experts), device=device)
-        here = torch.zeros_like(reports)  # of one update
+    mixtures, reports = model.mixtures, None
+    if mixtures is not None:
+        reports, here = mixtures.no_reports(device), mixtures.no_reports(device)  # summed until read; of one update
 
     def passes(*batch):
         """Forward and backward passes on this process's share of a batch: x, y, or what `prepare` makes them of.
@@ -388,16 +389,15 @@ def build(
             with exchange_gradients(parallel, wanted=i == micro_steps - 1):
                 beat()  # whoever hangs between two of these is behind the others
                 with autocast:
-                    if reports is None:
-                        (_, loss), aux = parallel(x[i], y[i]), torch.zeros((), device=device)
-                    else:
-                        _, loss, new = parallel(x[i], y[i], apart=True)
-                        aux = auxiliary_loss(new)
-                        here.add_(new.detach())
+                    _, loss = parallel(x[i], y[i])
                 beat()
-                scaler.scale((loss + aux) / micro_steps).backward()
-            total += loss.detach() / micro_steps
-            total_aux += aux.detach() / micro_steps
+                scaler.scale(loss / micro_steps).backward()
+            if mixtures is None:
+                total += loss.detach() / micro_steps
+            else:
+                here.add_(mixtures.reports)
+                total += mixtures.cross_entropy / micro_steps
+                total_aux += auxiliary_loss(mixtures.reports) / micro_steps
         if flat is not None:
             flat.collect()
         return torch.stack((total, total_aux))
@@ -412,7 +412,7 @@ def build(
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
         if reports is not None:
-            balance(model, here)
+            mixtures.balance(here)
             reports.add_(here)
         return norm.view(1)
 

@@ -7,7 +7,7 @@ import torch
 
 from bench_layers import AllExperts
 from conftest import run_forked
-from moe import apply, make_mixture
+from moe import make_mixture
 
 SHAPE = "--vocab_size=96 --n_layer=1 --n_head=2 --d_model=36 --block_size=32 --micro_batch=2 --batch_tokens=256"
 
@@ -87,6 +87,6 @@ def test_mixtures_on_a_cpu(tmp_path):
     assert all(row["ms"] > 0 for row in rows)
 
     mixture, x = make_mixture(36, 48, 4, 2, structure="btt", rank=2), torch.randn(20, 36)
-    torch.testing.assert_close(AllExperts(mixture)(x, []), apply(mixture, x, []))
+    torch.testing.assert_close(AllExperts(mixture)(x), mixture(x))
     refused = run_forked("bench.py", "mixtures", "--layers=btt/64-36:1")
     assert refused.returncode == 1 and "'btt/64-36:1' is no mixture: write" in refused.stderr

@@ -8,7 +8,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from configurator import ConfigError
-from einsum_linear import ChainLinear, EinsumLinear, apply_all, init_std, make_linear, multiplied_out
+from einsum_linear import ChainLinear, EinsumLinear, apply_together, init_std, make_linear, multiplied_out
 from structures import main
 from theta import Sizes, factor_sizes, multiplications, num_parameters, taxonomy
 
@@ -466,8 +466,8 @@ def test_layers_on_one_input_are_each_themselves(second):
     for layer in layers:
         torch.nn.init.normal_(layer.bias)
     x = torch.randn(2, 5, 24)
-    for y, layer in zip(apply_all(layers, x), layers):
+    for y, layer in zip(apply_together(layers, x), layers):
         torch.testing.assert_close(y, x @ layer.materialize().T + layer.bias)
     with multiplied_out(torch.nn.ModuleList(layers)):
-        for y, layer in zip(apply_all(layers, x), layers):
+        for y, layer in zip(apply_together(layers, x), layers):
             torch.testing.assert_close(y, layer(x))

@@ -11,7 +11,7 @@ import torch
 
 import kernels
 from conftest import run_interpreted
-from kernels import BTTSizes, btt, btt_joined, btt_matrix, choose_way, fused_blocks, joins
+from kernels import BTTSizes, btt, btt_joined, btt_matrix, choose_way, fused_blocks, gelu, joins
 from theta import BTT, factor_sizes
 
 triton = pytest.importorskip("triton")
@@ -38,7 +38,7 @@ def example(sizes, shape, dtype, device="cpu", seed=0):
 def results(way, x, A, B, dy, after_gelu=False):
     """y, dx, dA, dB"""
     x, A, B = (tensor.detach().requires_grad_() for tensor in (x, A, B))
-    y = btt(x, A, B, way, after_gelu)
+    y = btt(x, A, B, way, gelu if after_gelu else None)
     return [y.detach(), *torch.autograd.grad(y, (x, A, B), dy)]
 
 

@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import model as model_file
 from configurator import ConfigError
-from einsum_linear import Dense, EinsumLinear, apply_all, make_linear, multiplied_out
+from einsum_linear import Dense, EinsumLinear, apply_together, make_linear, multiplied_out
 from model import GPT, KVCache, sample_token
 from mup import make_optimizer
 from options import GPTConfig
@@ -212,7 +212,7 @@ def test_q_k_and_v_of_which_one_has_a_bias():
     layers = [make_linear(8, 6, "dense", bias=bias) for bias in (True, False, False)]
     torch.nn.init.normal_(layers[0].bias)
     x = torch.randn(3, 8)
-    for y, layer in zip(apply_all(layers, x), layers):
+    for y, layer in zip(apply_together(layers, x), layers):
         torch.testing.assert_close(y, x @ layer.weight.T + (0 if layer.bias is None else layer.bias))
 
 

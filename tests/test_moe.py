@@ -98,7 +98,7 @@ def test_outputs_and_gradients_equal_a_loop_in_float64(name, k):
         gate.requires_grad_()
         dy = torch.randn(n, 18, dtype=torch.float64)
         wanted = [x, gate, *(p for p in layer.parameters() if p is not layer.router.weight)]
-        got, want = layer(x, index, gate), loop(layer, x, index, gate)
+        got, want = layer.mix(x, index, gate), loop(layer, x, index, gate)
         torch.testing.assert_close(got, want, msg=lambda text, where=f"{what}, {n} tokens": f"{where}: {text}")
         for a, b in zip(torch.autograd.grad(got, wanted, dy), torch.autograd.grad(want, wanted, dy)):
             torch.testing.assert_close(a, b, msg=lambda text, where=f"{what}, {n} tokens": f"{where}: {text}")
@@ -108,9 +108,9 @@ def test_outputs_and_gradients_equal_a_loop_in_float64(name, k):
 def test_bfloat16_is_near(name):
     layer = make_layer(name).float()
     x = torch.randn(512, 36)
-    index, gate, _ = layer.router(x)
+    index, gate = layer.router(x)
     with torch.autocast("cpu", torch.bfloat16):
-        got = layer(x.bfloat16(), index, gate)
+        got = layer.mix(x.bfloat16(), index, gate)
     assert got.dtype == torch.bfloat16
     want = loop(layer.double(), x.bfloat16().double(), index, gate.double())
     assert (got.double() - want).norm() <= 5e-3 * want.norm()
@@ -119,7 +119,7 @@ def test_bfloat16_is_near(name):
 def test_a_mixture_of_all_slices_with_equal_gates_is_the_btt_of_all_ranks():
     layer = make_layer("btt", E)
     x = torch.randn(5, 36, dtype=torch.float64)
-    got = layer(x, torch.arange(E).expand(5, E), torch.ones(5, E, dtype=torch.float64))
+    got = layer.mix(x, torch.arange(E).expand(5, E), torch.ones(5, E, dtype=torch.float64))
     torch.testing.assert_close(got, kernels.btt(x, *layer.effective_cores(), way="torch"))
 
 
@@ -136,7 +136,7 @@ def test_nothing_is_computed_for_experts_that_are_not_picked():
                 layer.cores[0].view(g, a, E, -1)[:, :, 1] = math.nan
         x = torch.randn(9, 36, dtype=torch.float64, requires_grad=True)
         index = torch.tensor([0, 2]).expand(9, 2)
-        y = layer(x, index, torch.rand(9, 2, dtype=torch.float64))
+        y = layer.mix(x, index, torch.rand(9, 2, dtype=torch.float64))
         y.sum().backward()
         assert y.isfinite().all() and x.grad.isfinite().all()
         assert all(core.grad.isfinite().all() for core in layer.cores)
@@ -171,7 +171,7 @@ def test_rows_are_sorted_by_expert():
 def test_a_mixture_of_ffns_equals_a_loop_over_ffns():
     model = randomised("ffn").double()
     ffn, x = model.blocks[0].ffn, torch.randn(2, 9, 36, dtype=torch.float64)
-    index, gate, _ = ffn.router(x.flatten(0, 1))
+    index, gate = ffn.router(x)
     up, down = ([layer.materialize(row) for row in torch.eye(8).double()] for layer in (ffn.up, ffn.down))
     want = []
     for row, es, gs in zip(x.flatten(0, 1), index.tolist(), gate):
@@ -187,7 +187,7 @@ def test_routers_are_even_at_first(d_in, num_experts, k):
     """Also on inputs that are not centred, as those behind a GELU."""
     torch.manual_seed(0)
     for input_ in (torch.randn(4096, d_in), F.gelu(torch.randn(4096, d_in))):
-        index, gate, logits = Router(d_in, num_experts, k)(input_)
+        index, gate, logits = Router(d_in, num_experts, k).route(input_)
         load = torch.bincount(index.flatten(), minlength=num_experts) * num_experts / index.numel()
         assert load.min() > 0.75 and load.max() < 1.25, load
         assert all(len(set(row)) == k for row in index.tolist())
@@ -211,7 +211,7 @@ def test_logits_are_float32_under_autocast():
     router = Router(36, 8, 2)
     x = torch.randn(50, 36).bfloat16()
     with torch.autocast("cpu", torch.bfloat16):
-        _, gate, logits = router(x)
+        _, gate, logits = router.route(x)
     assert gate.dtype == logits.dtype == torch.float32
     torch.testing.assert_close(logits, x.float() @ router.weight.T)
 
@@ -230,7 +230,7 @@ def test_reports_by_hand():
     entropy = -(g * g.log()).sum().item() / 2
     assert row.tolist() == pytest.approx([1, balance + 0.1 * z, entropy, row[3].item(), *load, *mean_gate])
     assert moe.auxiliary_loss(torch.stack((row, 3 * row))).item() == pytest.approx(0.01 * 2 * (balance + 0.1 * z))
-    figures = moe.figures(["a"], 5 * row[None])["a"]
+    figures = moe.Mixtures({"a": Router(1, 3, 2)}).figures(5 * row[None])["a"]
     assert figures["load"] == load and figures["token_entropy"] == pytest.approx(entropy, abs=1e-4)
     assert figures["mean_entropy"] == pytest.approx(-sum(v * math.log(v) for v in mean_gate), abs=1e-4)
 
@@ -243,11 +243,13 @@ def test_loss_in_training_has_the_auxiliary_loss_and_evaluation_has_not():
         torch.testing.assert_close(want, F.cross_entropy(logits.flatten(0, 1), idx[1].flatten()))
         model.train()
         _, loss = model(*idx)
-        _, alone, reports = model(*idx, apart=True)
-        assert len(reports) == len(moe.router_names(model))
-        torch.testing.assert_close(alone, want)
-        torch.testing.assert_close(loss, want + 0.01 * reports[:, moe.AUX].mean())
-        torch.testing.assert_close(reports[:, moe.LOADS :].sum(dim=1), torch.full((len(reports),), 2.0))  # none dropped
+        mixtures, reports = model.mixtures, model.mixtures.reports
+        assert len(reports) == len(mixtures.names)
+        torch.testing.assert_close(mixtures.cross_entropy, want)
+        torch.testing.assert_close(loss, want + 0.01 * reports[:, mixtures.AUX].mean())
+        of_all = reports[:, mixtures.LOADS :].sum(dim=1)
+        torch.testing.assert_close(of_all, torch.full((len(reports),), 2.0))  # none dropped
+        assert all(router.routing is None for router in mixtures.routers)  # the graph of the batch is let go
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -255,11 +257,11 @@ def test_reports_have_the_order_of_the_names(name):
     """Each router in turn is made to send all to its last experts: the one row of which this is true is the router's."""
     model = randomised(name).train()
     idx = torch.randint(96, (2, 32))
-    for at, layer in enumerate(moe.router_names(model)):
+    for at, layer in enumerate(model.mixtures.names):
         router = model.get_submodule(f"{layer}.router")
         router.bias[-router.top_k :] = 1e6
-        reports = model(idx, idx, apart=True)[2].detach()
-        loads = reports[:, moe.LOADS :].chunk(2, dim=1)[0]
+        model(idx, idx)
+        loads = model.mixtures.reports[:, model.mixtures.LOADS :].chunk(2, dim=1)[0]
         assert loads[at, -router.top_k :].sum() == pytest.approx(1)
         assert [i for i, load in enumerate(loads) if load[-router.top_k :].sum() > 0.99] == [at]
         router.bias.zero_()
@@ -268,10 +270,10 @@ def test_reports_have_the_order_of_the_names(name):
 def test_q_k_and_v_may_share_a_router():
     model = randomised("shared router")
     names = [f"blocks.{i}.{layer}" for i in (0, 1) for layer in ("attn", "attn.proj", "ffn.up", "ffn.down")]
-    assert moe.router_names(model) == names
+    assert model.mixtures.names == names
     attn, x = model.blocks[0].attn, torch.randn(1, 6, 36)
-    index, gate, _ = attn.router(x[0])
-    got = moe.apply_layers((attn.q, attn.k, attn.v), x, None, attn.router)
+    index, gate = attn.router(x[0])
+    got = moe.mix_together(attn.router, (attn.q, attn.k, attn.v), x)
     for layer, y in zip((attn.q, attn.k, attn.v), got):
         torch.testing.assert_close(y[0], loop(layer, x[0], index, gate))
 
@@ -324,7 +326,7 @@ def test_cached_logits_equal_recomputed_ones_and_generation_goes_on():
 def test_every_parameter_gets_a_gradient_and_idle_experts_get_zeros():
     for name in MODELS:
         model = randomised(name).train()
-        for layer in moe.router_names(model):
+        for layer in model.mixtures.names:
             model.get_submodule(f"{layer}.router").bias[0] = -1e6
         idx = torch.randint(96, (2, 32))
         model(idx, idx)[1].backward()
@@ -336,11 +338,16 @@ def test_every_parameter_gets_a_gradient_and_idle_experts_get_zeros():
             assert not grad[0].any() and grad[1].any()
 
 
-def test_activation_checkpointing_changes_no_gradient():
+@pytest.mark.parametrize("compiled", [False, True])
+def test_activation_checkpointing_changes_no_gradient_and_keeps_no_graph(compiled):
     model, other = randomised("btt").train(), randomised("btt", activation_checkpointing=True).train()
+    if compiled:  # block by block, as train.py does it of mixtures
+        for block in other.blocks:
+            block.compile(backend="aot_eager")
     idx = torch.randint(96, (2, 4, 32))
     for m in (model, other):
         m(*idx)[1].backward()
+    assert all(router.routing is None for router in other.mixtures.routers)
     for (name, a), b in zip(model.named_parameters(), other.parameters()):
         torch.testing.assert_close(a.grad, b.grad, msg=name)
 
@@ -367,7 +374,7 @@ def test_a_mixture_starts_with_outputs_as_large_as_a_layers_of_all_its_active_ra
     ):
         want = make_linear(256, 256, **plain)(x).square().mean().sqrt()
         layer = make_mixture(256, 256, 8, k, **options)
-        got = layer(x, *layer.router(x)[:2]).square().mean().sqrt()
+        got = layer(x).square().mean().sqrt()
         assert got.item() == pytest.approx(want.item(), rel=0.12), options
 
 
@@ -404,22 +411,22 @@ def test_no_expert_starves_on_real_text(kind, real_text):
     torch.manual_seed(0)
     model = GPT(GPTConfig(block_size=64, vocab_size=96, n_layer=1, n_head=2, d_model=64, **kind))
     optimizer = make_optimizer(model, 4e-3)
-    seen = torch.zeros(len(moe.router_names(model)), moe.report_size(8))
+    seen = model.mixtures.no_reports("cpu")
     first = last = None
     for step in range(150):
         set_lr(optimizer, 4e-3 * min(1, (step + 1) / 30))
         starts = torch.randint(len(real_text) - 65, (8,), generator=torch.Generator().manual_seed(step))
         rows = torch.stack([real_text[start : start + 65] for start in starts])
-        _, last, reports = model(rows[:, :-1], rows[:, 1:], apart=True)
+        model(rows[:, :-1], rows[:, 1:])[1].backward()
+        last = model.mixtures.cross_entropy
         first = last.item() if first is None else first
-        (last + moe.auxiliary_loss(reports)).backward()
         optimizer.step()
         optimizer.zero_grad()
-        moe.balance(model, reports)
+        model.mixtures.balance(model.mixtures.reports)
         if step >= 100:
-            seen += reports.detach()
+            seen += model.mixtures.reports
     assert last.item() < 0.7 * first
-    for name, layer in moe.figures(moe.router_names(model), seen).items():
+    for name, layer in model.mixtures.figures(seen).items():
         assert min(layer["load"]) > 0.2 / 8, (name, layer)
 
 
@@ -513,9 +520,9 @@ def test_another_number_of_experts_in_evaluation_and_sampling(run, tmp_path, cap
     two = model(idx)[0]
     moe.set_top_k(model, 4)
     layer, x = model.blocks[0].ffn.up, torch.randn(7, 36)
-    index, gate, logits = layer.router(x)
+    index, gate, logits = layer.router.route(x)
     assert index.shape == (7, 4) and (model(idx)[0] - two).abs().max() > 1e-4
-    torch.testing.assert_close(loop(layer, x, index, gate), layer(x, index, gate), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(loop(layer, x, index, gate), layer.mix(x, index, gate), rtol=1e-4, atol=1e-5)
     assert model.flops_per_token() > sample.load_model(folder)[0].flops_per_token()
     moe.set_top_k(model, 2)
     assert torch.equal(model(idx)[0], two)

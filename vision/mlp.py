@@ -13,20 +13,20 @@ import torch.nn.functional as F
 from torch import nn
 
 from kernels import gelu
-from model import FFN, as_autocast, linear, result, through
+from model import as_autocast, linear, make_ffn, run_block
+from moe import Mixtures, with_auxiliary_loss
 
 
 class MLPBlock(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.norm = nn.LayerNorm(config.d_model, bias=config.bias)
-        self.ffn = FFN(config)
+        self.ffn = make_ffn(config)
         self.dropout = nn.Dropout(config.dropout)
         self.branch_scale = (3 / config.n_layer) ** 0.5  # depth-muP, as in model.Block
 
     def forward(self, x):
-        routings = [] if self.training else None
-        return x + self.branch_scale * self.dropout(self.ffn(self.norm(x), routings)), routings
+        return x + self.branch_scale * self.dropout(self.ffn(self.norm(x)))
 
 
 class MLP(nn.Module):
@@ -35,7 +35,6 @@ class MLP(nn.Module):
     x        (B, …) float, D numbers each
     targets  (B,) int64 classes, (B, d_out) probabilities, or what another `loss` takes
     y        (B, d_out); loss, float32: mean cross-entropy in nats, or `loss`(y, targets)
-    apart    as of model.GPT: in training mode of mixtures, the reports of all routers as a third
     """
 
     def __init__(self, config, loss=F.cross_entropy):
@@ -45,18 +44,20 @@ class MLP(nn.Module):
         self.input_norm = nn.LayerNorm(config.d_model, bias=config.bias)
         self.blocks = nn.ModuleList(MLPBlock(config) for _ in range(config.n_layer))
         self.head = linear(config, "head", zero_init=True)
+        self.mixtures = Mixtures.of(self)
         if getattr(config, "shuffle_pixels", False):
             order = torch.randperm(config.d_in, generator=torch.Generator().manual_seed(42), device="cpu")
             self.register_buffer("order", order.to(self.input_norm.weight.device))
 
-    def forward(self, x, targets=None, apart=False):
+    def forward(self, x, targets=None):
         x = x.flatten(1)  # (B, D)
         if hasattr(self, "order"):
             x = x[:, self.order]
         x = as_autocast(self.input_norm(gelu(self.input(x))))  # (B, C)
-        x, routings = through(self.blocks, x, self.config)
+        for block in self.blocks:
+            x = run_block(block, x, self.config)
         y = self.head(x)
-        return result(y, None if targets is None else self.loss(y.float(), targets), routings, apart)
+        return y, with_auxiliary_loss(self, None if targets is None else self.loss(y.float(), targets))
 
     def passes(self, role):
         """How often an input makes the layer that plays `role` work."""

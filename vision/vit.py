@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from model import EMBEDDING_STD, Block, as_autocast, linear, result, through
+from model import EMBEDDING_STD, Block, as_autocast, linear, run_block
+from moe import Mixtures, with_auxiliary_loss
 
 
 class ViT(nn.Module):
@@ -20,7 +21,6 @@ class ViT(nn.Module):
     x        (B, channels, image_size, image_size) float
     targets  (B,) int64 classes, or (B, n_classes) probabilities
     logits   (B, n_classes); loss: mean cross-entropy in nats, float32, or None
-    apart    as of model.GPT: in training mode of mixtures, the reports of all routers as a third
     """
 
     def __init__(self, config):
@@ -40,16 +40,19 @@ class ViT(nn.Module):
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.final_norm = nn.LayerNorm(config.d_model, bias=config.bias)
         self.head = linear(config, "head", zero_init=True)
+        self.mixtures = Mixtures.of(self)
 
-    def forward(self, x, targets=None, apart=False):
+    def forward(self, x, targets=None):
         x = self.input_norm(self.input(self.patch_norm(patches(x, self.config.patch_size))))  # (B, P, C)
         if self.config.pool == "token":
             x = torch.cat((self.class_embedding.to(x.dtype).expand(len(x), 1, -1), x), dim=1)  # (B, T, C)
         x = self.dropout(as_autocast(x + self.position_embedding))
-        x, routings = through(self.blocks, x, self.config)
+        for block in self.blocks:
+            x = run_block(block, x, self.config)
         x = self.final_norm(x)
         logits = self.head(x[:, 0] if self.config.pool == "token" else x.mean(dim=1))
-        return result(logits, None if targets is None else F.cross_entropy(logits.float(), targets), routings, apart)
+        loss = None if targets is None else F.cross_entropy(logits.float(), targets)
+        return logits, with_auxiliary_loss(self, loss)
 
     def passes(self, role):
         """How often an image makes the layer that plays `role` work."""

@@ -19,7 +19,6 @@ from compiling import order_loops  # noqa: E402
 from configurator import as_script, load_config  # noqa: E402
 from device import choose_device  # noqa: E402
 from model import GPT  # noqa: E402
-from moe import auxiliary_loss  # noqa: E402
 from options import GPTConfig  # noqa: E402
 
 
@@ -68,11 +67,7 @@ def main(argv):
 def gradients(run, model, x, y):
     model.zero_grad(set_to_none=True)
     with torch.autocast(x.device.type, torch.bfloat16):
-        if model.config.moe == "none":
-            loss = run(x, y)[1]
-        else:
-            _, loss, reports = run(x, y, apart=True)
-            loss = loss + auxiliary_loss(reports)
+        _, loss = run(x, y)
     loss.backward()
     return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
 
