@@ -26,7 +26,7 @@ import runlog
 from compiling import order_loops
 from configurator import ConfigError, as_script, load_config
 from cuda_graph import Graphed
-from data import TokenData, make_tokenizer
+from data import TokenData, check_same_data, tokenizer_of
 from device import Numbers, Turn, choose_device, choose_dtype, device_name, peak_flops, to_device
 from heartbeat import init_distributed
 from model import GPT, GPTConfig
@@ -216,6 +216,7 @@ def fit(config, progress, run, task, device, dtype, watchdog, micro_steps):
         saved = checkpoint.load(config.out_dir, say)
     if saved is not None:
         check_same_model(config, saved["config"], task.shape, say)
+        check_same_data(task.meta, saved["meta"], say)
         checkpoint.restore(saved, model, optimizer)
         if saved["scaler"]:  # empty where the checkpoint is of convert.py, or of a run without float16
             scaler.load_state_dict(saved["scaler"])
@@ -609,14 +610,14 @@ def evaluate(model, data, config, device, autocast, rank, world, beat=lambda: No
 
 def print_sample(config, device):
     """Text from the checkpoint just saved."""
-    model, meta = load_model(config.out_dir)
     try:
-        tokenizer = make_tokenizer(meta["tokenizer"])
-    except ConfigError as error:  # no network for GPT-2's merges: the run is whole all the same
-        print(f"no sample: {error}")
+        model, meta = load_model(config.out_dir)
+        tokenizer = tokenizer_of(meta)
+        options = SampleConfig(max_new_tokens=config.sample_tokens, seed=config.seed)
+        (text,) = sample(model.to(device), tokenizer, tokenizer.document_start, options, device)
+    except Exception as error:  # no network for GPT-2's merges, a full GPU: the run is whole all the same
+        print(f"no sample ({type(error).__name__}): {error}")
         return
-    options = SampleConfig(max_new_tokens=config.sample_tokens, seed=config.seed)
-    (text,) = sample(model.to(device), tokenizer, tokenizer.document_start, options, device)
     print(f"{'-' * 30} sample {'-' * 30}\n{text}\n{'-' * 68}")
 
 
