@@ -9,15 +9,11 @@ Imports from configurator, device, data, text_files, checkpoint, moe and model.
 
 import sys
 from dataclasses import dataclass, fields
+from functools import partial
 
-import torch
-
-import checkpoint
 from configurator import ConfigError, as_script, load_config
 from data import tokenizer_of
-from device import choose_device
-from model import GPT, GPTConfig
-from moe import set_top_k
+from options import GPTConfig
 from text_files import normalise, read_text
 
 
@@ -47,6 +43,17 @@ class Config:
             raise ConfigError(f"top_k={self.top_k}: make it at least 1, or None")
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise ConfigError(f"top_p={self.top_p}: make it more than 0 and at most 1, or None")
+
+
+if __name__ == "__main__":  # a mistake is answered before torch is imported, which takes seconds
+    as_script(partial(load_config, Config))
+
+import torch
+
+import checkpoint
+from device import choose_device
+from model import GPT
+from moe import set_top_k
 
 
 def load_model(out_dir):

@@ -42,13 +42,13 @@ from checkpoint import PLACES
 from configurator import ConfigError, as_script, load_config
 from data import TokenData
 from device import device_name
-from einsum_linear import BTT, canonical, factor_sizes, taxonomy
-from model import GPT, GPTConfig
-from moe import check_top_k
+from model import GPT
+from options import GPTConfig, check_top_k
 from prepare_owt import prepare_default
 from runlog import duration, read_log, writing
 from search_report import dotted, report
 from sweep import gpus_to_use
+from theta import BTT, canonical, factor_sizes, taxonomy
 
 try:
     import optuna

@@ -19,7 +19,8 @@ import train
 from configurator import ConfigError, load_config
 from conftest import losses
 from data import TokenData
-from model import GPT, GPTConfig
+from model import GPT
+from options import GPTConfig
 from sample import load_model
 
 SHAPE = dict(vocab_size=96, block_size=32, n_layer=2, n_head=2, d_model=36)
