@@ -83,8 +83,8 @@ def read_meta(data_dir):
     path = os.path.join(data_dir, "meta.json")
     if is_nanogpt_folder(data_dir):
         raise ConfigError(
-            f"data_dir={data_dir} holds tokens but no meta.json: if nanoGPT made them, `python prepare_owt.py "
-            f"--source={data_dir}` writes it; if not, make the data anew with prepare_owt.py"
+            f"data_dir={data_dir}: meta.json is missing: where nanoGPT made train.bin and val.bin, write it with "
+            f"prepare_owt.py --source={data_dir}, else make the data anew with prepare_owt.py"
         )
     if not os.path.isfile(path):
         raise ConfigError(
@@ -108,7 +108,7 @@ def is_nanogpt_folder(path):
     return have["train.bin"] and have["val.bin"] and not have["meta.json"]
 
 
-LANGUAGE = ("tokenizer", "vocab_size", "characters", "row_tokens", "classes")  # what ids and labels stand for
+LANGUAGE = ("tokenizer", "vocab_size", "vocabulary", "row_tokens", "classes")  # what ids and labels stand for
 
 
 def check_same_data(meta, saved, say):
@@ -185,20 +185,20 @@ class CharTokenizer:
 
 
 class VocabularyTokenizer:
-    """The characters of the data: id i is characters[i], which are sorted and distinct. A newline ends a document."""
+    """The characters of the data: id i is vocabulary[i], which are sorted and distinct. A newline ends a document."""
 
     name = "chars"
 
-    def __init__(self, characters):
-        if "\n" not in characters or len(characters) >= 2**16 - 1:
+    def __init__(self, vocabulary):
+        if "\n" not in vocabulary or len(vocabulary) >= 2**16 - 1:
             raise ConfigError(
-                f"tokenizer=chars: {len(characters)} characters; it takes up to {2**16 - 2}, a newline among them: "
+                f"tokenizer=chars: {len(vocabulary)} characters; it takes up to {2**16 - 2}, a newline among them: "
                 "take --tokenizer=bytes"
             )
-        self.characters, self.vocab_size = characters, len(characters)
+        self.vocabulary, self.vocab_size = vocabulary, len(vocabulary)
         self.dtype = "uint8" if self.vocab_size <= 256 else "uint16"
         self._ids = np.full(0x110000, 2**16 - 1, dtype=np.uint16)  # by code point; 65535: has none
-        self._ids[code_points(characters)] = np.arange(self.vocab_size)
+        self._ids[code_points(vocabulary)] = np.arange(self.vocab_size)
         self.document_start = self.encode("\n")
         self.document_end = self.encode_document("\n")
 
@@ -217,7 +217,7 @@ class VocabularyTokenizer:
         return int(np.argmax(self._ids[code_points(text)] == 2**16 - 1))
 
     def decode(self, ids):
-        return "".join(self.characters[i] for i in ids)
+        return "".join(self.vocabulary[i] for i in ids)
 
 
 def code_points(text):
@@ -292,14 +292,14 @@ class GPT2Tokenizer:
 TOKENIZERS = ("gpt2", "char96", "chars", "bytes")
 
 
-def make_tokenizer(name, bpe_dir=None, characters=None):
-    """One of TOKENIZERS; bpe_dir is for gpt2, `characters` for chars."""
+def make_tokenizer(name, bpe_dir=None, vocabulary=None):
+    """One of TOKENIZERS; bpe_dir is for gpt2, vocabulary, a string of all characters, for chars."""
     if name == "gpt2":
         return GPT2Tokenizer(bpe_dir)
     if name == "char96":
         return CharTokenizer()
     if name == "chars":
-        return VocabularyTokenizer(characters)
+        return VocabularyTokenizer(vocabulary)
     if name == "bytes":
         return ByteTokenizer()
     raise ConfigError(f"tokenizer {name!r} is unknown: one of {', '.join(TOKENIZERS)}")
@@ -309,4 +309,4 @@ def tokenizer_of(meta, bpe_dir=None):
     """The tokenizer of a meta.json, or of the copy of it that a checkpoint holds."""
     if "row_tokens" in meta:
         raise ConfigError("its tokens are pixels of images, which are no text")
-    return make_tokenizer(meta.get("tokenizer"), bpe_dir, meta.get("characters"))
+    return make_tokenizer(meta.get("tokenizer"), bpe_dir, meta.get("vocabulary"))

@@ -39,7 +39,9 @@ from text_files import TextReader, first_line, local_files
 @dataclass
 class Config:
     source: str = "owt"  # "owt", "stdlib", or a local file or folder
-    tokenizer: Literal["gpt2", "char96", "chars", "bytes"] = "gpt2"  # chars: those of the data; bytes: any text
+    tokenizer: Literal["gpt2", "char96", "chars", "bytes"] = (
+        "gpt2"  # char96: 96 of them; chars: the data's; bytes: any text
+    )
     out_dir: str | None = None  # None: data/SOURCE_TOKENIZER
     dataset: str = "Skylion007/openwebtext"  # of source="owt": its name on the hub, or a folder in the hub's layout
     text_field: str = "text"  # name of the text in .jsonl objects, .parquet columns and hub data sets
@@ -89,7 +91,7 @@ def prepare(config, replace=True):
     # Fail on a tokenizer that can't be had before reading any text.
     tokenizer = None if config.tokenizer == "chars" else make_tokenizer(config.tokenizer, config.bpe_dir)
     source = open_source(config)
-    tokenizer = tokenizer or make_tokenizer("chars", characters=find_characters(source))
+    tokenizer = tokenizer or make_tokenizer("chars", vocabulary=find_characters(source))
     try:
         os.makedirs(config.out_dir, exist_ok=True)
         # A folder of this process alone: several may prepare the same data at once.
@@ -125,7 +127,7 @@ def write_folder(config, tokenizer, source, folder):
         "val_fraction": source.val_fraction,
     }  # fmt: skip
     if tokenizer.name == "chars":
-        meta["characters"] = tokenizer.characters
+        meta["vocabulary"] = tokenizer.vocabulary
     with open(os.path.join(folder, "meta.json"), "w") as file:
         json.dump(meta, file, indent=1)
     return meta, left_out
@@ -249,23 +251,17 @@ def batches(documents):
 _tokenizer = None  # of a pool's process
 
 
-def start_process(name, bpe_dir, characters):
+def start_process(name, bpe_dir, vocabulary):
     global _tokenizer
-    _tokenizer = make_tokenizer(name, bpe_dir, characters)
-
-
-class Encoded(NamedTuple):
-    """A batch of documents as ids."""
-
-    ids: dict  # {split: bytes}
-    left_out: int
-    characters_left_out: int
-    first_left_out: str | None  # where, and for which character
-    bad: list  # (place, why) of documents that the tokenizer failed on
+    _tokenizer = make_tokenizer(name, bpe_dir, vocabulary)
 
 
 def encode_batch(first, batch, seed, val_fraction):
-    """Encode documents number first, first + 1, … of the source."""
+    """Encode documents number first, first + 1, … of the source.
+
+    -> {split: ids as bytes}, documents left out, their characters, a line about the first of them,
+    [(place, why)] of documents that the tokenizer failed on
+    """
     ids, bad = {"train": [], "val": []}, []
     left_out, characters_left_out, first_left_out = 0, 0, None
     for number, document in enumerate(batch, first):
@@ -286,7 +282,7 @@ def encode_batch(first, batch, seed, val_fraction):
             at = _tokenizer.first_missing(document.text)
             first_left_out = f"{document.where(at)} has {document.text[at]!r}"
     ids = {split: b"".join(parts) for split, parts in ids.items()}
-    return Encoded(ids, left_out, characters_left_out, first_left_out, bad)
+    return ids, left_out, characters_left_out, first_left_out, bad
 
 
 class InProcess(Executor):
@@ -299,7 +295,7 @@ class InProcess(Executor):
 
 
 def make_pool(config, tokenizer, num_proc):
-    start = (config.tokenizer, config.bpe_dir, getattr(tokenizer, "characters", None))
+    start = (config.tokenizer, config.bpe_dir, getattr(tokenizer, "vocabulary", None))
     if num_proc == 1:
         start_process(*start)
         return InProcess()
@@ -327,18 +323,18 @@ def write_tokens(config, tokenizer, source, paths, val_fraction):
             nonlocal first_left_out
             size, future = pending.popleft()
             try:
-                encoded = future.result()
+                ids, left_out, characters_left_out, first, bad = future.result()
             except BrokenProcessPool:
                 raise ConfigError(
                     f"num_proc={num_proc}: a tokenizing process died, which a lack of memory does: take fewer"
                 ) from None
             for split, file in (("train", train), ("val", val)):
-                file.write(encoded.ids[split])
-                counts[f"{split}_tokens"] += len(encoded.ids[split]) // itemsize
-            counts["left_out"] += encoded.left_out
-            counts["characters_left_out"] += encoded.characters_left_out
-            first_left_out = first_left_out or encoded.first_left_out
-            for place, why in encoded.bad:
+                file.write(ids[split])
+                counts[f"{split}_tokens"] += len(ids[split]) // itemsize
+            counts["left_out"] += left_out
+            counts["characters_left_out"] += characters_left_out
+            first_left_out = first_left_out or first
+            for place, why in bad:
                 source.reader.refuse(place, why)
             bar.update(size)
 
@@ -409,7 +405,7 @@ def import_nanogpt(folder):
     pickled = os.path.join(folder, "meta.pkl")
     if os.path.isfile(pickled):
         characters = nanogpt_characters(pickled)
-        meta.update(tokenizer="chars", vocab_size=len(characters), characters=characters)
+        meta.update(tokenizer="chars", vocab_size=len(characters), vocabulary=characters)
     for split in ("train", "val"):
         path = os.path.join(folder, f"{split}.bin")
         if os.path.getsize(path) % 2 or not os.path.getsize(path):
@@ -449,7 +445,7 @@ def nanogpt_characters(path):
         characters = "".join(itos[i] for i in range(len(itos)))
         if len(characters) != len(itos) or len(set(characters)) != len(itos):
             raise ValueError("its ids are not of one character each")
-        make_tokenizer("chars", characters=characters)
+        make_tokenizer("chars", vocabulary=characters)
         return characters
     except Exception as error:  # whatever a damaged pickle raises
         raise ConfigError(
