@@ -58,6 +58,10 @@ class Config:
         for name in ("num_proc", "seed"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name}={getattr(self, name)}: make it at least 0")
+        if is_nanogpt_folder(self.source):
+            if self.out_dir not in (None, self.source):
+                raise ConfigError(f"out_dir={self.out_dir}: nanoGPT's tokens stay in {self.source}: leave out_dir out")
+            self.out_dir = self.source
         if self.out_dir is None:
             name = os.path.splitext(os.path.basename(os.path.normpath(self.source)))[0]
             self.out_dir = os.path.join("data", f"{name}_{self.tokenizer}")

@@ -78,8 +78,7 @@ class TextReader:
         """-> iterator of Documents"""
         self.path = path
         codecs.register_error("nanoeinsum_replace", self._replace)
-        kind = os.path.splitext(unpacked_name(path))[1].lower()
-        read = {".jsonl": self._jsonl, ".parquet": self._parquet}.get(kind, self._plain)
+        read = {".jsonl": self._jsonl, ".parquet": self._parquet}.get(ending_of(path), self._plain)
         try:
             yield from read(path)
         except (OSError, EOFError, zlib.error) as error:
@@ -180,9 +179,9 @@ class TextReader:
             return
         with file:
             if self.text_field not in file.schema_arrow.names:
-                raise ConfigError(
-                    f"{path} has no column {self.text_field!r} but {', '.join(file.schema_arrow.names)}: see --text_field"
-                )
+                have = ", ".join(file.schema_arrow.names)
+                self.refuse(path, f"has no column {self.text_field!r} but {have}: see --text_field")
+                return
             first = 1  # row of the group
             for group in range(file.num_row_groups):
                 rows, row = file.metadata.row_group(group).num_rows, first
@@ -204,9 +203,11 @@ def read_text(path):
 def local_files(source, extensions, say):
     """The files of a folder that end in one of `extensions`, packed or not, sorted; or the one file that source is.
 
-    Says what the others are, but for hidden files and folders, whose names begin with a dot.
+    Says what the others are, but for hidden files and folders, whose names begin with a dot; and of which
+    files it is not known by their ending that they are text.
     """
     if os.path.isfile(source):
+        say_plain([source], say)
         return [source]
     if not os.path.isdir(source):
         raise ConfigError(f"source={source} is neither 'owt', 'stdlib' nor a local file or folder")
@@ -215,13 +216,12 @@ def local_files(source, extensions, say):
     for top, folders, names in os.walk(source):
         folders[:] = [folder for folder in folders if not folder.startswith(".")]
         for name in names:
-            ending = os.path.splitext(unpacked_name(name))[1].lower()
             if name.startswith("."):
                 continue
-            if ending in endings:
+            if ending_of(name) in endings:
                 files.append(os.path.join(top, name))
             else:
-                others[ending or "without an ending"] += 1
+                others[ending_of(name) or "without an ending"] += 1
     passed_over = ", ".join(f"{count} {ending}" for ending, count in others.most_common(10))
     if not files:
         have = f" but {passed_over}" if others else ""
@@ -230,11 +230,19 @@ def local_files(source, extensions, say):
         )
     if others:
         say(f"{source}: {len(files):,} files taken; passed over: {passed_over} (see --extensions)")
+    say_plain(files, say)
     return sorted(files)
 
 
-def unpacked_name(path):
-    return re.sub(r"\.(gz|zst)$", "", path, flags=re.IGNORECASE)
+def say_plain(files, say):
+    endings = {ending_of(path) for path in files} - {".txt", ".jsonl", ".parquet"}
+    if endings:
+        say(f"read as plain text: {', '.join(sorted(ending or 'files without an ending' for ending in endings))}")
+
+
+def ending_of(path):
+    """ ".txt" of a.TXT and of a.txt.gz; "" where there is none"""
+    return os.path.splitext(re.sub(r"\.(gz|zst)$", "", path, flags=re.IGNORECASE))[1].lower()
 
 
 def first_line(error):

@@ -456,6 +456,8 @@ def test_nanogpts_bpe_is_taken_over_and_other_tokens_are_not(tmp_path):
     prepare(Config(source=folder))
     meta = TokenData(folder, 16).meta
     assert (meta["tokenizer"], meta["vocab_size"], meta["train_tokens"]) == ("gpt2", 50257, 110)
+    with pytest.raises(ConfigError, match="nanoGPT's tokens stay in"):
+        Config(source=nanogpt_folder(tmp_path / "moved", [1] * 50), out_dir=str(tmp_path / "elsewhere"))
     with pytest.raises(ConfigError, match="train.bin holds token 60000"):
         prepare(Config(source=nanogpt_folder(tmp_path / "other", [60000] * 50)))
 

@@ -146,6 +146,7 @@ def test_other_endings_are_passed_over_aloud_and_hidden_names_in_silence(tmp_pat
     with pytest.raises(ConfigError, match="no file that ends in .csv but .*2 .md"):
         local_files(str(tmp_path), ("csv",), said.append)
     assert local_files(str(tmp_path / "d.md"), ("txt",), said.append) == [str(tmp_path / "d.md")]
+    assert said[1:] == ["read as plain text: .md"]
 
 
 def test_a_prompt_that_cannot_be_read_names_no_option_of_another_script(tmp_path):
