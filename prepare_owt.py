@@ -19,6 +19,7 @@ import multiprocessing
 import os
 import pickle
 import random
+import signal
 import sysconfig
 import tempfile
 from collections import deque
@@ -260,6 +261,11 @@ def start_process(name, bpe_dir, vocabulary):
     _tokenizer = make_tokenizer(name, bpe_dir, vocabulary)
 
 
+def start_pool_process(*start):
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that waits for this one
+    start_process(*start)
+
+
 def encode_batch(first, batch, seed, val_fraction):
     """Encode documents number first, first + 1, … of the source.
 
@@ -305,7 +311,7 @@ def make_pool(config, tokenizer, num_proc):
         return InProcess()
     # spawn, not fork: the parent may have threads (datasets, torch)
     context = multiprocessing.get_context("spawn")
-    return ProcessPoolExecutor(num_proc, context, initializer=start_process, initargs=start)
+    return ProcessPoolExecutor(num_proc, context, initializer=start_pool_process, initargs=start)
 
 
 def write_tokens(config, tokenizer, source, paths, val_fraction):
