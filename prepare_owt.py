@@ -198,7 +198,12 @@ def hub_source(config):
             f"text_field={config.text_field}: {config.dataset} has the columns {', '.join(data.column_names)}"
         )
     val_fraction = config.val_fraction or 0.0005
-    parts = data.train_test_split(test_size=val_fraction, seed=config.seed, shuffle=True)
+    try:
+        parts = data.train_test_split(test_size=val_fraction, seed=config.seed, shuffle=True)
+    except ValueError as error:
+        raise ConfigError(
+            f"val_fraction={val_fraction}: {config.dataset} cannot be split so: {first_line(error)}"
+        ) from None
     reader = TextReader(config.text_field, config.skip_bad)
     # The published token counts of OpenWebText are of its texts as they are.
     as_is = config.dataset == Config.dataset

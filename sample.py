@@ -105,7 +105,15 @@ def main(argv):
         raise ConfigError(f"out_dir={config.out_dir}: {error}") from None
     prompt, ids = read_prompt(config, tokenizer, model.config.block_size)
     device = choose_device(config.device)
-    for text in sample(model.to(device), tokenizer, ids, config, device):
+    try:
+        texts = sample(model.to(device), tokenizer, ids, config, device)
+    except RuntimeError as error:  # torch.OutOfMemoryError of a GPU is one; a CPU's has no name of its own
+        if "memory" not in str(error):
+            raise
+        raise ConfigError(
+            f"num_samples={config.num_samples}, max_new_tokens={config.max_new_tokens}: out of memory: lower them"
+        ) from None
+    for text in texts:
         print(prompt + text)
         print("-" * 68)
 

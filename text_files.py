@@ -213,7 +213,7 @@ def local_files(source, extensions, say):
         raise ConfigError(f"source={source} is neither 'owt', 'stdlib' nor a local file or folder")
     endings = {"." + extension.lower().lstrip(".") for extension in extensions}
     files, others = [], Counter()
-    for top, folders, names in os.walk(source):
+    for top, folders, names in os.walk(source, onerror=lambda error: say(f"passed over: {error}")):
         folders[:] = [folder for folder in folders if not folder.startswith(".")]
         for name in names:
             if name.startswith("."):

@@ -237,6 +237,14 @@ def test_bpe_of_the_hubs_layout(tmp_path, small_bpe):
         ]
 
 
+def test_a_data_set_of_one_document_is_refused_in_one_line(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    (tmp_path / "hub").mkdir()
+    datasets.Dataset.from_dict({"text": ["all there is"]}).to_parquet(tmp_path / "hub" / "train-00000-of-00001.parquet")
+    with pytest.raises(ConfigError, match="val_fraction=0.0005: .*hub cannot be split so"):
+        prepare(Config(dataset=str(tmp_path / "hub"), tokenizer="bytes", out_dir=str(tmp_path / "out")))
+
+
 def test_one_document_is_split_at_its_end(tmp_path):
     path = tmp_path / "one.txt"
     path.write_text("abcdefghij" * 100)

@@ -69,6 +69,7 @@ def test_seed_decides(run, capsys):
         (["--start=a\tb"], ["start", r"'\t'", "position 1"]),
         (["--start=FILE:/nowhere.txt"], ["start", "nowhere.txt"]),
         (["--temperature=-1"], ["temperature=-1"]),
+        (["--max_new_tokens=100000000000000"], ["max_new_tokens=100000000000000", "out of memory"]),
         (["--temperature=1e50"], ["temperature=1e+50", "1e30"]),
         (["--top_p=1.5"], ["top_p=1.5"]),
         (["--top_k=0"], ["top_k=0"]),
