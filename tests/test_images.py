@@ -177,6 +177,15 @@ def test_files_that_vanish_are_broken_images(tmp_path):
     assert any("1 broken images left out" in text and "No such file" in text for text in said)
 
 
+def test_a_worker_that_dies_is_one_line(monkeypatch):
+    monkeypatch.setattr(vision.data, "WORTH_A_WORKER", 1)
+    split = Split(np.arange(3), lambda i: os._exit(1), str)
+    ended = pytest.raises(ConfigError, match="a process that decodes images ended.*fewer --workers")
+    with ended as caught, vision.data.workers_watched():
+        Held(Config(**OPTIONS, workers=1), {"train": split, "val": split}, CPU)
+    assert "\n" not in str(caught.value)
+
+
 # -- class folders
 
 
