@@ -95,6 +95,13 @@ def test_a_data_set_is_not_mixed_with_one_of_a_longer_name(pair, layout, tmp_pat
             split_labels(tmp_path, "other")
 
 
+@pytest.mark.parametrize("dataset", ["x", "other"])
+def test_a_split_of_another_kind_in_the_same_folder_is_not_mixed_in(dataset, tmp_path):
+    for label, name in enumerate(("train", "test", "unconstrained-test", "extra-train")):
+        write(str(tmp_path / "x" / f"{name}-00000-of-00001.parquet"), [label] * 2)
+    assert split_labels(tmp_path, dataset) == {"train": [0, 0], "val": [1, 1]}
+
+
 def test_only_the_first_split_with_labels_is_for_validation(tmp_path):
     write(str(tmp_path / "train-0.parquet"), [0, 1, 2])
     write(str(tmp_path / "unconstrained-test.parquet"), [2, 2, 2])
@@ -115,6 +122,29 @@ def test_only_the_first_split_with_labels_is_for_validation(tmp_path):
     with pytest.raises(ConfigError, match="val split has no labels"):
         config = Config(**OPTIONS, dataset="x", data_dir=str(tmp_path))
         vision.data.check_labels(config, open_splits(config)[0], None)
+
+
+def test_of_the_hubs_splits_one_with_labels_is_for_validation(monkeypatch):
+    import datasets
+
+    def made(labels):
+        features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b"])})
+        rows = {"image": [Image.new("RGB", (8, 8)) for _ in labels], "label": labels}
+        return datasets.Dataset.from_dict(rows, features)
+
+    found = {"test": made([-1, -1]), "train": made([0, 1, 1]), "validation": made([1, 0])}
+    monkeypatch.setattr(datasets, "load_dataset", lambda name: found)
+    said = []
+    for expected in ([1, 0], None):
+        splits, classes = open_splits(Config(**OPTIONS, dataset="some/where"), said.append)
+        assert classes == ["a", "b"] and splits["train"].labels.tolist() == [0, 1, 1]
+        if expected:
+            assert splits["val"].labels.tolist() == expected and said[-1] == "val: validation of some/where"
+            assert decode(splits["val"].read(1), 3).size == (8, 8) and "some/where" in splits["val"].name(1)
+            found["validation"] = made([-1])
+            found["test"] = made([0, 0, 1])
+        else:
+            assert splits["val"].labels.tolist() == [0, 0, 1] and said[-1] == "val: test of some/where"
 
 
 # -- wrong cells and damaged files

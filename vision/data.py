@@ -181,21 +181,20 @@ def parquet_files(config):
     """{split: paths} of the .parquet files under data_dir; split: train, or one of VAL_NAMES.
 
     A split's name is a word between separators in a file's name, else in that of the nearest folder. What stands
-    before it, folders too, says which data set a file belongs to: those of `dataset` are taken, else, of each split,
-    those with the fewest such names. ConfigError where these are of several data sets.
+    before it, folders too, says which data set a file belongs to: those of `dataset` are taken, if there are any, and
+    of each split those with the fewest such names. ConfigError where these are of several data sets.
     """
     wanted = "-".join(name_words(os.path.basename(config.dataset)))
     paths = visible_files(config.data_dir, ".parquet")
     found = [(path, *parsed(os.path.relpath(path, config.data_dir))) for path in paths]
-    ours = [row for row in found if wanted in row[3]]
+    found = [row for row in found if wanted in row[3]] or found
     chosen = {}
     for split in ("train", *VAL_NAMES):
-        owners = {path: owner for path, of, owner, _ in ours or found if of == split}
+        owners = {path: owner for path, of, owner, _ in found if of == split}
         fewest = min(map(len, owners.values()), default=0)
-        if not ours:
-            owners = {path: owner for path, owner in owners.items() if len(owner) == fewest}
+        owners = {path: owner for path, owner in owners.items() if len(owner) == fewest}
         several = sorted(set(owners.values()))
-        if len(several) > 1 and not ours:
+        if len(several) > 1:
             if split != "train" and len(chosen) > 1:
                 continue  # another is for validation
             raise ConfigError(
