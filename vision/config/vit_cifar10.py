@@ -3,7 +3,7 @@
 #   python vision/train.py vision/config/vit_cifar10.py --data_dir=FOLDER_OF_PARQUET
 # On a CPU it takes days; there a small one, in minutes:
 #   python vision/train.py vision/config/vit_cifar10.py --d_model=64 --n_layer=2 --batch_size=128 --micro_batch=128 \
-#     --max_steps=500 --warmup_steps=50
+#     --max_steps=200 --warmup_steps=20
 out_dir = "out/vit_cifar10"
 dataset = "cifar10"
 n_classes = 10
