@@ -8,6 +8,7 @@ Torch is imported where a batch is made: preparing text does without. Imports fr
 """
 
 import json
+import math
 import os
 import re
 
@@ -116,7 +117,7 @@ def check_same_data(meta, saved, say):
 
     meta, saved  plain values about the data of the run and of the checkpoint; keys that one of them lacks do not count
     """
-    changed = [key for key in meta if key in saved and json.dumps(meta[key]) != json.dumps(saved[key])]
+    changed = [key for key in meta if key in saved and not _same(meta[key], saved[key])]
     for key in LANGUAGE:
         if key in changed:
             raise ConfigError(
@@ -126,6 +127,15 @@ def check_same_data(meta, saved, say):
     if changed:
         differences = [f"{key} is {shorten(meta[key])}, it was {shorten(saved[key])}" for key in changed]
         say(f"note: the data changed since the checkpoint: {'; '.join(differences)}")
+
+
+def _same(a, b):
+    """Whether two plain values are the same, numbers up to the rounding of float32 sums."""
+    if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)):
+        return len(a) == len(b) and all(map(_same, a, b))
+    if isinstance(a, float) and isinstance(b, float):
+        return math.isclose(a, b, rel_tol=1e-4)
+    return a == b
 
 
 def shorten(value):

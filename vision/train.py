@@ -10,6 +10,7 @@ evaluation are. batch_size is that of all processes together. Imports from visio
 
 import os
 import sys
+import time
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, fields
 from functools import partial
@@ -77,6 +78,7 @@ from device import choose_device, choose_dtype
 from heartbeat import init_distributed
 from mup import lr_multipliers
 from parallel import ranks
+from runlog import duration
 from train import Task, build, fit, in_one_line, say_summary
 from vision.augment import Augment
 from vision.data import Held, Streamed, check_labels, open_splits, workers_watched
@@ -98,6 +100,9 @@ def train(config, progress):
     device = choose_device(config.device, local_rank)
     dtype = choose_dtype(config.dtype, device)
     watchdog = init_distributed(device, config.timeout)
+    if device.type == "cpu" and config.compile == "blocks":
+        config.compile = False
+        progress.say("compile=blocks is for a GPU: on a CPU compiling delays the first step (--compile=True compiles)")
     with watchdog.paused(), workers_watched():  # decoding may take minutes
         data, classes = load_images(config, device, progress.say)
     augment, batch, run = start(config, data, device, dtype, micro_steps, watchdog.beat)
@@ -118,10 +123,27 @@ def train(config, progress):
     )  # fmt: skip
     epochs = config.max_steps * config.batch_size / data.n
     progress.say(f"{config.dataset}: {data.n:,} training images, of which the run sees {epochs:,.1f} epochs")
+    if device.type == "cpu":
+        say_if_long(3 * run.model.flops() * config.max_steps * config.batch_size / world, progress.say)
     with workers_watched():
         fit(config, progress, run, task, device, dtype, watchdog, micro_steps)
     if rank == 0:
         say_summary(config, progress, device)
+
+
+def say_if_long(flops, say, hours=1):
+    """On a CPU: how long a run of so many FLOPs a process takes at least, if that is more than so many hours."""
+    a, b = torch.randn(512, 512), torch.randn(512, 512)
+    a @ b
+    begin, products = time.perf_counter(), 20
+    for _ in range(products):
+        a @ b
+    speed = products * 2 * 512**3 / (time.perf_counter() - begin)
+    if flops / speed > 3600 * hours:
+        say(
+            f"note: on this CPU the run takes at least {duration(flops / speed)} ({flops:.1e} FLOPs at {speed / 1e9:.0f} GFLOP/s): "
+            "lower d_model, n_layer or max_steps, or take a GPU"
+        )
 
 
 def start(config, data, device, dtype, micro_steps, beat=lambda: None):
@@ -146,7 +168,7 @@ def start(config, data, device, dtype, micro_steps, beat=lambda: None):
 
 def load_images(config, device, say):
     """-> images and labels (Held or Streamed), names of the classes or None"""
-    splits, classes = open_splits(config)
+    splits, classes = open_splits(config, say)
     check_labels(config, splits, classes, say)
     data = Streamed(config, splits, device) if config.stream else Held(config, splits, device, say)
     return data, classes
