@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from device import write_rows
-from runlog import save_figure, short, writing
+from runlog import save_figure, short, whole_file, writing
 
 
 def report(rows, budget, out):
@@ -20,9 +20,10 @@ def report(rows, budget, out):
         return
     lines = list(table(rows, budget))
     with writing(out, "give another --out"):
-        with open(os.path.join(out, "table.md"), "w") as file:
+        with whole_file(os.path.join(out, "table.md")) as part, open(part, "w") as file:
             file.write("\n".join(lines) + "\n")
-        write_rows(os.path.join(out, "search.json"), rows, torch.device("cpu"))  # rows have their own device
+        with whole_file(os.path.join(out, "search.json")) as part:
+            write_rows(part, rows, torch.device("cpu"))  # rows have their own device
     save_figure(draw(rows, budget), os.path.join(out, "search.png"), "give another --out")
     print("", *lines, "", f"written: {out}/table.md, search.json, search.png", sep="\n")
 
