@@ -61,7 +61,7 @@ def bench_layers(argv):
     )
     bandwidth, rate = ceilings(device, dtype)
     name = device_name(device)
-    print(f"{name}, torch {torch.__version__}, {dtype}: {bandwidth / 1e12:.2f} TB/s, {rate / 1e12:.0f} TFLOP/s; ms")
+    print(f"{name}, torch {torch.__version__}, {dtype}: {bandwidth / 1e12:.3g} TB/s, {rate / 1e12:.3g} TFLOP/s; ms")
     print(
         f"{'layer':<16}{'tokens':>8}  {'way':<22}{'fwd':>8}{'fwd+bwd':>9}{'floor':>8}{'/floor':>8}{'dense/':>8}  error"
     )

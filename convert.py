@@ -158,10 +158,9 @@ def make_target(shape, config):
     if config.vocab_size is None:
         options["vocab_size"] = shape.vocab_size
     elif config.vocab_size < shape.vocab_size:
-        raise ConfigError(
-            f"vocab_size={config.vocab_size} is less than the source's {shape.vocab_size}: "
-            "give that or more, rows are only added"
-        )
+        enough = next((size for size in wider(shape.vocab_size) if fits({**options, "vocab_size": size})), None)
+        remedy = f"rows are only added, --vocab_size={enough} say" if enough else "leave it out"
+        raise ConfigError(f"vocab_size={config.vocab_size} is less than the source's {shape.vocab_size}: {remedy}")
     try:
         return GPT(GPTConfig(**options))
     except ConfigError as error:
@@ -174,7 +173,7 @@ def make_target(shape, config):
 def wider(vocab_size):
     """Sizes to pad a vocabulary to: multiples of 64, which matrix products like, then any that is near."""
     first = -(-vocab_size // 64) * 64
-    return (*range(first, first + 8 * 64, 64), *range(vocab_size + 1, vocab_size + 64))
+    return (*range(first, first + 8 * 64, 64), *range(vocab_size, vocab_size + 64))
 
 
 def fits(options):

@@ -316,7 +316,9 @@ def fit(argv):
     for log, run in zip(logs, runs):
         for cost in config.costs:
             if not (run.cost[cost] > 0).all():
-                raise ConfigError(f"{log.path} has validations without {cost}: leave it out, or {cost} out of --costs")
+                others = ",".join(each for each in config.costs if each != cost)
+                remedy = f", or take --costs={others}" if others else ""
+                raise ConfigError(f"{log.path} has validations without {cost}: leave the run out{remedy}")
         if (run.loss <= 0).any():
             raise ConfigError(f"{run.name}: {MEASURES[config.loss][0]} of 0 has no logarithm: take another --loss")
     places = {log.group: log.place for log in logs}
