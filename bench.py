@@ -34,7 +34,8 @@ from cuda_graph import Graphed
 from data import CharTokenizer, TokenData
 from device import choose_device, choose_dtype, device_name, peak_flops, to_device
 from heartbeat import init_distributed
-from model import GPT, GPTConfig
+from model import GPT
+from options import GPTConfig
 from parallel import ranks
 from prepare_owt import Config as PrepareConfig
 from prepare_owt import prepare, stdlib_files

@@ -20,9 +20,10 @@ import kernels
 from compiling import order_loops
 from configurator import ConfigError, load_config
 from device import choose_device, choose_dtype, device_name, write_rows
-from einsum_linear import BTT, factor_sizes, make_linear
+from einsum_linear import make_linear
 from moe import Mixture, apply, auxiliary_loss, make_mixture, report, route
 from runlog import duration, save_figure, whole_file, writing
+from theta import BTT, factor_sizes
 
 
 @dataclass

@@ -33,14 +33,33 @@ class ConfigError(SystemExit, ValueError):
     def __str__(self):
         return self.message
 
+    def about(self, what):
+        """The same error, with what it is about in front of its message."""
+        return type(self)(f"{what}: {self.message}")
+
+
+class UnusedOption(ConfigError):
+    """An option that does nothing beside the others. One that a config file gives is dropped, with a note."""
+
+    def __init__(self, option, value, why, remedy="leave it out", where=""):
+        """why follows option and value: " with structure='dense', which has none"."""
+        super().__init__(f"{where}{option}={value}{why}: {remedy}")
+        self.option, self.value, self.why, self.remedy = option, value, why, remedy
+
+    def about(self, what):
+        return UnusedOption(self.option, self.value, self.why, self.remedy, f"{what}: ")
+
 
 def as_script(main):
-    """The end of a script: main(words of the command line). Ctrl-C that nobody caught is one line, and status 130."""
+    """Call main(words of the command line). Ctrl-C that nobody caught is one line, and status 130; `| head` is no error."""
     try:
         main(sys.argv[1:])
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         raise SystemExit(130) from None
+    except BrokenPipeError:  # who read the output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains as it flushes
+        raise SystemExit(141) from None  # 128 + SIGPIPE, as a shell says it
 
 
 def choose_command(argv, commands, script, question, doc):
@@ -58,22 +77,40 @@ def load_config(Config, argv):
 
     Config files (`*.py`) are read first, in order, then `--key=value`, `--key value` and
     bare `--flag`. Raises ConfigError for an unknown key or a value of the wrong type;
-    whatever `Config.__post_init__` rejects, it should reject with ConfigError too.
+    whatever `Config.__post_init__` rejects, it should reject with ConfigError too. An option of a file that
+    the others leave without effect (UnusedOption) is dropped with a note; given on the command line it is an error.
+
+    A script calls this twice, before its slow imports and in its main: the second call returns what the first made.
     """
+    if (Config, *argv) in _loaded:
+        return _loaded[Config, *argv]
     if "--help" in argv or "-h" in argv:
-        print(help_text(Config))
+        print(help_text(Config), flush=True)
         raise SystemExit(0)
     fields = {field.name: field for field in dataclasses.fields(Config)}
     hints = typing.get_type_hints(Config)
-    files, flags = _split_argv(argv, fields, hints)
+    files, flags = _split_argv(argv, fields, hints, Config)
     values = {}
     for path in files:
         for key, value in _read_config_file(path).items():
-            values[key] = _checked(key, value, fields, hints, where=f"{path}: ")
+            values[key] = _checked(key, value, fields, hints, where=f"{path}: ", Config=Config)
+    from_files = set(values) - {key for key, _ in flags}
     for key, text in flags:
-        _check_key(key, fields)
+        _check_key(key, fields, Config=Config)
         values[key] = _checked(key, _parse(text, hints[key]), fields, hints, where="--")
-    return Config(**values)
+    while True:
+        try:
+            config = _loaded[Config, *argv] = Config(**values)
+            return config
+        except UnusedOption as error:
+            if error.option not in from_files or values.get(error.option) != error.value:
+                raise
+            if os.environ.get("RANK", "0") == "0":
+                print(f"note: {error.option}={error.value}{error.why}: left out", flush=True)
+            del values[error.option]
+
+
+_loaded = {}  # (dataclass, *command line): what load_config made of it
 
 
 def help_text(Config):
@@ -102,7 +139,7 @@ def _field_comments(Config):
     return comments
 
 
-def _split_argv(argv, fields, hints):
+def _split_argv(argv, fields, hints, Config):
     """-> config file paths, [(key, text)]"""
     files, flags, rest = [], [], list(argv)
     while rest:
@@ -114,7 +151,7 @@ def _split_argv(argv, fields, hints):
             continue
         key, equals, text = word[2:].partition("=")
         if not equals:
-            _check_key(key, fields)
+            _check_key(key, fields, Config=Config)
             if hints[key] is bool or bool in typing.get_args(hints[key]):  # bare, or with its value behind it
                 text = rest.pop(0) if rest and rest[0].lower() in ("true", "false", "none") else "True"
             elif not rest or (rest[0].startswith("--") and hints[key] is not str):
@@ -142,18 +179,22 @@ def _read_config_file(path):
     }
 
 
-def _check_key(key, fields, where="--"):
+def _check_key(key, fields, where="--", Config=None):
     if key not in fields:
+        here = getattr(Config, "elsewhere", {}).get(key)
+        if here:
+            raise ConfigError(f"unknown option {where}{key}: here it is {here}")
         near = difflib.get_close_matches(key, fields, n=1)
         remedy = f"did you mean '{near[0]}'?" if near else "--help lists the options"
         raise ConfigError(f"unknown option {where}{key}: {remedy}")
 
 
 def _parse(text, hint):
-    """Command-line text -> Python value. Text that is no literal stays a string."""
-    if hint is str:
+    """Command-line text -> Python value. Text that is no literal stays a string, and so does all text of a `str` option."""
+    kinds = set(typing.get_args(hint) if _is_union(hint) else (hint,))
+    if str in kinds and not (types.NoneType in kinds and text == "None") and not (bool in kinds and _is_bool(text)):
         return text
-    if text.lower() in ("true", "false"):
+    if _is_bool(text):
         return text.lower() == "true"
     try:
         return ast.literal_eval(text)
@@ -161,9 +202,13 @@ def _parse(text, hint):
         return text
 
 
-def _checked(key, value, fields, hints, where):
+def _is_bool(text):
+    return text.lower() in ("true", "false")
+
+
+def _checked(key, value, fields, hints, where, Config=None):
     """`value` as the option's type, or ConfigError."""
-    _check_key(key, fields, where)
+    _check_key(key, fields, where, Config)
     hint = hints[key]
     for option in typing.get_args(hint) if _is_union(hint) else (hint,):
         kind = typing.get_origin(option) or option

@@ -21,8 +21,9 @@ import checkpoint
 from configurator import ConfigError, as_script, load_config
 from data import GPT2Tokenizer
 from einsum_linear import Dense
-from model import GPT, GPT2_BLOCK_NAMES, GPTConfig
+from model import GPT, GPT2_BLOCK_NAMES
 from moe import Router
+from options import GPTConfig
 from runlog import writing
 from sample import load_model
 

@@ -15,178 +15,24 @@ Tensor-Trains and BTTs of three and more cores belong to the family as ChainLine
     python einsum_linear.py --d_in=1024 --d_out=4096 --theta=.5,0,.5,0,.5,.5,0  # one point of the space
     python einsum_linear.py --plot=taxonomy.png                                 # where each lies in (ω ψ ν)
 
-To add a structure, write a function that returns its layer and name it in STRUCTURES.
+What needs no tensor, θ, sizes and the named structures, is in theta.py: to add a structure, write a function there.
 In code a b g = α β γ, d e f = δ ε φ, r = ρ and n is the number of tokens.
-Imports from configurator and kernels.
+Imports from theta and kernels.
 """
 
-import difflib
+if __name__ == "__main__":  # the command, whose own file answers mistakes before torch is imported
+    import structures
+
+    raise SystemExit(structures.run())
+
 import math
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import cache
-from typing import NamedTuple
 
 import torch
 from torch import nn
 
 import kernels
-from configurator import ConfigError, as_script, load_config
-
-# ---------------------------------------------------------------------------------------
-# θ and its taxonomy
-
-
-def check_theta(theta):
-    """θ as a tuple of seven floats, or ConfigError."""
-    if not isinstance(theta, (tuple, list)) or not all(isinstance(t, (int, float)) for t in theta):
-        raise ConfigError(f"theta={theta!r} is no structure: give seven numbers, such as (.5, 0, .5, 0, .5, .5, 0)")
-    theta = tuple(float(t) for t in theta)
-    if len(theta) != 7:
-        raise ConfigError(
-            f"theta={_show(theta)} has {len(theta)} values: give seven (alpha beta gamma delta epsilon phi rho)"
-        )
-    if not all(map(math.isfinite, theta)):
-        raise ConfigError(f"theta={_show(theta)}: give numbers between 0 and 1")
-    if min(theta) < 0 or theta[6] > 1:
-        near = tuple(min(1.0, max(0.0, t)) for t in theta)
-        raise ConfigError(f"theta={_show(theta)}: exponents lie between 0 and 1, as in {_show(near)}")
-    for name, at in (("alpha + beta + gamma", 0), ("delta + epsilon + phi", 3)):
-        total = sum(theta[at : at + 3])
-        if abs(total - 1) > 1e-6:
-            near = [t / total for t in theta[at : at + 3]] if total else [1.0, 0.0, 0.0]
-            remedy = _show((*theta[:at], *near, *theta[at + 3 :]))
-            raise ConfigError(f"theta={_show(theta)}: {name} = {total:g}, make it 1, as in {remedy}")
-    return theta
-
-
-def _show(theta):
-    return "(" + " ".join(f"{t:g}" for t in theta) + ")"
-
-
-def canonical(seven):
-    """Exponents or sizes (α β γ δ ε φ ρ), with the two cores named so that A first is the cheaper order."""
-    a, b, g, d, e, f, r = seven
-    return (b, a, g, e, d, f, r) if min(a, e) < min(b, d) else (a, b, g, d, e, f, r)
-
-
-def taxonomy(theta):
-    """θ -> (ω, ψ, ν) of a square layer of width d, as d grows (the paper's section 4):
-
-    ω  parameter sharing: parameters per FLOP scale as d^-ω, 0 is best
-    ψ  rank: rank(W) scales as d^ψ, 1 is full rank
-    ν  compute: FLOPs scale as d^(1 + ν), dense has 1
-    """
-    a, b, _, d, e, _, r = canonical(check_theta(theta))
-    omega = min(a + d, b + e) - min(a, e)
-    psi = min(1.0, 2 + r - a - e)
-    nu = 1 + r - min(a, e)
-    return omega, psi, nu
-
-
-# ---------------------------------------------------------------------------------------
-# Sizes
-
-
-class Sizes(NamedTuple):
-    """Sizes of the seven indices; α·β·γ = d_in and δ·ε·φ = d_out exactly."""
-
-    alpha: int
-    beta: int
-    gamma: int
-    delta: int
-    epsilon: int
-    phi: int
-    rho: int
-
-
-def factor_sizes(d_in, d_out, theta, rank=None):
-    """The seven sizes of θ for a d_in → d_out layer.
-
-    Of all exact factorisations of d_in into (α β γ) and of d_out into (δ ε φ), the one
-    nearest to θ in log space. Equally near ones: the input takes the larger γ and the output
-    the smaller φ, which keeps a BTT of width 2^odd at full rank. `rank`, where given, is d_ρ
-    instead of min(d_in, d_out)^θρ.
-    Raises ConfigError where θ is not a structure, where the nearest factorisation is off by
-    more than a factor 2 in some index, and where ρ is larger than the blocks' own rank.
-    """
-    theta = check_theta(theta)
-    alpha, beta, gamma = factor("d_in", d_in, theta[0:3])
-    delta, epsilon, phi = factor("d_out", d_out, theta[3:6], last_first=True)
-    rho = max(1, round(min(d_in, d_out) ** theta[6])) if rank is None else rank
-    # For fixed (γ φ) the matrix between (δ ε) and (α β), rearranged to (αδ) × (βε), has rank ρ.
-    most = min(alpha * delta, beta * epsilon)
-    if rho > most:
-        what = f"theta={_show(theta)} of a {d_in} -> {d_out} layer"
-        raise ConfigError(f"rank {rho} is beyond the blocks of {what}: take rank <= {most}")
-    return Sizes(alpha, beta, gamma, delta, epsilon, phi, rho)
-
-
-def factor(name, d, exponents, last_first=False):
-    """The exact factorisation of d nearest to (d^e for e in exponents), or ConfigError.
-
-    Ties go to the smaller first factor, or the smaller last one.
-    """
-    exponents = tuple(reversed(exponents)) if last_first else tuple(exponents)
-    sizes, worst = _nearest_factors(d, exponents)
-    if worst <= 2:
-        return tuple(reversed(sizes)) if last_first else sizes
-    near = []
-    for step in (-1, 1):
-        width = d + step
-        while width > 0 and _nearest_factors(width, exponents)[1] > 2:
-            width += step
-        near.append(width)
-    shown = " x ".join(f"{d**e:.3g}" for e in (reversed(exponents) if last_first else exponents) if e)
-    raise ConfigError(
-        f"{name}={d} has no factorisation near {shown}; "
-        f"the nearest widths that work are {' and '.join(str(width) for width in near if width)}"
-    )
-
-
-@cache
-def _nearest_factors(d, exponents):
-    """-> the factorisation of d nearest to d^exponents in log space, and its largest ratio to them.
-
-    An index of exponent 0 is absent: its size is 1. (No exact factorisation within a factor 2
-    is nearer with a larger one.)
-    """
-
-    def deviations(sizes):
-        return [abs(math.log(s) - e * math.log(d)) for s, e in zip(sizes, exponents)]
-
-    candidates = list(_factorisations(d, exponents))
-    if not candidates:
-        return None, math.inf
-    best = min(candidates, key=lambda sizes: (round(sum(x * x for x in deviations(sizes)), 9), sizes))
-    return best, math.exp(max(deviations(best))) - 1e-9
-
-
-def _factorisations(d, exponents):
-    """All ways to write d as a product of as many factors as there are exponents; a factor is 1 where that is 0."""
-    if len(exponents) == 1:
-        if d == 1 or exponents[0] > 0:
-            yield (d,)
-        return
-    for size in _divisors(d) if exponents[0] > 0 else (1,):
-        for rest in _factorisations(d // size, exponents[1:]):
-            yield (size, *rest)
-
-
-@cache
-def _divisors(n):
-    divisors, prime = [1], 2
-    while n > 1:
-        if prime * prime > n:
-            prime = n
-        powers = [1]
-        while n % prime == 0:
-            n //= prime
-            powers.append(powers[-1] * prime)
-        divisors = [k * power for k in divisors for power in powers]
-        prime += 1
-    return sorted(divisors)
-
+from theta import ChainSizes, Sizes, factor_sizes, layer_sizes, multiplications, taxonomy  # noqa: F401
 
 # ---------------------------------------------------------------------------------------
 # Layers. All of them have: in_features, out_features, cores, init_std (one float a core), flops_per_token,
@@ -426,9 +272,7 @@ class ChainLinear(CoreLinear):
         ranks = [1] + [rank] * (len(in_sizes) - 1) + [1]
         shapes, mults = [], 0
         for k, (i, j) in enumerate(zip(in_sizes, out_sizes)):
-            others = math.prod(out_sizes[:k]) * math.prod(
-                in_sizes[k + 1 :]
-            )  # values of the indices core k leaves alone
+            others = math.prod(out_sizes[:k]) * math.prod(in_sizes[k + 1 :])  # values of the indices it leaves alone
             shapes.append((others if blocks else 1, i * ranks[k], j * ranks[k + 1]))
             mults += others * i * ranks[k] * j * ranks[k + 1]
         super().__init__(math.prod(in_sizes), math.prod(out_sizes), shapes, **kwargs)
@@ -562,19 +406,6 @@ def _balanced(cores):
     return [core * (mean / size) if size > 0 else core for core, size in zip(cores, sizes)]
 
 
-def multiplications(sizes):
-    """Multiplications a token in either order: {"AB": A first, "BA": B first}."""
-    a, b, g, d, e, f, r = sizes
-    size_A, size_B = a * g * d * f * r, b * g * e * f * r
-    return {"AB": size_A * b + size_B * d, "BA": size_B * a + size_A * e}
-
-
-def num_parameters(sizes):
-    """Entries of both cores."""
-    a, b, g, d, e, f, r = sizes
-    return a * g * d * f * r + b * g * e * f * r
-
-
 def draw(tensor, std):
     """Fill a tensor with normal numbers of that standard deviation.
 
@@ -587,99 +418,6 @@ def draw(tensor, std):
 def init_std(fan_in, fan_out):
     """Standard deviation that gives a fan_in -> fan_out matrix a spectral norm near sqrt(fan_out / fan_in)."""
     return math.sqrt(min(fan_in, fan_out)) / fan_in
-
-
-# ---------------------------------------------------------------------------------------
-# Named structures: functions (d_in, d_out, options, kwargs) -> layer. options are make_linear's that say what the
-# structure is (theta, rank, …), kwargs those that every layer takes (bias, normalize, gain, zero_init).
-
-LOW_RANK = (1, 0, 0, 0, 1, 0, 0)
-KRONECKER = TENSOR_TRAIN = (0.5, 0.5, 0, 0.5, 0.5, 0, 0)
-BTT = (0.5, 0, 0.5, 0, 0.5, 0.5, 0)
-
-
-def dense(d_in, d_out, options, kwargs):
-    return Dense(d_in, d_out, bias=kwargs["bias"], zero_init=kwargs["zero_init"])
-
-
-def low_rank(d_in, d_out, options, kwargs):
-    return EinsumLinear(factor_sizes(d_in, d_out, LOW_RANK, options["rank"]), **kwargs)
-
-
-def kronecker(d_in, d_out, options, kwargs):
-    return EinsumLinear(factor_sizes(d_in, d_out, KRONECKER, 1), **kwargs)
-
-
-def tt(d_in, d_out, options, kwargs):
-    if options["num_cores"] > 2:
-        return chain(d_in, d_out, options, kwargs, blocks=False)
-    return EinsumLinear(factor_sizes(d_in, d_out, TENSOR_TRAIN, options["rank"]), **kwargs)
-
-
-def btt(d_in, d_out, options, kwargs):
-    if options["num_cores"] > 2:
-        return chain(d_in, d_out, options, kwargs, blocks=True)
-    return EinsumLinear(factor_sizes(d_in, d_out, btt_theta(d_in, d_out, options), options["rank"]), **kwargs)
-
-
-def monarch(d_in, d_out, options, kwargs):
-    """Block-diagonal, permute, block-diagonal (Dao et al., "Monarch", ICML 2022): BTT of rank 1, or `num_blocks` blocks.
-
-    With b blocks either block-diagonal factor has b of them and min(d_in, d_out) values pass
-    between, every block sending as many to every other: γ = φ = b and ρ = min(d_in, d_out) / b².
-    """
-    b, narrow = options["num_blocks"], min(d_in, d_out)
-    if b is None:
-        return EinsumLinear(factor_sizes(d_in, d_out, btt_theta(d_in, d_out, options), 1), **kwargs)
-    works = [k for k in range(1, math.isqrt(narrow) + 1) if d_in % k == 0 and d_out % k == 0 and narrow % (k * k) == 0]
-    if b not in works:
-        raise ConfigError(
-            f"num_blocks={b} does not divide a {d_in} -> {d_out} layer: its square must divide {narrow}; "
-            f"take {min(works, key=lambda k: abs(k - b))}, of {', '.join(map(str, works))}"
-        )
-    return EinsumLinear(Sizes(d_in // b, 1, b, 1, d_out // b, b, narrow // (b * b)), **kwargs)
-
-
-def einsum(d_in, d_out, options, kwargs):
-    return EinsumLinear(factor_sizes(d_in, d_out, options["theta"]), **kwargs)
-
-
-def btt_theta(d_in, d_out, options):
-    """θ of a BTT: half and half, or, with aligned heads, the full-rank BTT (a 0 1-a 0 1-a a) whose blocks are heads.
-
-    heads_out: output block φ is a head and ε runs through it; heads_in: the same for γ and α of the input.
-    """
-    if options["heads_out"]:
-        a = math.log(options["heads_out"]) / math.log(d_out)
-    elif options["heads_in"]:
-        a = 1 - math.log(options["heads_in"]) / math.log(d_in)
-    else:
-        a = 0.5
-    return (a, 0, 1 - a, 0, 1 - a, a, 0)
-
-
-def chain(d_in, d_out, options, kwargs, blocks):
-    exponents = (1 / options["num_cores"],) * options["num_cores"]
-    in_sizes, out_sizes = factor("d_in", d_in, exponents), factor("d_out", d_out, exponents)
-    # What passes between two cores has no more than this rank: (i_1; j_c) in a BTT, (i_1 j_1; i_c j_c) in a TT.
-    most = min(in_sizes[0], out_sizes[-1]) if blocks else min(in_sizes[0] * out_sizes[0], in_sizes[-1] * out_sizes[-1])
-    if options["rank"] > most:
-        kind = f"{'btt' if blocks else 'tt'} of {options['num_cores']} cores"
-        raise ConfigError(f"rank {options['rank']} is beyond a {d_in} -> {d_out} {kind}: take rank <= {most}")
-    return ChainLinear(in_sizes, out_sizes, options["rank"], blocks, **kwargs)
-
-
-# name: (function, the options of make_linear that it heeds)
-STRUCTURES = {
-    "dense": (dense, ()),
-    "low_rank": (low_rank, ("rank",)),
-    "kronecker": (kronecker, ()),
-    "tt": (tt, ("rank", "num_cores")),
-    "monarch": (monarch, ("num_blocks", "heads_in", "heads_out")),
-    "btt": (btt, ("rank", "num_cores", "heads_in", "heads_out")),
-    "einsum": (einsum, ("theta",)),
-}
-DEFAULTS = {"theta": None, "rank": 1, "num_blocks": None, "num_cores": 2, "heads_in": None, "heads_out": None}
 
 
 def make_linear(
@@ -699,178 +437,13 @@ def make_linear(
     normalize, gain and zero_init are as in CoreLinear.
     Raises ConfigError, also for an option that the structure does not heed.
     """
-    if structure not in STRUCTURES:
-        near = difflib.get_close_matches(str(structure), STRUCTURES, n=1)
-        hint = f"did you mean {near[0]!r}? " if near else ""
-        raise ConfigError(f"structure={structure!r} is unknown: {hint}choose one of {', '.join(STRUCTURES)}")
-    function, heeded = STRUCTURES[structure]
-    options = dict(
-        theta=theta, rank=rank, num_blocks=num_blocks, num_cores=num_cores, heads_in=heads_in, heads_out=heads_out
-    )
-    for name, value in options.items():
-        if value != DEFAULTS[name] and name not in heeded:
-            others = ", ".join(key for key, (_, names) in STRUCTURES.items() if name in names)
-            raise ConfigError(
-                f"{name}={value} with structure={structure!r}, which has none: make it {DEFAULTS[name]}, or take {others}"
-            )
-    if structure == "einsum" and theta is None:
-        raise ConfigError("structure='einsum' needs theta: seven numbers, such as (.5, 0, .5, 0, .5, .5, 0)")
-    for name, least in (("rank", 1), ("num_cores", 2), ("d_in", 1), ("d_out", 1)):
-        value = {**options, "d_in": d_in, "d_out": d_out}[name]
-        if not isinstance(value, int) or value < least:
-            raise ConfigError(f"{name}={value!r}: make it a whole number, {least} or more")
-    most = max(2, min(d_in, d_out).bit_length() - 1)
-    if num_cores > most:
-        raise ConfigError(f"num_cores={num_cores}: {d_in} and {d_out} have no factors for so many, take {most} at most")
-    for name, width in (("heads_out", d_out), ("heads_in", d_in)):
-        if options[name] and (num_cores > 2 or num_blocks or width % options[name] or width == 1):
-            raise ConfigError(
-                f"{name}={options[name]}: heads align with two cores, no num_blocks and a width that they divide, not {width}"
-            )
-    return function(d_in, d_out, options, dict(bias=bias, normalize=normalize, gain=gain, zero_init=zero_init))
-
-
-# ---------------------------------------------------------------------------------------
-# The command: what a structure is, in figures
-
-
-@dataclass
-class Config:
-    d_in: int = 1024  # width of the input
-    d_out: int = 1024  # width of the output
-    theta: tuple | None = None  # seven exponents (alpha beta gamma delta epsilon phi rho); None: the named structures
-    plot: bool | str = False  # draw every named structure at its (omega, psi, nu); --plot=FILE, or taxonomy.png
-
-    def __post_init__(self):
-        for name in ("d_in", "d_out"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name}={getattr(self, name)}: make it at least 1")
-
-
-# Points of the space by name, for the table's taxonomy and the picture: square layers, ranks as d^ρ.
-NAMED_THETAS = {
-    "low-rank, r = d^0.5": (1, 0, 0, 0, 1, 0, 0.5),
-    "low-rank, r = d^0.75": (1, 0, 0, 0, 1, 0, 0.75),
-    "Kronecker": KRONECKER,
-    "TT, r = d^0.25": (0.5, 0.5, 0, 0.5, 0.5, 0, 0.25),
-    "Monarch = BTT rank 1": BTT,
-    "BTT, r = d^0.25": (0.5, 0, 0.5, 0, 0.5, 0.5, 0.25),
-    "full-rank BTT, a = 1/4": (0.25, 0, 0.75, 0, 0.75, 0.25, 0),
-    "low-rank BTT, a = 2/3": (2 / 3, 0, 1 / 3, 0, 2 / 3, 1 / 3, 0),
-    "generic": (0.5, 0.25, 0.25, 0.25, 0.5, 0.25, 0),
-    "dense": (0, 0, 1, 0, 1, 0, 0),  # α = δ = φ = 1: A is a scalar for every γ, B is the matrix
-}
-
-
-def measured_rank(layer):
-    """Numerical rank of the layer's matrix as initialised, in float64 from the cores on."""
-    return int(torch.linalg.matrix_rank(layer.double().materialize()))
-
-
-def describe_theta(d_in, d_out, theta):
-    """Lines about one point of the space."""
-    sizes = factor_sizes(d_in, d_out, theta)
-    torch.manual_seed(0)
-    layer = EinsumLinear(sizes, normalize=False)
-    mults, parameters, whole = multiplications(sizes), num_parameters(sizes), d_in * d_out
-    omega, psi, nu = taxonomy(theta)
-    yield f"theta {_show(check_theta(theta))}, {d_in} -> {d_out}"
-    yield "sizes        " + "  ".join(f"{name} {size}" for name, size in sizes._asdict().items())
-    yield "cores        " + ", ".join(str(tuple(core.shape)) for core in layer.cores) + "  (batch, fan_in, fan_out)"
-    for order, name in (("AB", "A first"), ("BA", "B first")):
-        taken = "  <- taken" if order == layer.order else ""
-        yield f"{name:<12} {2 * mults[order]:,} FLOPs a token, {mults[order] / whole:.4f} of dense{taken}"
-    yield f"parameters   {parameters:,}, {parameters / whole:.4f} of dense"
-    yield f"params/FLOP  {parameters / mults[layer.order]:.4f} of dense's"
-    yield f"taxonomy     omega {omega:.4g} (sharing)  psi {psi:.4g} (rank)  nu {nu:.4g} (compute)"
-    yield f"rank         {measured_rank(layer)} measured, of {min(d_in, d_out)}"
-
-
-def table_of_structures(d_in, d_out):
-    """Lines of a table: every named structure at this width."""
-    root = math.isqrt(math.isqrt(min(d_in, d_out)))
-    rows = [
-        ("dense", {}),
-        ("low_rank", {"rank": math.isqrt(min(d_in, d_out))}),
-        ("kronecker", {}),
-        ("tt", {"rank": root}),
-        ("tt", {"rank": 2, "num_cores": 3}),
-        ("monarch", {}),
-        ("monarch", {"num_blocks": 4}),
-        ("btt", {}),
-        ("btt", {"rank": root}),
-        ("btt", {"num_cores": 3}),
-        ("btt", {"rank": 2, "num_cores": 3}),
-    ]
-    yield f"{d_in} -> {d_out}; parameters and FLOPs as shares of dense ({d_in * d_out:,} and twice that)"
-    yield f"{'structure':<30} {'cores (batch, fan_in, fan_out)':<54} {'parameters':>10} {'FLOPs':>8} {'params/FLOP':>11} {'rank':>6}"
-    for name, options in rows:
-        label = " ".join([name, *(f"{key}={value}" for key, value in options.items())])
-        torch.manual_seed(0)
-        try:
-            layer = make_linear(d_in, d_out, name, normalize=False, **options)
-        except ConfigError as error:
-            yield f"{label:<30} {error}"
-            continue
-        cores = [core.unsqueeze(0) if core.dim() == 2 else core for core in layer.cores]
-        shapes = " ".join(str(tuple(core.shape)).replace(" ", "") for core in cores)
-        parameters = sum(core.numel() for core in cores) / (d_in * d_out)
-        flops = layer.flops_per_token / (2 * d_in * d_out)
-        yield f"{label:<30} {shapes:<54} {parameters:>10.4f} {flops:>8.4f} {parameters / flops:>11.4f} {measured_rank(layer):>6}"
-
-
-def plot_taxonomy(png):
-    """Every named structure at its (ω, ψ, ν)."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure = plt.figure(figsize=(9, 7))
-    axes = figure.add_subplot(projection="3d")
-    places = {}
-    for name, theta in NAMED_THETAS.items():
-        places.setdefault(tuple(round(value, 3) for value in taxonomy(theta)), []).append(name)
-    for (omega, psi, nu), names in places.items():
-        best = omega == 0 and psi == 1
-        axes.plot([omega, omega], [psi, psi], [0.25, nu], color="0.7", lw=0.8)  # a stem, to read the place on the floor
-        axes.scatter(omega, psi, nu, s=50, color="tab:green" if best else "tab:red")
-        axes.text(omega, psi, nu + 0.03, "\n".join(names), fontsize=8, ha="left", va="bottom")
-    axes.set(
-        xlabel="ω  parameter sharing",
-        ylabel="ψ  rank",
-        zlabel="ν  compute",
-        zlim=(0.25, 1.1),
-        xlim=(0, 0.6),
-        ylim=(0.4, 1.05),
-    )
-    axes.set_title(
-        "How parameters per FLOP (d^-ω), rank (d^ψ) and FLOPs (d^(1+ν)) scale with width d\n"
-        "green: no sharing (ω = 0) and full rank (ψ = 1)",
-        fontsize=10,
-        y=0.93,
-    )
-    axes.view_init(elev=18, azim=-55)
-    figure.savefig(png, dpi=130, bbox_inches="tight")
-    plt.close(figure)
-
-
-def main(argv):
-    config = load_config(Config, argv)
-    if config.plot:
-        path = "taxonomy.png" if config.plot is True else config.plot
-        try:
-            plot_taxonomy(path)
-        except (OSError, ValueError) as error:  # no such folder, or no such format
-            raise ConfigError(
-                f"plot={path} cannot be written ({error}): give a .png in a folder that is there"
-            ) from None
-        print(f"drawn: {path}")
-    elif config.theta is None:
-        print("\n".join(table_of_structures(config.d_in, config.d_out)))
-    if config.theta is not None:
-        print("\n".join(describe_theta(config.d_in, config.d_out, config.theta)))
-
-
-if __name__ == "__main__":
-    as_script(main)
+    sizes = layer_sizes(
+        d_in, d_out, structure, theta=theta, rank=rank, num_blocks=num_blocks, num_cores=num_cores,
+        heads_in=heads_in, heads_out=heads_out,
+    )  # fmt: skip
+    if sizes is None:
+        return Dense(d_in, d_out, bias=bias, zero_init=zero_init)
+    kwargs = dict(bias=bias, normalize=normalize, gain=gain, zero_init=zero_init)
+    if isinstance(sizes, Sizes):
+        return EinsumLinear(sizes, **kwargs)
+    return ChainLinear(*sizes, **kwargs) if isinstance(sizes, ChainSizes) else sizes(**kwargs)

@@ -6,14 +6,11 @@ changes. "standard" is GPT-2 as published: with structure="dense" it loads GPT-2
 equals it. The learning rates that belong to each are in mup.py.
 
 Shapes: B batch, T time, S positions in a cache, C = d_model, nh = n_head, hs = d_head.
-Imports from configurator, kernels, einsum_linear, moe, loss and cuda_graph.
+Imports from configurator, options, kernels, einsum_linear, moe, loss and cuda_graph.
 """
 
-import difflib
 import math
 from contextlib import nullcontext
-from dataclasses import dataclass
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -25,161 +22,18 @@ from cuda_graph import Graphed
 from einsum_linear import Dense, make_linear, multiplied_out
 from kernels import gelu
 from loss import linear_cross_entropy
-from moe import DenseMixture, Router, apply, apply_ffns, apply_layers, auxiliary_loss, check_top_k, make_mixture, report
-
-# What `structured_layers` and `overrides` may name, one by one or as a group ("attn" is the four attn.* roles).
-ROLES = ("embed", "attn.q", "attn.k", "attn.v", "attn.proj", "ffn.up", "ffn.down", "lm_head")
-OVERRIDABLE = ("structure", "theta", "rank", "num_blocks", "num_cores", "bias", "normalize")  # of make_linear's options
+from moe import DenseMixture, Router, apply, apply_ffns, apply_layers, auxiliary_loss, make_mixture, report
+from options import GPTConfig
 
 EMBEDDING_STD = 1.0  # muP: embeddings are of size 1 whatever the width
 
 LOGITS_AT_ONCE = 2**29  # above this number the loss is made chunk by chunk: 1 GiB in 16 bits
 
 
-@dataclass
-class BlockConfig:
-    """Options of a stack of blocks and of the structures in it, of whatever model: GPT here, those of vision/."""
-
-    n_layer: int = 12  # transformer blocks
-    n_head: int = 12  # attention heads
-    d_model: int = 768  # width of the residual stream
-    d_head: int | None = None  # width of a head; None: d_model / n_head
-    dropout: float = 0.0  # probability, on embeddings, attention and residual branches
-    bias: bool = False  # biases in linear layers and norms (GPT-2: True)
-    parametrization: Literal["mup", "standard"] = "mup"  # structure-aware muP, or plain GPT-2's init, rates, tied head
-    structure: str = "btt"  # of the structured layers: dense, low_rank, kronecker, tt, monarch, btt, einsum
-    theta: tuple | None = None  # with structure="einsum": seven exponents (alpha beta gamma delta epsilon phi rho)
-    rank: int = 1  # of low_rank, tt and btt
-    num_blocks: int | None = None  # of monarch; None: near the square root of the width
-    num_cores: int = 2  # of tt and btt
-    align_heads: bool = False  # with btt and monarch: blocks of q, k, v and of proj's input are heads
-    structured_layers: tuple = ("attn", "ffn", "lm_head")  # or embed, attn.q .k .v .proj, ffn.up .down
-    overrides: dict | None = None  # by layer: {"attn.q": "dense", "ffn": {"structure": "btt", "rank": 4}}
-    moe: Literal["none", "linear", "ffn"] = "none"  # mixtures: each structured layer of attn and ffn, or whole FFNs
-    num_experts: int = 8  # of a mixture; `rank` is the rank of one
-    top_k: int = 2  # experts that a token has; of 1, routers learn from the auxiliary loss alone
-    share_router: bool = False  # with moe="linear": q, k and v pick the same experts
-    normalize: bool = True  # cap the RMS of each core at its initial value
-    activation_checkpointing: bool = False  # keep only the blocks' inputs for backward: less memory, 1/3 more FLOPs
-
-    roles = ROLES  # of the model's layers
-    causal = True  # a position attends to none behind it
-
-    def __post_init__(self):
-        for name in ("n_layer", "n_head", "d_model", "d_head"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ConfigError(f"{name}={value}: make it at least 1")
-        if not 0 <= self.dropout < 1:
-            raise ConfigError(f"dropout={self.dropout}: make it at least 0 and less than 1")
-        if self.d_head is None and self.d_model % self.n_head:
-            near = min(
-                (h for h in range(1, self.d_model + 1) if self.d_model % h == 0), key=lambda h: abs(h - self.n_head)
-            )
-            raise ConfigError(
-                f"n_head={self.n_head} does not divide d_model={self.d_model}: take n_head={near}, or give d_head"
-            )
-        for option, names in (("structured_layers", self.structured_layers), ("overrides", self.overrides or {})):
-            for name in names:
-                if not any(_covers(name, role) for role in self.roles):
-                    near = difflib.get_close_matches(str(name), ("attn", "ffn", *self.roles), n=1)
-                    remedy = f"did you mean {near[0]!r}?" if near else f"choose from attn, ffn, {', '.join(self.roles)}"
-                    raise ConfigError(f"{option}: unknown layer {name!r}, {remedy}")
-        for name, override in (self.overrides or {}).items():
-            options = {"structure": override} if isinstance(override, str) else override
-            if not isinstance(options, dict) or not options.keys() <= set(OVERRIDABLE):
-                raise ConfigError(
-                    f"overrides: {name}={override!r}: give a structure, or a dict of {', '.join(OVERRIDABLE)}"
-                )
-        attention = [role for role in self.roles if role.startswith("attn.")]
-        if self.align_heads and all(self.layer_options(role)["structure"] == "dense" for role in attention):
-            raise ConfigError(
-                "align_heads=True with dense q, k, v and proj: leave it out, or make one of them btt or monarch"
-            )
-        self._check_mixtures()
-
-    def _check_mixtures(self):
-        defaults = {"num_experts": 8, "top_k": 2, "share_router": False}
-        for name, default in defaults.items():
-            if self.moe == "none" and getattr(self, name) != default:
-                kinds = "'linear'" if name == "share_router" else "'linear' or 'ffn'"
-                raise ConfigError(
-                    f"{name}={getattr(self, name)} with moe='none', which has none: leave it out, or take moe={kinds}"
-                )
-        if self.num_experts < 2:
-            raise ConfigError(f"num_experts={self.num_experts}: make it at least 2, or take moe='none'")
-        check_top_k("top_k", self.top_k, self.num_experts)
-        if self.moe == "linear" and not any(map(self.is_mixture, ROLES)):
-            raise ConfigError(
-                f"moe='linear' with structured_layers={self.structured_layers}: name attn or ffn there, or single layers of these"
-            )
-        if self.share_router and not all(map(self.is_mixture, ("attn.q", "attn.k", "attn.v"))):
-            raise ConfigError(
-                "share_router=True: needs mixtures in q, k and v: take moe='linear' and attn in structured_layers"
-            )
-
-    def is_mixture(self, role):
-        """Whether the layer that plays `role` is a mixture, or, with moe="ffn", part of one."""
-        if self.moe == "ffn":
-            return _covers("ffn", role)
-        inside = self.moe == "linear" and (_covers("attn", role) or _covers("ffn", role))
-        return inside and any(_covers(name, role) for name in self.structured_layers)
-
-    @property
-    def head_size(self):
-        return self.d_head or self.d_model // self.n_head
-
-    def layer_options(self, role):
-        """make_linear's options for the layer that plays `role`: an override, else the structure, else dense."""
-        ours = {name: getattr(self, name) for name in ("structure", "theta", "rank", "num_blocks", "num_cores")}
-        covering = [name for name in self.overrides or {} if _covers(name, role)]
-        if covering:
-            override = self.overrides[max(covering, key=len)]  # the narrowest: attn.q rather than attn
-            options = {"structure": override} if isinstance(override, str) else dict(override)
-            if "structure" not in options:
-                options = {**ours, **options}
-        elif any(_covers(name, role) for name in self.structured_layers):
-            options = ours
-        else:
-            return {"structure": "dense"}
-        if options["structure"] != "dense":
-            options.setdefault("normalize", self.normalize)
-            if self.align_heads and role.startswith("attn."):
-                if options["structure"] not in ("btt", "monarch"):
-                    raise ConfigError(
-                        f"align_heads with structure={options['structure']!r}: only btt and monarch have blocks to align"
-                    )
-                options["heads_in" if role == "attn.proj" else "heads_out"] = self.n_head
-        return options
-
-
-@dataclass
-class GPTConfig(BlockConfig):
-    block_size: int = 1024  # context length, tokens
-    vocab_size: int = 50304  # at least the data's; GPT-2's 50257 rounded up to a width that factors
-    d_embed: int | None = None  # width of the token embedding, which the layer "embed" brings to d_model; None: d_model
-    fused_loss: bool = True  # LM head and loss in chunks of tokens where the logits are large; False: logits whole
-
-    def __post_init__(self):
-        super().__post_init__()
-        for name in ("block_size", "vocab_size", "d_embed"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ConfigError(f"{name}={value}: make it at least 1")
-        if self.d_embed and self.parametrization == "standard":
-            raise ConfigError(
-                f"d_embed={self.d_embed} with parametrization='standard', which ties embedding and head: take 'mup'"
-            )
-
-
-def _covers(name, role):
-    return role == name or role.startswith(f"{name}.")
-
-
-def linear(config, role, d_in, d_out, **kwargs):
-    """The layer that plays `role`, with the structure that the config gives it: one matrix, or a mixture."""
-    options = config.layer_options(role)
-    arguments = {"bias": config.bias, **kwargs, **options}
+def linear(config, role, **kwargs):
+    """The layer that plays `role`, of the widths and the structure that the config gives it: one matrix, or a mixture."""
+    d_in, d_out = config.layer_widths()[role]
+    arguments = {"bias": config.bias, **kwargs, **config.layer_options(role)}
     try:
         if not config.is_mixture(role):
             return make_linear(d_in, d_out, **arguments)
@@ -187,7 +41,7 @@ def linear(config, role, d_in, d_out, **kwargs):
         routed = linear and not (config.share_router and role in ("attn.q", "attn.k", "attn.v"))
         return make_mixture(d_in, d_out, config.num_experts, config.top_k, routed=routed, mixed=linear, **arguments)
     except ConfigError as error:
-        raise ConfigError(f"{role}: {error}") from None
+        raise error.about(role) from None
 
 
 class Attention(nn.Module):
@@ -202,12 +56,12 @@ class Attention(nn.Module):
         self.causal = config.causal
         self.router = Router(config.d_model, config.num_experts, config.top_k) if config.share_router else None
         # With QK-norm the scale of q and k is undone at once: no gain on their cores.
-        self.q = linear(config, "attn.q", config.d_model, nh * hs, gain=not mup)
-        self.k = linear(config, "attn.k", config.d_model, nh * hs, gain=not mup)
-        self.v = linear(config, "attn.v", config.d_model, nh * hs)
+        self.q = linear(config, "attn.q", gain=not mup)
+        self.k = linear(config, "attn.k", gain=not mup)
+        self.v = linear(config, "attn.v")
         self.q_norm = nn.LayerNorm(hs, bias=config.bias) if mup else nn.Identity()
         self.k_norm = nn.LayerNorm(hs, bias=config.bias) if mup else nn.Identity()
-        self.proj = linear(config, "attn.proj", nh * hs, config.d_model, zero_init=True)
+        self.proj = linear(config, "attn.proj", zero_init=True)
 
     def forward(self, x, cache=None, routings=None):
         B, T, C = x.shape
@@ -231,8 +85,8 @@ class FFN(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.router = Router(config.d_model, config.num_experts, config.top_k) if config.moe == "ffn" else None
-        self.up = linear(config, "ffn.up", config.d_model, 4 * config.d_model)
-        self.down = linear(config, "ffn.down", 4 * config.d_model, config.d_model, zero_init=True)
+        self.up = linear(config, "ffn.up")  # C -> 4C
+        self.down = linear(config, "ffn.down", zero_init=True)  # 4C -> C
 
     def forward(self, x, routings=None):
         if self.router is not None:
@@ -307,12 +161,12 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         self.token_embedding = nn.Embedding(config.vocab_size, config.d_embed or config.d_model)
-        self.embed = linear(config, "embed", config.d_embed, config.d_model) if config.d_embed else nn.Identity()
+        self.embed = linear(config, "embed") if config.d_embed else nn.Identity()
         self.position_embedding = nn.Embedding(config.block_size, config.d_model)
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.final_norm = nn.LayerNorm(config.d_model, bias=config.bias)
-        self.lm_head = linear(config, "lm_head", config.d_model, config.vocab_size, bias=False, zero_init=True)
+        self.lm_head = linear(config, "lm_head", bias=False, zero_init=True)
         if config.parametrization == "standard":
             self._init_as_gpt2()
         else:
@@ -370,11 +224,12 @@ class GPT(nn.Module):
         return self.final_norm(x).to(x.dtype)
 
     @torch.no_grad()
-    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, generator=None):
+    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, generator=None, vocab_size=None):
         """Continue idx, (B, T) with T <= block_size, by max_new_tokens sampled tokens -> (B, T + max_new_tokens).
 
         temperature 0 takes the likeliest token. top_k keeps the k likeliest, top_p the likeliest
-        whose probabilities add up to p. Keys and values are cached; when the context is full,
+        whose probabilities add up to p. vocab_size: only ids below it are drawn, which a tokenizer knows
+        of a rounded-up vocabulary. Keys and values are cached; when the context is full,
         its later half is read anew and generation goes on from there. On a GPU structured layers
         are multiplied out meanwhile, and the step of one token is a CUDA graph.
         """
@@ -382,11 +237,11 @@ class GPT(nn.Module):
         self.eval()
         try:
             with multiplied_out(self) if idx.is_cuda else nullcontext():
-                return self._generate(idx, max_new_tokens, temperature, top_k, top_p, generator)
+                return self._generate(idx, max_new_tokens, temperature, top_k, top_p, generator, vocab_size)
         finally:
             self.train(was_training)
 
-    def _generate(self, idx, max_new_tokens, temperature, top_k, top_p, generator):
+    def _generate(self, idx, max_new_tokens, temperature, top_k, top_p, generator, vocab_size):
         cache = KVCache(self.config, idx.device)
 
         def read(tokens):
@@ -403,7 +258,7 @@ class GPT(nn.Module):
                 logits, held = read(idx[:, first:end]), end - first
             else:
                 logits, held = read_one(idx[:, end - 1 : end]), held + 1
-            idx[:, end : end + 1] = sample_token(logits, temperature, top_k, top_p, generator)
+            idx[:, end : end + 1] = sample_token(logits[:, :vocab_size], temperature, top_k, top_p, generator)
         return idx
 
     def flops_per_token(self):
@@ -506,7 +361,7 @@ class KVCache:
 
 def sample_token(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
     """(B, vocab_size) logits -> (B, 1) token ids."""
-    if temperature == 0:
+    if temperature < 1e-30:  # which a float32 cannot be divided by, and where the likeliest takes all
         return logits.argmax(dim=-1, keepdim=True)
     logits = (logits - logits.amax(dim=-1, keepdim=True)) / temperature  # at most 0: none overflows
     if top_k is not None and top_k < logits.size(-1):

@@ -16,7 +16,7 @@ multiplies its own rows (grouped_products); BTT-MoE and low-rank-MoE on a GPU ha
 No token is dropped. Nothing waits for the device, no shape depends on values. Gradients of the gates come from what they scale.
 
 Shapes: n tokens, k = top_k, m = n · k rows of a token and an expert, E experts; g a f e r as in einsum_linear.
-Imports from configurator, kernels, moe_kernels and einsum_linear.
+Imports from configurator, options, theta, kernels, moe_kernels and einsum_linear.
 """
 
 import math
@@ -29,6 +29,8 @@ from configurator import ConfigError
 from einsum_linear import CoreLinear, Dense, EinsumLinear, apply_all, init_std, make_linear
 from kernels import BTTSizes, compute_dtype, gelu, takes_kernels
 from moe_kernels import btt_mixture, fits, routed_btt_mixture, router_fits
+from options import check_top_k
+from theta import check_mixture
 
 AUXILIARY, Z = 0.01, 0.1  # loss = cross-entropy + AUXILIARY · mean over routers of (load balance + Z · z-loss)
 BALANCE = 0.1  # step of the routers' biases, in standard deviations of their logits
@@ -185,11 +187,6 @@ def set_top_k(model, top_k, option="top_k"):
     check_top_k(option, top_k, model.config.num_experts)
     for module in mixtures:
         module.top_k = top_k
-
-
-def check_top_k(name, top_k, num_experts):
-    if not 1 <= top_k <= num_experts:
-        raise ConfigError(f"{name}={top_k} of num_experts={num_experts}: make it at least 1 and at most {num_experts}")
 
 
 # ---------------------------------------------------------------------------------------
@@ -507,12 +504,8 @@ def make_mixture(d_in, d_out, num_experts, top_k, routed=True, mixed=True, **opt
     if isinstance(expert, Dense):
         kwargs = {name: value for name, value in kwargs.items() if name in ("bias", "zero_init")}
         return DenseMixture(d_in, d_out, num_experts, top_k, active, routed, **kwargs)
-    if isinstance(expert, EinsumLinear) and expert.sizes.beta == expert.sizes.delta == 1:
-        return BTTMixture(expert.sizes, num_experts, top_k, active, routed, **kwargs)
-    raise ConfigError(
-        f"structure={options.get('structure')!r} cannot be a mixture, whose experts are rank slices of a BTT, or matrices: "
-        "take btt of two cores, monarch, low_rank, dense, or an einsum with beta = delta = 0"
-    )
+    check_mixture(options.get("structure"), getattr(expert, "sizes", expert))
+    return BTTMixture(expert.sizes, num_experts, top_k, active, routed, **kwargs)
 
 
 # ---------------------------------------------------------------------------------------

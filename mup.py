@@ -13,7 +13,7 @@ Spent", ICML 2024, section 3.2):
 so that `lr` is the rate of a dense layer of width 768. A core of a mixture has the fan-in of one
 expert (moe.Mixture says why). The initial standard deviations are with the layers
 (einsum_linear.init_std). Under parametrization="standard" every multiplier is 1.
-Imports from einsum_linear and moe.
+Imports from options, einsum_linear and moe.
 """
 
 import torch
@@ -21,8 +21,7 @@ from torch.distributed.tensor import DTensor
 
 from einsum_linear import CoreLinear, Dense
 from moe import Router
-
-BASE_WIDTH = 768
+from options import BASE_WIDTH
 
 
 def lr_multipliers(model, base_width=BASE_WIDTH):

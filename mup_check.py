@@ -33,9 +33,10 @@ from compiling import order_loops
 from configurator import ConfigError, as_script, choose_command, load_config
 from data import TokenData
 from device import choose_device, choose_dtype, device_name, write_rows
-from model import GPT, Block, GPTConfig
+from model import GPT, Block
 from moe import Router
 from mup import lr_multipliers, make_optimizer, set_lr
+from options import GPTConfig
 from prepare_owt import prepare_default
 from runlog import duration, save_figure, whole_file, writing
 

@@ -388,7 +388,7 @@ def group_name(options, by):
 
     A structure by its θ has the name of its family before it, a mixture its experts: "btt, linear MoE, 2 of 8".
     """
-    from model import BlockConfig  # here, since torch takes seconds to import and plot does without
+    from options import BlockConfig  # here, since torch takes seconds to import and plot does without
 
     defaults = json.loads(json.dumps({field.name: field.default for field in fields(BlockConfig)}))  # as in config.json
     for name in by:
@@ -409,7 +409,7 @@ def group_name(options, by):
 
 def family(theta):
     """The name of the structures that θ is one of, by the indices that it has not (README, "The structures")."""
-    from einsum_linear import canonical, taxonomy
+    from theta import canonical, taxonomy
 
     _, b, c, d, _, f, rho = canonical(theta)
     if b == d == 0:
@@ -458,7 +458,8 @@ def num_parameters(options):
     """Of the run's model, by what its config.json holds."""
     import torch
 
-    from model import GPT, GPTConfig
+    from model import GPT
+    from options import GPTConfig
 
     if "vocab_size" in options:
         Model, Config = GPT, GPTConfig
@@ -466,7 +467,7 @@ def num_parameters(options):
         from vision.mlp import MLP as Model
         from vision.regression import Config
     else:
-        from vision.mlp import ImageConfig as Config
+        from vision.options import ImageConfig as Config
         from vision.train import MODELS
 
         Model = MODELS[options["model"]]
@@ -483,7 +484,7 @@ def place_of(options):
     """
     if options.get("moe", "none") != "none" or (options.get("num_cores") or 2) > 2:
         return None
-    from einsum_linear import NAMED_THETAS, taxonomy
+    from theta import NAMED_THETAS, taxonomy
 
     names = {
         "low_rank": "low-rank",

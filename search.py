@@ -45,14 +45,14 @@ from checkpoint import PLACES
 from configurator import ConfigError, as_script, load_config
 from data import TokenData
 from device import choose_device, choose_dtype, device_name
-from einsum_linear import BTT, canonical, factor_sizes, taxonomy
-from model import GPT, GPTConfig
-from moe import check_top_k
+from model import GPT
 from mup import make_optimizer
+from options import GPTConfig, check_top_k
 from prepare_owt import prepare_default
 from runlog import duration, read_log, writing
 from search_report import dotted, report
 from sweep import gpus_to_use
+from theta import BTT, canonical, factor_sizes, taxonomy
 
 try:
     import optuna

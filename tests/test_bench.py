@@ -1,14 +1,19 @@
 """bench.py's update, on one process and on several."""
 
 import json
+import typing
 
 import pytest
 import torch
 
-from bench_layers import AllExperts, bench_layers, bench_mixtures
-from configurator import ConfigError
+import sweep
+from bench import SampleBenchConfig
+from bench_layers import AllExperts, LayersConfig, MixturesConfig, bench_layers, bench_mixtures
+from configurator import ConfigError, load_config
 from conftest import ROOT, run_forked
 from moe import apply, make_mixture
+from mup_check import CoordsConfig, LandscapeConfig
+from scaling_laws import FitConfig, PlotConfig
 
 SHAPE = "--vocab_size=96 --n_layer=1 --n_head=2 --d_model=36 --block_size=32 --micro_batch=2 --batch_tokens=256"
 
@@ -97,6 +102,26 @@ def test_mistakes_are_found_before_the_work(monkeypatch, bench, words, message):
     monkeypatch.chdir(ROOT)
     with pytest.raises(ConfigError, match=message):
         bench(words)
+
+
+@pytest.mark.parametrize(
+    "Config",
+    [
+        LayersConfig,
+        MixturesConfig,
+        SampleBenchConfig,
+        CoordsConfig,
+        LandscapeConfig,
+        PlotConfig,
+        FitConfig,
+        sweep.Config,
+    ],
+)
+def test_names_of_files_and_folders_may_look_like_numbers(Config):
+    named = [name for name, hint in typing.get_type_hints(Config).items() if hint in (str, str | None)]
+    named = [name for name in named if name != "device"]
+    config = load_config(Config, [f"--{name}=2024" for name in named])
+    assert named and all(getattr(config, name) == "2024" for name in named)
 
 
 def test_sizes_fit_the_device(monkeypatch, capsys, tmp_path):

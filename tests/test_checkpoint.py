@@ -28,8 +28,9 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 import checkpoint
 from configurator import ConfigError
-from model import GPT, GPTConfig
+from model import GPT
 from mup import make_optimizer
+from options import GPTConfig
 from sample import load_model
 
 CONFIG = dict(vocab_size=96, n_layer=1, n_head=2, d_model=36, block_size=32, structure="btt")

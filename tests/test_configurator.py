@@ -2,12 +2,15 @@
 
 import importlib
 import re
+import subprocess
+import sys
 from dataclasses import dataclass, fields
 from typing import Literal
 
 import pytest
 
-from configurator import ConfigError, as_script, help_text, load_config
+from configurator import ConfigError, UnusedOption, as_script, help_text, load_config
+from conftest import ROOT
 
 
 @dataclass
@@ -133,7 +136,7 @@ def test_help_lists_every_option_with_default_and_comment(capsys):
 
 @pytest.mark.parametrize(
     "where",
-    ["train", "prepare_owt", "sample", "convert", "search", "sweep", "einsum_linear", "mup_check.CoordsConfig",
+    ["train", "prepare_owt", "sample", "convert", "search", "sweep", "structures", "mup_check.CoordsConfig",
      "mup_check.LandscapeConfig", "scaling_laws.PlotConfig", "scaling_laws.FitConfig", "bench.StepConfig",
      "bench.SampleBenchConfig", "bench.DataConfig", "bench_layers.LayersConfig", "bench_layers.MixturesConfig"],
 )  # fmt: skip
@@ -156,3 +159,73 @@ def test_ctrl_c_that_nobody_caught_is_one_line(capsys):
     with pytest.raises(SystemExit) as end:
         as_script(interrupted)
     assert end.value.code == 130 and capsys.readouterr().err == "stopped\n"
+
+
+@dataclass
+class Structured:
+    kind: str = "dense"
+    rank: int = 1
+    folder: str | None = None
+    plot: bool | str = False
+
+    elsewhere = {"n_rank": "rank"}
+
+    def __post_init__(self):
+        if self.kind == "dense" and self.rank != 1:
+            raise UnusedOption("rank", self.rank, " with kind='dense'", "make it 1")
+
+
+def test_an_option_without_effect_is_dropped_from_a_file_and_refused_on_the_command_line(tmp_path, capsys):
+    path = tmp_path / "btt.py"
+    path.write_text("kind = 'btt'\nrank = 2\n")
+    assert load_config(Structured, [str(path)]).rank == 2
+    assert load_config(Structured, [str(path), "--kind=dense"]).rank == 1
+    assert capsys.readouterr().out == "note: rank=2 with kind='dense': left out\n"
+    for words in (["--rank=2"], [str(path), "--kind=dense", "--rank=2"], [str(path), "--kind=dense", "--rank=3"]):
+        with pytest.raises(UnusedOption, match=r"rank=\d with kind='dense': make it 1"):
+            load_config(Structured, words)
+
+
+def test_text_options_keep_text_that_looks_like_a_literal():
+    config = load_config(Structured, ["--kind=btt", "--folder=2024", "--plot=3.png"])
+    assert config.folder == "2024" and config.plot == "3.png"
+    assert load_config(Structured, ["--folder=None", "--plot"]) == Structured(folder=None, plot=True)
+
+
+def test_names_of_other_projects_get_the_right_name_here():
+    with pytest.raises(ConfigError, match="unknown option --n_rank: here it is rank"):
+        load_config(Structured, ["--n_rank=2"])
+    for theirs, ours in (("learning_rate", "lr"), ("n_embd", "d_model"), ("dataset", "data_dir")):
+        with pytest.raises(ConfigError, match=f"--{theirs}: here it is {ours}"):
+            load_config(importlib.import_module("train").Config, [f"--{theirs}=1"])
+
+
+WITHOUT_TORCH = "import runpy, sys; sys.modules['torch'] = None; sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
+
+
+@pytest.mark.parametrize(
+    "words, line",
+    [
+        ("train.py --help", "Train a structured GPT"),
+        ("train.py --dmodel=3", "error: unknown option --dmodel"),
+        ("train.py --d_model=97 --n_head=1", "error: attn.q: d_in=97 has no factorisation"),
+        ("train.py --moe=linear --structure=kronecker", "error: attn.q: structure='kronecker' cannot be a mixture"),
+        ("vision/train.py --help", "Train a structured MLP"),
+        ("vision/train.py --model=vit --n_head=1 --structured_layers=attn --d_model=97", "error: attn.q: d_in=97"),
+        ("vision/regression.py --d_model=0", "error: d_model=0"),
+        ("einsum_linear.py --theta=.5,0,.5,0,.5,.5,1", "error: rank 1024 is beyond the blocks"),
+    ],
+)
+def test_mistakes_are_answered_before_torch_is_imported(words, line):
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_TORCH, *words.split()], cwd=ROOT, capture_output=True, text=True
+    )
+    assert (done.stdout + done.stderr).startswith(line), done.stdout + done.stderr
+    assert done.returncode == (0 if "--help" in words else 1)
+
+
+def test_a_reader_that_has_seen_enough_is_no_error():
+    done = subprocess.run(
+        f"{sys.executable} train.py --help | head -1", shell=True, cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.stderr == "" and done.stdout.startswith("Train a structured GPT"), done.stderr

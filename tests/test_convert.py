@@ -17,11 +17,13 @@ import transformers
 import checkpoint
 import convert
 import einsum_linear
+import theta
 import train
 from configurator import ConfigError, load_config
 from conftest import losses, read_rows
 from data import TokenData
-from model import GPT, GPTConfig
+from model import GPT
+from options import GPTConfig
 from sample import load_model
 
 SHAPE = dict(vocab_size=96, block_size=32, n_layer=2, n_head=2, d_model=36)
@@ -292,27 +294,32 @@ class Mine(einsum_linear.EinsumLinear):
 
 
 def own(lacks):
-    def function(d_in, d_out, options, kwargs):
-        layer = Mine(einsum_linear.factor_sizes(d_in, d_out, einsum_linear.BTT, 1), **kwargs)
-        layer.lacks = lacks
-        return layer
+    """An entry of STRUCTURES: a function of sizes, here what makes the layer itself."""
+
+    def function(d_in, d_out, options):
+        def make(**kwargs):
+            layer = Mine(theta.factor_sizes(d_in, d_out, theta.BTT, 1), **kwargs)
+            layer.lacks = lacks
+            return layer
+
+        return make
 
     return function, ()
 
 
 def test_a_structure_without_load_dense_or_materialize_is_one_line(monkeypatch, tmp_path):
     save_run(tmp_path / "dense", structure="dense", parametrization="standard")
-    monkeypatch.setitem(einsum_linear.STRUCTURES, "mine", own("load_dense"))
+    monkeypatch.setitem(theta.STRUCTURES, "mine", own("load_dense"))
     with pytest.raises(ConfigError, match="blocks.0.attn.q is a Mine, which has no load_dense: add that method"):
         convert_to(tmp_path / "dense", tmp_path / "mine", "--structure=mine")
     save_run(tmp_path / "mine", structure="mine", parametrization="standard")
     with pytest.raises(ConfigError, match="blocks.0.attn.q is Mine, not dense: convert from a dense model"):
         convert_to(tmp_path / "mine", tmp_path / "btt", "--structure=btt")
-    monkeypatch.setitem(einsum_linear.STRUCTURES, "mine", own("materialize"))
+    monkeypatch.setitem(theta.STRUCTURES, "mine", own("materialize"))
     with pytest.raises(ConfigError, match="blocks.0.attn.q is a Mine, which has no materialize: add that method"):
         convert.main([f"--source={tmp_path / 'mine'}", f"--export={tmp_path / 'theirs'}"])
     assert sorted(os.listdir(tmp_path)) == ["dense", "mine"]
-    monkeypatch.setitem(einsum_linear.STRUCTURES, "mine", own(None))
+    monkeypatch.setitem(theta.STRUCTURES, "mine", own(None))
     assert convert_to(tmp_path / "dense", tmp_path / "whole", "--structure=mine").config.structure == "mine"
 
 

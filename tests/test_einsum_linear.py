@@ -8,20 +8,9 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from configurator import ConfigError
-from einsum_linear import (
-    ChainLinear,
-    EinsumLinear,
-    Sizes,
-    apply_all,
-    factor_sizes,
-    init_std,
-    main,
-    make_linear,
-    multiplications,
-    multiplied_out,
-    num_parameters,
-    taxonomy,
-)  # fmt: skip
+from einsum_linear import ChainLinear, EinsumLinear, apply_all, init_std, make_linear, multiplied_out
+from structures import main
+from theta import Sizes, factor_sizes, multiplications, num_parameters, taxonomy
 
 BTT = (0.5, 0, 0.5, 0, 0.5, 0.5, 0)
 THETAS = [

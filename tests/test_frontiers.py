@@ -7,9 +7,9 @@ from dataclasses import asdict
 import numpy as np
 import pytest
 
-import einsum_linear
 import frontiers
 import scaling_laws
+import theta
 from configurator import ConfigError
 from conftest import run_forked
 from frontiers import Fit, Run, fit_power_law, frontier
@@ -222,7 +222,7 @@ def edit_json(path, **changes):
 
 
 def test_a_structure_of_the_users_own_is_a_group_without_a_place(tmp_path, monkeypatch):
-    monkeypatch.setitem(einsum_linear.STRUCTURES, "mine", einsum_linear.STRUCTURES["btt"])
+    monkeypatch.setitem(theta.STRUCTURES, "mine", theta.STRUCTURES["btt"])
     runs = write_runs(tmp_path, sizes=2)
     for i in range(2):
         edit_json(tmp_path / f"btt{i}" / "config.json", structure="mine", knob={"a": None})

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 import kernels
-from conftest import ROOT, run_script
-from einsum_linear import BTT, factor_sizes
+from conftest import run_interpreted
 from kernels import BTTSizes, btt, btt_joined, btt_matrix, choose_way, fused_blocks, joins
+from theta import BTT, factor_sizes
 
 triton = pytest.importorskip("triton")
 on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

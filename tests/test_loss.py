@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 import loss
-from conftest import ROOT, run_script
+from conftest import run_interpreted
 from einsum_linear import make_linear
 from loss import cross_entropy, linear_cross_entropy
 

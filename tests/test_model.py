@@ -12,8 +12,9 @@ from torch.utils.flop_counter import FlopCounterMode
 import model as model_file
 from configurator import ConfigError
 from einsum_linear import Dense, EinsumLinear, apply_all, make_linear, multiplied_out
-from model import GPT, GPTConfig, KVCache, sample_token
+from model import GPT, KVCache, sample_token
 from mup import make_optimizer
+from options import GPTConfig
 from test_einsum_linear import SWEEP
 
 SMALL = dict(block_size=32, vocab_size=96, n_layer=2, n_head=2, d_model=36)

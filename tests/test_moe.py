@@ -21,10 +21,11 @@ from conftest import losses, read_rows, run_forked
 from data import CharTokenizer
 from einsum_linear import make_linear
 from kernels import gelu
-from model import GPT, GPTConfig, KVCache
+from model import GPT, KVCache
 from moe import Router, make_mixture
 from mup import lr_multipliers, make_optimizer, set_lr
 from mup_check import CoordsConfig, coordinate_check, largest_spread, parse_structure
+from options import GPTConfig
 from prepare_owt import stdlib_files
 
 E = 4

@@ -7,7 +7,7 @@ import torch
 
 import moe_kernels
 import route_kernels
-from conftest import ROOT, run_script
+from conftest import run_interpreted
 from kernels import BTTSizes
 from moe import Router, pick
 from moe_kernels import btt_mixture, fits, routed_btt_mixture, router_fits

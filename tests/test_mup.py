@@ -7,9 +7,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
-from model import GPT, GPTConfig
+from model import GPT
 from mup import lr_multipliers, make_optimizer, set_lr
 from mup_check import CoordsConfig, coordinate_check, largest_spread, parse_structure
+from options import GPTConfig
 
 SMALL = dict(block_size=32, vocab_size=96, n_layer=2, n_head=2)
 

@@ -12,8 +12,9 @@ import torch
 
 import runlog
 from configurator import ConfigError
-from model import GPT, GPTConfig
+from model import GPT
 from mup import lr_multipliers, make_optimizer
+from options import GPTConfig
 
 # -- the table
 

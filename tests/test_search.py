@@ -21,8 +21,8 @@ import search_report  # noqa: E402
 import train  # noqa: E402
 from configurator import ConfigError, load_config  # noqa: E402
 from conftest import ROOT, environment, losses, run_forked  # noqa: E402
-from einsum_linear import BTT, NAMED_THETAS, check_theta, factor_sizes, taxonomy  # noqa: E402
 from model import GPT  # noqa: E402
+from theta import BTT, NAMED_THETAS, check_theta, factor_sizes, taxonomy  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
 SMALL = ["config/quickstart.py", "--n_layer=2", "--d_model=64"]

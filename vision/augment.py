@@ -13,42 +13,13 @@ Imports from the root's configurator and device, and vision's data.
 """
 
 import math
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-from configurator import ConfigError
 from device import to_device
 from vision.data import ERASE, MIX, OPERATIONS, rng
-
-
-@dataclass
-class AugmentConfig:
-    """Options of what is done to training images."""
-
-    crop_padding: int = 0  # held images: pixels of black around them, before a random crop of image_size
-    min_crop: float = 0.08  # streamed images: least part of the area that a random crop keeps
-    flip: bool = False  # left and right, at random
-    rand_augment: int = 0  # operations of RandAugment on each image, 2 say
-    rand_level: int = 9  # their strength, 0 to 30
-    random_erasing: float = 0.0  # probability
-    mixup: float = 0.0  # alpha of its Beta distribution; 0: none
-    cutmix: float = 0.0  # alpha; with mixup each pair of images gets one of the two
-    label_smoothing: float = 0.0  # probability given to all classes alike
-
-    def __post_init__(self):
-        for name in ("crop_padding", "rand_augment", "mixup", "cutmix"):
-            if getattr(self, name) < 0:
-                raise ConfigError(f"{name}={getattr(self, name)}: make it at least 0")
-        for name in ("random_erasing", "label_smoothing", "min_crop"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ConfigError(f"{name}={getattr(self, name)}: make it 0 to 1")
-        if self.rand_level != 9 and not self.rand_augment:
-            raise ConfigError(f"rand_level={self.rand_level} with rand_augment=0: leave it out, or take rand_augment=2")
-        if not 0 <= self.rand_level <= 30:
-            raise ConfigError(f"rand_level={self.rand_level}: make it 0 to 30")
 
 
 class Augment:

@@ -35,6 +35,7 @@ from PIL import Image
 
 from configurator import ConfigError, as_script, load_config
 from device import to_device
+from vision.options import DataConfig
 
 HUB = {"cifar10": "uoft-cs/cifar10", "cifar100": "uoft-cs/cifar100", "imagenet": "ILSVRC/imagenet-1k"}
 IMAGE_FIELDS, LABEL_FIELDS = ("img", "image"), ("label", "fine_label")
@@ -47,16 +48,6 @@ ORDER, CROP, FLIP, MIX, ERASE, OPERATIONS = range(6)
 
 def rng(seed, purpose, number):
     return np.random.default_rng([seed, purpose, number])
-
-
-@dataclass
-class DataConfig:
-    """Options that say which images."""
-
-    dataset: str = "digits"  # digits (scikit-learn's), cifar10, cifar100, imagenet, or another name on the hub
-    data_dir: str | None = None  # local: train/CLASS/*.jpg and val/CLASS/*.jpg, or *train*.parquet and *test*.parquet
-    image_field: str | None = None  # column of the images; None: img or image
-    label_field: str | None = None  # column of the labels; None: label or fine_label
 
 
 # ---------------------------------------------------------------------------------------

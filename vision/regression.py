@@ -17,21 +17,9 @@ from functools import partial
 if __name__ == "__main__":  # `vision` and the root's modules are found from the root
     sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
-import torch
-import torch.distributed as dist
-import torch.nn.functional as F
-
 from configurator import as_script, load_config
-from device import choose_device, choose_dtype, to_device
-from heartbeat import init_distributed
-from mup import BASE_WIDTH
-from parallel import ranks
-from train import RunConfig, Task, at_least, build, fit, in_one_line, say_summary
-from vision.data import rng
-from vision.mlp import ATTENTION, MLP, MLPConfig, refuse
-from vision.train import multipliers, split_batch
-
-INPUTS, VALIDATION = 0, 1  # what random numbers are for
+from options import BASE_WIDTH, RunConfig, at_least
+from vision.options import ATTENTION, MLPConfig, refuse
 
 
 @dataclass
@@ -61,8 +49,25 @@ class Config(RunConfig, MLPConfig):
         RunConfig.__post_init__(self)
         at_least(1, self, "d_in", "teacher_layers", "teacher_width", "batch_size", "eval_inputs", "base_width")
         at_least(0, self, "teacher_seed", "input_lr")
-        with torch.device("meta"):
-            MLP(self)
+        self.check_layers()
+
+
+if __name__ == "__main__":  # a mistake is answered before torch is imported, which takes seconds
+    as_script(partial(load_config, Config))
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+
+from device import choose_device, choose_dtype, to_device
+from heartbeat import init_distributed
+from parallel import ranks
+from train import Task, build, fit, in_one_line, say_summary
+from vision.data import rng
+from vision.mlp import MLP
+from vision.train import multipliers, split_batch
+
+INPUTS, VALIDATION = 0, 1  # what random numbers are for
 
 
 class Teacher:

@@ -17,22 +17,9 @@ from functools import partial
 if __name__ == "__main__":  # `vision` and the root's modules are found from the root
     sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
-import torch
-import torch.distributed as dist
-import torch.nn.functional as F
-
 from configurator import ConfigError, as_script, load_config
-from device import choose_device, choose_dtype
-from heartbeat import init_distributed
-from mup import BASE_WIDTH, lr_multipliers
-from parallel import ranks
-from train import RunConfig, Task, at_least, build, fit, in_one_line, say_summary
-from vision.augment import Augment, AugmentConfig
-from vision.data import DataConfig, Held, Streamed, check_labels, open_splits, workers_watched
-from vision.mlp import MLP, ImageConfig, refuse
-from vision.vit import ViT
-
-MODELS = {"mlp": MLP, "vit": ViT}
+from options import BASE_WIDTH, RunConfig, at_least
+from vision.options import AugmentConfig, DataConfig, ImageConfig, refuse
 
 
 @dataclass
@@ -76,8 +63,27 @@ class Config(RunConfig, AugmentConfig, DataConfig, ImageConfig):
             )
         if (self.mixup or self.cutmix) and self.micro_batch % 2:
             raise ConfigError(f"micro_batch={self.micro_batch}: mixup and cutmix mix pairs, so make it even")
-        with torch.device("meta"):
-            MODELS[self.model](self)  # sizes that do not factor are found here, before any image is read
+        self.check_layers()
+
+
+if __name__ == "__main__":  # a mistake is answered before torch is imported, which takes seconds
+    as_script(partial(load_config, Config))
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+
+from device import choose_device, choose_dtype
+from heartbeat import init_distributed
+from mup import lr_multipliers
+from parallel import ranks
+from train import Task, build, fit, in_one_line, say_summary
+from vision.augment import Augment
+from vision.data import Held, Streamed, check_labels, open_splits, workers_watched
+from vision.mlp import MLP
+from vision.vit import ViT
+
+MODELS = {"mlp": MLP, "vit": ViT}
 
 
 def main(argv):

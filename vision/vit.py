@@ -29,7 +29,7 @@ class ViT(nn.Module):
         self.n_patches, self.n_tokens = (config.image_size // p) ** 2, config.block_size
         d_patch = config.channels * p * p
         self.patch_norm = nn.LayerNorm(d_patch, bias=config.bias)
-        self.input = linear(config, "input", d_patch, config.d_model)
+        self.input = linear(config, "input")
         self.input_norm = nn.LayerNorm(config.d_model, bias=config.bias)
         self.position_embedding = nn.Parameter(torch.empty(self.n_tokens, config.d_model))
         nn.init.normal_(self.position_embedding, std=EMBEDDING_STD)
@@ -39,7 +39,7 @@ class ViT(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.final_norm = nn.LayerNorm(config.d_model, bias=config.bias)
-        self.head = linear(config, "head", config.d_model, config.n_classes, zero_init=True)
+        self.head = linear(config, "head", zero_init=True)
 
     def forward(self, x, targets=None, apart=False):
         x = self.input_norm(self.input(self.patch_norm(patches(x, self.config.patch_size))))  # (B, P, C)

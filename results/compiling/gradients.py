@@ -18,8 +18,9 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspa
 from compiling import order_loops  # noqa: E402
 from configurator import as_script, load_config  # noqa: E402
 from device import choose_device  # noqa: E402
-from model import GPT, GPTConfig  # noqa: E402
+from model import GPT  # noqa: E402
 from moe import auxiliary_loss  # noqa: E402
+from options import GPTConfig  # noqa: E402
 
 
 @dataclass

@@ -12,8 +12,9 @@ import sys
 import torch
 
 sys.path.insert(0, sys.argv[1])
-from model import GPT, GPTConfig
+from model import GPT
 from mup import make_optimizer
+from options import GPTConfig
 
 CASES = {
     "GPT-2 124M, 32 x 1024": (GPTConfig(structure="dense", parametrization="standard", bias=True), 32, True),

@@ -1,0 +1,248 @@
+"""Options of a model and of a run: what a field means stands behind it, what goes together is checked below it.
+
+    BlockConfig   a stack of blocks and the structures in it, of any model
+    GPTConfig     a GPT (model.py)
+    RunConfig     a run, whatever it trains
+
+No torch here: a mistake on the command line is answered before torch is imported. Imports from configurator and theta.
+"""
+
+import difflib
+from dataclasses import dataclass
+from typing import Literal
+
+from configurator import ConfigError, UnusedOption
+from theta import check_mixture, layer_sizes
+
+# What `structured_layers` and `overrides` may name, one by one or as a group ("attn" is the four attn.* roles).
+ROLES = ("embed", "attn.q", "attn.k", "attn.v", "attn.proj", "ffn.up", "ffn.down", "lm_head")
+BASE_WIDTH = 768  # width of which `lr` is a dense layer's rate
+OVERRIDABLE = ("structure", "theta", "rank", "num_blocks", "num_cores", "bias", "normalize")  # of make_linear's options
+
+
+@dataclass
+class BlockConfig:
+    """Options of a stack of blocks and of the structures in it, of whatever model: GPT here, those of vision/."""
+
+    n_layer: int = 12  # transformer blocks
+    n_head: int = 12  # attention heads
+    d_model: int = 768  # width of the residual stream
+    d_head: int | None = None  # width of a head; None: d_model / n_head
+    dropout: float = 0.0  # probability, on embeddings, attention and residual branches
+    bias: bool = False  # biases in linear layers and norms (GPT-2: True)
+    parametrization: Literal["mup", "standard"] = "mup"  # structure-aware muP, or plain GPT-2's init, rates, tied head
+    structure: str = "btt"  # of the structured layers: dense, low_rank, kronecker, tt, monarch, btt, einsum
+    theta: tuple | None = None  # with structure="einsum": seven exponents (alpha beta gamma delta epsilon phi rho)
+    rank: int = 1  # of low_rank, tt and btt
+    num_blocks: int | None = None  # of monarch; None: near the square root of the width
+    num_cores: int = 2  # of tt and btt
+    align_heads: bool = False  # with btt and monarch: blocks of q, k, v and of proj's input are heads
+    structured_layers: tuple = ("attn", "ffn", "lm_head")  # or embed, attn.q .k .v .proj, ffn.up .down
+    overrides: dict | None = None  # by layer: {"attn.q": "dense", "ffn": {"structure": "btt", "rank": 4}}
+    moe: Literal["none", "linear", "ffn"] = "none"  # mixtures: each structured layer of attn and ffn, or whole FFNs
+    num_experts: int = 8  # of a mixture; `rank` is the rank of one
+    top_k: int = 2  # experts that a token has; of 1, routers learn from the auxiliary loss alone
+    share_router: bool = False  # with moe="linear": q, k and v pick the same experts
+    normalize: bool = True  # cap the RMS of each core at its initial value
+    activation_checkpointing: bool = False  # keep only the blocks' inputs for backward: less memory, 1/3 more FLOPs
+
+    roles = ROLES  # of the model's layers
+    causal = True  # a position attends to none behind it
+
+    def __post_init__(self):
+        for name in ("n_layer", "n_head", "d_model", "d_head"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"{name}={value}: make it at least 1")
+        if not 0 <= self.dropout < 1:
+            raise ConfigError(f"dropout={self.dropout}: make it at least 0 and less than 1")
+        if self.d_head is None and self.d_model % self.n_head:
+            near = min(
+                (h for h in range(1, self.d_model + 1) if self.d_model % h == 0), key=lambda h: abs(h - self.n_head)
+            )
+            raise ConfigError(
+                f"n_head={self.n_head} does not divide d_model={self.d_model}: take n_head={near}, or give d_head"
+            )
+        for option, names in (("structured_layers", self.structured_layers), ("overrides", self.overrides or {})):
+            for name in names:
+                if not any(_covers(name, role) for role in self.roles):
+                    near = difflib.get_close_matches(str(name), ("attn", "ffn", *self.roles), n=1)
+                    remedy = f"did you mean {near[0]!r}?" if near else f"choose from attn, ffn, {', '.join(self.roles)}"
+                    raise ConfigError(f"{option}: unknown layer {name!r}, {remedy}")
+        for name, override in (self.overrides or {}).items():
+            options = {"structure": override} if isinstance(override, str) else override
+            if not isinstance(options, dict) or not options.keys() <= set(OVERRIDABLE):
+                raise ConfigError(
+                    f"overrides: {name}={override!r}: give a structure, or a dict of {', '.join(OVERRIDABLE)}"
+                )
+        attention = [role for role in self.roles if role.startswith("attn.")]
+        if self.align_heads and all(self.layer_options(role)["structure"] == "dense" for role in attention):
+            remedy = "leave it out, or make one of them btt or monarch"
+            raise UnusedOption("align_heads", True, " with dense q, k, v and proj", remedy)
+        self._check_mixtures()
+
+    def layer_widths(self):
+        """{role: (d_in, d_out)} of the model's layers."""
+        C, heads = self.d_model, self.n_head * self.head_size
+        attention = {"attn.q": (C, heads), "attn.k": (C, heads), "attn.v": (C, heads), "attn.proj": (heads, C)}
+        return {**attention, "ffn.up": (C, 4 * C), "ffn.down": (4 * C, C)}
+
+    def check_layers(self):
+        """ConfigError where the sizes of a layer do not factor, or options do not go with its structure."""
+        for role, (d_in, d_out) in self.layer_widths().items():
+            options = self.layer_options(role)
+            sizes_of = {key: value for key, value in options.items() if key not in ("bias", "normalize")}
+            try:
+                sizes = layer_sizes(d_in, d_out, **sizes_of)
+                if self.is_mixture(role):
+                    check_mixture(options["structure"], sizes)
+            except ConfigError as error:
+                raise error.about(role) from None
+
+    def _check_mixtures(self):
+        defaults = {"num_experts": 8, "top_k": 2, "share_router": False}
+        for name, default in defaults.items():
+            if self.moe == "none" and getattr(self, name) != default:
+                kinds = "'linear'" if name == "share_router" else "'linear' or 'ffn'"
+                remedy = f"leave it out, or take moe={kinds}"
+                raise UnusedOption(name, getattr(self, name), " with moe='none', which has none", remedy)
+        if self.num_experts < 2:
+            raise ConfigError(f"num_experts={self.num_experts}: make it at least 2, or take moe='none'")
+        check_top_k("top_k", self.top_k, self.num_experts)
+        if self.moe == "linear" and not any(map(self.is_mixture, ROLES)):
+            raise ConfigError(
+                f"moe='linear' with structured_layers={self.structured_layers}: name attn or ffn there, or single layers of these"
+            )
+        if self.share_router and not all(map(self.is_mixture, ("attn.q", "attn.k", "attn.v"))):
+            raise ConfigError(
+                "share_router=True: needs mixtures in q, k and v: take moe='linear' and attn in structured_layers"
+            )
+
+    def is_mixture(self, role):
+        """Whether the layer that plays `role` is a mixture, or, with moe="ffn", part of one."""
+        if self.moe == "ffn":
+            return _covers("ffn", role)
+        inside = self.moe == "linear" and (_covers("attn", role) or _covers("ffn", role))
+        return inside and any(_covers(name, role) for name in self.structured_layers)
+
+    @property
+    def head_size(self):
+        return self.d_head or self.d_model // self.n_head
+
+    def layer_options(self, role):
+        """make_linear's options for the layer that plays `role`: an override, else the structure, else dense."""
+        ours = {name: getattr(self, name) for name in ("structure", "theta", "rank", "num_blocks", "num_cores")}
+        covering = [name for name in self.overrides or {} if _covers(name, role)]
+        if covering:
+            override = self.overrides[max(covering, key=len)]  # the narrowest: attn.q rather than attn
+            options = {"structure": override} if isinstance(override, str) else dict(override)
+            if "structure" not in options:
+                options = {**ours, **options}
+        elif any(_covers(name, role) for name in self.structured_layers):
+            options = ours
+        else:
+            return {"structure": "dense"}
+        if options["structure"] != "dense":
+            options.setdefault("normalize", self.normalize)
+            if self.align_heads and role.startswith("attn."):
+                if options["structure"] not in ("btt", "monarch"):
+                    why = f" with structure={options['structure']!r}: only btt and monarch have blocks to align"
+                    raise UnusedOption("align_heads", True, why)
+                options["heads_in" if role == "attn.proj" else "heads_out"] = self.n_head
+        return options
+
+
+@dataclass
+class GPTConfig(BlockConfig):
+    block_size: int = 1024  # context length, tokens
+    vocab_size: int = 50304  # at least the data's; GPT-2's 50257 rounded up to a width that factors
+    d_embed: int | None = None  # width of the token embedding, which the layer "embed" brings to d_model; None: d_model
+    fused_loss: bool = True  # LM head and loss in chunks of tokens where the logits are large; False: logits whole
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name in ("block_size", "vocab_size", "d_embed"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"{name}={value}: make it at least 1")
+        if self.d_embed and self.parametrization == "standard":
+            raise ConfigError(
+                f"d_embed={self.d_embed} with parametrization='standard', which ties embedding and head: take 'mup'"
+            )
+
+    def layer_widths(self):
+        C = self.d_model
+        embed = {"embed": (self.d_embed, C)} if self.d_embed else {}
+        return {**embed, **super().layer_widths(), "lm_head": (C, self.vocab_size)}
+
+
+def check_top_k(name, top_k, num_experts):
+    if not 1 <= top_k <= num_experts:
+        raise ConfigError(f"{name}={top_k} of num_experts={num_experts}: make it at least 1 and at most {num_experts}")
+
+
+def _covers(name, role):
+    return role == name or role.startswith(f"{name}.")
+
+
+@dataclass
+class RunConfig:
+    """Options of a run, whatever it trains; of the same object as a model.BlockConfig."""
+
+    out_dir: str = "out/run"  # where log, picture and checkpoints go
+    seed: int = 1337  # of weights, batches and dropout
+    device: str = "auto"  # cuda, cpu, mps; auto: a GPU where there is one
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # matrix products; auto: 16 bits on GPUs
+    compile: bool | Literal["blocks"] | None = None  # torch.compile; None: on a GPU; blocks: one graph for all blocks
+    cuda_graphs: bool | None = None  # an update as a CUDA graph, or two with an exchange between; None: where it can be
+    shard: Literal["none", "fsdp"] = "none"  # fsdp: parameters, gradients and optimizer state over all processes
+    bucket_mb: int = 0  # MiB of gradients that copies exchange at a time, by DDP, as they compute; 0: all, afterwards
+    timeout: float = 600.0  # seconds without progress after which a run of several processes ends
+    max_steps: int = 10_000  # updates in all
+    micro_batch: int = 16  # sequences, or images, a process takes at a time; the rest of its batch is accumulated
+    eval_interval: int = 500  # steps between evaluations, each followed by a checkpoint
+    eval_top_k: int | None = None  # experts that a token of a mixture has in evaluation; None: top_k
+    save: bool = True  # False: no checkpoints, log and picture only
+    log_interval: int = 10  # steps between lines on the screen and in log.jsonl
+    lr: float = 2e-3  # peak rate, of a dense layer of width 768 under mup
+    warmup_steps: int = 200  # of linear warm-up
+    schedule: Literal["cosine", "constant", "wsd"] = "cosine"  # after the warm-up; wsd: warm-up, stable, linear decay
+    min_lr_ratio: float = 0.1  # last rate / peak rate, for cosine and wsd
+    decay_fraction: float = 0.2  # of max_steps, for the decay of wsd
+    weight_decay: float = 0.1  # of matrices; a step takes lr * weight_decay off them
+    beta2: float = 0.95  # Adam's
+    grad_clip: float = 1.0  # largest norm of the gradient; 0: no limit
+    resume: bool = False  # go on from out_dir's newest checkpoint, if there is one; torchrun's restarts always do
+    wandb: bool = False  # log to Weights & Biases too (WANDB_MODE=offline works)
+    wandb_project: str = "nanoeinsum"  # its project there
+
+    # What nanoGPT calls an option, and what does its work here.
+    elsewhere = {
+        "learning_rate": "lr", "max_iters": "max_steps", "lr_decay_iters": "max_steps", "warmup_iters": "warmup_steps",
+        "min_lr": "min_lr_ratio, a share of lr", "decay_lr": "schedule", "eval_iters": "eval_tokens",
+        "n_embd": "d_model", "dataset": "data_dir", "init_from": "resume", "wandb_log": "wandb",
+        "batch_size": "micro_batch, sequences that a process takes at a time",
+        "gradient_accumulation_steps": "batch_tokens, tokens of all processes in an update",
+        "always_save_checkpoint": "save",
+    }  # fmt: skip
+
+    def __post_init__(self):
+        at_least(1, self, "max_steps", "micro_batch", "eval_interval", "log_interval")
+        if not 0 <= self.seed < 2**63:
+            raise ConfigError(f"seed={self.seed}: make it at least 0 and less than 2^63")
+        at_least(0, self, "bucket_mb", "lr", "warmup_steps", "min_lr_ratio", "weight_decay", "grad_clip")
+        if self.eval_top_k is not None:
+            if self.moe == "none":
+                raise UnusedOption("eval_top_k", self.eval_top_k, " with moe='none', which has no experts")
+            check_top_k("eval_top_k", self.eval_top_k, self.num_experts)
+        if self.timeout <= 0:
+            raise ConfigError(f"timeout={self.timeout}: make it more than 0 seconds")
+        for name in ("decay_fraction", "beta2"):
+            if not 0 < getattr(self, name) < 1:
+                raise ConfigError(f"{name}={getattr(self, name)}: make it more than 0 and less than 1")
+
+
+def at_least(least, config, *names):
+    for name in names:
+        if getattr(config, name) < least:
+            raise ConfigError(f"{name}={getattr(config, name)}: make it at least {least}")

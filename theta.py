@@ -1,0 +1,351 @@
+"""θ, and what follows from it without a tensor: its taxonomy, the sizes of a layer, the named structures.
+
+The index of the input is written as three indices (α β γ), that of the output as three (δ ε φ), and two cores
+joined by a rank index ρ do the work of d_out × d_in weights:
+
+    y[δ ε φ] = Σ_{α β γ ρ}  B[β γ ε φ ρ] · A[α γ δ φ ρ] · x[α β γ]
+
+Seven exponents θ = (θα θβ θγ θδ θε θφ θρ) give the sizes, d_α = d_in^θα … d_δ = d_out^θδ … d_ρ = min(d_in, d_out)^θρ
+(Potapczynski, Qiu et al., "Searching for Efficient Linear Layers over a Continuous Space of Structured Matrices",
+NeurIPS 2024, section 3). einsum_linear.py makes layers of the sizes. This file needs no torch, so that options are
+checked before torch is imported.
+
+To add a structure, write a function (d_in, d_out, options) that returns its sizes, and name it in STRUCTURES.
+In code a b g = α β γ, d e f = δ ε φ, r = ρ.
+"""
+
+import difflib
+import math
+from functools import cache
+from typing import NamedTuple
+
+from configurator import ConfigError, UnusedOption
+
+# ---------------------------------------------------------------------------------------
+# θ and its taxonomy
+
+
+def check_theta(theta):
+    """θ as a tuple of seven floats, or ConfigError."""
+    if not isinstance(theta, (tuple, list)) or not all(isinstance(t, (int, float)) for t in theta):
+        raise ConfigError(f"theta={theta!r} is no structure: give seven numbers, such as (.5, 0, .5, 0, .5, .5, 0)")
+    theta = tuple(float(t) for t in theta)
+    if len(theta) != 7:
+        raise ConfigError(
+            f"theta={show_theta(theta)} has {len(theta)} values: give seven (alpha beta gamma delta epsilon phi rho)"
+        )
+    if not all(map(math.isfinite, theta)):
+        raise ConfigError(f"theta={show_theta(theta)}: give numbers between 0 and 1")
+    if min(theta) < 0 or theta[6] > 1:
+        near = tuple(min(1.0, max(0.0, t)) for t in theta)
+        raise ConfigError(f"theta={show_theta(theta)}: exponents lie between 0 and 1, as in {show_theta(near)}")
+    for name, at in (("alpha + beta + gamma", 0), ("delta + epsilon + phi", 3)):
+        total = sum(theta[at : at + 3])
+        if abs(total - 1) > 1e-6:
+            near = [t / total for t in theta[at : at + 3]] if total else [1.0, 0.0, 0.0]
+            remedy = show_theta((*theta[:at], *near, *theta[at + 3 :]))
+            raise ConfigError(f"theta={show_theta(theta)}: {name} = {total:g}, make it 1, as in {remedy}")
+    return theta
+
+
+def show_theta(theta):
+    """θ as it is written in messages."""
+    return "(" + " ".join(f"{t:g}" for t in theta) + ")"
+
+
+def canonical(seven):
+    """Exponents or sizes (α β γ δ ε φ ρ), with the two cores named so that A first is the cheaper order."""
+    a, b, g, d, e, f, r = seven
+    return (b, a, g, e, d, f, r) if min(a, e) < min(b, d) else (a, b, g, d, e, f, r)
+
+
+def taxonomy(theta):
+    """θ -> (ω, ψ, ν) of a square layer of width d, as d grows (the paper's section 4):
+
+    ω  parameter sharing: parameters per FLOP scale as d^-ω, 0 is best
+    ψ  rank: rank(W) scales as d^ψ, 1 is full rank
+    ν  compute: FLOPs scale as d^(1 + ν), dense has 1
+    """
+    a, b, _, d, e, _, r = canonical(check_theta(theta))
+    omega = min(a + d, b + e) - min(a, e)
+    psi = min(1.0, 2 + r - a - e)
+    nu = 1 + r - min(a, e)
+    return omega, psi, nu
+
+
+# ---------------------------------------------------------------------------------------
+# Sizes
+
+
+class Sizes(NamedTuple):
+    """Sizes of the seven indices; α·β·γ = d_in and δ·ε·φ = d_out exactly."""
+
+    alpha: int
+    beta: int
+    gamma: int
+    delta: int
+    epsilon: int
+    phi: int
+    rho: int
+
+
+class ChainSizes(NamedTuple):
+    """Sizes of a chain of any number of cores: core k turns in_sizes[k] into out_sizes[k] (einsum_linear.ChainLinear)."""
+
+    in_sizes: tuple
+    out_sizes: tuple
+    rank: int  # of the index between two cores
+    blocks: bool  # a Block Tensor-Train, else a Tensor-Train
+
+
+def factor_sizes(d_in, d_out, theta, rank=None):
+    """The seven sizes of θ for a d_in → d_out layer.
+
+    Of all exact factorisations of d_in into (α β γ) and of d_out into (δ ε φ), the one
+    nearest to θ in log space. Equally near ones: the input takes the larger γ and the output
+    the smaller φ, which keeps a BTT of width 2^odd at full rank. `rank`, where given, is d_ρ
+    instead of min(d_in, d_out)^θρ.
+    Raises ConfigError where θ is not a structure, where the nearest factorisation is off by
+    more than a factor 2 in some index, and where ρ is larger than the blocks' own rank.
+    """
+    theta = check_theta(theta)
+    alpha, beta, gamma = factor("d_in", d_in, theta[0:3])
+    delta, epsilon, phi = factor("d_out", d_out, theta[3:6], last_first=True)
+    rho = max(1, round(min(d_in, d_out) ** theta[6])) if rank is None else rank
+    # For fixed (γ φ) the matrix between (δ ε) and (α β), rearranged to (αδ) × (βε), has rank ρ.
+    most = min(alpha * delta, beta * epsilon)
+    if rho > most:
+        what = f"theta={show_theta(theta)} of a {d_in} -> {d_out} layer"
+        raise ConfigError(f"rank {rho} is beyond the blocks of {what}: take rank <= {most}")
+    return Sizes(alpha, beta, gamma, delta, epsilon, phi, rho)
+
+
+def factor(name, d, exponents, last_first=False):
+    """The exact factorisation of d nearest to (d^e for e in exponents), or ConfigError.
+
+    Ties go to the smaller first factor, or the smaller last one.
+    """
+    exponents = tuple(reversed(exponents)) if last_first else tuple(exponents)
+    sizes, worst = _nearest_factors(d, exponents)
+    if worst <= 2:
+        return tuple(reversed(sizes)) if last_first else sizes
+    near = []
+    for step in (-1, 1):
+        width = d + step
+        while width > 0 and _nearest_factors(width, exponents)[1] > 2:
+            width += step
+        near.append(width)
+    shown = " x ".join(f"{d**e:.3g}" for e in (reversed(exponents) if last_first else exponents) if e)
+    raise ConfigError(
+        f"{name}={d} has no factorisation near {shown}; "
+        f"the nearest widths that work are {' and '.join(str(width) for width in near if width)}"
+    )
+
+
+@cache
+def _nearest_factors(d, exponents):
+    """-> the factorisation of d nearest to d^exponents in log space, and its largest ratio to them.
+
+    An index of exponent 0 is absent: its size is 1. (No exact factorisation within a factor 2
+    is nearer with a larger one.)
+    """
+
+    def deviations(sizes):
+        return [abs(math.log(s) - e * math.log(d)) for s, e in zip(sizes, exponents)]
+
+    candidates = list(_factorisations(d, exponents))
+    if not candidates:
+        return None, math.inf
+    best = min(candidates, key=lambda sizes: (round(sum(x * x for x in deviations(sizes)), 9), sizes))
+    return best, math.exp(max(deviations(best))) - 1e-9
+
+
+def _factorisations(d, exponents):
+    """All ways to write d as a product of as many factors as there are exponents; a factor is 1 where that is 0."""
+    if len(exponents) == 1:
+        if d == 1 or exponents[0] > 0:
+            yield (d,)
+        return
+    for size in _divisors(d) if exponents[0] > 0 else (1,):
+        for rest in _factorisations(d // size, exponents[1:]):
+            yield (size, *rest)
+
+
+@cache
+def _divisors(n):
+    divisors, prime = [1], 2
+    while n > 1:
+        if prime * prime > n:
+            prime = n
+        powers = [1]
+        while n % prime == 0:
+            n //= prime
+            powers.append(powers[-1] * prime)
+        divisors = [k * power for k in divisors for power in powers]
+        prime += 1
+    return sorted(divisors)
+
+
+def multiplications(sizes):
+    """Multiplications a token in either order: {"AB": A first, "BA": B first}."""
+    a, b, g, d, e, f, r = sizes
+    size_A, size_B = a * g * d * f * r, b * g * e * f * r
+    return {"AB": size_A * b + size_B * d, "BA": size_B * a + size_A * e}
+
+
+def num_parameters(sizes):
+    """Entries of both cores."""
+    a, b, g, d, e, f, r = sizes
+    return a * g * d * f * r + b * g * e * f * r
+
+
+# ---------------------------------------------------------------------------------------
+# Named structures: functions (d_in, d_out, options) -> Sizes, ChainSizes, or None for a plain matrix. A structure of
+# your own may also return a function of make_linear's bias, normalize, gain and zero_init that makes its layer.
+
+LOW_RANK = (1, 0, 0, 0, 1, 0, 0)
+KRONECKER = TENSOR_TRAIN = (0.5, 0.5, 0, 0.5, 0.5, 0, 0)
+BTT = (0.5, 0, 0.5, 0, 0.5, 0.5, 0)
+
+# Points of the space by name: square layers, ranks as d^ρ.
+NAMED_THETAS = {
+    "low-rank, r = d^0.5": (1, 0, 0, 0, 1, 0, 0.5),
+    "low-rank, r = d^0.75": (1, 0, 0, 0, 1, 0, 0.75),
+    "Kronecker": KRONECKER,
+    "TT, r = d^0.25": (0.5, 0.5, 0, 0.5, 0.5, 0, 0.25),
+    "Monarch = BTT rank 1": BTT,
+    "BTT, r = d^0.25": (0.5, 0, 0.5, 0, 0.5, 0.5, 0.25),
+    "full-rank BTT, a = 1/4": (0.25, 0, 0.75, 0, 0.75, 0.25, 0),
+    "low-rank BTT, a = 2/3": (2 / 3, 0, 1 / 3, 0, 2 / 3, 1 / 3, 0),
+    "generic": (0.5, 0.25, 0.25, 0.25, 0.5, 0.25, 0),
+    "dense": (0, 0, 1, 0, 1, 0, 0),  # α = δ = φ = 1: A is a scalar for every γ, B is the matrix
+}
+
+
+def dense(d_in, d_out, options):
+    return None
+
+
+def low_rank(d_in, d_out, options):
+    return factor_sizes(d_in, d_out, LOW_RANK, options["rank"])
+
+
+def kronecker(d_in, d_out, options):
+    return factor_sizes(d_in, d_out, KRONECKER, 1)
+
+
+def tt(d_in, d_out, options):
+    if options["num_cores"] > 2:
+        return chain_sizes(d_in, d_out, options, blocks=False)
+    return factor_sizes(d_in, d_out, TENSOR_TRAIN, options["rank"])
+
+
+def btt(d_in, d_out, options):
+    if options["num_cores"] > 2:
+        return chain_sizes(d_in, d_out, options, blocks=True)
+    return factor_sizes(d_in, d_out, btt_theta(d_in, d_out, options), options["rank"])
+
+
+def monarch(d_in, d_out, options):
+    """Block-diagonal, permute, block-diagonal (Dao et al., "Monarch", ICML 2022): BTT of rank 1, or `num_blocks` blocks.
+
+    With b blocks either block-diagonal factor has b of them and min(d_in, d_out) values pass
+    between, every block sending as many to every other: γ = φ = b and ρ = min(d_in, d_out) / b².
+    """
+    b, narrow = options["num_blocks"], min(d_in, d_out)
+    if b is None:
+        return factor_sizes(d_in, d_out, btt_theta(d_in, d_out, options), 1)
+    works = [k for k in range(1, math.isqrt(narrow) + 1) if d_in % k == 0 and d_out % k == 0 and narrow % (k * k) == 0]
+    if b not in works:
+        raise ConfigError(
+            f"num_blocks={b} does not divide a {d_in} -> {d_out} layer: its square must divide {narrow}; "
+            f"take {min(works, key=lambda k: abs(k - b))}, of {', '.join(map(str, works))}"
+        )
+    return Sizes(d_in // b, 1, b, 1, d_out // b, b, narrow // (b * b))
+
+
+def einsum(d_in, d_out, options):
+    if options["theta"] is None:
+        raise ConfigError("structure='einsum' needs theta: seven numbers, such as (.5, 0, .5, 0, .5, .5, 0)")
+    return factor_sizes(d_in, d_out, options["theta"])
+
+
+def btt_theta(d_in, d_out, options):
+    """θ of a BTT: half and half, or, with aligned heads, the full-rank BTT (a 0 1-a 0 1-a a) whose blocks are heads.
+
+    heads_out: output block φ is a head and ε runs through it; heads_in: the same for γ and α of the input.
+    """
+    if options["heads_out"]:
+        a = math.log(options["heads_out"]) / math.log(d_out)
+    elif options["heads_in"]:
+        a = 1 - math.log(options["heads_in"]) / math.log(d_in)
+    else:
+        a = 0.5
+    return (a, 0, 1 - a, 0, 1 - a, a, 0)
+
+
+def chain_sizes(d_in, d_out, options, blocks):
+    exponents = (1 / options["num_cores"],) * options["num_cores"]
+    in_sizes, out_sizes = factor("d_in", d_in, exponents), factor("d_out", d_out, exponents)
+    # What passes between two cores has no more than this rank: (i_1; j_c) in a BTT, (i_1 j_1; i_c j_c) in a TT.
+    most = min(in_sizes[0], out_sizes[-1]) if blocks else min(in_sizes[0] * out_sizes[0], in_sizes[-1] * out_sizes[-1])
+    if options["rank"] > most:
+        kind = f"{'btt' if blocks else 'tt'} of {options['num_cores']} cores"
+        raise ConfigError(f"rank {options['rank']} is beyond a {d_in} -> {d_out} {kind}: take rank <= {most}")
+    return ChainSizes(in_sizes, out_sizes, options["rank"], blocks)
+
+
+# name: (function, the options that it heeds)
+STRUCTURES = {
+    "dense": (dense, ()),
+    "low_rank": (low_rank, ("rank",)),
+    "kronecker": (kronecker, ()),
+    "tt": (tt, ("rank", "num_cores")),
+    "monarch": (monarch, ("num_blocks", "heads_in", "heads_out")),
+    "btt": (btt, ("rank", "num_cores", "heads_in", "heads_out")),
+    "einsum": (einsum, ("theta",)),
+}
+DEFAULTS = {"theta": None, "rank": 1, "num_blocks": None, "num_cores": 2, "heads_in": None, "heads_out": None}
+
+
+def layer_sizes(d_in, d_out, structure="btt", **options):
+    """Sizes of a d_in -> d_out layer of a named structure: Sizes, ChainSizes, None of a dense one (or what your own returns).
+
+    options: those of DEFAULTS, as einsum_linear.make_linear describes them. Raises ConfigError where they do not
+    make a layer, and UnusedOption for one that the structure does not heed.
+    """
+    if structure not in STRUCTURES:
+        near = difflib.get_close_matches(str(structure), STRUCTURES, n=1)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise ConfigError(f"structure={structure!r} is unknown: {hint}choose one of {', '.join(STRUCTURES)}")
+    function, heeded = STRUCTURES[structure]
+    options = {**DEFAULTS, **options}
+    for name, value in options.items():
+        if value != DEFAULTS[name] and name not in heeded:
+            others = ", ".join(key for key, (_, names) in STRUCTURES.items() if name in names)
+            remedy = f"make it {DEFAULTS[name]}, or take {others}"
+            raise UnusedOption(name, value, f" with structure={structure!r}, which has none", remedy)
+    for name, least in (("rank", 1), ("num_cores", 2), ("d_in", 1), ("d_out", 1)):
+        value = {**options, "d_in": d_in, "d_out": d_out}[name]
+        if not isinstance(value, int) or value < least:
+            raise ConfigError(f"{name}={value!r}: make it a whole number, {least} or more")
+    most = max(2, min(d_in, d_out).bit_length() - 1)
+    if options["num_cores"] > most:
+        raise ConfigError(
+            f"num_cores={options['num_cores']}: {d_in} and {d_out} have no factors for so many, take {most} at most"
+        )
+    for name, width in (("heads_out", d_out), ("heads_in", d_in)):
+        if options[name] and (options["num_cores"] > 2 or options["num_blocks"] or width % options[name] or width == 1):
+            raise ConfigError(
+                f"{name}={options[name]}: heads align with two cores, no num_blocks and a width that they divide, not {width}"
+            )
+    return function(d_in, d_out, options)
+
+
+def check_mixture(structure, sizes):
+    """ConfigError where layers of these sizes have no experts: rank slices of a BTT, or whole matrices."""
+    if sizes is not None and not (isinstance(sizes, Sizes) and sizes.beta == sizes.delta == 1):
+        raise ConfigError(
+            f"structure={structure!r} cannot be a mixture, whose experts are rank slices of a BTT, or matrices: "
+            "take btt of two cores, monarch, low_rank, dense, or an einsum with beta = delta = 0"
+        )
