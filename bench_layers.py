@@ -28,9 +28,7 @@ from theta import BTT, factor_sizes
 
 @dataclass
 class LayersConfig:
-    layers: str | None = (
-        None  # "in-out:rank", with spaces between; None: 14 of widths 768 to 8192, on a CPU 5 small ones
-    )
+    layers: str | None = None  # "in-out:rank in-out:rank"; None: 14 of widths 768 to 8192, on a CPU 5 small ones
     tokens: tuple | None = None  # tokens in a batch; None: (2048, 32768, 262144), on a CPU (2048,)
     ways: tuple = ("torch", "fused", "staged", "dense", "chosen")  # of kernels.btt; torch is the plain bmm path
     device: str = "auto"  # cuda, cpu; auto: a GPU where there is one
