@@ -446,6 +446,29 @@ def test_the_picture_is_a_png(tmp_path, rows):
     assert sorted(os.listdir(tmp_path)) == ["log.jsonl", "loss.png"]
 
 
+def test_the_picture_says_what_it_is_of(tmp_path, monkeypatch):
+    titles = []
+    monkeypatch.setattr(runlog, "save_figure", lambda figure, path: titles.append(figure.axes[0].get_title()))
+    runlog.plot_loss(written(tmp_path, [row_at(1, val_loss=4.0), row_at(2, val_loss=3.0), row_at(3)]), "loss.png")
+    runlog.plot_loss(written(tmp_path, [row_at(1)]), "loss.png")
+    assert titles == [f"{tmp_path.name}: validation loss 3.0000 at step 2", tmp_path.name]
+
+
+def test_two_processes_may_draw_one_picture(tmp_path, monkeypatch):
+    """Each writes under a name of its own, of which nothing is left, even where it fails."""
+    png, names = str(tmp_path / "a.png"), []
+    for pid in (1, 2):
+        monkeypatch.setattr(os, "getpid", lambda pid=pid: pid)
+        with runlog.whole_file(png) as part:
+            names.append(part)
+            open(part, "w").close()
+    assert names[0] != names[1] and os.listdir(tmp_path) == ["a.png"]
+    with pytest.raises(ValueError), runlog.whole_file(png) as part:
+        open(part, "w").close()
+        raise ValueError
+    assert os.listdir(tmp_path) == ["a.png"]
+
+
 # -- the summary
 
 
