@@ -437,10 +437,11 @@ def exists(out_dir):
 OWN = re.compile(r"(ckpt(_\w+)?\.(pt|dcp)|log\.jsonl|config\.json|loss\.png|experts\.png)(\.part)?")
 
 
-def set_aside(out_dir, say=print):
+def set_aside(out_dir, say=print, also=()):
     """Move an earlier run's files to out_dir.1, .2, …, so that a new run in its place destroys nothing.
 
-    Other files stay where they are. Out of the working folder, a folder above it or a mounted disk they move to run.1, … inside.
+    Other files stay where they are, but for the names in `also`. Out of the working folder, a folder above it or a
+    mounted disk they move to run.1, run.2, … inside.
     """
     out_dir = os.path.normpath(out_dir)
     log = os.path.join(out_dir, "log.jsonl")
@@ -454,7 +455,7 @@ def set_aside(out_dir, say=print):
             os.mkdir(aside)
             break
     for name in sorted(os.listdir(out_dir)):
-        if OWN.fullmatch(name):
+        if OWN.fullmatch(name) or name in also:
             os.replace(os.path.join(out_dir, name), os.path.join(aside, name))
     with suppress(OSError):  # not empty, or a link
         os.rmdir(out_dir)

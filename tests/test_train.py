@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import checkpoint
+import parallel
 import runlog
 import train
 from configurator import ConfigError
@@ -536,6 +537,22 @@ def test_two_processes_equal_one(tiny, tmp_path):
         assert one.keys() == two.keys() and all(two[step] == pytest.approx(one[step], rel=2e-4) for step in one), key
 
 
+def test_seeds_of_dropout_in_a_cuda_graph():
+    """It is seeded before, once: where a process takes one micro-batch, as outside of one."""
+    seen = {}
+    for as_graph in (False, True):
+        for first in (0, 1, 2):
+            seeds, drawn = parallel.DropoutSeeds(Config(dropout=0.1, seed=3), as_graph), []
+            seeds.update(7, first)
+            for number in (first, first + 1):
+                seeds.micro_batch(number)
+                drawn.append(torch.rand(4).tolist())
+            seen[as_graph, first] = drawn
+    assert seen[False, 0][1] == seen[False, 1][0] != seen[False, 0][0]
+    assert [seen[True, first][0] for first in (0, 1, 2)] == [seen[False, first][0] for first in (0, 1, 2)]
+    assert seen[True, 0][1] not in (seen[False, 0][1], seen[True, 0][0])
+
+
 def test_a_run_of_two_processes_goes_on_as_one(tiny, tmp_path):
     """The batch is that of all processes together: on resuming it is not multiplied by their number."""
     train.main(tiny)
@@ -733,6 +750,19 @@ def test_impossible_options_are_one_clear_line(tiny, words, expected, tmp_path):
     message = str(caught.value)
     assert "\n" not in message and all(word in message for word in expected), message
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "script, option",
+    [("train", "seed"), ("sample", "seed"), ("mup_check", "seed"), ("vision.regression", "seed"), ("vision.regression", "teacher_seed")],
+)  # fmt: skip
+@pytest.mark.parametrize("value", [-1, 2**63, 99999999999999999999])
+def test_a_seed_that_torch_cannot_take(script, option, value):
+    module = importlib.import_module(script)
+    Config = module.CoordsConfig if script == "mup_check" else module.Config
+    with pytest.raises(ConfigError, match=f"^{option}={value}: make it at least 0 and less than 2.63$"):
+        train.load_config(Config, [f"--{option}={value}"])
+    assert train.load_config(Config, [f"--{option}={2**63 - 1}"])
 
 
 def test_mistakes_on_the_command_line_end_without_traceback(tiny):
