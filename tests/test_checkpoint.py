@@ -24,7 +24,6 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 import checkpoint
@@ -32,6 +31,7 @@ from configurator import ConfigError
 from model import GPT
 from mup import make_optimizer
 from options import GPTConfig
+from parallel import shard
 from sample import load_model
 
 CONFIG = dict(vocab_size=96, n_layer=1, n_head=2, d_model=36, block_size=32, structure="btt")
@@ -47,9 +47,7 @@ def make(seed, sharded=False):
     torch.manual_seed(seed)
     model = GPT(GPTConfig(**CONFIG))
     if sharded:
-        mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-        for module in (*model.blocks, model):
-            fully_shard(module, mesh=mesh)
+        shard(model, torch.device("cpu"), compiling=False)
     return model, make_optimizer(model, lr=1e-2)
 
 
@@ -654,8 +652,9 @@ def test_only_a_runs_own_files_are_set_aside(tmp_path, monkeypatch):
             left = sorted(name for name in os.listdir(folder) if not name.startswith(("run.", "other")))
             assert left == others
     (tmp_path / "other" / "log.jsonl").write_text("{}")
-    checkpoint.set_aside("other", said.append)
-    assert os.listdir("other.3") == ["log.jsonl"]
+    (tmp_path / "other" / "config.py").touch()
+    checkpoint.set_aside("other", said.append, also=("config.py",))
+    assert sorted(os.listdir("other.3")) == ["config.py", "log.jsonl"]
 
 
 @pytest.mark.parametrize("links", [True, False])
