@@ -203,7 +203,7 @@ def pad_vocabulary(state, vocab_size):
 
 def save_converted(model, meta, config):
     """A checkpoint of step 0 in config.out_dir, and config.py with the model's options beside it."""
-    checkpoint.set_aside(config.out_dir)
+    checkpoint.set_aside(config.out_dir, also=("config.py",))
     with writing(config.out_dir, "give another out_dir"):
         os.makedirs(config.out_dir, exist_ok=True)
     options = asdict(model.config)

@@ -162,7 +162,8 @@ def figures(names, sums):
     token_entropy   of the gates of a token, in nats, mean over tokens: 0 where one expert has all the weight, at most log k
     mean_entropy    of the mean of the gates: at most log E, where all experts have the same weight
     """
-    means = (sums.double() / sums[:, :1].double()).cpu()
+    sums = sums.cpu().double()  # there: Apple's GPUs have no float64
+    means = sums / sums[:, :1]
     load, gate = means[:, LOADS:].chunk(2, dim=1)
     mean_entropy = torch.special.entr(gate).sum(dim=1)
 

@@ -36,7 +36,7 @@ from device import choose_device, choose_dtype, device_name, write_rows
 from model import GPT, Block
 from moe import Router
 from mup import lr_multipliers, make_optimizer, set_lr
-from options import GPTConfig
+from options import GPTConfig, check_seed
 from prepare_owt import prepare_default
 from runlog import duration, save_figure, whole_file, writing
 
@@ -153,6 +153,7 @@ class CheckConfig:
         for name in ("n_layer", "n_head", "block_size", "batch_rows", "steps", "seeds"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)}: make it at least 1")
+        check_seed("seed", self.seed)
         few = len(set(self.widths)) < self.least_widths
         if few or not all(isinstance(width, int) and width > 0 for width in self.widths):
             least = {1: "a whole number", 2: "two whole numbers"}[self.least_widths]

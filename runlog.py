@@ -239,6 +239,14 @@ def plan(
     if peak:
         speed = 0.4 * peak * world / flops
         lines.append(f"at 40% MFU about {duration(tokens / speed)}, {short(speed)} {unit}s/s")
+    if config.shard == "fsdp" and world == 1:
+        lines.append("note: shard=fsdp does nothing on one process, there is no other to share with")
+    if config.warmup_steps >= config.max_steps:
+        share = config.max_steps / max(1, config.warmup_steps)
+        lines.append(
+            f"note: warmup_steps={config.warmup_steps} of max_steps={config.max_steps}: the rate rises to the end, to "
+            f"{share * config.lr:.3g} of lr={config.lr:g}"
+        )
     return lines
 
 
@@ -398,7 +406,8 @@ def _clock(seconds):
 
 
 FILES = {
-    "ckpt.pt": "checkpoint", "ckpt.dcp": "checkpoint", "log.jsonl": "log", "loss.png": "picture", "experts.png": "experts"
+    "ckpt.pt": "checkpoint", "ckpt.dcp": "checkpoint", "ckpt_best.pt": "best", "ckpt_best.dcp": "best",
+    "log.jsonl": "log", "loss.png": "picture", "experts.png": "experts",
 }  # fmt: skip
 
 

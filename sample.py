@@ -13,7 +13,7 @@ from functools import partial
 
 from configurator import ConfigError, as_script, load_config
 from data import tokenizer_of
-from options import GPTConfig
+from options import GPTConfig, check_seed
 from text_files import normalise, read_text
 
 
@@ -32,13 +32,12 @@ class Config:
     bpe_dir: str | None = None  # folder with GPT-2's vocab.bpe and encoder.json, for a machine without network
 
     def __post_init__(self):
-        for name, least in (("num_samples", 1), ("max_new_tokens", 1), ("temperature", 0), ("seed", 0)):
+        for name, least in (("num_samples", 1), ("max_new_tokens", 1), ("temperature", 0)):
             if getattr(self, name) < least:
                 raise ConfigError(f"{name}={getattr(self, name)}: make it at least {least}")
         if self.temperature > 1e30:
             raise ConfigError(f"temperature={self.temperature}: make it at most 1e30")
-        if self.seed >= 2**63:
-            raise ConfigError(f"seed={self.seed}: make it less than 2**63")
+        check_seed("seed", self.seed)
         if self.top_k is not None and self.top_k < 1:
             raise ConfigError(f"top_k={self.top_k}: make it at least 1, or None")
         if self.top_p is not None and not 0 < self.top_p <= 1:

@@ -73,8 +73,8 @@ WITHOUT_EXPERTS = {"top_k": 2, "share_router": False, "eval_top_k": None}  # as 
 # Options that may change when a search goes on, or from machine to machine: losses do not depend on them.
 FREE = (
     "trials", "out", "storage", "study", "sampler", "prune", "jobs", "gpus", "report", "data_dir", "device", "compile",
-    "cuda_graphs", "timeout", "bucket_mb", "micro_batch", "save", "log_interval", "wandb", "wandb_project",
-    "fused_loss", "activation_checkpointing",
+    "cuda_graphs", "timeout", "bucket_mb", "micro_batch", "save", "save_minutes", "keep_every", "keep_best", "log_interval",
+    "wandb", "wandb_project", "fused_loss", "activation_checkpointing",
 )  # fmt: skip
 
 # What a search without a config file is on a CPU, where train.py's own defaults would take weeks.

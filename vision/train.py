@@ -71,13 +71,12 @@ if __name__ == "__main__":  # a mistake is answered before torch is imported, wh
     as_script(partial(load_config, Config))
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 
 from device import choose_device, choose_dtype
 from heartbeat import init_distributed
 from mup import lr_multipliers
-from parallel import ranks
+from parallel import ranks, sum_over_ranks
 from runlog import duration
 from train import Task, build, fit, in_one_line, say_summary
 from vision.augment import Augment
@@ -239,7 +238,7 @@ def averaged(optimizer):
 def evaluate(run, data, augment, config, device, rank, world, beat=lambda: None):
     """Figures of all validation images: val_loss, top1, top5; every rank takes its share, sums and counts are added up."""
     run.fast.eval()
-    total = torch.zeros(4, dtype=torch.float64, device=device)  # sum of losses, right ones, right among 5, number
+    sums = []  # of the losses, right ones, right among 5, number
     for x, y in data.val_batches(rank, world, config.micro_batch):
         beat()
         with run.autocast:
@@ -249,13 +248,11 @@ def evaluate(run, data, augment, config, device, rank, world, beat=lambda: None)
         right = y.clamp(min=0)[:, None]
         own, classes = logits.gather(1, right), torch.arange(logits.shape[1], device=device)
         better = ((logits > own) | ((logits == own) & (classes < right))).sum(dim=1)  # classes before the right one
-        total += torch.stack((losses, *((better < k)[counted].sum() for k in (1, 5)), counted.sum())).double()
+        sums.append(torch.stack((losses, *((better < k)[counted].sum() for k in (1, 5)), counted.sum())))
     broken = data.broken if config.stream or rank == 0 else 0  # held ones are read by every rank
-    total = torch.cat((total, total.new_tensor([broken])))
-    if world > 1:
-        dist.all_reduce(total)
+    loss, top1, top5, count = sum_over_ranks(sums or [torch.zeros(4)], device)
+    (broken,) = sum_over_ranks([torch.tensor([float(broken)])], device)
     run.fast.train()
-    loss, top1, top5, count, broken = total.tolist()
     if not count:
         raise ConfigError(f"dataset={config.dataset}: no validation image can be decoded")
     figures = {"val_loss": loss / count, "top1": top1 / count}
