@@ -21,23 +21,25 @@ import shlex
 import tempfile
 import time
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
 import train
-from bench_layers import bench_layers, bench_mixtures
+from bench_layers import Clock, bench_layers, bench_mixtures, save_rows
 from configurator import as_script, choose_command, load_config
 from cuda_graph import Graphed
 from data import CharTokenizer, TokenData
-from device import choose_device, choose_dtype, device_name, peak_flops, to_device, write_rows
+from device import choose_device, choose_dtype, device_name, peak_flops, to_device
 from heartbeat import init_distributed
 from model import GPT
 from options import GPTConfig
 from parallel import ranks
 from prepare_owt import Config as PrepareConfig
 from prepare_owt import prepare, stdlib_files
+from runlog import duration, short
 
 # ---------------------------------------------------------------------------------------
 # An update
@@ -144,10 +146,14 @@ def bench_step(argv, Config=StepConfig, make_bench=TokenBench):
     watchdog = init_distributed(device, config.timeout)
     rows = []
     with watchdog.paused():  # nobody beats here
-        for words, one in configs:
+        for number, (words, one) in enumerate(configs, 1):
+            if rank == 0:
+                print(f"{number}: {' '.join(words)}", flush=True)
             rows.append({"what": "step", "command": " ".join(words), **time_step(one, make_bench)})
+            if rank == 0:
+                print("   " + in_short(rows[-1]), flush=True)
             if config.json and rank == 0:  # what there is, should a later one fail
-                write_rows(config.json, rows, device)
+                save_rows(config.json, rows, device)
         if config.profile:
             os.makedirs(config.profile, exist_ok=True)
             profile_step(config, make_bench)
@@ -156,12 +162,19 @@ def bench_step(argv, Config=StepConfig, make_bench=TokenBench):
         dist.destroy_process_group()
     if rank:
         return
-    for number, row in enumerate(rows, 1):
-        print(f"{number}: {row['command']}")
     for key in [key for key in rows[0] if key not in ("what", "command")]:
         cells = [f"{row[key]:,.4g}" if isinstance(row[key], float) else str(row[key]) for row in rows]
         ratio = f"x {rows[0][key] / rows[1][key]:.3f}" if len(rows) == 2 and isinstance(rows[0][key], float) else ""
         print(f"{key:<26}" + "".join(f"{cell:>14}" for cell in cells), ratio)
+
+
+def in_short(row):
+    """A config's main figures, as it is done."""
+    speed = next(key for key in row if key.endswith("s_per_second"))
+    words = [f"{row['ms_median']:,.1f} ms an update", f"{short(row[speed])} {speed.removesuffix('_per_second')}/s"]
+    words += [f"MFU {row['mfu']:.1%}"] if row["mfu"] else []
+    words += [f"{row['peak_memory_gib']:.1f} GiB"] if row["peak_memory_gib"] else []
+    return ", ".join(words)
 
 
 def bench_image_step(argv):
@@ -187,11 +200,18 @@ def time_step(config, make_bench):
     def update():
         run.update(*bench.batch(next(count)))
 
-    start = time.perf_counter()
+    marks = [time.perf_counter()]
     for _ in range(5):
         update()
-    bench.synchronize()
-    first = time.perf_counter() - start
+        bench.synchronize()
+        marks.append(time.perf_counter())
+    first = marks[-1] - marks[0]
+    parts = 2 * (5 + max(3, steps // 2)) * config.parts
+    if bench.rank == 0:  # the fifth is as fast as the others, the first may be compiled
+        print(
+            f"   five updates: {first:.1f} s, the rest: about {duration((marks[5] - marks[4]) * (steps + parts))}",
+            flush=True,
+        )
     start = time.perf_counter()
     times = bench.milliseconds(update, steps)
     whole = (time.perf_counter() - start) / steps * 1e3
@@ -312,9 +332,9 @@ def profile_step(config, make_bench):
 @dataclass
 class SampleBenchConfig(GPTConfig):
     device: str = "auto"  # cuda, cpu, mps; auto: a GPU where there is one
-    dtype: str = "auto"  # of the weights; auto: 16 bits on GPUs
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of the weights; auto: 16 bits on GPUs
     context: int = 512  # tokens read before the first that is timed
-    batches: tuple = (1, 16, 64)  # texts generated together
+    batches: tuple | None = None  # texts generated together; None: (1, 16, 64), on a CPU (1,)
     tokens: int = 100  # timed tokens a text
     json: str | None = None  # file for the rows
 
@@ -329,6 +349,9 @@ def bench_sample(argv):
     with device:
         model = GPT(config).to(dtype).eval()
     rows = []
+    if config.batches is None:
+        config.batches = (1, 16, 64) if device.type == "cuda" else (1,)
+    clock = Clock(config.batches)
     for batch in config.batches:
         idx = torch.randint(config.vocab_size, (batch, config.context), device=device)
 
@@ -345,16 +368,18 @@ def bench_sample(argv):
         def prompt(idx=idx):
             return model.generate(idx, 5).tolist()  # reading the prompt, recording the graph
 
-        seconds_of = {f.__name__: seconds(f, repeats=3) for f in (cached, recomputed, prompt)}
+        with clock:
+            seconds_of = {f.__name__: seconds(f, repeats=3) for f in (cached, recomputed, prompt)}
         with_cache = batch * (config.tokens - 5) / (seconds_of["cached"] - seconds_of["prompt"])
         without = batch * (config.tokens // 10) / seconds_of["recomputed"]
         row = {"what": "sample", "texts": batch, "context": config.context, "dtype": str(dtype)}
         rows.append({**row, "tokens_per_second": with_cache, "recomputed": without, "ratio": with_cache / without})
         print(
-            f"{batch:>4} texts: {with_cache:>9,.0f} tokens/s with the cache, {without:>9,.0f} recomputed, x {with_cache / without:.1f}"
+            f"{batch:>4} texts: {with_cache:>9,.0f} tokens/s with the cache, {without:>9,.0f} recomputed, x {with_cache / without:.1f}",
+            flush=True,
         )
-    if config.json:
-        write_rows(config.json, rows, device)
+        if config.json:
+            save_rows(config.json, rows, device)
 
 
 # ---------------------------------------------------------------------------------------
@@ -416,7 +441,7 @@ def bench_data(argv):
         batch = seconds(lambda: [data.train_batch(0, step, count, 0, count) for step in range(20)]) / 20
         report(f"training batch, {count} x {config.block_size}", count * config.block_size, "tokens", batch)
     if config.json:
-        write_rows(config.json, rows, torch.device("cpu"))
+        save_rows(config.json, rows, torch.device("cpu"))
 
 
 def bench_images(argv):
@@ -466,7 +491,7 @@ def bench_images(argv):
         )
         print(f"{config.dataset}, {config.image_size} x {config.image_size}, {what}: {speed:,.0f} images/s")
     if config.json:
-        write_rows(config.json, rows, device)
+        save_rows(config.json, rows, device)
 
 
 BENCHES = {

@@ -4,13 +4,15 @@ For every layer and number of tokens: milliseconds forward, and forward with bac
 the plain torch.bmm path, and of each way that kernels.btt has; the floor, below which no kernel can be on this GPU;
 the error of each against float64. Of a mixture the same with its router, beside the layer of its top_k experts alone and
 the way in which it was published, which computes all experts. On a GPU calls are recorded in a CUDA graph, so that
-launches are not timed. Imports from compiling, kernels, einsum_linear, moe, configurator and device.
+launches are not timed. Where no sizes are given, those for a CPU are small. Imports from compiling, kernels,
+einsum_linear, moe, configurator, runlog and device.
 """
 
 import itertools
 import json
 import time
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
@@ -20,53 +22,108 @@ from configurator import ConfigError, load_config
 from device import choose_device, choose_dtype, device_name, write_rows
 from einsum_linear import make_linear
 from moe import Mixture, Mixtures, make_mixture
+from runlog import duration, save_figure, whole_file, writing
 from theta import BTT, factor_sizes
 
 
 @dataclass
 class LayersConfig:
-    # "in-out:rank", with spaces between: the layers
-    layers: str = (
-        "1024-1024:1 1024-1024:4 2048-2048:1 2048-2048:4 4096-4096:1 4096-4096:4 "
-        "768-3072:1 3072-768:1 768-3072:4 3072-768:4 2048-8192:1 8192-2048:1 2048-8192:4 8192-2048:4"
-    )
-    tokens: tuple = (2048, 32_768, 262_144)  # tokens in a batch
+    layers: str | None = None  # "in-out:rank in-out:rank"; None: 14 of widths 768 to 8192, on a CPU 5 small ones
+    tokens: tuple | None = None  # tokens in a batch; None: (2048, 32768, 262144), on a CPU (2048,)
     ways: tuple = ("torch", "fused", "staged", "dense", "chosen")  # of kernels.btt; torch is the plain bmm path
     device: str = "auto"  # cuda, cpu; auto: a GPU where there is one
-    dtype: str = "auto"  # auto: bfloat16 on a GPU
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto: bfloat16 on a GPU
     errors: bool = True  # compare with float64
     json: str | None = None  # file for the rows
     png: str | None = None  # file for a picture: times, and the roofline
     draw: str | None = None  # file of rows to draw again, instead of measuring
 
 
+LAYERS = {  # by device
+    "cuda": "1024-1024:1 1024-1024:4 2048-2048:1 2048-2048:4 4096-4096:1 4096-4096:4 "
+    "768-3072:1 3072-768:1 768-3072:4 3072-768:4 2048-8192:1 8192-2048:1 2048-8192:4 8192-2048:4",
+    "cpu": "256-256:1 512-512:1 512-512:4 512-2048:1 2048-512:1",
+}
+TOKENS = {"cuda": (2048, 32_768, 262_144), "cpu": (2048,)}
+
+
 def bench_layers(argv):
     config = load_config(LayersConfig, argv)
     if config.draw:
-        with open(config.draw) as file:
-            rows = [row for row in json.load(file) if row["what"] == "layer"]
-        draw_layers(rows, config.png or "layers.png")
+        draw_layers(rows_of_layers(config.draw), config.png or "layers.png")
         return
     device = choose_device(config.device)
     dtype = choose_dtype(config.dtype, device)
+    layers = [parse_layer(text) for text in (config.layers or of_device(LAYERS, device)).split()]
+    cases = list(
+        itertools.product(check_tokens(of_device(TOKENS, device) if config.tokens is None else config.tokens), layers)
+    )
     bandwidth, rate = ceilings(device, dtype)
     name = device_name(device)
-    print(f"{name}, torch {torch.__version__}, {dtype}: {bandwidth / 1e12:.2f} TB/s, {rate / 1e12:.0f} TFLOP/s; ms")
+    print(f"{name}, torch {torch.__version__}, {dtype}: {bandwidth / 1e12:.3g} TB/s, {rate / 1e12:.3g} TFLOP/s; ms")
     print(
         f"{'layer':<16}{'tokens':>8}  {'way':<22}{'fwd':>8}{'fwd+bwd':>9}{'floor':>8}{'/floor':>8}{'dense/':>8}  error"
     )
     rows = []
-    for tokens, text in itertools.product(config.tokens, config.layers.split()):
-        d_in, d_out, rank = parse_layer(text)
-        for row in time_layer(d_in, d_out, rank, tokens, config, device, dtype, bandwidth, rate):
-            rows.append(
-                {"what": "layer", "dtype": str(dtype), "copy_bytes_per_second": bandwidth, "flops": rate, **row}
-            )
-            print(format_row(row), flush=True)
-            if config.json:
-                write_rows(config.json, rows, device)
+    clock = Clock([tokens * (d_in * d_out + 100 * (d_in + d_out)) for tokens, (d_in, d_out, _) in cases])
+    for tokens, (d_in, d_out, rank) in cases:
+        with clock:
+            for row in time_layer(d_in, d_out, rank, tokens, config, device, dtype, bandwidth, rate):
+                rows.append(
+                    {"what": "layer", "dtype": str(dtype), "copy_bytes_per_second": bandwidth, "flops": rate, **row}
+                )
+                print(format_row(row), flush=True)
+        if config.json:
+            save_rows(config.json, rows, device)
     if config.png:
         draw_layers([{"device": name, **row} for row in rows], config.png)
+
+
+def of_device(table, device):
+    """What a table has for GPUs, or for all else."""
+    return table["cuda" if device.type == "cuda" else "cpu"]
+
+
+class Clock:
+    """Says after each case how many are done, and how long the rest will take: by its work, of any unit."""
+
+    def __init__(self, work):
+        self.work, self.done, self.seconds = work, 0, 0.0
+
+    def __enter__(self):
+        self.began = time.perf_counter()
+
+    def __exit__(self, *error):
+        if error[0] is not None:
+            return
+        self.seconds += time.perf_counter() - self.began
+        self.done += 1
+        if self.done < len(self.work):
+            left = self.seconds * sum(self.work[self.done :]) / sum(self.work[: self.done])
+            print(f"{self.done} of {len(self.work)} done, about {duration(left)} left", flush=True)
+
+
+def rows_of_layers(path):
+    """The rows of a JSON that `layers` wrote."""
+    try:
+        with open(path) as file:
+            rows = [row for row in json.load(file) if row["what"] == "layer"]
+    except (OSError, ValueError, TypeError, KeyError):
+        rows = []
+    if not rows:
+        raise ConfigError(f"draw={path} has no rows of layers: give the --json of an earlier `bench.py layers`")
+    return rows
+
+
+def save_rows(path, rows, device):
+    with writing(path, "give another --json"), whole_file(path) as part:
+        write_rows(part, rows, device)
+
+
+def check_tokens(tokens):
+    if not all(type(number) is int and number > 0 for number in tokens):
+        raise ConfigError(f"tokens={tokens}: give whole numbers of 1 or more, 2048,32768, say")
+    return tokens
 
 
 def parse_layer(text):
@@ -201,35 +258,45 @@ def worst_error(way, x, dy, A, B, most=512):
 @dataclass
 class MixturesConfig:
     # "structure/in-out:rank of an expert/experts:top_k", with spaces between
-    layers: str = (
-        "btt/1024-1024:1/8:2 btt/1024-1024:1/16:2 btt/2048-2048:1/8:2 btt/4096-4096:1/8:2 "
-        "low_rank/1024-1024:128/8:2 dense/1024-1024:1/8:2"
-    )
-    tokens: int = 32_768  # in a batch
+    layers: str | None = None  # None: six of widths 1024 to 4096, on a CPU three of width 256
+    tokens: int | None = None  # in a batch; None: 32768, on a CPU 2048
     compile: bool | None = None  # torch.compile, without a break of the graph; None: on a GPU only
     device: str = "auto"  # cuda, cpu; auto: a GPU where there is one
-    dtype: str = "auto"  # auto: bfloat16 on a GPU
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto: bfloat16 on a GPU
     json: str | None = None  # file for the rows
+
+
+MIXTURES = {  # by device
+    "cuda": "btt/1024-1024:1/8:2 btt/1024-1024:1/16:2 btt/2048-2048:1/8:2 btt/4096-4096:1/8:2 "
+    "low_rank/1024-1024:128/8:2 dense/1024-1024:1/8:2",
+    "cpu": "btt/256-256:1/8:2 low_rank/256-256:32/8:2 dense/256-256:1/8:2",
+}
 
 
 def bench_mixtures(argv):
     config = load_config(MixturesConfig, argv)
     device = choose_device(config.device)
     dtype = choose_dtype(config.dtype, device)
+    mixtures = (config.layers or of_device(MIXTURES, device)).split()
+    sizes = [parse_mixture(text) for text in mixtures]
+    tokens = of_device({"cuda": 32_768, "cpu": 2048}, device) if config.tokens is None else config.tokens
+    (config.tokens,) = check_tokens((tokens,))
     print(f"{device_name(device)}, torch {torch.__version__}, {dtype}, {config.tokens:,} tokens; ms")
     print(f"{'mixture':<30}{'way':<24}{'fwd':>8}{'fwd+bwd':>9}{'dense/':>8}{'GiB':>7}")
     rows = []
-    for text in config.layers.split():
-        for row in time_mixture(text, config, device, dtype):
-            rows.append(row)
-            memory = "" if row["peak_gib"] is None else f"{row['peak_gib']:7.2f}"
-            print(
-                f"{text:<30}{row['way']:<24}{row['forward_ms']:8.3f}{row['ms']:9.3f}"
-                f"{row['times_faster_than_dense']:8.2f}{memory}",
-                flush=True,
-            )
-            if config.json:
-                write_rows(config.json, rows, device)
+    clock = Clock([d_in * d_out * experts for _, d_in, d_out, _, experts, _ in sizes])
+    for text in mixtures:
+        with clock:
+            for row in time_mixture(text, config, device, dtype):
+                rows.append(row)
+                memory = "" if row["peak_gib"] is None else f"{row['peak_gib']:7.2f}"
+                print(
+                    f"{text:<30}{row['way']:<24}{row['forward_ms']:8.3f}{row['ms']:9.3f}"
+                    f"{row['times_faster_than_dense']:8.2f}{memory}",
+                    flush=True,
+                )
+        if config.json:
+            save_rows(config.json, rows, device)
 
 
 def parse_mixture(text):
@@ -362,5 +429,4 @@ def draw_layers(rows, png):
         f"Under the ceilings of memory and arithmetic\n{rows[0]['device']}, {rows[0]['dtype']}", fontsize=10
     )
     roofline.grid(alpha=0.3, which="both")
-    figure.savefig(png, dpi=130)
-    plt.close(figure)
+    save_figure(figure, png, remedy="give another --png")

@@ -7,15 +7,20 @@
         values.json                      what is no tensor
         manifest.json                    {file: [bytes, CRC32]} of all these, written last
 
+    ckpt_best.pt  ckpt_step500.pt  …     of --keep_best and --keep_every: names of their own for what was newest once
+
 Either goes back into either kind of model, on any number of ranks. A checkpoint holds tensors and plain values only,
-and reading one never runs code. Imports from configurator.
+and reading one never runs code. Imports from configurator and nanogpt.
 """
 
 import itertools
 import json
 import os
 import pickle
+import re
 import shutil
+import signal
+import time
 import warnings
 import zipfile
 import zlib
@@ -28,17 +33,53 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from configurator import ConfigError
+from nanogpt import from_nanogpt, is_nanogpts
 
 # Aside is what was newest, while the next takes its place. A directory's name has .dcp where the file's has .pt.
 PLACES = NEWEST, ASIDE, PREVIOUS = "ckpt.pt", "ckpt_aside.pt", "ckpt_prev.pt"
+BEST = "ckpt_best.pt"
+
+# ---------------------------------------------------------------------------------------
+# When
+
+
+class Saves:
+    """When a run saves beside its evaluations, and what it keeps: save_minutes, keep_every, keep_best. SIGUSR1 asks for one."""
+
+    def __init__(self, config, say=print):
+        self.config, self.say, self.by_signal, self.last = config, say, False, time.monotonic()
+        signal.signal(signal.SIGUSR1, self.ask)
+
+    def ask(self, *_):
+        self.by_signal = self.config.save
+        self.say("asked to save: after this step" if self.config.save else "asked to save, but save=False", flush=True)
+
+    def asked(self):
+        """Whether this process has been asked for a checkpoint, or the clock asks: processes have to agree."""
+        minutes = self.config.save_minutes
+        return self.by_signal or (minutes > 0 and time.monotonic() - self.last >= 60 * minutes)
+
+    def due(self, step):
+        """Whether the checkpoint of this step is to stay."""
+        return self.config.keep_every > 0 and step % self.config.keep_every == 0
+
+    def save(self, checkpoint, best):
+        """`save` to the run's out_dir; best: this one has the lowest validation loss so far."""
+        step = checkpoint["step"]
+        names = [f"ckpt_step{step}.pt"] if step and self.due(step) else []
+        names += [BEST] if best and self.config.keep_best else []
+        save(self.config.out_dir, checkpoint, names)
+        self.by_signal, self.last = False, time.monotonic()
+
 
 # ---------------------------------------------------------------------------------------
 # Writing
 
 
-def save(out_dir, checkpoint):
+def save(out_dir, checkpoint, keep=()):
     """Write `checkpoint` as the newest of out_dir; a kill at any moment leaves a whole one behind.
 
+    keep        names under which it stays when it is no longer the newest, "ckpt_best.pt"
     checkpoint  {"model": {name: tensor}, "optimizer": {name: {key: tensor}}, and plain values: step, config, …}
     Every rank calls it and returns when all is done. Of DTensors each rank writes its parts, else rank 0 writes all.
     ConfigError on every rank where writing fails on any.
@@ -51,6 +92,8 @@ def save(out_dir, checkpoint):
             write_directory(partial, checkpoint)
         else:
             everywhere(write_file, partial, lambda file: torch.save(checkpoint, file), only=0)
+        for name in keep:
+            everywhere(keep_as, partial, os.path.join(out_dir, name), only=0)
         everywhere(publish, out_dir, partial, newest, only=0)
     except Failed as error:
         with suppress(Failed):
@@ -100,6 +143,34 @@ def write_directory(path, checkpoint):
     everywhere(finish, *gather(everywhere(sums)), only=0)
 
 
+def keep_as(path, kept):
+    """A second name for a whole checkpoint, of either format, in the place of what had it. Hard links, where there are any."""
+    folder, place = os.path.split(kept)
+    kept = os.path.join(folder, directory(place)) if os.path.isdir(path) else kept
+    remove(kept + ".part")
+    try:
+        if os.path.isdir(path):
+            shutil.copytree(path, kept + ".part", copy_function=link)
+        else:
+            link(path, kept + ".part")
+        for old in there(folder, place):
+            if old != kept or os.path.isdir(old):
+                remove(old)
+        os.replace(kept + ".part", kept)
+    except OSError:
+        with suppress(OSError):
+            remove(kept + ".part")
+        raise
+
+
+def link(source, target):
+    try:
+        os.link(source, target)
+    except OSError:  # a file system without hard links
+        with open(source, "rb") as file:
+            write_file(target, lambda copy: shutil.copyfileobj(file, copy, 1 << 22))
+
+
 def publish(out_dir, partial, newest):
     """`partial` becomes the newest, what was newest the one before; at any moment a whole one is in some place."""
     settle(out_dir)
@@ -141,23 +212,28 @@ class Writer(dcp.FileSystemWriter):
 def load(out_dir, say=print, alone=False):
     """The newest whole checkpoint in out_dir, with its "path", as a dict; None where there is none.
 
+    out_dir may be the path of one checkpoint instead, out/run/ckpt_best.pt (or .dcp), also of nanoGPT's ckpt.pt.
     Tensors are whole and on the CPU; a directory's are read when saved["model"] or saved["optimizer"] is asked for.
     Every rank calls it and gets the same checkpoint, unless alone=True. A damaged one is passed over with a message.
     ConfigError where all are damaged, or where the ranks do not see the same.
     """
     rank, world = (0, 1) if alone else ranks()
-    views = gather([os.path.basename(path) for place in PLACES for path in there(out_dir, place)], alone)
+    asked, places = out_dir, PLACES
+    if names_one(out_dir):
+        out_dir, place = os.path.split(out_dir)
+        places = [place.removesuffix(".dcp").removesuffix(".pt") + ".pt"]
+    views = gather([os.path.basename(path) for place in places for path in there(out_dir, place)], alone)
     if any(view != views[0] for view in views):
         raise ConfigError(
             f"out_dir={out_dir}: not all ranks see the checkpoints that rank 0 sees: "
             "out_dir must be on a file system that all nodes share"
         )
     damaged = []
-    for place in PLACES:
+    for place in places:
         whole = []
         for path in [os.path.join(out_dir, name) for name in views[0] if name in (place, directory(place))]:
             try:
-                whole.append(everywhere(read, path, rank, world, alone=alone))
+                whole.append(everywhere(read, path, rank, world, asked != out_dir, alone=alone))
             except Failed as error:
                 damaged.append(path)
                 if rank == 0:
@@ -166,13 +242,22 @@ def load(out_dir, say=print, alone=False):
             return max(whole, key=lambda saved: saved["step"])
     if damaged:
         raise ConfigError(
-            f"out_dir={out_dir}: no whole checkpoint ({', '.join(damaged)} torn): start anew in another out_dir"
+            f"out_dir={asked}: no whole checkpoint ({', '.join(damaged)} torn): start anew in another out_dir"
         )
     return None
 
 
-def read(path, rank, world):
-    """The checkpoint at `path`, of which each of `world` ranks verifies a share. Exceptions of many kinds."""
+def names_one(path):
+    """Whether this is the path of a checkpoint, not of a folder that has some."""
+    path = os.fspath(path)
+    return path.endswith(".dcp") or (path.endswith(".pt") and not os.path.isdir(path))
+
+
+def read(path, rank, world, any_kind=False):
+    """The checkpoint at `path`, of which each of `world` ranks verifies a share. Exceptions of many kinds.
+
+    any_kind: nanoGPT's too, which a run must not take for its own.
+    """
     if path.endswith(".dcp"):
         return Sharded(path, rank, world)
     if rank == 0:  # torch.load checks no CRC
@@ -185,6 +270,10 @@ def read(path, rank, world):
             raise ValueError(f"{damaged} is damaged")
     # Mapped: a rank reads what it uses, and the ranks of a machine share the memory.
     saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    if is_nanogpts(saved):
+        if not any_kind:
+            raise ValueError(f"it is nanoGPT's: --init_from={path} starts from it")
+        saved = from_nanogpt(saved)
     saved["step"], saved["config"], saved["model"], saved["optimizer"]
     return {**saved, "path": path}
 
@@ -259,14 +348,17 @@ class MetadataUnpickler(pickle.Unpickler):
 
 
 @torch.no_grad()
-def restore(saved, model, optimizer):
-    """Put what `load` gave into model and optimizer, whole or split. Every rank calls it and reads its parts only.
+def restore(saved, model, optimizer=None):
+    """Put what `load` gave into model and optimizer, whole or split; without an optimizer, weights only.
 
-    ConfigError where it is of another model.
+    Every rank calls it and reads its parts only. ConfigError where it is of another model.
     """
     source = saved.blanks if isinstance(saved, Sharded) else flat(saved)
-    weights = model.state_dict()
-    state = blank_state(model, optimizer, nested(source)["optimizer"])
+    weights, state = model.state_dict(), {}
+    if optimizer is None:
+        source = {name: tensor for name, tensor in source.items() if name.startswith("model.")}
+    else:
+        state = blank_state(model, optimizer, nested(source)["optimizer"])
     target = flat({"model": weights, "optimizer": state})
     theirs, ours = ({(name, tensor.shape) for name, tensor in tensors.items()} for tensors in (source, target))
     if theirs != ours:
@@ -335,18 +427,39 @@ def nested(tensors):
 
 
 def exists(out_dir):
-    """Whether out_dir has a checkpoint, whole or not."""
+    """Whether out_dir has a checkpoint, whole or not, or is one."""
+    if names_one(out_dir):
+        return os.path.exists(out_dir)
     return any(there(out_dir, place) for place in PLACES)
 
 
-def set_aside(out_dir, say=print):
-    """Rename an earlier run's out_dir to out_dir.1, .2, …, so that a new run in its place destroys nothing."""
-    if not exists(out_dir):
-        return
+# What a run writes into its out_dir.
+OWN = re.compile(r"(ckpt(_\w+)?\.(pt|dcp)|log\.jsonl|config\.json|loss\.png|experts\.png)(\.part)?")
+
+
+def set_aside(out_dir, say=print, also=()):
+    """Move an earlier run's files to out_dir.1, .2, …, so that a new run in its place destroys nothing.
+
+    Other files stay where they are, but for the names in `also`. Out of the working folder, a folder above it or a
+    mounted disk they move to run.1, run.2, … inside.
+    """
     out_dir = os.path.normpath(out_dir)
-    number = next(n for n in itertools.count(1) if not os.path.exists(f"{out_dir}.{n}"))
-    os.replace(out_dir, f"{out_dir}.{number}")
-    say(f"{out_dir} held an earlier run: moved to {out_dir}.{number}")
+    log = os.path.join(out_dir, "log.jsonl")
+    if not exists(out_dir) and not (os.path.exists(log) and os.path.getsize(log)):
+        return
+    real = os.path.realpath(out_dir)
+    inside = os.path.ismount(real) or os.path.commonpath((real, os.getcwd())) == real
+    for number in itertools.count(1):
+        aside = os.path.join(out_dir, f"run.{number}") if inside else f"{out_dir}.{number}"
+        with suppress(FileExistsError):
+            os.mkdir(aside)
+            break
+    for name in sorted(os.listdir(out_dir)):
+        if OWN.fullmatch(name) or name in also:
+            os.replace(os.path.join(out_dir, name), os.path.join(aside, name))
+    with suppress(OSError):  # not empty, or a link
+        os.rmdir(out_dir)
+    say(f"{out_dir} held an earlier run: moved to {aside}")
 
 
 def describe(out_dir):

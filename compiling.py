@@ -36,3 +36,18 @@ def order_loops(device, kernel=None):
     kernel.codegen_body = codegen_body
     torch.compiler.config.cache_key_tag += " barriers after loops"  # kernels on disk were made without
     return True
+
+
+def missing_compiler(error):
+    """What torch.compile or Triton lacks and what to do, in one line, where that is why `error` was raised; else None."""
+    while error is not None:
+        kind, text = type(error).__name__, str(error).strip()
+        line = text.partition("\n")[0].rstrip(".")
+        if kind in ("InvalidCxxCompiler", "TritonMissing", "GPUTooOldForTriton"):
+            return f"torch.compile has no compiler ({line}): install one, or take --compile=False"
+        if kind == "CppCompileError" and "Python.h" in text:
+            return "torch.compile needs Python.h: install Python's headers (python3-dev), or take --compile=False"
+        if "Failed to find C compiler" in line:
+            return "Triton has no C compiler: install gcc, or name one in the variable CC"
+        error = getattr(error, "inner_exception", None) or error.__cause__ or error.__context__
+    return None

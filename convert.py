@@ -7,7 +7,7 @@
 With --out_dir each matrix becomes the nearest of its structure (`load_dense`), everything else is
 copied, and a checkpoint of step 0 is written with its options beside it, in config.py. With --export
 the weights of a checkpoint are written as transformers' GPT2LMHeadModel reads them.
-Imports from configurator, einsum_linear, model, data, checkpoint and sample.
+Imports from configurator, einsum_linear, moe, model, data, checkpoint, runlog and sample.
 """
 
 import math
@@ -22,6 +22,7 @@ from configurator import ConfigError, as_script, load_config
 from data import GPT2Tokenizer
 from einsum_linear import Dense
 from model import GPT, GPT2_BLOCK_NAMES
+from moe import Router
 from options import GPTConfig
 from runlog import writing
 from sample import load_model
@@ -95,9 +96,17 @@ def load_source(source):
     return model.eval(), {"tokenizer": GPT2Tokenizer.name, **meta}
 
 
-def linear_layers(model):
-    """{name: layer} of all that make_linear made."""
-    return {name: layer for name, layer in model.named_modules() if hasattr(layer, "load_dense")}
+def linear_layers(model, needs):
+    """{name: layer} of all that make_linear made; ConfigError where one, of a user's own, does not have the method `needs`."""
+    layers = {
+        name: layer
+        for name, layer in model.named_modules()
+        if hasattr(layer, "cores") and not isinstance(layer, Router)
+    }
+    for name, layer in layers.items():
+        if not hasattr(layer, needs):
+            raise ConfigError(f"{name} is a {type(layer).__name__}, which has no {needs}: add that method to the class")
+    return layers
 
 
 # ---------------------------------------------------------------------------------------
@@ -112,26 +121,28 @@ def convert(model, config):
     error   ||W - W'||_F / ||W||_F, 0 for a layer that stays dense. Queries and keys under muP are
             compared up to a scale: the RMS cap leaves them none, and their LayerNorm undoes it.
     """
-    for name, layer in linear_layers(model).items():
+    for name, layer in linear_layers(model, needs="cores").items():
         if not isinstance(layer, Dense):
             raise ConfigError(
                 f"source={config.source}: its {name} is {type(layer).__name__}, not dense: convert from a dense model"
             )
     target = make_target(model.config, config)
     theirs = pad_vocabulary(model.state_dict(), target.config.vocab_size)
-    layers = linear_layers(target)
-    ours = target.state_dict()
+    layers = linear_layers(target, needs="load_dense")
+    structured = [name for name, layer in layers.items() if not isinstance(layer, Dense)]
     # Embeddings, norms, biases and matrices that stay dense have their names in both models.
-    target.load_state_dict({name: theirs.get(name, tensor) for name, tensor in ours.items()})
-    replaced = {f"{name}.weight" for name, layer in layers.items() if not isinstance(layer, Dense)}
-    assert theirs.keys() - ours.keys() == replaced, "every tensor of the source has a place"
+    copied = {name: tensor for name, tensor in theirs.items() if name.removesuffix(".weight") not in structured}
+    ours = target.state_dict()
+    for name in copied.keys() - ours.keys():
+        raise ConfigError(f"the source has a {name}, for which its layer in the structured model has no place")
+    target.load_state_dict({**ours, **copied})
     errors = {}
     for name, layer in layers.items():
         W = theirs[f"{name}.weight"].double()  # (d_out, d_in); a tied head's is the embedding's
         if not isinstance(layer, Dense):
             layer.load_dense(W)
         approximation = layer.materialize().double()
-        if not isinstance(layer, Dense) and layer.normalize and layer.gains is None:
+        if getattr(layer, "normalize", False) and layer.gains is None:
             scale = (W * approximation).sum() / approximation.square().sum()
             if scale > 0:  # a zero matrix has none
                 approximation = scale * approximation
@@ -148,18 +159,31 @@ def make_target(shape, config):
     if config.vocab_size is None:
         options["vocab_size"] = shape.vocab_size
     elif config.vocab_size < shape.vocab_size:
-        raise ConfigError(
-            f"vocab_size={config.vocab_size} is less than the source's {shape.vocab_size}: "
-            "give that or more, rows are only added"
-        )
+        enough = next((size for size in wider(shape.vocab_size) if fits({**options, "vocab_size": size})), None)
+        remedy = f"rows are only added, --vocab_size={enough} say" if enough else "leave it out"
+        raise ConfigError(f"vocab_size={config.vocab_size} is less than the source's {shape.vocab_size}: {remedy}")
     try:
         return GPT(GPTConfig(**options))
     except ConfigError as error:
-        if "lm_head" in str(error) and config.vocab_size is None:
-            raise ConfigError(
-                f"{error}; or pad the vocabulary to a width that factors (50257 with --vocab_size=50304)"
-            ) from None
-        raise
+        padded = next((size for size in wider(options["vocab_size"]) if fits({**options, "vocab_size": size})), None)
+        if padded is None:
+            raise
+        raise ConfigError(f"{error}; or pad the vocabulary to a width that factors, --vocab_size={padded}") from None
+
+
+def wider(vocab_size):
+    """Sizes to pad a vocabulary to: multiples of 64, which matrix products like, then any that is near."""
+    first = -(-vocab_size // 64) * 64
+    return (*range(first, first + 8 * 64, 64), *range(vocab_size, vocab_size + 64))
+
+
+def fits(options):
+    try:
+        with torch.device("meta"):
+            GPT(GPTConfig(**options))
+    except ConfigError:
+        return False
+    return True
 
 
 def pad_vocabulary(state, vocab_size):
@@ -179,7 +203,7 @@ def pad_vocabulary(state, vocab_size):
 
 def save_converted(model, meta, config):
     """A checkpoint of step 0 in config.out_dir, and config.py with the model's options beside it."""
-    checkpoint.set_aside(config.out_dir)
+    checkpoint.set_aside(config.out_dir, also=("config.py",))
     with writing(config.out_dir, "give another out_dir"):
         os.makedirs(config.out_dir, exist_ok=True)
     options = asdict(model.config)
@@ -191,9 +215,15 @@ def save_converted(model, meta, config):
         },
     )  # fmt: skip
     path = os.path.join(config.out_dir, "config.py")
+    # A twentieth of the usual rate of pretraining, as nanoGPT fine-tunes GPT-2: 6e-4 there, 2e-3 of muP's width 768.
+    lr = {"standard": 3e-5, "mup": 1e-4}[model.config.parametrization]
     with open(path, "w") as file:
-        file.write(f"# The model that convert.py made of {config.source}. To train it on:\n")
-        file.write(f"#   python train.py {path} --out_dir={config.out_dir} --resume --data_dir=... --lr=...\n")
+        file.write(f"# The model that convert.py made of {config.source}. To train it further:\n")
+        file.write(f"#   python train.py {path} --data_dir=...\n")
+        file.write(f"out_dir = {config.out_dir!r}\nresume = True  # from the converted weights\n")
+        file.write(
+            f"lr = {lr}  # a twentieth of the rate of pretraining, which would undo much of what the weights know\n"
+        )
         file.writelines(f"{name} = {value!r}\n" for name, value in options.items())
 
 
@@ -214,6 +244,7 @@ def export(model, folder, source, meta):
             f"source={source} has d_head={c.head_size}, Hugging Face's GPT-2 always d_model / n_head = "
             f"{c.d_model / c.n_head:g}: export a model trained without --d_head"
         )
+    linear_layers(model, needs="materialize")
     if os.path.exists(folder) and not (os.path.isdir(folder) and not os.listdir(folder)):
         raise ConfigError(f"export={folder} is there already: give a new folder")
     try:
@@ -287,13 +318,16 @@ def main(argv):
     if added:
         print(f"embedding and head padded by {added} rows, each the mean of the {source.config.vocab_size} there are")
     print("relative error ||W - W'|| / ||W||, parameters of each layer:")
-    before, after = linear_layers(source), linear_layers(model)
+    before, after = (linear_layers(each, needs="cores") for each in (source, model))
     for name, error in errors.items():
         kept = " (dense, kept)" if isinstance(after[name], Dense) else ""
         print(f"  {name:<20} {error:9.3e}   {count(before[name]):>12,} -> {count(after[name]):,}{kept}")
     print(f"{count(source):,} parameters -> {count(model):,}")
     save_converted(model, meta, config)
-    print(f"saved in {config.out_dir}, see its config.py | python sample.py --out_dir={config.out_dir}")
+    print(
+        f"saved in {config.out_dir}: python train.py {os.path.join(config.out_dir, 'config.py')} --data_dir=… | "
+        f"python sample.py --out_dir={config.out_dir}"
+    )
 
 
 if __name__ == "__main__":

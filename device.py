@@ -28,13 +28,25 @@ PEAK_FLOPS = {
 
 
 def choose_device(name, local_rank=0):
-    """torch.device for an option `device`: "auto" is a GPU where there is one. A process takes the GPU of its rank."""
+    """torch.device for an option `device`: "auto" is a GPU where there is one. A process takes the GPU of its rank.
+
+    Apple's GPU (mps) is for one process, and has no float64: no tensor on a device may be of it.
+    """
+    processes = int(os.environ.get("WORLD_SIZE", 1))
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
+        apples = torch.backends.mps.is_available() and processes == 1
+        name = "cuda" if torch.cuda.is_available() else "mps" if apples else "cpu"
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise ConfigError(f"device={name!r} is unknown: auto, cuda, cpu or mps") from None
+        device = None
+    if device is None or device.type not in ("cuda", "cpu", "mps"):
+        raise ConfigError(f"device={name!r} is unknown: auto, cuda, cpu or mps")
+    if device.type == "mps":
+        if not torch.backends.mps.is_available():
+            raise ConfigError(f"device={name}, but torch sees no Apple GPU: take --device=cpu")
+        if processes > 1:
+            raise ConfigError(f"device={name} is for one process, there are {processes}: take --device=cpu")
     if device.type == "cuda":
         if not torch.cuda.is_available():
             raise ConfigError(f"device={name}, but torch sees no GPU: take --device=cpu")

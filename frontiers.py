@@ -380,6 +380,7 @@ def draw_reached(by_measure, costs, colour):
     for panel, cost in zip(panels[-1], costs):
         panel.set_xlabel(COSTS[cost])
         _label_log_axis(panel.xaxis)
+    figure.suptitle("what each run reached at its end, and what it had cost")
     figure.legend(*panels[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
     return figure
 
@@ -419,6 +420,7 @@ def draw_multipliers(by_cost, reference, colour):
         _label_log_axis(panel.yaxis)
         panel.grid(alpha=0.3, which="both")
     panels[0][0].set_ylabel(f"what {reference} pays ÷ what it pays, at equal loss")
+    figure.suptitle(f"above 1 it is cheaper than {reference}; bands are 90% intervals")
     handles, labels = panels[0][0].get_legend_handles_labels()
     if handles:
         figure.legend(handles, labels, loc="outside lower center", ncols=min(4, len(labels)), frameon=False)

@@ -30,7 +30,10 @@ def linear_cross_entropy(head, x, targets, chunk):
     chunk    tokens at a time
     -> scalar, float32
     """
-    total = _ChunkedLoss.apply(head, chunk, x, targets, *head.parameters())
+    parameters = tuple(head.parameters())
+    # Asked here: inside a Function gradients are off, and needs_input_grad is true of parameters under no_grad too.
+    wanted = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, *parameters))
+    total = _ChunkedLoss.apply(head, chunk, wanted, x, targets, *parameters)
     return total / (targets != IGNORED).sum()
 
 
@@ -38,9 +41,8 @@ class _ChunkedLoss(torch.autograd.Function):
     """Sum of the losses. The head's parameters are arguments, so that autograd asks for their gradients."""
 
     @staticmethod
-    def forward(ctx, head, chunk, x, targets, *parameters):
+    def forward(ctx, head, chunk, wanted, x, targets, *parameters):
         total = torch.zeros((), device=x.device)
-        wanted = any(ctx.needs_input_grad)
         trained = [parameter for parameter in parameters if parameter.requires_grad]
         dx, gradients = torch.empty_like(x) if wanted else None, None
         for start in range(0, len(x), chunk):
@@ -67,7 +69,7 @@ class _ChunkedLoss(torch.autograd.Function):
         # A token's gradient in the sum is of size 1, well within 16 bits; in the mean it would not be.
         dx, *gradients = (gradient * dtotal for gradient in ctx.saved_tensors)
         gradients = iter(gradients)
-        return None, None, dx, None, *(next(gradients) if trained else None for trained in ctx.trained)
+        return None, None, None, dx, None, *(next(gradients) if trained else None for trained in ctx.trained)
 
 
 def cross_entropy(logits, targets, gradient):

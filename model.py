@@ -220,11 +220,12 @@ class GPT(nn.Module):
         return self.final_norm(x).to(x.dtype)
 
     @torch.no_grad()
-    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, generator=None):
+    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, generator=None, vocab_size=None):
         """Continue idx, (B, T) with T <= block_size, by max_new_tokens sampled tokens -> (B, T + max_new_tokens).
 
         temperature 0 takes the likeliest token. top_k keeps the k likeliest, top_p the likeliest
-        whose probabilities add up to p. Keys and values are cached; when the context is full,
+        whose probabilities add up to p. vocab_size: only ids below it are drawn, which a tokenizer knows
+        of a rounded-up vocabulary. Keys and values are cached; when the context is full,
         its later half is read anew and generation goes on from there. On a GPU structured layers
         are multiplied out meanwhile, and the step of one token is a CUDA graph.
         """
@@ -232,11 +233,11 @@ class GPT(nn.Module):
         self.eval()
         try:
             with multiplied_out(self) if idx.is_cuda else nullcontext():
-                return self._generate(idx, max_new_tokens, temperature, top_k, top_p, generator)
+                return self._generate(idx, max_new_tokens, temperature, top_k, top_p, generator, vocab_size)
         finally:
             self.train(was_training)
 
-    def _generate(self, idx, max_new_tokens, temperature, top_k, top_p, generator):
+    def _generate(self, idx, max_new_tokens, temperature, top_k, top_p, generator, vocab_size):
         cache = KVCache(self.config, idx.device)
 
         def read(tokens):
@@ -253,7 +254,7 @@ class GPT(nn.Module):
                 logits, held = read(idx[:, first:end]), end - first
             else:
                 logits, held = read_one(idx[:, end - 1 : end]), held + 1
-            idx[:, end : end + 1] = sample_token(logits, temperature, top_k, top_p, generator)
+            idx[:, end : end + 1] = sample_token(logits[:, :vocab_size], temperature, top_k, top_p, generator)
         return idx
 
     def flops_per_token(self):
@@ -356,7 +357,7 @@ class KVCache:
 
 def sample_token(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
     """(B, vocab_size) logits -> (B, 1) token ids."""
-    if temperature == 0:
+    if temperature < 1e-30:  # which a float32 cannot be divided by, and where the likeliest takes all
         return logits.argmax(dim=-1, keepdim=True)
     logits = (logits - logits.amax(dim=-1, keepdim=True)) / temperature  # at most 0: none overflows
     if top_k is not None and top_k < logits.size(-1):

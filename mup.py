@@ -53,8 +53,9 @@ def make_optimizer(model, lr, weight_decay=0.0, betas=(0.9, 0.95), multipliers=N
     multipliers = lr_multipliers(model) if multipliers is None else multipliers
     groups = {}
     for name, parameter in model.named_parameters():
-        decay = weight_decay / multipliers[name] if parameter.dim() >= 2 else 0.0
-        groups.setdefault((multipliers[name], decay), []).append(parameter)
+        multiplier = multipliers[name]  # 0: one that does not learn, and so does not decay
+        decay = weight_decay / multiplier if parameter.dim() >= 2 and multiplier else 0.0
+        groups.setdefault((multiplier, decay), []).append(parameter)
     first = next(model.parameters())
     graphed = first.is_cuda and not isinstance(first, DTensor)
     optimizer = torch.optim.AdamW(

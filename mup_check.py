@@ -15,7 +15,9 @@ Of a single width (--widths=256,) lr_landscape finds the best rate of a structur
 A structure may carry options of GPTConfig: name:option=value,option=value, and so on. Spaces
 separate the values of a tuple ("einsum:theta=.5 .25 .25 .25 .5 .25 0"), a number may be a fraction
 of the width ("low_rank:rank=width/4"), and ";" separates structures that have options.
-Imports from compiling, configurator, device, data, moe, model, mup and prepare_owt.
+Where no sizes are given, lr_landscape takes small ones on a CPU. How long it will take is said first, by a step of each
+width; rows of --json are written run by run, the picture width by width.
+Imports from compiling, configurator, device, data, moe, model, mup, runlog and prepare_owt.
 """
 
 import math
@@ -30,12 +32,13 @@ import torch
 from compiling import order_loops
 from configurator import ConfigError, as_script, choose_command, load_config
 from data import TokenData
-from device import choose_device, choose_dtype, write_rows
+from device import choose_device, choose_dtype, device_name, write_rows
 from model import GPT, Block
 from moe import Router
 from mup import lr_multipliers, make_optimizer, set_lr
-from options import GPTConfig
+from options import GPTConfig, check_seed
 from prepare_owt import prepare_default
+from runlog import duration, save_figure, whole_file, writing
 
 # ---------------------------------------------------------------------------------------
 # Structures and options from the command line
@@ -150,6 +153,7 @@ class CheckConfig:
         for name in ("n_layer", "n_head", "block_size", "batch_rows", "steps", "seeds"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)}: make it at least 1")
+        check_seed("seed", self.seed)
         few = len(set(self.widths)) < self.least_widths
         if few or not all(isinstance(width, int) and width > 0 for width in self.widths):
             least = {1: "a whole number", 2: "two whole numbers"}[self.least_widths]
@@ -292,7 +296,7 @@ def coords(config):
             for label, sizes in results.items()
             for kind in ("with", "without")
         ]  # fmt: skip
-        write_rows(config.json, rows, device)
+        save_rows(config.json, rows, device)
 
 
 def draw_coords(results, widths, path):
@@ -334,27 +338,46 @@ class LandscapeConfig(CheckConfig):
     lrs: tuple = ("2**-12..2**-5",)  # base learning rates: numbers, or a range that doubles
     data_dir: str = "data/stdlib_char96"  # of prepare_owt.py's files; this one prepares itself
     vocab_size: int | None = None  # at least the data's; None: the data's
-    n_layer: int = 3  # transformer blocks
+    widths: tuple | None = None  # d_model of the models to compare; None: 64,128,256,512, on a CPU 64,128,256
+    n_layer: int | None = None  # transformer blocks; None: 3, on a CPU 2
     n_head: int = 4  # attention heads, the same at every width
-    block_size: int = 256  # context length, tokens
-    batch_rows: int = 128  # sequences a step
-    steps: int = 300  # of Adam
-    warmup_steps: int = 30  # of linear warm-up, the rate is constant after them
+    block_size: int | None = None  # context length, tokens; None: 256, on a CPU 64
+    batch_rows: int | None = None  # sequences a step; None: 128, on a CPU 8
+    steps: int | None = None  # of Adam; None: 300, on a CPU 100
+    warmup_steps: int | None = None  # of linear warm-up, the rate is constant after them; None: a tenth of the steps
     seeds: int = 1  # runs to average over: seed, seed + 1, ...
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # matrix products; auto: bfloat16 on a GPU that has it
     compile: bool = False  # torch.compile, once a width: half a minute each, then steps take a half to a third
 
+    on_gpu: ClassVar[dict] = dict(widths=(64, 128, 256, 512), n_layer=3, block_size=256, batch_rows=128, steps=300)
+    on_cpu: ClassVar[dict] = dict(widths=(64, 128, 256), n_layer=2, block_size=64, batch_rows=8, steps=100)
+
     def __post_init__(self):
+        sizes = self.on_cpu if choose_device(self.device).type == "cpu" else self.on_gpu
+        for name, value in sizes.items():
+            if getattr(self, name) is None:
+                setattr(self, name, value)
         super().__post_init__()
+        if self.warmup_steps is None:
+            self.warmup_steps = self.steps // 10
         self.lrs = parse_lrs(self.lrs)
         if self.warmup_steps < 0 or self.warmup_steps >= self.steps:
             raise ConfigError(f"warmup_steps={self.warmup_steps}: make it at least 0 and less than steps={self.steps}")
 
 
-def lr_landscape(config, say=print):
+class Landscape(NamedTuple):
+    """Final losses of the runs that are done, each the mean over those seeds that are."""
+
+    losses: dict  # {"with": {width: [loss at each rate, None of one that is to come]}, "without": …}
+    initial: float  # loss before the first step, the mean over runs
+    whole: tuple  # widths of which all runs are done
+
+
+def lr_landscape(config, say=print, save=lambda landscape: None):
     """Final training loss of every width at every rate, with the multipliers of the width and without.
 
     config  LandscapeConfig
+    save    is given a Landscape after every run
     -> {"with": {width: [loss at each of config.lrs]}, "without": the same, but of a single width}, initial loss.
     A loss is in nats a token, the mean over the last tenth of the steps and over the seeds, nan
     where a run left the finite numbers; the initial one is the mean over widths and seeds before
@@ -381,9 +404,29 @@ def lr_landscape(config, say=print):
     seeds = range(config.seed, config.seed + config.seeds)
     narrow = lr_multipliers(build(models[config.widths[0]], config.seed, device))
     kinds = ("with", "without")[: len(config.widths)]  # of a single width both are one
-    sums = {kind: {width: [0.0] * len(config.lrs) for width in config.widths} for kind in kinds}
-    initial, done, started = [], 0, time.perf_counter()
+    runs = {kind: {width: [[] for _ in config.lrs] for width in config.widths} for kind in kinds}
+    initial, done, whole = [], 0, ()
     total = (2 * len(config.widths) - 1) * len(config.lrs) * len(seeds)
+    seconds = {width: seconds_of_run(models[width], data, config, device, autocast) for width in config.widths}
+    planned = [seconds[width] for width in config.widths for _ in range(total_of(width, config))]
+    less = ", less where torch.compile helps" if config.compile else ""
+    say(
+        f"{total} runs of {config.steps} steps on {device_name(device)}: about {duration(sum(planned))}{less}",
+        flush=True,
+    )
+    started = time.perf_counter()
+
+    def landscape():
+        losses = {
+            kind: {
+                width: [sum(seen) / len(seen) if seen else None for seen in of_rates] for width, of_rates in of.items()
+            }
+            for kind, of in runs.items()
+        }
+        for kind in kinds[1:]:  # both ways are one at the narrowest width
+            losses[kind][config.widths[0]] = list(losses["with"][config.widths[0]])
+        return Landscape(losses, sum(initial) / len(initial), whole)
+
     for width in config.widths:
         model = build(models[width], config.seed, device)
         # Both ways are one at the narrowest width.
@@ -401,17 +444,36 @@ def lr_landscape(config, say=print):
                     model.load_state_dict(weights)
                     optimizer = make_optimizer(model, lr, multipliers=multipliers)
                     first, last = train(compiled, optimizer, lr, config.warmup_steps, batches, autocast)
-                    sums[kind][width][at] += last / len(seeds)
+                    runs[kind][width][at].append(last)
                     initial.append(first)
                     done += 1
+                    elapsed = time.perf_counter() - started
+                    left = elapsed * sum(planned[done:]) / sum(planned[:done])
                     say(
                         f"{done}/{total} | width {width} | {kind} muP | lr {_rate(lr)} | loss {last:.4f} | "
-                        f"{time.perf_counter() - started:.1f} s",
+                        f"{elapsed:.1f} s" + (f", about {duration(left)} left" if done < total else ""),
                         flush=True,
                     )
-    for kind in kinds[1:]:
-        sums[kind][config.widths[0]] = list(sums["with"][config.widths[0]])
-    return sums, sum(initial) / len(initial)
+                    if done == sum(total_of(each, config) for each in config.widths if each <= width):
+                        whole = (*whole, width)
+                    save(landscape())
+    return landscape()[:2]
+
+
+def total_of(width, config):
+    """Number of runs of this width."""
+    return (1 if width == config.widths[0] else 2) * len(config.lrs) * config.seeds
+
+
+def seconds_of_run(shape, data, config, device, autocast):
+    """About how long a run of this GPTConfig takes, by its second step, not compiled."""
+    model = build(shape, config.seed, device)
+    optimizer = make_optimizer(model, 1e-3)
+    batches = stage_batches(data, config.seed, config, device, steps=1)
+    train(model, optimizer, 1e-3, 0, batches, autocast)
+    began = time.perf_counter()
+    train(model, optimizer, 1e-3, 0, batches, autocast)
+    return config.steps * (time.perf_counter() - began)
 
 
 def matmul_dtype(config, device):
@@ -420,10 +482,10 @@ def matmul_dtype(config, device):
     return torch.float32 if dtype == torch.float16 else dtype
 
 
-def stage_batches(data, seed, config, device):
-    """All training batches of a run on the device, int32 (steps, batch_rows, block_size + 1), used by many runs."""
-    batches = torch.empty(config.steps, config.batch_rows, config.block_size + 1, dtype=torch.int32)
-    for step in range(config.steps):
+def stage_batches(data, seed, config, device, steps=None):
+    """The training batches of a run on the device, int32 (steps, batch_rows, block_size + 1), used by many runs; None: all."""
+    batches = torch.empty(steps or config.steps, config.batch_rows, config.block_size + 1, dtype=torch.int32)
+    for step in range(len(batches)):
         x, y = data.train_batch(seed, step, config.batch_rows, 0, config.batch_rows)
         batches[step] = torch.cat((x, y[:, -1:]), dim=1)
     return batches.to(device)
@@ -452,16 +514,26 @@ def best_lrs(losses, lrs):
     """{width: [loss a rate]} -> {width: (its best rate, the loss there)}; (None, nan) where no run is finite."""
     best = {}
     for width, values in losses.items():
-        finite = [(loss, lr) for loss, lr in zip(values, lrs) if math.isfinite(loss)]
+        finite = [(loss, lr) for loss, lr in zip(values, lrs) if loss is not None and math.isfinite(loss)]
         loss, lr = min(finite, default=(math.nan, None))
         best[width] = lr, loss
     return best
 
 
 def landscape(config):
-    losses, initial = lr_landscape(config)
-    best = {kind: best_lrs(losses[kind], config.lrs) for kind in losses}
     label = config.structure + ("" if config.rank is None else f", rank={config.rank}")
+    drawn = []
+
+    def save(landscape):
+        if config.json:
+            write_landscape(landscape.losses, landscape.initial, label, config)
+        if config.png and len(landscape.whole) > len(drawn):
+            drawn.append(landscape.whole[-1])
+            losses = {kind: {width: of[width] for width in landscape.whole} for kind, of in landscape.losses.items()}
+            draw_landscape(losses, config.lrs, landscape.initial, label, config.png)
+
+    losses, initial = lr_landscape(config, save=save)
+    best = {kind: best_lrs(losses[kind], config.lrs) for kind in losses}
     print(f"\n{label}: best learning rate and its loss (initial loss {initial:.3f})")
     print(f"{'width':>6}", *(f"{kind + ' muP':>19}" for kind in best))
     for width in config.widths:
@@ -469,36 +541,31 @@ def landscape(config):
             f"{'none' if lr is None else _rate(lr):>10} {loss:7.4f}" for lr, loss in (best[k][width] for k in best)
         ]
         print(f"{width:>6}", *(f"{cell:>19}" for cell in cells))
-    if config.png:
-        draw_landscape(losses, config.lrs, initial, label, config.png)
-    if config.json:
-        device = choose_device(config.device)
-        settings = (
-            "steps",
-            "warmup_steps",
-            "seed",
-            "seeds",
-            "n_layer",
-            "n_head",
-            "block_size",
-            "batch_rows",
-            "data_dir",
-        )
-        common = {
-            "what": "loss against learning rate", "structure": label,
-            "dtype": str(matmul_dtype(config, device)).removeprefix("torch."), "compile": config.compile,
-            **{name: getattr(config, name) for name in settings}, "initial_loss": _finite(initial),
-        }  # fmt: skip
-        rows = [
-            {
-                **common, "multipliers": kind, "width": width, "lr": lr, "loss": _finite(loss),
-                "best": lr == best[kind][width][0],
-            }
-            for kind in losses
-            for width in config.widths
-            for lr, loss in zip(config.lrs, losses[kind][width])
-        ]  # fmt: skip
-        write_rows(config.json, rows, device)
+
+
+def write_landscape(losses, initial, label, config):
+    """A row for each run that is done."""
+    device = choose_device(config.device)
+    settings = (
+        "steps", "warmup_steps", "seed", "seeds", "n_layer", "n_head", "block_size", "batch_rows", "data_dir",
+    )  # fmt: skip
+    common = {
+        "what": "loss against learning rate", "structure": label,
+        "dtype": str(matmul_dtype(config, device)).removeprefix("torch."), "compile": config.compile,
+        **{name: getattr(config, name) for name in settings}, "initial_loss": _finite(initial),
+    }  # fmt: skip
+    best = {kind: best_lrs(of, config.lrs) for kind, of in losses.items()}
+    rows = [
+        {
+            **common, "multipliers": kind, "width": width, "lr": lr, "loss": _finite(loss),
+            "best": lr == best[kind][width][0],
+        }
+        for kind in losses
+        for width in config.widths
+        for lr, loss in zip(config.lrs, losses[kind][width])
+        if loss is not None
+    ]  # fmt: skip
+    save_rows(config.json, rows, device)
 
 
 def draw_landscape(losses, lrs, initial, label, path):
@@ -560,17 +627,27 @@ def _width_axis(axes, widths):
 
 
 def _save(figure, path):
-    figure.savefig(path, dpi=130)
-    _pyplot().close(figure)
+    save_figure(figure, path, remedy="give another --png")
+
+
+def save_rows(path, rows, device):
+    with writing(path, "give another --json"), whole_file(path) as part:
+        write_rows(part, rows, device)
 
 
 def main(argv):
     commands = {"coords": (CoordsConfig, coords), "lr_landscape": (LandscapeConfig, landscape)}
     Config, command = choose_command(argv, commands, "mup_check.py", "say which check", __doc__)
     config = load_config(Config, argv[1:])
-    for path in (config.png, config.json):  # before the work, not after it
+    for option in ("png", "json"):  # before the work, not after it
+        path = getattr(config, option)
         if path:
-            os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+            with writing(path, f"give another --{option}"):
+                os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+                new = not os.path.exists(path)
+                open(path, "a").close()
+            if new:
+                os.remove(path)
     command(config)
 
 

@@ -8,6 +8,7 @@ No torch here: a mistake on the command line is answered before torch is importe
 """
 
 import difflib
+import os
 from dataclasses import dataclass
 from typing import Literal
 
@@ -203,6 +204,9 @@ class RunConfig:
     eval_interval: int = 500  # steps between evaluations, each followed by a checkpoint
     eval_top_k: int | None = None  # experts that a token of a mixture has in evaluation; None: top_k
     save: bool = True  # False: no checkpoints, log and picture only
+    save_minutes: float = 0.0  # save after so many minutes, too; 0: after evaluations alone, and at SIGUSR1
+    keep_every: int = 0  # steps between checkpoints that stay, ckpt_step500.pt; 0: the newest two alone
+    keep_best: bool = False  # the checkpoint of the lowest validation loss stays, ckpt_best.pt
     log_interval: int = 10  # steps between lines on the screen and in log.jsonl
     lr: float = 2e-3  # peak rate, of a dense layer of width 768 under mup
     warmup_steps: int = 200  # of linear warm-up
@@ -212,6 +216,7 @@ class RunConfig:
     weight_decay: float = 0.1  # of matrices; a step takes lr * weight_decay off them
     beta2: float = 0.95  # Adam's
     grad_clip: float = 1.0  # largest norm of the gradient; 0: no limit
+    init_from: str = ""  # weights to start from: another run's out_dir, a checkpoint, or nanoGPT's ckpt.pt
     resume: bool = False  # go on from out_dir's newest checkpoint, if there is one; torchrun's restarts always do
     wandb: bool = False  # log to Weights & Biases too (WANDB_MODE=offline works)
     wandb_project: str = "nanoeinsum"  # its project there
@@ -220,7 +225,7 @@ class RunConfig:
     elsewhere = {
         "learning_rate": "lr", "max_iters": "max_steps", "lr_decay_iters": "max_steps", "warmup_iters": "warmup_steps",
         "min_lr": "min_lr_ratio, a share of lr", "decay_lr": "schedule", "eval_iters": "eval_tokens",
-        "n_embd": "d_model", "dataset": "data_dir", "init_from": "resume", "wandb_log": "wandb",
+        "n_embd": "d_model", "dataset": "data_dir", "wandb_log": "wandb",
         "batch_size": "micro_batch, sequences that a process takes at a time",
         "gradient_accumulation_steps": "batch_tokens, tokens of all processes in an update",
         "always_save_checkpoint": "save",
@@ -228,18 +233,43 @@ class RunConfig:
 
     def __post_init__(self):
         at_least(1, self, "max_steps", "micro_batch", "eval_interval", "log_interval")
-        if not 0 <= self.seed < 2**63:
-            raise ConfigError(f"seed={self.seed}: make it at least 0 and less than 2^63")
-        at_least(0, self, "bucket_mb", "lr", "warmup_steps", "min_lr_ratio", "weight_decay", "grad_clip")
+        check_seed("seed", self.seed)
+        at_least(0, self, "save_minutes", "keep_every", "bucket_mb", "lr", "warmup_steps", "min_lr_ratio")
+        at_least(0, self, "weight_decay", "grad_clip")
         if self.eval_top_k is not None:
             if self.moe == "none":
                 raise UnusedOption("eval_top_k", self.eval_top_k, " with moe='none', which has no experts")
             check_top_k("eval_top_k", self.eval_top_k, self.num_experts)
+        for name in ("save_minutes", "keep_every", "keep_best"):
+            if getattr(self, name) and not self.save:
+                raise UnusedOption(name, getattr(self, name), " with save=False, which makes no checkpoints")
+        self._check_init_from()
         if self.timeout <= 0:
             raise ConfigError(f"timeout={self.timeout}: make it more than 0 seconds")
         for name in ("decay_fraction", "beta2"):
             if not 0 < getattr(self, name) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)}: make it more than 0 and less than 1")
+
+    def _check_init_from(self):
+        """Of its values in nanoGPT, and of this run's own folder."""
+        path = self.init_from
+        if not path:
+            return
+        remedies = {"scratch": "leave it out, it is the default", "resume": "take --resume", "auto": "take --resume"}
+        if path in remedies or (path.startswith("gpt2") and not os.path.exists(path)):
+            convert = (
+                f"make a checkpoint of it: python convert.py --source={path} --structure=dense --out_dir=out/{path}"
+            )
+            raise ConfigError(f"init_from={path}: {remedies.get(path, convert)}")
+        if os.path.realpath(self.out_dir) in (os.path.realpath(path), os.path.dirname(os.path.realpath(path))):
+            raise ConfigError(
+                f"init_from={path} is in out_dir={self.out_dir}, where this run saves: give another out_dir"
+            )
+
+
+def check_seed(name, value):
+    if not 0 <= value < 2**63:
+        raise ConfigError(f"{name}={value}: make it at least 0 and less than 2^63")
 
 
 def at_least(least, config, *names):

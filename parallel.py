@@ -1,8 +1,9 @@
-"""Several processes: copies, DDP, or FSDP2 that shards parameters, gradients and optimizer state. Imports nothing of this project.
+"""Several processes: copies, DDP, or FSDP2 that shards parameters, gradients and optimizer state. Imports from configurator.
 
 Under torchrun a process drives one GPU (NCCL), or shares the CPU (gloo).
 """
 
+import math
 import os
 import signal
 import sys
@@ -14,6 +15,8 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
+
+from configurator import ConfigError
 
 
 def ranks():
@@ -42,12 +45,33 @@ def shard(model, device, compiling):
     Before the optimizer is made: parameters become DTensors, of the same names and global shapes.
     Blocks are compiled one by one, for gathering happens between them.
     """
+    # Its logits are a view, which FSDP2's hook for the backward pass must not sit on; training needs the loss alone.
+    model.register_forward_hook(without_logits)
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     for block in model.blocks:
         if compiling:
             block.compile()
         fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh)
+
+
+def without_logits(model, inputs, output):
+    """Forward hook: (logits, loss, …) -> (None, loss, …) in training."""
+    return (None, *output[1:]) if model.training and output[1] is not None else output
+
+
+def check_gradients(model):
+    """ConfigError that names the trained parameters which a backward pass has left without a gradient.
+
+    Copies exchange the gradients of all parameters, or wait for them for ever.
+    """
+    without = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
+    if without:
+        others = f" and {len(without) - 1} more have" if len(without) > 1 else " has"
+        raise ConfigError(
+            f"{without[0]}{others} no gradient, which several processes would exchange: let the loss depend on it, "
+            "or set its requires_grad to False"
+        )
 
 
 class FlatGradients:
@@ -83,6 +107,45 @@ class FlatGradients:
         """Give the parameters their gradients."""
         for p, part in zip(self.parameters, self.parts):
             p.grad = part
+
+
+class DropoutSeeds:
+    """Makes dropout's masks a function of (seed, step, number of the micro-batch in the batch of all processes).
+
+    So they do not depend on how many processes share the batch. A CUDA graph is seeded before it, not inside: there the
+    masks behind a process's first micro-batch depend on how many it takes.
+    """
+
+    def __init__(self, config, as_graph):
+        self.active, self.seed, self.as_graph, self.step = config.dropout > 0, config.seed, as_graph, 0
+
+    def update(self, step, first):
+        """Before update number `step`; first: number of this process's first micro-batch."""
+        self.step = step
+        if self.as_graph:
+            self._set(first)
+
+    def micro_batch(self, number):
+        """Before the passes of a micro-batch."""
+        if not self.as_graph:
+            self._set(number)
+
+    def _set(self, number):
+        if self.active:
+            torch.manual_seed(hash((self.seed, self.step, number)))
+
+
+def sum_over_ranks(rows, device):
+    """Sums of float32 tensors (n,), a list of them on each rank -> n floats, the same on all ranks.
+
+    Added in double precision on the host, for Apple's GPUs have no float64.
+    """
+    sums = [math.fsum(column) for column in zip(*torch.stack(rows).tolist())]
+    if dist.is_initialized():
+        total = torch.tensor(sums, dtype=torch.float64, device=device)
+        dist.all_reduce(total)
+        sums = total.tolist()
+    return sums
 
 
 def replicate(model, device, micro_steps, bucket_mb):

@@ -2,49 +2,67 @@
 
     python prepare_owt.py                                          # OpenWebText, GPT-2 BPE -> data/owt_gpt2
     python prepare_owt.py --tokenizer=char96                       # OpenWebText as 96 characters -> data/owt_char96
-    python prepare_owt.py --source=my_texts --out_dir=data/mine    # local file or folder: .txt .jsonl .parquet
+    python prepare_owt.py --source=my_texts --tokenizer=bytes      # local file or folder: .txt .jsonl .parquet, .gz .zst
     python prepare_owt.py --source=stdlib --tokenizer=char96       # source text of Python's standard library
+    python prepare_owt.py --source=nanoGPT/data/openwebtext        # nanoGPT's train.bin and val.bin: writes their meta.json
 
 Documents stream through a pool of processes and are written in their order, so memory stays
-bounded and the files do not depend on num_proc. "gpt2" ends each document with token 50256;
-"char96" ends it with a newline and leaves out documents with a character that is not among the 96.
+bounded and the files do not depend on num_proc. "gpt2" ends each document with token 50256, the
+others with a newline. "bytes" takes any text, in 256 ids; "chars" numbers the characters it finds;
+"char96" leaves out documents with a character that is not among its 96.
+Imports from configurator, data and text_files.
 """
 
+import io
 import json
 import multiprocessing
 import os
+import pickle
 import random
+import signal
 import sysconfig
+import tempfile
 from collections import deque
+from collections.abc import Callable
 from concurrent.futures import Executor, Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 from tqdm import tqdm
 
 from configurator import ConfigError, as_script, load_config
-from data import GPT2Tokenizer, make_tokenizer
+from data import GPT2Tokenizer, code_points, is_nanogpt_folder, make_tokenizer
+from text_files import TextReader, first_line, local_files
 
 
 @dataclass
 class Config:
     source: str = "owt"  # "owt", "stdlib", or a local file or folder
-    tokenizer: Literal["gpt2", "char96"] = "gpt2"  # GPT-2 BPE (uint16) or 96 characters (uint8)
+    tokenizer: Literal["gpt2", "char96", "chars", "bytes"] = (
+        "gpt2"  # char96: 96 of them; chars: the data's; bytes: any text
+    )
     out_dir: str | None = None  # None: data/SOURCE_TOKENIZER
     dataset: str = "Skylion007/openwebtext"  # of source="owt": its name on the hub, or a folder in the hub's layout
     text_field: str = "text"  # name of the text in .jsonl objects, .parquet columns and hub data sets
-    extensions: tuple = ("txt", "jsonl", "parquet")  # of the files taken from a folder; an unknown one is read as text
-    val_fraction: float = 0.0005  # of the documents
+    extensions: tuple = ("txt", "jsonl", "parquet")  # of the files taken from a folder; others than these: plain text
+    skip_bad: bool = False  # leave out, and count, files, lines and rows that cannot be read
+    val_fraction: float | None = None  # of the documents; None: by size, a tenth of small texts, 0.0005 of OpenWebText
     seed: int = 2357  # of the split
-    num_proc: int = 0  # tokenizing processes; 0: one a core, but one for char96, which is faster than reading
+    num_proc: int = 0  # tokenizing processes; 0: one a core for gpt2, else one, which is faster than reading
     bpe_dir: str | None = None  # folder with GPT-2's vocab.bpe and encoder.json, for a machine without network
 
     def __post_init__(self):
-        if not 0 < self.val_fraction < 1:
+        if self.val_fraction is not None and not 0 < self.val_fraction < 1:
             raise ConfigError(f"val_fraction={self.val_fraction}: make it more than 0 and less than 1")
-        if self.num_proc < 0:
-            raise ConfigError(f"num_proc={self.num_proc}: make it at least 0")
+        for name in ("num_proc", "seed"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"{name}={getattr(self, name)}: make it at least 0")
+        if is_nanogpt_folder(self.source):
+            if self.out_dir not in (None, self.source):
+                raise ConfigError(f"out_dir={self.out_dir}: nanoGPT's tokens stay in {self.source}: leave out_dir out")
+            self.out_dir = self.source
         if self.out_dir is None:
             name = os.path.splitext(os.path.basename(os.path.normpath(self.source)))[0]
             self.out_dir = os.path.join("data", f"{name}_{self.tokenizer}")
@@ -53,7 +71,7 @@ class Config:
 # OpenWebText under this split and GPT-2 BPE has these many tokens (nanoGPT's data/openwebtext/readme.md).
 OWT_GPT2_TOKENS = {"train": 9_035_582_198, "val": 4_434_897}
 BATCH_CHARACTERS = 4_000_000  # text a process takes at a time
-LONGEST_DOCUMENT = 16_000_000  # characters; a longer text file is cut at line ends, so that memory stays bounded
+VAL_BYTES = 500_000  # of text for validation, where the share is chosen by size
 
 
 def main(argv):
@@ -62,93 +80,145 @@ def main(argv):
 
 def prepare_default(data_dir):
     """The quickstart's data, where it is missing: the standard library's source text as characters."""
-    default = Config(source="stdlib", tokenizer="char96", val_fraction=0.05)
+    default = Config(source="stdlib", tokenizer="char96")
     if data_dir == default.out_dir and not os.path.exists(os.path.join(data_dir, "meta.json")):
         print(f"{data_dir} is missing: preparing the source text of Python's standard library")
-        prepare(default)
+        prepare(default, replace=False)
 
 
-def prepare(config):
-    """Write config.out_dir. Files get their final names only when all are whole; returns the meta dict."""
+def prepare(config, replace=True):
+    """Write config.out_dir. Files get their final names only when all are whole; returns the meta dict.
+
+    replace=False: where another process has written the folder meanwhile, its files stay.
+    """
+    if is_nanogpt_folder(config.source):
+        return import_nanogpt(config.source)
     # Fail on a tokenizer that can't be had before reading any text.
-    tokenizer = make_tokenizer(config.tokenizer, config.bpe_dir)
-    documents, total = open_source(config)
-    os.makedirs(config.out_dir, exist_ok=True)
-    paths = {name: os.path.join(config.out_dir, name) for name in ("train.bin", "val.bin", "meta.json")}
-    parts = {split: paths[f"{split}.bin"] + ".part" for split in ("train", "val")}
-    itemsize = np.dtype(tokenizer.dtype).itemsize
-    counts = write_tokens(config, itemsize, documents, total, parts)
-    if counts["val_tokens"] == 0:
-        move_tail(config, itemsize, parts, counts)
-    check_counts(config, itemsize, parts, counts)
-    meta = {
-        "tokenizer": tokenizer.name, "vocab_size": tokenizer.vocab_size, "dtype": tokenizer.dtype, **counts,
-        "source": config.dataset if config.source == "owt" else config.source, "seed": config.seed, "val_fraction": config.val_fraction,
-    }  # fmt: skip
-    with open(paths["meta.json"] + ".part", "w") as file:
-        json.dump(meta, file, indent=1)
-    # meta.json vouches for the other two: it goes first and comes last.
-    if os.path.exists(paths["meta.json"]):
-        os.remove(paths["meta.json"])
-    for path in paths.values():
-        os.replace(path + ".part", path)
+    tokenizer = None if config.tokenizer == "chars" else make_tokenizer(config.tokenizer, config.bpe_dir)
+    source = open_source(config)
+    tokenizer = tokenizer or make_tokenizer("chars", vocabulary=find_characters(source))
+    try:
+        os.makedirs(config.out_dir, exist_ok=True)
+        # A folder of this process alone: several may prepare the same data at once.
+        with tempfile.TemporaryDirectory(prefix=".part-", dir=config.out_dir) as folder:
+            meta, left_out = write_folder(config, tokenizer, source, folder)
+            publish(folder, config.out_dir, replace)
+    except OSError as error:
+        why = error.strerror or first_line(error)
+        raise ConfigError(f"out_dir={config.out_dir} cannot be written ({why}): take another") from None
     print(
-        f"{config.out_dir}: {counts['train_tokens']:,} training and {counts['val_tokens']:,} validation tokens of "
-        f"{counts['documents']:,} documents; {counts['left_out']:,} left out ({counts['characters_left_out']:,} of "
-        f"{counts['characters']:,} characters)"
+        f"{config.out_dir}: {meta['train_tokens']:,} training and {meta['val_tokens']:,} validation tokens of "
+        f"{meta['documents']:,} documents, vocab_size={meta['vocab_size']}; {meta['left_out']:,} left out "
+        f"({meta['characters_left_out']:,} of {meta['characters']:,} characters)"
     )
+    for note in ([left_out] if left_out else []) + list(source.reader.notes()):
+        print(f"note: {note}")
     return meta
 
 
+def write_folder(config, tokenizer, source, folder):
+    """train.bin, val.bin and meta.json in `folder` -> the meta dict, and a line about the first document left out."""
+    itemsize = np.dtype(tokenizer.dtype).itemsize
+    paths = {split: os.path.join(folder, f"{split}.bin") for split in ("train", "val")}
+    counts, left_out = write_tokens(config, tokenizer, source, paths, source.val_fraction)
+    if source.draws and not near(counts, source.val_fraction):
+        if counts["val_tokens"]:
+            counts, left_out = write_tokens(config, tokenizer, source, paths, 0.0)
+        move_tail(source.val_fraction, itemsize, paths, counts)
+    check_counts(config, itemsize, paths, counts, left_out)
+    meta = {
+        "tokenizer": tokenizer.name, "vocab_size": tokenizer.vocab_size, "dtype": tokenizer.dtype, **counts,
+        "source": config.dataset if config.source == "owt" else config.source, "seed": config.seed,
+        "val_fraction": source.val_fraction,
+    }  # fmt: skip
+    if tokenizer.name == "chars":
+        meta["vocabulary"] = tokenizer.vocabulary
+    with open(os.path.join(folder, "meta.json"), "w") as file:
+        json.dump(meta, file, indent=1)
+    return meta, left_out
+
+
+def publish(folder, out_dir, replace):
+    """Move the files of `folder` to out_dir. meta.json vouches for the other two: it goes first and comes last."""
+    meta = os.path.join(out_dir, "meta.json")
+    if os.path.exists(meta):
+        if not replace:
+            return
+        os.remove(meta)
+    for name in ("train.bin", "val.bin", "meta.json"):
+        os.replace(os.path.join(folder, name), os.path.join(out_dir, name))
+
+
 # ---------------------------------------------------------------------------------------
-# Where documents come from: iterators of (split or None, text). None: drawn by the seed.
+# Where documents come from
+
+
+class Source(NamedTuple):
+    documents: Callable  # () -> iterator of Documents, from the first one on
+    reader: TextReader  # counts what is left out; of the hub's data sets nothing is
+    val_fraction: float
+    total: int | None = None  # documents, where that is known
+    draws: bool = True  # whether documents are drawn for validation here; False: they say their split
 
 
 def open_source(config):
-    """-> iterator of (split, text), and how many documents there are, or None if that is not known."""
     if config.source == "owt":
-        return hub_documents(config)
+        return hub_source(config)
     if config.source == "stdlib":
-        return ((None, text) for path in stdlib_files() for text in text_documents(path)), None
-    files = local_files(config.source, config.extensions)
-    return ((None, text) for path in files for text in file_documents(path, config.text_field)), None
+        return files_source(config, stdlib_files(), config.val_fraction or 0.05)
+    files = local_files(config.source, config.extensions, print)
+    size = sum(os.path.getsize(path) for path in files if os.path.exists(path))
+    by_size = min(0.1, max(0.0005, VAL_BYTES / max(1, size)))
+    return files_source(config, files, config.val_fraction or by_size)
 
 
-def hub_documents(config):
+def files_source(config, files, val_fraction):
+    reader = TextReader(config.text_field, config.skip_bad or config.source == "stdlib")
+
+    def documents():
+        reader.reset()
+        for path in files:
+            yield from reader.documents(path)
+
+    return Source(documents, reader, val_fraction)
+
+
+def hub_source(config):
     import datasets
 
     try:
         data = datasets.load_dataset(config.dataset, split="train", num_proc=config.num_proc or None)
     except Exception as error:
         raise ConfigError(
-            f"dataset={config.dataset} could not be loaded ({type(error).__name__}: {str(error).splitlines()[0]}): "
+            f"dataset={config.dataset} could not be loaded ({type(error).__name__}: {first_line(error)}): "
             "give a hub name and a network, or a local folder in the hub's layout"
         ) from None
     if config.text_field not in data.column_names:
         raise ConfigError(
             f"text_field={config.text_field}: {config.dataset} has the columns {', '.join(data.column_names)}"
         )
-    parts = data.train_test_split(test_size=config.val_fraction, seed=config.seed, shuffle=True)
+    val_fraction = config.val_fraction or 0.0005
+    try:
+        parts = data.train_test_split(test_size=val_fraction, seed=config.seed, shuffle=True)
+    except ValueError as error:
+        raise ConfigError(
+            f"val_fraction={val_fraction}: {config.dataset} cannot be split so: {first_line(error)}"
+        ) from None
+    reader = TextReader(config.text_field, config.skip_bad)
+    # The published token counts of OpenWebText are of its texts as they are.
+    as_is = config.dataset == Config.dataset
 
     def documents():
+        reader.reset()
         for split, part in (("train", parts["train"]), ("val", parts["test"])):
+            row = 0
             for batch in part.select_columns(config.text_field).iter(batch_size=1000):
                 for text in batch[config.text_field]:
-                    yield split, text
+                    row += 1
+                    for document in reader.checked(text, f"{config.dataset}, row {row} of {split}", as_is=as_is):
+                        yield document._replace(split=split)
 
-    return documents(), len(data)
-
-
-def local_files(source, extensions):
-    if os.path.isfile(source):
-        return [source]
-    if not os.path.isdir(source):
-        raise ConfigError(f"source={source} is neither 'owt', 'stdlib' nor a local file or folder")
-    endings = tuple("." + extension.lstrip(".") for extension in extensions)
-    files = [os.path.join(top, name) for top, _, names in os.walk(source) for name in names if name.endswith(endings)]
-    if not files:
-        raise ConfigError(f"source={source} holds no file that ends in {' '.join(endings)}: see --extensions")
-    return sorted(files)
+    return Source(documents, reader, val_fraction, len(data), draws=False)
 
 
 def stdlib_files():
@@ -162,50 +232,13 @@ def stdlib_files():
     return sorted(files)
 
 
-def file_documents(path, text_field):
-    if path.endswith(".jsonl"):
-        return jsonl_documents(path, text_field)
-    if path.endswith(".parquet"):
-        return parquet_documents(path, text_field)
-    return text_documents(path)
-
-
-def text_documents(path):
-    """A text file is one document; one over LONGEST_DOCUMENT is cut at line ends."""
-    with open(path, encoding="utf-8", errors="replace") as file:
-        while text := file.read(LONGEST_DOCUMENT):
-            if len(text) == LONGEST_DOCUMENT:
-                text += file.readline(LONGEST_DOCUMENT)
-            yield text
-
-
-def jsonl_documents(path, text_field):
-    with open(path, encoding="utf-8", errors="replace") as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            try:
-                text = json.loads(line)[text_field]
-            except (ValueError, KeyError, TypeError) as error:
-                raise ConfigError(
-                    f"{path}:{number} is not a JSON object with a {text_field!r} ({error!r}): mend it, or see --text_field"
-                ) from None
-            yield text
-
-
-def parquet_documents(path, text_field):
-    import pyarrow.parquet
-
-    try:
-        file = pyarrow.parquet.ParquetFile(path)
-    except Exception as error:
-        raise ConfigError(f"{path} is not a parquet file ({type(error).__name__}): leave it out") from None
-    if text_field not in file.schema_arrow.names:
-        raise ConfigError(
-            f"{path} has no column {text_field!r} but {', '.join(file.schema_arrow.names)}: see --text_field"
-        )
-    for batch in file.iter_batches(batch_size=1000, columns=[text_field]):
-        yield from batch.column(0).to_pylist()
+def find_characters(source):
+    """Every character of the documents and the newline that ends them, sorted: the first of two passes."""
+    seen = np.zeros(0x110000, dtype=bool)
+    seen[ord("\n")] = True
+    for document in tqdm(source.documents(), total=source.total, unit=" documents", unit_scale=True, desc="characters"):
+        seen[code_points(document.text)] = True
+    return "".join(map(chr, np.flatnonzero(seen)))
 
 
 # ---------------------------------------------------------------------------------------
@@ -213,13 +246,11 @@ def parquet_documents(path, text_field):
 
 
 def batches(documents):
-    """Group (split, text) into lists of BATCH_CHARACTERS or little more."""
+    """Group documents into lists of BATCH_CHARACTERS or little more."""
     batch, size = [], 0
-    for split, text in documents:
-        if not isinstance(text, str):
-            raise ConfigError(f"a document is {type(text).__name__}, not text: see --text_field")
-        batch.append((split, text))
-        size += len(text)
+    for document in documents:
+        batch.append(document)
+        size += len(document.text)
         if size >= BATCH_CHARACTERS:
             yield batch
             batch, size = [], 0
@@ -230,24 +261,43 @@ def batches(documents):
 _tokenizer = None  # of a pool's process
 
 
-def start_process(name, bpe_dir):
+def start_process(name, bpe_dir, vocabulary):
     global _tokenizer
-    _tokenizer = make_tokenizer(name, bpe_dir)
+    _tokenizer = make_tokenizer(name, bpe_dir, vocabulary)
+
+
+def start_pool_process(*start):
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that waits for this one
+    start_process(*start)
 
 
 def encode_batch(first, batch, seed, val_fraction):
-    """Encode documents number first, first + 1, … -> ({split: ids as bytes}, left out, characters left out)"""
-    out, left_out, characters_left_out = {"train": [], "val": []}, 0, 0
-    for number, (split, text) in enumerate(batch, first):
+    """Encode documents number first, first + 1, … of the source.
+
+    -> {split: ids as bytes}, documents left out, their characters, a line about the first of them,
+    [(place, why)] of documents that the tokenizer failed on
+    """
+    ids, bad = {"train": [], "val": []}, []
+    left_out, characters_left_out, first_left_out = 0, 0, None
+    for number, document in enumerate(batch, first):
         # A document's draw depends on its number alone, whatever process it comes to.
-        split = split or ("val" if random.Random(seed * 2**32 + number).random() < val_fraction else "train")
-        if isinstance(_tokenizer, GPT2Tokenizer):
-            out[split].append(np.array([*_tokenizer.encode(text), _tokenizer.eot], dtype=np.uint16).tobytes())
-        elif (ids := _tokenizer.encode_document(text + "\n")) is not None:
-            out[split].append(ids)
-        else:
-            left_out, characters_left_out = left_out + 1, characters_left_out + len(text)
-    return {split: b"".join(parts) for split, parts in out.items()}, left_out, characters_left_out
+        split = document.split or ("val" if random.Random(seed * 2**32 + number).random() < val_fraction else "train")
+        try:
+            encoded = _tokenizer.encode_document(document.text)
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # a panic of tiktoken is not an Exception, and does not travel between processes
+            bad.append((document.place, f"cannot be encoded ({type(error).__name__}: {first_line(error)})"))
+            continue
+        if encoded is not None:
+            ids[split] += [encoded, _tokenizer.document_end]
+            continue
+        left_out, characters_left_out = left_out + 1, characters_left_out + len(document.text)
+        if first_left_out is None:
+            at = _tokenizer.first_missing(document.text)
+            first_left_out = f"{document.where(at)} has {document.text[at]!r}"
+    ids = {split: b"".join(parts) for split, parts in ids.items()}
+    return ids, left_out, characters_left_out, first_left_out, bad
 
 
 class InProcess(Executor):
@@ -259,48 +309,55 @@ class InProcess(Executor):
         return future
 
 
-def make_pool(config, num_proc):
+def make_pool(config, tokenizer, num_proc):
+    start = (config.tokenizer, config.bpe_dir, getattr(tokenizer, "vocabulary", None))
     if num_proc == 1:
-        start_process(config.tokenizer, config.bpe_dir)
+        start_process(*start)
         return InProcess()
     # spawn, not fork: the parent may have threads (datasets, torch)
-    return ProcessPoolExecutor(
-        num_proc,
-        multiprocessing.get_context("spawn"),
-        initializer=start_process,
-        initargs=(config.tokenizer, config.bpe_dir),
-    )
+    context = multiprocessing.get_context("spawn")
+    return ProcessPoolExecutor(num_proc, context, initializer=start_pool_process, initargs=start)
 
 
-def write_tokens(config, itemsize, documents, total, paths):
-    """Encode all documents in parallel and write them in order; -> counts."""
+def write_tokens(config, tokenizer, source, paths, val_fraction):
+    """Encode all documents in parallel and write them in order -> counts, and a line about the first one left out."""
     counts = dict.fromkeys(
         ("train_tokens", "val_tokens", "documents", "left_out", "characters", "characters_left_out"), 0
     )
-    num_proc = config.num_proc or (1 if config.tokenizer == "char96" else os.cpu_count())
+    itemsize, first_left_out = np.dtype(tokenizer.dtype).itemsize, None
+    num_proc = config.num_proc or (os.cpu_count() if isinstance(tokenizer, GPT2Tokenizer) else 1)
     pending = deque()  # at most 2 batches a process are in flight: memory stays bounded
     with (
         open(paths["train"], "wb") as train,
         open(paths["val"], "wb") as val,
-        make_pool(config, num_proc) as pool,
-        tqdm(total=total, unit=" documents", unit_scale=True, desc=f"tokenizing ({num_proc} processes)") as bar,
+        make_pool(config, tokenizer, num_proc) as pool,
+        tqdm(total=source.total, unit=" documents", unit_scale=True, desc=f"tokenizing ({num_proc} processes)") as bar,
     ):
 
         def write_next():
+            nonlocal first_left_out
             size, future = pending.popleft()
-            encoded, left_out, characters_left_out = future.result()
+            try:
+                ids, left_out, characters_left_out, first, bad = future.result()
+            except BrokenProcessPool:
+                raise ConfigError(
+                    f"num_proc={num_proc}: a tokenizing process died, which a lack of memory does: take fewer"
+                ) from None
             for split, file in (("train", train), ("val", val)):
-                file.write(encoded[split])
-                counts[f"{split}_tokens"] += len(encoded[split]) // itemsize
+                file.write(ids[split])
+                counts[f"{split}_tokens"] += len(ids[split]) // itemsize
             counts["left_out"] += left_out
             counts["characters_left_out"] += characters_left_out
+            first_left_out = first_left_out or first
+            for place, why in bad:
+                source.reader.refuse(place, why)
             bar.update(size)
 
-        for batch in batches(documents):
-            future = pool.submit(encode_batch, counts["documents"], batch, config.seed, config.val_fraction)
+        for batch in batches(source.documents()):
+            future = pool.submit(encode_batch, counts["documents"], batch, config.seed, val_fraction)
             pending.append((len(batch), future))
             counts["documents"] += len(batch)
-            counts["characters"] += sum(len(text) for _, text in batch)
+            counts["characters"] += sum(len(document.text) for document in batch)
             if len(pending) >= 2 * num_proc:
                 write_next()
         while pending:
@@ -308,15 +365,27 @@ def write_tokens(config, itemsize, documents, total, paths):
         for file in (train, val):
             file.flush()
             os.fsync(file.fileno())
-    return counts
+    if first_left_out:
+        size = tokenizer.vocab_size
+        first_left_out += f", which is not among the {size} characters: --tokenizer=chars or bytes takes any text"
+    return counts, first_left_out
 
 
-def move_tail(config, itemsize, paths, counts):
-    """Too few documents for one to fall to validation: the last tokens of train become val."""
+def near(counts, val_fraction):
+    """Whether the documents drawn for validation hold about their share. Of a few, or of unequal ones, they may not."""
+    share = counts["val_tokens"] / max(1, counts["train_tokens"] + counts["val_tokens"])
+    return val_fraction / 2 <= share <= max(2 * val_fraction, 0.2)
+
+
+def move_tail(val_fraction, itemsize, paths, counts):
+    """The last tokens of train become val."""
     if counts["train_tokens"] == 0:
         return
-    tail = max(round(counts["train_tokens"] * config.val_fraction), min(10_000, counts["train_tokens"] // 20), 1)
-    print(f"no document of {counts['documents']} fell to validation: it gets the last {tail:,} tokens (--val_fraction)")
+    tail = max(round(counts["train_tokens"] * val_fraction), min(10_000, counts["train_tokens"] // 20), 1)
+    print(
+        f"{counts['documents']:,} documents are too few, or too unequal, to draw some for validation: "
+        f"it gets the last {tail:,} tokens (--val_fraction)"
+    )
     with open(paths["train"], "r+b") as train, open(paths["val"], "wb") as val:
         start = train.seek(-tail * itemsize, os.SEEK_END)
         val.write(train.read())
@@ -325,13 +394,11 @@ def move_tail(config, itemsize, paths, counts):
     counts["val_tokens"] += tail
 
 
-def check_counts(config, itemsize, paths, counts):
+def check_counts(config, itemsize, paths, counts, left_out):
     """What was counted must be what lies on disk, and OpenWebText's counts are known."""
     if counts["train_tokens"] == 0:
-        raise ConfigError(
-            f"source={config.source}: no token came out of {counts['documents']:,} documents "
-            f"({counts['left_out']:,} with characters outside the vocabulary): is this the right source and tokenizer?"
-        )
+        why = f"; {left_out}" if left_out else ": is this the right source?"
+        raise ConfigError(f"source={config.source}: no token came out of {counts['documents']:,} documents{why}")
     for split, path in paths.items():
         if os.path.getsize(path) != counts[f"{split}_tokens"] * itemsize:
             raise ConfigError(
@@ -341,6 +408,65 @@ def check_counts(config, itemsize, paths, counts):
         for split, published in OWT_GPT2_TOKENS.items():
             if counts[f"{split}_tokens"] != published:
                 print(f"warning: {counts[f'{split}_tokens']:,} {split} tokens, not the published {published:,}")
+
+
+# ---------------------------------------------------------------------------------------
+# nanoGPT's data folders: train.bin and val.bin of uint16, and of characters a meta.pkl
+
+
+def import_nanogpt(folder):
+    """Write the meta.json of a folder that nanoGPT prepared; its tokens stay as they are. -> the meta dict"""
+    meta = {"tokenizer": "gpt2", "vocab_size": GPT2Tokenizer.vocab_size, "dtype": "uint16", "source": folder}
+    pickled = os.path.join(folder, "meta.pkl")
+    if os.path.isfile(pickled):
+        characters = nanogpt_characters(pickled)
+        meta.update(tokenizer="chars", vocab_size=len(characters), vocabulary=characters)
+    for split in ("train", "val"):
+        path = os.path.join(folder, f"{split}.bin")
+        if os.path.getsize(path) % 2 or not os.path.getsize(path):
+            raise ConfigError(f"{path} has {os.path.getsize(path)} bytes, which are no uint16 tokens of nanoGPT")
+        tokens = np.memmap(path, dtype=np.uint16, mode="r")
+        largest = max(int(tokens[i : i + 2**24].max()) for i in range(0, len(tokens), 2**24))
+        if largest >= meta["vocab_size"]:
+            raise ConfigError(f"{path} holds token {largest}, but {meta['tokenizer']} has {meta['vocab_size']}")
+        meta[f"{split}_tokens"] = len(tokens)
+    path = os.path.join(folder, "meta.json")
+    with tempfile.TemporaryDirectory(prefix=".part-", dir=folder) as part:
+        with open(os.path.join(part, "meta.json"), "w") as file:
+            json.dump(meta, file, indent=1)
+        os.replace(os.path.join(part, "meta.json"), path)
+    print(
+        f"{path}: nanoGPT's tokens, of {meta['tokenizer']}: {meta['train_tokens']:,} for training, "
+        f"{meta['val_tokens']:,} for validation, vocab_size={meta['vocab_size']}; use them with --data_dir={folder}"
+    )
+    return meta
+
+
+class PlainUnpickler(pickle.Unpickler):
+    """Of numbers, strings and containers only: a pickle that names a class or a function could run code."""
+
+    def find_class(self, module, name):
+        raise pickle.UnpicklingError(f"it names {module}.{name}")
+
+
+def nanogpt_characters(path):
+    """The characters of nanoGPT's meta.pkl, {"vocab_size": n, "itos": {id: character}, "stoi": …}, by id."""
+    try:
+        with open(path, "rb") as file:
+            pickled = file.read(10_000_001)
+        if len(pickled) > 10_000_000:
+            raise ValueError("it is too large")
+        itos = PlainUnpickler(io.BytesIO(pickled)).load()["itos"]
+        characters = "".join(itos[i] for i in range(len(itos)))
+        if len(characters) != len(itos) or len(set(characters)) != len(itos):
+            raise ValueError("its ids are not of one character each")
+        make_tokenizer("chars", vocabulary=characters)
+        return characters
+    except Exception as error:  # whatever a damaged pickle raises
+        raise ConfigError(
+            f"{path} is not the vocabulary of nanoGPT's characters ({first_line(error)}): prepare the text itself, "
+            "with --source=TEXT_FILE --tokenizer=chars"
+        ) from None
 
 
 if __name__ == "__main__":

@@ -11,9 +11,10 @@ import json
 import os
 import re
 import shlex
+import socket
 import statistics
 import sys
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from configurator import ConfigError
 
@@ -238,6 +239,14 @@ def plan(
     if peak:
         speed = 0.4 * peak * world / flops
         lines.append(f"at 40% MFU about {duration(tokens / speed)}, {short(speed)} {unit}s/s")
+    if config.shard == "fsdp" and world == 1:
+        lines.append("note: shard=fsdp does nothing on one process, there is no other to share with")
+    if config.warmup_steps >= config.max_steps:
+        share = config.max_steps / max(1, config.warmup_steps)
+        lines.append(
+            f"note: warmup_steps={config.warmup_steps} of max_steps={config.max_steps}: the rate rises to the end, to "
+            f"{share * config.lr:.3g} of lr={config.lr:g}"
+        )
     return lines
 
 
@@ -397,7 +406,8 @@ def _clock(seconds):
 
 
 FILES = {
-    "ckpt.pt": "checkpoint", "ckpt.dcp": "checkpoint", "log.jsonl": "log", "loss.png": "picture", "experts.png": "experts"
+    "ckpt.pt": "checkpoint", "ckpt.dcp": "checkpoint", "ckpt_best.pt": "best", "ckpt_best.dcp": "best",
+    "log.jsonl": "log", "loss.png": "picture", "experts.png": "experts",
 }  # fmt: skip
 
 
@@ -484,7 +494,10 @@ def plot_loss(log_path, png_path, what="nats per token"):
         points = [(row["step"], row[key]) for row in rows if key in row]
         if points:
             axes.plot(*zip(*points), label=label, **style)
-    axes.set(xlabel="step", ylabel=f"loss ({what})")
+    run = os.path.basename(os.path.dirname(os.path.abspath(log_path)))
+    last = next((row for row in reversed(rows) if "val_loss" in row), None)
+    end = f": validation loss {last['val_loss']:.4f} at step {last['step']:,}" if last else ""
+    axes.set(xlabel="step", ylabel=f"loss ({what})", title=run + end)
     axes.grid(alpha=0.3)
     if axes.lines:
         axes.legend()
@@ -525,7 +538,18 @@ def save_figure(figure, png_path, remedy="make room or give another out_dir"):
     """Write a matplotlib figure as a PNG, whole or not at all, and close it."""
     import matplotlib.pyplot as plt
 
-    with writing(png_path, remedy):
-        figure.savefig(png_path + ".part", format="png", dpi=120)
-        os.replace(png_path + ".part", png_path)
+    with writing(png_path, remedy), whole_file(png_path) as part:
+        figure.savefig(part, format="png", dpi=120)
     plt.close(figure)
+
+
+@contextmanager
+def whole_file(path):
+    """A name beside `path` to write to, which then takes its place; of this process alone, since several may write one path."""
+    part = f"{path}.{socket.gethostname()}.{os.getpid()}.part"
+    try:
+        yield part
+        os.replace(part, path)
+    finally:
+        with suppress(OSError):
+            os.remove(part)

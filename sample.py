@@ -4,20 +4,17 @@
     python sample.py --out_dir=out/gpt2_btt --start=FILE:prompt.txt --top_p=0.9
     python sample.py --out_dir=out/gpt2_btt_moe --experts_top_k=4
 
-Imports from configurator, device, data, checkpoint, moe and model.
+Imports from configurator, device, data, text_files, checkpoint, moe and model.
 """
 
+import sys
 from dataclasses import dataclass, fields
+from functools import partial
 
-import torch
-
-import checkpoint
 from configurator import ConfigError, as_script, load_config
-from data import make_tokenizer
-from device import choose_device
-from model import GPT
-from moe import set_top_k
-from options import GPTConfig
+from data import tokenizer_of
+from options import GPTConfig, check_seed
+from text_files import normalise, read_text
 
 
 @dataclass
@@ -35,15 +32,27 @@ class Config:
     bpe_dir: str | None = None  # folder with GPT-2's vocab.bpe and encoder.json, for a machine without network
 
     def __post_init__(self):
-        for name, least in (("num_samples", 1), ("max_new_tokens", 1), ("temperature", 0), ("seed", 0)):
+        for name, least in (("num_samples", 1), ("max_new_tokens", 1), ("temperature", 0)):
             if getattr(self, name) < least:
                 raise ConfigError(f"{name}={getattr(self, name)}: make it at least {least}")
-        if self.seed >= 2**63:
-            raise ConfigError(f"seed={self.seed}: make it less than 2**63")
+        if self.temperature > 1e30:
+            raise ConfigError(f"temperature={self.temperature}: make it at most 1e30")
+        check_seed("seed", self.seed)
         if self.top_k is not None and self.top_k < 1:
             raise ConfigError(f"top_k={self.top_k}: make it at least 1, or None")
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise ConfigError(f"top_p={self.top_p}: make it more than 0 and at most 1, or None")
+
+
+if __name__ == "__main__":  # a mistake is answered before torch is imported, which takes seconds
+    as_script(partial(load_config, Config))
+
+import torch
+
+import checkpoint
+from device import choose_device
+from model import GPT
+from moe import set_top_k
 
 
 def load_model(out_dir):
@@ -60,31 +69,27 @@ def load_model(out_dir):
 
 
 def read_prompt(config, tokenizer, block_size):
-    """-> token ids of the prompt, never empty; ConfigError where it cannot be read, encoded or held."""
+    """-> the prompt, and its token ids, never empty: its last block_size where it has more.
+
+    ConfigError where it cannot be read or encoded.
+    """
     text = config.start
-    if text.startswith("FILE:"):
-        path = text.removeprefix("FILE:")
-        try:
-            with open(path, encoding="utf-8") as file:
-                text = file.read()
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"start=FILE:{path} cannot be read: {error}") from None
     try:
+        text = read_text(text.removeprefix("FILE:")) if text.startswith("FILE:") else normalise(text)
         ids = tokenizer.encode(text)
     except ConfigError as error:
         raise ConfigError(f"start: {error}") from None
     if len(ids) > block_size:
-        raise ConfigError(
-            f"start has {len(ids)} tokens, the model's context holds {block_size}: shorten it to its last part"
-        )
-    return ids or tokenizer.document_start
+        print(f"note: start has {len(ids)} tokens, of which the model reads the last {block_size}", file=sys.stderr)
+    return text, ids[-block_size:] or tokenizer.document_start
 
 
 def sample(model, tokenizer, ids, config, device):
     """num_samples texts that continue the prompt `ids`, generated together."""
     prompt = torch.tensor([ids] * config.num_samples, device=device)  # (num_samples, T)
     generator = torch.Generator(device).manual_seed(config.seed)
-    out = model.generate(prompt, config.max_new_tokens, config.temperature, config.top_k, config.top_p, generator)
+    draws = (config.temperature, config.top_k, config.top_p, generator)
+    out = model.generate(prompt, config.max_new_tokens, *draws, vocab_size=tokenizer.vocab_size)
     return [tokenizer.decode(row[len(ids) :]) for row in out.tolist()]
 
 
@@ -93,12 +98,22 @@ def main(argv):
     model, meta = load_model(config.out_dir)
     if config.experts_top_k is not None:
         set_top_k(model, config.experts_top_k, option="experts_top_k")
-    tokenizer = make_tokenizer(meta["tokenizer"], config.bpe_dir)
-    ids = read_prompt(config, tokenizer, model.config.block_size)
+    try:
+        tokenizer = tokenizer_of(meta, config.bpe_dir)
+    except ConfigError as error:
+        raise ConfigError(f"out_dir={config.out_dir}: {error}") from None
+    prompt, ids = read_prompt(config, tokenizer, model.config.block_size)
     device = choose_device(config.device)
-    shown = "" if ids == tokenizer.document_start and not config.start else tokenizer.decode(ids)
-    for text in sample(model.to(device), tokenizer, ids, config, device):
-        print(shown + text)
+    try:
+        texts = sample(model.to(device), tokenizer, ids, config, device)
+    except RuntimeError as error:  # torch.OutOfMemoryError of a GPU is one; a CPU's has no name of its own
+        if "memory" not in str(error):
+            raise
+        raise ConfigError(
+            f"num_samples={config.num_samples}, max_new_tokens={config.max_new_tokens}: out of memory: lower them"
+        ) from None
+    for text in texts:
+        print(prompt + text)
         print("-" * 68)
 
 

@@ -41,7 +41,8 @@ def plot(argv):
     paths = list(dict.fromkeys(log_path(word) for word in words))  # one named twice is one run
     if not paths:
         raise ConfigError("plot: which runs? give their folders or logs, such as out/*/log.jsonl")
-    runs = dict(zip(run_labels(paths, config.labels), [read_run(path, config.key) for path in paths]))
+    wanted = LOSSES if config.key == "both" else (config.key,)
+    runs = dict(zip(run_labels(paths, config.labels), [read_run(path, wanted, LOSSES, "key") for path in paths]))
     figure = draw_runs(runs, config.key)
     save_figure(figure, config.png, remedy="give another --png")
     print(*table_of_runs(runs), f"drawn: {config.png}", sep="\n")
@@ -52,20 +53,30 @@ def log_path(word):
     return os.path.abspath(os.path.join(word, "log.jsonl") if os.path.isdir(word) else word)
 
 
-def read_run(path, key):
-    """The rows of a log that has figures of that loss."""
+def read_run(path, wanted, known, option):
+    """The rows of a log that has figures of a `wanted` key: the numbers in them, since others may log more than that.
+
+    known: what the option may name instead, {its value: key of a row}, or the keys alone
+    """
     if not os.path.isfile(path):
         raise ConfigError(f"{path} does not exist: give the folder of a run, or its log.jsonl")
     try:
-        rows = read_log(path)
+        rows = [only_numbers(row) for row in read_log(path)]
     except OSError as error:
         raise ConfigError(f"{path} cannot be read ({error.strerror})") from None
     if not rows:
         raise ConfigError(f"{path} has no rows: leave it out, or wait for the run's first")
-    wanted = LOSSES if key == "both" else (key,)
-    if not any(name in row for row in rows for name in wanted):
-        raise ConfigError(f"{path} has no {' or '.join(wanted)}: leave it out, or take another --key")
+    has = set().union(*rows)
+    if has.isdisjoint(wanted):
+        others = [value for value in known if (known[value] if isinstance(known, dict) else value) in has]
+        remedy = f"leave it out, or take --{option}={others[0]}" if others else "leave it out"
+        raise ConfigError(f"{path} has no {' or '.join(wanted)}: {remedy}")
     return rows
+
+
+def only_numbers(row):
+    """The row without what cannot be drawn: null, text, lists and tables."""
+    return {key: value for key, value in row.items() if type(value) in (int, float)}
 
 
 def run_labels(paths, given=""):
@@ -284,6 +295,7 @@ class Log(NamedTuple):
     options: dict  # its config.json
     group: str
     parameters: int
+    place: tuple | None = None  # (ω, ψ, ν), where it has one
 
 
 def fit(argv):
@@ -301,10 +313,15 @@ def fit(argv):
         raise ConfigError(f"{a} counts {one} and {b} {other}: their losses do not compare, fit them apart")
     unit = next(iter(units))
     runs = [make_run(log, config.loss, config.points) for log in logs]
-    for run in runs:
+    for log, run in zip(logs, runs):
+        for cost in config.costs:
+            if not (run.cost[cost] > 0).all():
+                others = ",".join(each for each in config.costs if each != cost)
+                remedy = f", or take --costs={others}" if others else ""
+                raise ConfigError(f"{log.path} has validations without {cost}: leave the run out{remedy}")
         if (run.loss <= 0).any():
             raise ConfigError(f"{run.name}: {MEASURES[config.loss][0]} of 0 has no logarithm: take another --loss")
-    places = {log.group: place_of(log.options) for log in logs}  # (ω, ψ, ν) or None
+    places = {log.group: log.place for log in logs}
     figures = {cost: frontiers.analyse(runs, config.reference, cost, config.samples) for cost in config.costs}
     try:
         os.makedirs(config.out, exist_ok=True)
@@ -341,8 +358,16 @@ def furthest(logs):
 
 
 def read_run_and_options(path, config):
-    rows, options = read_run(path, MEASURES[config.loss][1]), read_options(path)
-    return Log(path, rows, options, group_name(options, config.by), num_parameters(options))
+    known = {measure: key for measure, (_, key) in MEASURES.items()}
+    rows, options = read_run(path, [known[config.loss]], known, "loss"), read_options(path)
+    try:
+        return Log(path, rows, options, group_name(options, config.by), num_parameters(options), place_of(options))
+    except ImportError:
+        raise
+    except Exception as error:  # of many kinds: a run of other code may have any option, of any type
+        said = str(error) if isinstance(error, ConfigError) else f"{type(error).__name__}: {error}"
+        said = said.partition("\n")[0]
+        raise ConfigError(f"{path}: its config.json makes no model here ({said}): leave the run out") from None
 
 
 def read_options(path):
@@ -350,9 +375,12 @@ def read_options(path):
     beside = os.path.join(os.path.dirname(path), "config.json")
     try:
         with open(beside) as file:
-            return json.load(file)
+            options = json.load(file)
     except (OSError, ValueError):
-        raise ConfigError(f"{beside} cannot be read: fit needs it beside log.jsonl, to know the structure") from None
+        options = None
+    if not isinstance(options, dict):
+        raise ConfigError(f"{beside} cannot be read: fit needs it beside log.jsonl, to know the structure")
+    return options
 
 
 def group_name(options, by):
@@ -395,7 +423,7 @@ def family(theta):
 
 def make_run(log, measure, points="all"):
     """A Run: what it had cost at each validation after the warm-up, whose rate is none to compare at, and the measure then."""
-    unit, key, warmup = unit_of(log.rows), MEASURES[measure][1], log.options.get("warmup_steps", 0)
+    unit, key, warmup = unit_of(log.rows), MEASURES[measure][1], log.options.get("warmup_steps") or 0
     rows = [row for row in log.rows if math.isfinite(row.get("val_loss", math.nan)) and row["step"] > warmup]
     rows = [row for row in rows if math.isfinite(row.get(key, math.nan))]
     if points == "final":
@@ -406,8 +434,8 @@ def make_run(log, measure, points="all"):
         )
     speed = median_of(log.rows, f"{unit}_per_second")
     cost = {
-        "flops": [row["flops"] for row in rows],
-        "seconds": [max(row.get("seconds", 0), 1e-3) if speed is None else row[unit] / speed for row in rows],
+        "flops": [row.get("flops", 0) for row in rows],
+        "seconds": [row[unit] / speed if speed and unit in row else max(row.get("seconds", 0), 1e-3) for row in rows],
         "parameters": [log.parameters] * len(rows),
     }
     cost = {name: np.array(values, dtype=float) for name, values in cost.items()}
@@ -439,7 +467,7 @@ def num_parameters(options):
         from vision.mlp import MLP as Model
         from vision.regression import Config
     else:
-        from vision.mlp import ImageConfig as Config
+        from vision.options import ImageConfig as Config
         from vision.train import MODELS
 
         Model = MODELS[options["model"]]
@@ -452,17 +480,12 @@ def num_parameters(options):
 def place_of(options):
     """(ω, ψ, ν) of a run's structure, a fixed rank or number of blocks as the power of d_model that it is there.
 
-    None of a mixture, and of three cores and more.
+    None of a mixture, of three cores and more, and of a structure of the user's own.
     """
     if options.get("moe", "none") != "none" or (options.get("num_cores") or 2) > 2:
         return None
     from theta import NAMED_THETAS, taxonomy
 
-    if options["structure"] == "einsum":
-        return taxonomy(options["theta"])
-    if options.get("num_blocks"):  # of Monarch: each block passes d / b² values to every other
-        b = math.log(options["num_blocks"]) / math.log(options["d_model"])
-        return taxonomy((1 - b, 0, b, 0, 1 - b, b, 1 - 2 * b))
     names = {
         "low_rank": "low-rank",
         "kronecker": "Kronecker",
@@ -471,6 +494,13 @@ def place_of(options):
         "monarch": "Monarch",
         "dense": "dense",
     }
+    if options["structure"] not in ("einsum", *names):
+        return None
+    if options["structure"] == "einsum":
+        return taxonomy(options["theta"])
+    if options.get("num_blocks"):  # of Monarch: each block passes d / b² values to every other
+        b = math.log(options["num_blocks"]) / math.log(options["d_model"])
+        return taxonomy((1 - b, 0, b, 0, 1 - b, b, 1 - 2 * b))
     theta = next(theta for name, theta in NAMED_THETAS.items() if name.startswith(names[options["structure"]]))
     rank = math.log(options.get("rank") or 1) / math.log(options["d_model"])
     return taxonomy((*theta[:6], 0 if options["structure"] == "dense" else min(1.0, rank)))
@@ -499,7 +529,7 @@ def table_of_groups(logs, places):
     for group, place in places.items():
         mine = [log for log in logs if log.group == group]
         lies = [f"{value:.2f}" for value in place] if place is not None else ["", "", ""]
-        widths = ", ".join(map(str, sorted({log.options["d_model"] for log in mine})))
+        widths = ", ".join(map(str, sorted({log.options.get("d_model", 0) for log in mine} - {0})))
         sizes = [short(size(log.parameters for log in mine)) for size in (min, max)]
         yield f"| {group} | {' | '.join(lies)} | {widths} | {' to '.join(dict.fromkeys(sizes))} |"
 
@@ -530,7 +560,7 @@ def draw_fit(logs, runs, places, figures, config, unit):
 
     what = axis(config.loss, unit)
     for cost, entries in figures.items():
-        title = "the least loss for what it costs, and its power law"
+        title = "the least loss for what it costs" + law_of(entries)
         save(frontiers.draw_frontiers(runs, entries, cost, what, colour, title), f"frontiers_{cost}.png")
     save(frontiers.draw_multipliers(figures, config.reference, colour), "multipliers.png")
     measures = ["error" if have(logs, "error") else "val_loss"] + ["loss"] * have(logs, "loss")
@@ -544,13 +574,23 @@ def draw_fit(logs, runs, places, figures, config, unit):
             ("nu", 2, "ν, compute, of those with ω = 0 and ψ = 1", lambda place: place[0] < 0.05 and place[1] > 0.95),
         ):
             some = [group for group, lies in places.items() if lies is not None and chosen(lies)]
-            if len(some) >= 2:
+            values = [places[group][place] for group in some]
+            if values and max(values) - min(values) > 0.01:  # else there is nothing to see
                 shade, scale = shades({group: places[group][place] for group in some})
                 entries = {group: figures["flops"][group] for group in some}
                 mine = [run for run in runs if run.group in some]
-                picture = frontiers.draw_frontiers(mine, entries, "flops", what, shade, title, (scale, title))
+                heading = f"the least loss for what it costs{law_of(entries)}, by {title.partition(',')[0]}"
+                picture = frontiers.draw_frontiers(mine, entries, "flops", what, shade, heading, (scale, title))
                 save(picture, f"frontiers_{name}.png")
     return drawn
+
+
+def law_of(entries):
+    """What a title says of power laws: all groups have one, some have, or none, for want of points."""
+    laws = [entry["law"] is not None for entry in entries.values()]
+    return (
+        (", and its power law" if all(laws) else ", and its power law where it has three points") if any(laws) else ""
+    )
 
 
 def shades(values):

@@ -1,6 +1,7 @@
 """Search for structures: which θ, rank and number of experts train best for the same FLOPs.
 
     python search.py config/quickstart.py --n_layer=2 --d_model=64 --max_steps=600 --trials=60   # into out/search
+    python search.py                                                           # on a CPU a small one, of minutes
     python search.py config/quickstart.py --storage=postgresql://me@host/db …                    # and on other machines
     python search.py --report                                                  # table and picture of what there is
 
@@ -9,11 +10,12 @@ The space is that of "Searching for Efficient Linear Layers over a Continuous Sp
 draws a θ, takes the width that makes as many FLOPs a token of it, and trains by train.py for as many steps as use up
 the budget; it ends early where its validation loss lags behind (successive halving). What is searched (structure,
 theta, rank, …) takes the place of what a config file says of it. All other options are train.py's and mean what they
-mean there; `seed` is also that of the search.
+mean there; `seed` is also that of the search. On a CPU, without a config file, it is the small search of SMALL below. How
+long all will take is said first, by the speed of the dense model here, and again with every trial.
 
 The storage has everything about a trial but its log, which is in out/trial_N. The same command goes on, up to `trials`
 trials; one that was interrupted or killed is tried again, from its checkpoint. Commands with the same storage search
-together, from any number of machines; SQLite serves one. Imports from configurator, einsum_linear, moe, model, device,
+together, from any number of machines; SQLite serves one. Imports from configurator, einsum_linear, moe, model, mup, device,
 checkpoint, runlog, data, prepare_owt, train, sweep and search_report.
 """
 
@@ -23,6 +25,7 @@ import importlib.util
 import json
 import math
 import os
+import random
 import re
 import shlex
 import signal
@@ -31,7 +34,7 @@ import subprocess
 import sys
 import time
 import warnings
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields
 from typing import Literal, NamedTuple
 
@@ -41,8 +44,9 @@ import train
 from checkpoint import PLACES
 from configurator import ConfigError, as_script, load_config
 from data import TokenData
-from device import device_name
+from device import choose_device, choose_dtype, device_name
 from model import GPT
+from mup import make_optimizer
 from options import GPTConfig, check_top_k
 from prepare_owt import prepare_default
 from runlog import duration, read_log, writing
@@ -69,10 +73,14 @@ WITHOUT_EXPERTS = {"top_k": 2, "share_router": False, "eval_top_k": None}  # as 
 # Options that may change when a search goes on, or from machine to machine: losses do not depend on them.
 FREE = (
     "trials", "out", "storage", "study", "sampler", "prune", "jobs", "gpus", "report", "data_dir", "device", "compile",
-    "cuda_graphs", "timeout", "bucket_mb", "micro_batch", "save", "log_interval", "wandb", "wandb_project",
-    "fused_loss", "activation_checkpointing",
+    "cuda_graphs", "timeout", "bucket_mb", "micro_batch", "save", "save_minutes", "keep_every", "keep_best", "log_interval",
+    "wandb", "wandb_project", "fused_loss", "activation_checkpointing",
 )  # fmt: skip
 
+# What a search without a config file is on a CPU, where train.py's own defaults would take weeks.
+SMALL = ["config/quickstart.py", "--n_layer=2", "--n_head=2", "--d_model=32", "--max_steps=800", "--eval_interval=133"]
+
+START = 6  # seconds until a trial's first step, for an estimate: Python, torch, compilation not counted
 STALE = 300  # seconds without a sign of life after which another machine's trial is tried again
 FAILURES = 5  # failed runs in a row, after which the search gives up
 MISFITS = 50  # points in a row with nothing to train, after which it does
@@ -340,12 +348,17 @@ def fit_model(config, point, budget):
 
 def meta_model(config, **options):
     """A GPT without memory, dense where the options do not say otherwise."""
+    with torch.device("meta"):
+        return GPT(dense_config(config, **options))
+
+
+def dense_config(config, **options):
+    """The GPTConfig of a search's models, dense where the options do not say otherwise."""
     names = {field.name for field in fields(GPTConfig)}
     options = {**{name: getattr(config, name) for name in names}, **OWNED, **options}
     if options["moe"] == "none":
         options.update(WITHOUT_EXPERTS)
-    with torch.device("meta"):
-        return GPT(GPTConfig(**{name: options[name] for name in names}))
+    return GPTConfig(**{name: options[name] for name in names})
 
 
 def evaluations(config):
@@ -487,11 +500,27 @@ def open_study(config):
     with writing(config.out, "give another --out"):
         os.makedirs(config.out, exist_ok=True)
     url = config.storage or f"sqlite:///{file}"
+    with one_at_a_time(config.out):  # of those that start together one makes the study, the others find it
+        return make_study(config, url)
+
+
+@contextmanager
+def one_at_a_time(folder):
+    """Wait until no other process of this machine is inside with the same folder."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def make_study(config, url):
     shown = re.sub(r"(://[^:/@]*):[^@]*@", r"\1:…@", url)  # without a password
     halving = optuna.pruners.SuccessiveHalvingPruner(min_resource=1, reduction_factor=max(2, config.prune))
     pruner = halving if config.prune else optuna.pruners.NopPruner()
     try:
-        storage = optuna.storages.RDBStorage(url)
+        storage = open_storage(url)
         if config.report:
             return optuna.load_study(study_name=config.study, storage=storage)
         study = optuna.create_study(study_name=config.study, storage=storage, pruner=pruner, load_if_exists=True)
@@ -511,17 +540,69 @@ def open_study(config):
         budget = 3 * meta_model(config).flops_per_token() * config.batch_tokens * config.max_steps
         study.set_user_attr("settings", settings)
         study.set_user_attr("budget", {"flops": budget, "evaluations": evaluations(config)})
+    other = "--out" if config.storage is None else "--study and another --out"  # a folder has trials of one study
     for option, value in settings.items():
         if before is not None and before.get(option, value) != value:
             raise ConfigError(
                 f"{option}={value}, but study {config.study!r} in {shown} has {option}={before[option]}: "
-                "make it that, or give another --out or --study"
+                f"make it that, or give another {other}"
             )
     return study
 
 
+def open_storage(url, tries=5):
+    """optuna's storage. Its tables may be another machine's to make at this moment: then it looks again."""
+    for left in reversed(range(tries)):
+        try:
+            return optuna.storages.RDBStorage(url)
+        except (SQLAlchemyError, optuna.exceptions.StorageInternalError) as error:
+            others = any(word in str(error).lower() for word in ("already exists", "unique", "locked"))
+            if not (left and others):
+                raise
+            time.sleep(random.uniform(0.2, 1))
+
+
 def first_line(error):
     return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+
+
+def estimate(config, slots):
+    """Seconds that the trials will take, by a few updates of the dense model here; without compilation.
+
+    Of every trial its evaluations up to the first count, of one in `prune` those up to the third, and so on.
+    """
+    device = choose_device(config.device)
+    gpus = max(1, len({slot for slot in slots if slot is not None}))
+    torch.manual_seed(0)
+    with device:
+        model = GPT(dense_config(config))
+        idx = torch.randint(config.vocab_size, (config.micro_batch, config.block_size))
+    optimizer = make_optimizer(model, config.lr)
+
+    def update():
+        model(idx, idx)[1].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        float(idx[0, 0])  # waits for the device
+
+    with torch.autocast(device.type, (dtype := choose_dtype(config.dtype, device)), enabled=dtype != torch.float32):
+        update()
+        began = time.perf_counter()
+        for _ in range(3):
+            update()
+        a_micro_step = (time.perf_counter() - began) / 3
+    steps = config.max_steps * config.batch_tokens / (config.micro_batch * config.block_size)
+    return START * config.trials / len(slots) + a_micro_step * steps * share_trained(config) * config.trials / gpus
+
+
+def share_trained(config):
+    """Of the steps of all trials, about what share is trained: what successive halving leaves."""
+    last, share, alive, at = evaluations(config), 0.0, 1.0, 0
+    rung = 1 if config.prune else last
+    while at < last:
+        share, at, rung = share + alive * (min(rung, last) - at) / last, min(rung, last), rung * max(2, config.prune)
+        alive /= max(1, config.prune)
+    return share
 
 
 def progress(study, trials):
@@ -573,6 +654,11 @@ def main(argv):
         if word.startswith("--") and option in OWNED:
             raise ConfigError(f"--{option} is every trial's own: leave it out (--out and --experts are the search's)")
     config = load_config(Config, argv)
+    if not config.report:
+        on_cpu = choose_device(config.device).type == "cpu"  # one that is not there is said here, and once
+        if on_cpu and not any(word.endswith(".py") and not word.startswith("--") for word in argv):
+            print("on a CPU, without a config file: python search.py", *SMALL, *argv, flush=True)
+            config = load_config(Config, [*SMALL, *argv])
     study = open_study(config)
     if not config.report:
         prepare_default(config.data_dir)
@@ -581,9 +667,18 @@ def main(argv):
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # ended as by Ctrl-C
         try:
             space, say = Space(config.max_rank, config.experts), progress(study, config.trials)
+            left = config.trials - len(study.get_trials(deepcopy=False, states=ENDED))
+            if left > 0:
+                took = duration(estimate(config, slots) * left / config.trials)
+                if torch.cuda.is_initialized():
+                    torch.cuda.empty_cache()  # the trials need the memory
+                print(
+                    f"{left} trials of at most {study.user_attrs['budget']['flops']:.3g} FLOPs: about {took}",
+                    flush=True,
+                )
             search(study, space, training(study, config), config.trials, config.sampler, config.seed, slots, say)
         except KeyboardInterrupt:
-            raise SystemExit("stopped: the same command goes on") from None
+            raise SystemExit("stopped: the same command resumes, with --report it shows what there is") from None
         except (optuna.exceptions.StorageInternalError, SQLAlchemyError) as error:
             raise ConfigError(f"the storage failed: {first_line(error)}; the same command goes on") from None
     report(make_rows(study), study.user_attrs["budget"], config.out)

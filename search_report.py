@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from device import write_rows
-from runlog import save_figure, short, writing
+from runlog import save_figure, short, whole_file, writing
 
 
 def report(rows, budget, out):
@@ -20,9 +20,10 @@ def report(rows, budget, out):
         return
     lines = list(table(rows, budget))
     with writing(out, "give another --out"):
-        with open(os.path.join(out, "table.md"), "w") as file:
+        with whole_file(os.path.join(out, "table.md")) as part, open(part, "w") as file:
             file.write("\n".join(lines) + "\n")
-        write_rows(os.path.join(out, "search.json"), rows, torch.device("cpu"))  # rows have their own device
+        with whole_file(os.path.join(out, "search.json")) as part:
+            write_rows(part, rows, torch.device("cpu"))  # rows have their own device
     save_figure(draw(rows, budget), os.path.join(out, "search.png"), "give another --out")
     print("", *lines, "", f"written: {out}/table.md, search.json, search.png", sep="\n")
 
@@ -84,6 +85,21 @@ def rank_correlation(x, y):
     return math.nan if any(np.ptp(each) == 0 for each in ranks) else float(np.corrcoef(*ranks)[0, 1])
 
 
+def by_place(rows, axes):
+    """Lists of the rows within 0.02 of the list's first, mixtures apart: most rows first, to draw the few on top."""
+
+    def near(a, b):
+        return (a["experts"] > 1) == (b["experts"] > 1) and all(abs(a[key] - b[key]) <= 0.02 for key in axes)
+
+    places = []
+    for row in rows:
+        here = next((place for place in places if near(place[0], row)), None)
+        if here is None:
+            places.append(here := [])
+        here.append(row)
+    return sorted(places, key=len, reverse=True)
+
+
 def draw(rows, budget):
     """A figure: what was tried in (ω, ψ, ν), coloured by loss, and the best so far."""
     import matplotlib
@@ -92,24 +108,23 @@ def draw(rows, budget):
     import matplotlib.pyplot as plt
 
     best, (at, scored) = ranked(rows), comparable(rows, budget)
-    scored = sorted(
-        scored, key=lambda row: (row["loss"] is not None, -(row["loss"] or row["losses"][at]))
-    )  # best on top
     losses = np.array([row["losses"][at] for row in scored])
     colour = {"cmap": "viridis", "vmin": losses.min(), "vmax": np.quantile(losses, 0.9)}
-    look = {True: {"s": 95, "ec": "k", "lw": 1.4}, False: {"s": 45, "ec": "w", "lw": 0.4}}  # to the end or not
-    jitter = np.random.default_rng(0).uniform(-0.01, 0.01, (len(scored), 3))  # many lie at the same place
-    places = {row["trial"]: np.array([row[key] for key in AXES]) + shift for row, shift in zip(scored, jitter)}
-    names = list(AXES.values())
     figure, panels = plt.subplots(2, 2, figsize=(13, 10), layout="constrained")
-    for panel, axes in zip(panels.flat, ([0, 1], [0, 2], [1, 2])):
-        for row, loss in zip(scored, losses):
-            how = {**colour, **look[row["state"] == "complete"], "marker": "o" if row["experts"] == 1 else "s"}
-            points = panel.scatter(*places[row["trial"]][axes], c=[loss], **how)
-        for number, row in enumerate(best[:3], 1):
-            how = {"color": "w", "weight": "bold", "fontsize": 8, "ha": "center", "va": "center"}
-            panel.text(*places[row["trial"]][axes], str(number), **how)
-        panel.set(xlabel=names[axes[0]], ylabel=names[axes[1]])
+    for panel, axes in zip(panels.flat, (("omega", "psi"), ("omega", "nu"), ("psi", "nu"))):
+        best_here = {row["trial"]: str(number) for number, row in enumerate(best[:3], 1)}
+        for here in by_place(scored, axes):
+            whole, mixture = any(row["state"] == "complete" for row in here), here[0]["experts"] > 1
+            place = [sum(row[key] for row in here) / len(here) for key in axes]
+            points = panel.scatter(
+                *place, c=[min(row["losses"][at] for row in here)], s=40 * math.sqrt(len(here)), marker="s" if mixture else "o",
+                ec="k" if whole else "w", lw=1.4 if whole else 0.4, **colour, gid=f"{len(here)} trials",
+            )  # fmt: skip
+            numbers = sorted(best_here[row["trial"]] for row in here if row["trial"] in best_here)
+            how = {"xytext": (9, 9), "textcoords": "offset points", "weight": "bold", "fontsize": 9}
+            panel.annotate(" ".join(numbers), place, **how)  # beside the point, since its colour may be any
+        panel.set(xlabel=AXES[axes[0]], ylabel=AXES[axes[1]])
+        panel.margins(0.08)
     label = f"validation loss at evaluation {at} of {budget['evaluations']} (nats a token)"
     figure.colorbar(points, ax=panels, label=label, extend="max", aspect=40)
     panel, whole = panels[1, 1], sorted(best, key=lambda row: row["trial"])
@@ -127,7 +142,8 @@ def draw(rows, budget):
         panel.grid(alpha=0.3)
     figure.suptitle(
         f"{len(rows)} structures, {budget['flops']:.3g} training FLOPs each to the end; ω ψ ν of d → d layers\n"
-        "ringed: trained to the end; small: ended early; squares: mixtures; 1 2 3: the best, as in the table",
+        "a point stands for all trials within 0.02: the more, the larger; its colour is their least loss\n"
+        "ringed: one was trained to the end; squares: mixtures; 1 2 3: the best, as in the table",
         fontsize=11,
     )
     return figure

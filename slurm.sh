@@ -1,6 +1,8 @@
 #!/usr/bin/env bash
-# A run on several nodes under SLURM; once more the same command, and it goes on where it was:
+# A run on several nodes under SLURM; the same command again resumes it:
 #   sbatch --nodes=4 slurm.sh config/gpt2_btt.py --out_dir=out/gpt2_btt
+#   sbatch --nodes=4 slurm.sh vision/train.py vision/config/vit_s32_imagenet.py
+# The first word may be a script (one that has a __main__); without, it is train.py.
 # The folder this is submitted from, with its .venv, data and out, must be seen by all nodes.
 #SBATCH --job-name=nanoeinsum
 #SBATCH --nodes=2
@@ -16,6 +18,9 @@
 set -euo pipefail
 cd "${SLURM_SUBMIT_DIR:-.}"
 if [ -f .venv/bin/activate ]; then . .venv/bin/activate; fi
+script=train.py
+if [ -f "${1:-}" ] && grep -q '__name__ == "__main__"' "$1"; then script=$1 && shift; fi
+if [ "$script" != bench.py ]; then set -- "$@" --resume; fi  # what is timed is no run to resume
 hosts=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
 head=${hosts%%$'\n'*}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-4}
@@ -23,4 +28,4 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-4}
 exec srun torchrun \
     --nnodes="$SLURM_NNODES" --nproc_per_node="${SLURM_GPUS_ON_NODE:-1}" --max-restarts=1 \
     --rdzv_backend=c10d --rdzv_id="$SLURM_JOB_ID" --rdzv_endpoint="$head:$((29500 + SLURM_JOB_ID % 1000))" \
-    train.py "$@" --resume
+    "$script" "$@"

@@ -19,7 +19,6 @@ by side, and the fit leaves seconds out. Imports from configurator and runlog.
 
 import ast
 import json
-import math
 import os
 import runpy
 import shlex
@@ -140,17 +139,18 @@ def command(sweep, name):
 def is_finished(options):
     """Whether the run's log has its last step: that of the options, else that of the config.json it wrote."""
     rows = read_log(os.path.join(options["out_dir"], "log.jsonl"))
-    last = options.get("max_steps") or written(options).get("max_steps", math.inf)
-    return bool(rows) and rows[-1]["step"] >= last
+    last = options.get("max_steps") or written(options).get("max_steps")
+    return bool(rows) and isinstance(last, (int, float)) and rows[-1]["step"] >= last
 
 
 def written(options):
     """The options that the run in this folder had, {} where it did not say."""
     try:
         with open(os.path.join(options["out_dir"], "config.json")) as file:
-            return json.load(file)
+            options = json.load(file)
     except (OSError, ValueError):
         return {}
+    return options if isinstance(options, dict) else {}
 
 
 def say_what_differs(runs):
@@ -158,7 +158,8 @@ def say_what_differs(runs):
     others = []
     for name, options in runs.items():
         had, wants = written(options), json.loads(json.dumps(options))
-        keys = [key for key in wants if key != "out_dir" and had.get(key, wants[key]) != wants[key]]
+        had = {key: had.get(key, wants[key]) for key in wants if key != "out_dir"}
+        keys = [key for key in had if had[key] != wants[key] and str(had[key]) != str(wants[key])]  # --data_dir=2024
         others += [f"{name} {keys[0]}={had[keys[0]]!r}, not {wants[keys[0]]!r}"] if keys else []
     if others:
         print(f"note: {len(others)} of these had other options, {others[0]}: another --out does them anew")

@@ -11,6 +11,7 @@ drives one GPU (NCCL), or shares the CPU (gloo); batch_tokens is the batch of al
 import json
 import math
 import os
+import shlex
 import signal
 import time
 from collections import deque
@@ -50,15 +51,26 @@ import torch.distributed as dist
 
 import checkpoint
 import runlog
-from compiling import order_loops
+from compiling import missing_compiler, order_loops
 from cuda_graph import Graphed
-from data import TokenData, make_tokenizer
+from data import TokenData, check_same_data, tokenizer_of
 from device import Numbers, Turn, choose_device, choose_dtype, device_name, peak_flops, to_device
 from heartbeat import init_distributed
 from model import GPT
 from moe import auxiliary_loss, set_top_k
 from mup import lr_multipliers, make_optimizer, set_lr
-from parallel import FlatGradients, clip_gradients, exchange_gradients, ranks, replicate, shard, speak_for_this_rank
+from parallel import (
+    DropoutSeeds,
+    FlatGradients,
+    check_gradients,
+    clip_gradients,
+    exchange_gradients,
+    ranks,
+    replicate,
+    shard,
+    speak_for_this_rank,
+    sum_over_ranks,
+)
 from prepare_owt import prepare_default
 from sample import Config as SampleConfig
 from sample import load_model, sample
@@ -99,6 +111,13 @@ def in_one_line(train, config, memory):
         error = ConfigError(
             f"GPU out of memory with {memory}{checkpoints}{shards}. {checkpoint.describe(config.out_dir)}"
         )
+        speak_for_this_rank(error)
+        raise error from None
+    except Exception as error:
+        missing = missing_compiler(error)
+        if missing is None:
+            raise
+        error = ConfigError(missing)
         speak_for_this_rank(error)
         raise error from None
     except KeyboardInterrupt:  # in training the loop itself ends, and saves
@@ -163,6 +182,7 @@ def fit(config, progress, run, task, device, dtype, watchdog, micro_steps):
     model, optimizer, scaler = run.model, run.optimizer, run.scaler
     flops = 3 * task.flops  # forward 1, backward 2
     peak = peak_flops(device_name(device)) if dtype != torch.float32 else None
+    shape = task.shape - {"dropout", "activation_checkpointing"}  # which may change
 
     # -- a run that goes on, or a new one
     state = dict(step=0, seconds=0.0, best_val_loss=math.inf, wandb_id=None)
@@ -170,7 +190,8 @@ def fit(config, progress, run, task, device, dtype, watchdog, micro_steps):
     if config.resume or watchdog.restarts > 0:
         saved = checkpoint.load(config.out_dir, say)
     if saved is not None:
-        check_same_model(config, saved["config"], task.shape, say)
+        check_same_model(config, saved["config"], shape, say)
+        check_same_data(task.meta, saved["meta"], say)
         checkpoint.restore(saved, model, optimizer)
         if saved["scaler"]:  # empty where the checkpoint is of convert.py, or of a run without float16
             scaler.load_state_dict(saved["scaler"])
@@ -179,6 +200,8 @@ def fit(config, progress, run, task, device, dtype, watchdog, micro_steps):
         say(f"{config.out_dir}: going on from step {state['step']}{done}")
     elif config.resume:
         say(f"{config.out_dir}: no checkpoint to go on from, starting at step 0")
+    if saved is None and config.init_from:
+        start_from(config, model, shape, say)
     log = wandb_run = None
     if rank == 0:
         if config.wandb:
@@ -192,7 +215,7 @@ def fit(config, progress, run, task, device, dtype, watchdog, micro_steps):
     say(*runlog.plan(config, model, *where, state["step"], **units, batch=task.units), sep="\n")
 
     # -- the loop
-    stop, turn = StopSignal(say, config.save), Turn()
+    stop, saves, turn = StopSignal(say, config.save), checkpoint.Saves(config, say), Turn()
     sent = deque()  # updates that the device was given and the host has not waited for
     ahead = 1 if device.type == "cuda" else 0  # so many of them, that the device never waits for the host
     lap = Lap()
@@ -203,12 +226,12 @@ def fit(config, progress, run, task, device, dtype, watchdog, micro_steps):
         step = state["step"]
         lr = lr_at(step, config)
         set_lr(optimizer, lr)
-        if config.dropout:
-            torch.manual_seed(hash((config.seed, step, rank)))  # dropout too is a function of the step
+        run.dropout.update(step, rank * micro_steps)
         batch = task.batch(step)
         watchdog.beat(step)
         loss, aux, norm = run.update(*batch).unbind()
-        agreed = torch.stack((loss / world, aux / world, torch.full_like(loss, stop.asked)))
+        asked = (torch.full_like(loss, asked) for asked in (stop.asked, saves.asked()))
+        agreed = torch.stack((loss / world, aux / world, *asked))
         watchdog.beat()
         if world > 1:
             dist.all_reduce(agreed)
@@ -216,9 +239,9 @@ def fit(config, progress, run, task, device, dtype, watchdog, micro_steps):
         state["step"] = step + 1
 
     def receive():
-        """Wait for the oldest update that was sent -> its row, where one is due, and whether somebody asked to stop."""
+        """Wait for the oldest update that was sent -> its row; whether any process asked to stop, and to save."""
         step, lr, numbers = sent.popleft()
-        loss, aux, stop_asked, norm = numbers.wait()
+        loss, aux, stop_asked, save_asked, norm = numbers.wait()
         # GradScaler itself skips updates with overflown float16 gradients; anything else non-finite is an end.
         if not math.isfinite(loss) or not (math.isfinite(norm) or scaler.is_enabled()):
             raise ConfigError(
@@ -232,7 +255,7 @@ def fit(config, progress, run, task, device, dtype, watchdog, micro_steps):
             row["grad_norm"] = norm
         if config.moe != "none":
             row["aux_loss"] = aux
-        return row, stop_asked > 0
+        return row, stop_asked > 0, save_asked > 0
 
     def totals(step):
         return {
@@ -265,17 +288,22 @@ def fit(config, progress, run, task, device, dtype, watchdog, micro_steps):
         if run.reports is not None and "loss" in row:
             row["moe"] = model.mixtures.figures(run.reports)
             run.reports.zero_()
+        best = row["val_loss"] < state["best_val_loss"]
         state["best_val_loss"] = min(state["best_val_loss"], row["val_loss"])
         write(row)
         if config.save:
-            with watchdog.paused():
-                checkpoint.save(
-                    config.out_dir,
-                    {
-                        **state, "config": asdict(config), "meta": task.meta, "model": model.state_dict(),
-                        "optimizer": checkpoint.optimizer_state(model, optimizer), "scaler": scaler.state_dict(),
-                    },
-                )  # fmt: skip
+            save(best)
+        lap.start()
+
+    def save(best=False):
+        with watchdog.paused():
+            saves.save(
+                {
+                    **state, "config": asdict(config), "meta": task.meta, "model": model.state_dict(),
+                    "optimizer": checkpoint.optimizer_state(model, optimizer), "scaler": scaler.state_dict(),
+                },
+                best,
+            )  # fmt: skip
         lap.start()
 
     if math.isinf(state["best_val_loss"]):  # not evaluated yet
@@ -289,13 +317,17 @@ def fit(config, progress, run, task, device, dtype, watchdog, micro_steps):
             lap.start()
         send()
         due = state["step"] % config.eval_interval == 0 or state["step"] == config.max_steps
-        while sent and (due or stopping or len(sent) > ahead):
-            row, asked = receive()
-            stopping = stopping or asked
+        saving = saves.due(state["step"])
+        while sent and (due or stopping or saving or len(sent) > ahead):
+            row, stop_asked, save_asked = receive()
+            stopping, saving = stopping or stop_asked, saving or save_asked
             if not sent and (due or stopping):
                 evaluate_log_save(row)
-            elif row["step"] % config.log_interval == 0:
+                continue
+            if row["step"] % config.log_interval == 0:
                 write(row)
+            if not sent and saving:
+                save()
 
     # -- what is left behind
     turn.give()
@@ -330,6 +362,7 @@ class Run(NamedTuple):
     autocast: torch.autocast
     update: Callable  # (*batch) -> loss, auxiliary loss, norm of the gradient
     prepare: Callable  # (*batch) -> x, y, what an update does first
+    dropout: DropoutSeeds  # to be told of every update before it
     multipliers: dict  # of the learning rate, by parameter name
     reports: torch.Tensor | None  # of mixtures: the routers' reports of all processes, summed until they are read
 
@@ -353,7 +386,7 @@ def build(
     torch.set_float32_matmul_precision("high")
     with device:
         model = Model(config)
-    flat = None
+    flat, (rank, _, _), dropout = None, ranks(), DropoutSeeds(config, as_graph)
     if config.shard == "fsdp" and world > 1:
         shard(model, device, compiling)
         fast = parallel = model
@@ -388,6 +421,7 @@ def build(
         for i in range(micro_steps):
             with exchange_gradients(parallel, wanted=i == micro_steps - 1):
                 beat()  # whoever hangs between two of these is behind the others
+                dropout.micro_batch(rank * micro_steps + i)
                 with autocast:
                     _, loss = parallel(x[i], y[i])
                 beat()
@@ -398,6 +432,8 @@ def build(
                 here.add_(mixtures.reports)
                 total += mixtures.cross_entropy / micro_steps
                 total_aux += auxiliary_loss(mixtures.reports) / micro_steps
+        if world > 1 and config.shard != "fsdp":
+            check_gradients(model)
         if flat is not None:
             flat.collect()
         return torch.stack((total, total_aux))
@@ -432,7 +468,7 @@ def build(
         update = Graphed(update)
     elif as_graph:  # exchanges stay outside: NCCL would not end before the graphs that hold one
         passes, step = Graphed(passes), Graphed(step)
-    return Run(model, fast, optimizer, scaler, autocast, update, prepare, multipliers, reports)
+    return Run(model, fast, optimizer, scaler, autocast, update, prepare, dropout, multipliers, reports)
 
 
 def choose_cuda_graphs(config, device, dtype, world):
@@ -511,15 +547,36 @@ def check_vocabulary(config, meta, say):
 
 def check_same_model(config, saved, shape, say):
     """A resumed run has the model it had, options of `shape`; others may change, and the change is said."""
-    shape = shape - {"dropout", "activation_checkpointing"}
-    for key, value in asdict(config).items():
-        if key in ("resume", "out_dir") or key not in saved or value == saved[key]:
-            continue
-        if key in shape:
-            raise ConfigError(
-                f"{key}={value!r}, but the checkpoint in {config.out_dir} has {saved[key]!r}: give that, or another out_dir"
-            )
-        say(f"resumed with {key}={value!r}, it was {saved[key]!r}")
+    for key, (value, was) in differences(config, saved, shape).items():
+        raise ConfigError(
+            f"{key}={value!r}, but the checkpoint in {config.out_dir} has {was!r}: give that, or another out_dir"
+        )
+    for key, (value, was) in differences(config, saved, saved.keys()).items():
+        if key not in ("resume", "out_dir", "init_from"):
+            say(f"resumed with {key}={value!r}, it was {was!r}")
+
+
+def differences(config, saved, keys):
+    """{option: (value here, value in a checkpoint's config)} of those `keys` that differ and both have."""
+    here = asdict(config)
+    keys = [key for key in here if key in keys and key in saved]
+    return {key: (here[key], saved[key]) for key in keys if here[key] != saved[key]}
+
+
+def start_from(config, model, shape, say):
+    """The weights of config.init_from, of a model with the same options of `shape`, into the model."""
+    saved = checkpoint.load(config.init_from, say)
+    if saved is None:
+        raise ConfigError(
+            f"init_from={config.init_from} holds no checkpoint: give the out_dir of a run, a checkpoint in it, "
+            "or nanoGPT's ckpt.pt"
+        )
+    others = differences(config, saved["config"], shape)
+    if others:
+        words = shlex.join(f"--{key}={theirs}" for key, (_, theirs) in others.items())
+        raise ConfigError(f"init_from={config.init_from} is of another model: give {words}")
+    checkpoint.restore(saved, model)
+    say(f"weights of step {saved['step']} of {saved['path']}; this run starts at step 0")
 
 
 class StopSignal:
@@ -542,7 +599,7 @@ def evaluate(model, data, config, device, autocast, rank, world, beat=lambda: No
     model.eval()
     rows = data.val_rows(config.eval_tokens)
     offsets = rows[rank::world]
-    total = torch.zeros(2, dtype=torch.float64, device=device)  # sum of losses, number of tokens
+    sums = []  # of the losses, and numbers of tokens
     # As many passes on every rank, for under FSDP a pass takes all of them; of one shape, so that nothing is
     # compiled anew: rows that do not count fill up.
     for start in range(0, -(-len(rows) // world), config.micro_batch):
@@ -554,25 +611,24 @@ def evaluate(model, data, config, device, autocast, rank, world, beat=lambda: No
         with autocast:
             _, loss = model(to_device(x, device), to_device(y, device))
         count = len(chosen) * config.block_size
-        if count:
-            total += torch.stack((loss.double() * count, torch.full_like(loss, count, dtype=torch.float64)))
-    if world > 1:
-        dist.all_reduce(total)
+        sums.append(
+            torch.stack((loss * count, torch.full_like(loss, count))) if count else torch.zeros(2, device=device)
+        )
+    total, count = sum_over_ranks(sums, device)
     model.train()
-    return (total[0] / total[1]).item()
+    return total / count
 
 
 def print_sample(config, device):
     """Text from the checkpoint just saved."""
-    model, meta = load_model(config.out_dir)
     try:
-        tokenizer = make_tokenizer(meta["tokenizer"])
-    except ConfigError as error:  # no network for GPT-2's merges: the run is whole all the same
-        print(f"no sample: {error}")
-        return
-    options = SampleConfig(max_new_tokens=config.sample_tokens, seed=config.seed)
-    (text,) = sample(model.to(device), tokenizer, tokenizer.document_start, options, device)
-    print(f"{'-' * 30} sample {'-' * 30}\n{text}\n{'-' * 68}")
+        model, meta = load_model(config.out_dir)
+        tokenizer = tokenizer_of(meta)
+        options = SampleConfig(max_new_tokens=config.sample_tokens, seed=config.seed)
+        (text,) = sample(model.to(device), tokenizer, tokenizer.document_start, options, device)
+        print(f"{'-' * 30} sample {'-' * 30}\n{text}\n{'-' * 68}")
+    except Exception as error:  # no network for GPT-2's merges, a full GPU: the run is whole all the same
+        print(f"no sample ({type(error).__name__}): {error}")
 
 
 if __name__ == "__main__":

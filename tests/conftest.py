@@ -52,7 +52,7 @@ def tiny(char_data, tmp_path):
 @pytest.fixture(autouse=True)
 def keep_signal_handlers():
     """A run in this process replaces them: put pytest's back."""
-    before = {name: signal.getsignal(name) for name in (signal.SIGINT, signal.SIGTERM)}
+    before = {name: signal.getsignal(name) for name in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
     yield
     for name, handler in before.items():
         signal.signal(name, handler)

@@ -376,6 +376,29 @@ def rank_killed(lab, writing=False, **options):
     return judge(done, {**claims, **equals(out_dir, unbroken)}, f"killed after step {at}, went on from step {resumed}")
 
 
+def asked_to_save(lab, **options):
+    """SIGUSR1 to one process, far from any evaluation; then SIGKILL to all, and --resume from what was saved."""
+    options = {"max_steps": 200, "eval_interval": 200, **options}
+    out_dir, unbroken = lab.path("run"), lab.unbroken(**options)
+    command = lab.start(out_dir, **options)
+    command.wait_until(lambda: last_step(out_dir) >= 6)
+    (pid,) = command.pids(b"RANK=1") if "processes" in options else [command.popen.pid]
+    asked_at = last_step(out_dir)
+    os.kill(pid, signal.SIGUSR1)
+    saved = command.wait_until(lambda: saved_in(out_dir)[0]["step"] > 0 and not unfinished(out_dir))
+    command.kill()
+    step = saved_in(out_dir)[0]["step"]
+    done = lab.run(out_dir, resume=True, **options)
+    claims = {
+        "it was saved while it ran": saved,
+        "within a few steps": asked_at < step <= asked_at + 5,
+        "it went on from there": f"going on from step {step}" in done.out,
+        **ended_well(done),
+        **equals(out_dir, unbroken),
+    }
+    return judge(done, claims, f"asked after step {asked_at}, saved at step {step}")
+
+
 def hang(lab, restarts, timeout, **options):
     """Rank 1 sleeps for ever in step 7 of the first attempt."""
     out_dir = lab.path("run")
@@ -677,6 +700,8 @@ def table(short):
         ("rank_killed_ddp", "SIGKILL to rank 1 of 2, --max-restarts=1", rank_killed, ddp),
         ("rank_killed_fsdp", "the same, --shard=fsdp", rank_killed, fsdp),
         ("rank_killed_writing", "the same while a checkpoint is written", rank_killed, dict(writing=True, **fsdp)),
+        ("asked_to_save", "SIGUSR1, then SIGKILL", asked_to_save, {}),
+        ("asked_to_save_ddp", "the same, SIGUSR1 to rank 1 of 2", asked_to_save, DDP),
         ("hang", "rank 1 of 2 sleeps in step 7", hang, dict(restarts=0, timeout=timeout, processes=2)),
         ("hang_restart", "the same, --max-restarts=1", hang, dict(restarts=1, timeout=timeout, **ddp)),
         ("disk_full", "file system with room for 2.5 checkpoints", disk_full, dict(mounted=True)),

@@ -1,13 +1,19 @@
 """bench.py's update, on one process and on several."""
 
 import json
+import typing
 
 import pytest
 import torch
 
-from bench_layers import AllExperts
-from conftest import run_forked
+import sweep
+from bench import SampleBenchConfig
+from bench_layers import AllExperts, LayersConfig, MixturesConfig, bench_layers, bench_mixtures
+from configurator import ConfigError, load_config
+from conftest import ROOT, run_forked
 from moe import make_mixture
+from mup_check import CoordsConfig, LandscapeConfig
+from scaling_laws import FitConfig, PlotConfig
 
 SHAPE = "--vocab_size=96 --n_layer=1 --n_head=2 --d_model=36 --block_size=32 --micro_batch=2 --batch_tokens=256"
 
@@ -23,6 +29,9 @@ def test_an_update_is_timed(tmp_path, processes):
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("tokens_per_second") == 1
+    said = done.stdout.splitlines()  # of each config, as it is done: its words, how long it takes, its main figures
+    assert [line[:3] for line in said[:9]] == ["1: ", "   ", "   ", "2: ", "   ", "   ", "3: ", "   ", "   "], said
+    assert "five updates" in said[4] and "about" in said[4] and " ms an update, " in said[5] and "tokens/s" in said[5]
     rows = json.loads(path.read_text())
     assert len(rows) == 3 and "--structure=dense" in rows[1]["command"]
     for row in rows:
@@ -71,8 +80,67 @@ def test_layers_on_a_cpu_are_those_of_plain_torch(tmp_path):
     rows = json.loads((tmp_path / "rows.json").read_text())
     assert [row["way"] for row in rows] == 2 * ["dense", "btt, torch", "btt, dense", "chosen: torch"]
     assert all(row["error"] < 1e-5 for row in rows if row["way"] != "dense")
+    assert "1 of 2 done, about " in done.stdout and "2 of 2" not in done.stdout
     again = run_forked("bench.py", "layers", f"--draw={tmp_path}/rows.json", f"--png={tmp_path}/b.png")
     assert again.returncode == 0 and (tmp_path / "b.png").read_bytes().startswith(b"\x89PNG"), again.stderr
+
+
+@pytest.mark.parametrize(
+    "bench, words, message",
+    [
+        (bench_layers, ["--dtype=bfloat"], "dtype='bfloat'"),
+        (bench_layers, ["--device=cuda"], "device=cuda, but torch sees no GPU"),
+        (bench_layers, ["--draw=nowhere.json"], "draw=nowhere.json has no rows of layers: give the --json"),
+        (bench_layers, ["--draw=pyproject.toml"], "draw=pyproject.toml has no rows of layers"),
+        (bench_layers, ["--tokens=0,", "--device=cpu"], "tokens=.0,.: give whole numbers"),
+        (bench_layers, ["--layers=64-64:1 64", "--device=cpu"], "'64' is no layer"),
+        (bench_mixtures, ["--tokens=0", "--device=cpu"], "tokens=.0,.: give whole numbers"),
+        (bench_mixtures, ["--layers=btt/64-36:1", "--device=cpu"], "'btt/64-36:1' is no mixture: write"),
+    ],
+)
+def test_mistakes_are_found_before_the_work(monkeypatch, bench, words, message):
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(ConfigError, match=message):
+        bench(words)
+
+
+@pytest.mark.parametrize(
+    "Config",
+    [
+        LayersConfig,
+        MixturesConfig,
+        SampleBenchConfig,
+        CoordsConfig,
+        LandscapeConfig,
+        PlotConfig,
+        FitConfig,
+        sweep.Config,
+    ],
+)
+def test_names_of_files_and_folders_may_look_like_numbers(Config):
+    named = [name for name, hint in typing.get_type_hints(Config).items() if hint in (str, str | None)]
+    named = [name for name in named if name != "device"]
+    config = load_config(Config, [f"--{name}=2024" for name in named])
+    assert named and all(getattr(config, name) == "2024" for name in named)
+
+
+def test_sizes_fit_the_device(monkeypatch, capsys, tmp_path):
+    """Without sizes, those of a CPU are done in seconds; what there is is written case by case."""
+    seen = []
+
+    def time_layer(d_in, d_out, rank, tokens, *rest):
+        seen.append((d_in, d_out, rank, tokens))
+        if len(seen) == 3:
+            raise KeyboardInterrupt
+        return [{"layer": f"{d_in}-{d_out}:{rank}"}]
+
+    monkeypatch.setattr("bench_layers.time_layer", time_layer)
+    monkeypatch.setattr("bench_layers.format_row", str)
+    with pytest.raises(KeyboardInterrupt):
+        bench_layers(["--device=cpu", f"--json={tmp_path}/rows.json"])
+    assert seen == [(256, 256, 1, 2048), (512, 512, 1, 2048), (512, 512, 4, 2048)]
+    assert [row["layer"] for row in json.loads((tmp_path / "rows.json").read_text())] == ["256-256:1", "512-512:1"]
+    assert "2 of 5 done, about" in capsys.readouterr().out
 
 
 def test_mixtures_on_a_cpu(tmp_path):
@@ -88,5 +156,3 @@ def test_mixtures_on_a_cpu(tmp_path):
 
     mixture, x = make_mixture(36, 48, 4, 2, structure="btt", rank=2), torch.randn(20, 36)
     torch.testing.assert_close(AllExperts(mixture)(x), mixture(x))
-    refused = run_forked("bench.py", "mixtures", "--layers=btt/64-36:1")
-    assert refused.returncode == 1 and "'btt/64-36:1' is no mixture: write" in refused.stderr

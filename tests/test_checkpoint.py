@@ -3,6 +3,7 @@
 Run alone with `pytest tests/test_checkpoint.py`. Ranks are real processes that talk through gloo.
 """
 
+import errno
 import io
 import json
 import math
@@ -23,7 +24,6 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 import checkpoint
@@ -31,6 +31,7 @@ from configurator import ConfigError
 from model import GPT
 from mup import make_optimizer
 from options import GPTConfig
+from parallel import shard
 from sample import load_model
 
 CONFIG = dict(vocab_size=96, n_layer=1, n_head=2, d_model=36, block_size=32, structure="btt")
@@ -46,9 +47,7 @@ def make(seed, sharded=False):
     torch.manual_seed(seed)
     model = GPT(GPTConfig(**CONFIG))
     if sharded:
-        mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-        for module in (*model.blocks, model):
-            fully_shard(module, mesh=mesh)
+        shard(model, torch.device("cpu"), compiling=False)
     return model, make_optimizer(model, lr=1e-2)
 
 
@@ -631,6 +630,81 @@ def test_a_run_of_either_format_is_set_aside(tmp_path, sharded):
     assert checkpoint.exists(tmp_path / "run")
     checkpoint.set_aside(tmp_path / "run", say=lambda message: None)
     assert os.listdir(tmp_path) == ["run.1"] and load(tmp_path / "run.1")[0]["step"] == 1
+
+
+def test_only_a_runs_own_files_are_set_aside(tmp_path, monkeypatch):
+    """From the working folder too, twice; a log without checkpoints is a run, an empty folder is none."""
+    own = ["ckpt.pt", "ckpt_best.pt", "ckpt_step500.pt", "config.json", "experts.png", "log.jsonl", "loss.png"]
+    others = ["notes.md", "quickstart", "train.log", "train.py"]
+    monkeypatch.chdir(tmp_path)
+    for folder, aside in ((".", "run"), ("other/", "other")):
+        os.makedirs(folder, exist_ok=True)
+        checkpoint.set_aside(folder, say=lambda message: pytest.fail(message))
+        for number in (1, 2):
+            for name in (*own, *others):
+                (tmp_path / folder / name).write_text(f"{name} {number}")
+            said = []
+            checkpoint.set_aside(folder, said.append)
+            assert said == [f"{os.path.normpath(folder)} held an earlier run: moved to {said[0].split()[-1]}"]
+            assert os.path.normpath(said[0].split()[-1]) == f"{aside}.{number}"
+            assert sorted(os.listdir(f"{aside}.{number}")) == own
+            assert (tmp_path / f"{aside}.{number}" / "log.jsonl").read_text() == f"log.jsonl {number}"
+            left = sorted(name for name in os.listdir(folder) if not name.startswith(("run.", "other")))
+            assert left == others
+    (tmp_path / "other" / "log.jsonl").write_text("{}")
+    (tmp_path / "other" / "config.py").touch()
+    checkpoint.set_aside("other", said.append, also=("config.py",))
+    assert sorted(os.listdir("other.3")) == ["config.py", "log.jsonl"]
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_kept_ones_outlive_the_newest_two(tmp_path, monkeypatch, links):
+    """Of both formats in turn, on a file system with hard links and without; none is half there, none shadows the newest."""
+
+    def no_links(*paths):
+        raise OSError(errno.EOPNOTSUPP, "Operation not supported")
+
+    if not links:
+        monkeypatch.setattr(os, "link", no_links)
+    with one_rank():
+        for step, sharded in enumerate([False, True, True, False, True], 1):
+            names = ["ckpt_best.pt", *([f"ckpt_step{step}.pt"] if step < 3 else [])]
+            checkpoint.save(tmp_path, as_tensors(step, sharded), names)
+            for place, want in [("", step), ("ckpt_best.pt", step), ("ckpt_best.dcp", step), ("ckpt_step1.pt", 1)]:
+                saved, said = load(os.path.join(tmp_path, place))
+                assert saved["step"] == want and not said
+                check_tensors(saved)
+        checkpoint.save(tmp_path, as_tensors(6, True))
+        assert load(tmp_path / "ckpt_step2.dcp")[0]["step"] == 2 and load(tmp_path / "ckpt_best.pt")[0]["step"] == 5
+    left = ["ckpt.dcp", "ckpt_best.dcp", "ckpt_prev.dcp", "ckpt_step1.pt", "ckpt_step2.dcp"]
+    assert sorted(os.listdir(tmp_path)) == left
+    assert checkpoint.exists(tmp_path / "ckpt_best.dcp") and not checkpoint.exists(tmp_path / "ckpt_step9.pt")
+    assert load(tmp_path / "ckpt_step9.pt") == (None, "")
+
+
+def test_no_room_for_a_kept_one_costs_nothing(tmp_path, monkeypatch):
+    def full(*paths):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    checkpoint.save(tmp_path, as_tensors(1, False), ["ckpt_best.pt"])
+    monkeypatch.setattr(checkpoint, "link", full)
+    with pytest.raises(ConfigError, match=r"\(No space left on device\).*of step 1"):
+        checkpoint.save(tmp_path, as_tensors(2, False), ["ckpt_best.pt"])
+    assert sorted(os.listdir(tmp_path)) == ["ckpt.pt", "ckpt_best.pt"]
+    assert load(tmp_path / "ckpt_best.pt")[0]["step"] == 1
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_weights_alone_are_restored(runs, sharded):
+    """Of either format into either kind of model: the weights of step 2, and no state of Adam."""
+    folder, tensors = runs
+    for name in ("file", "directory"):
+        with one_rank():
+            model, optimizer = make(7, sharded)
+            checkpoint.restore(load(folder / name)[0], model)
+            got = tensors_of(model, optimizer)
+        want = {key: tensor for key, tensor in tensors[2].items() if key.startswith("model.")}
+        assert same(got, want)
 
 
 @pytest.mark.parametrize("formats", ["fff", "ddd", "fdf"])

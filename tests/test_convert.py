@@ -6,6 +6,7 @@ Run alone with `pytest tests/test_convert.py`.
 import json
 import math
 import os
+import re
 import runpy
 
 import pytest
@@ -15,9 +16,11 @@ import transformers
 
 import checkpoint
 import convert
+import einsum_linear
+import theta
 import train
 from configurator import ConfigError, load_config
-from conftest import losses
+from conftest import losses, read_rows
 from data import TokenData
 from model import GPT
 from options import GPTConfig
@@ -235,7 +238,11 @@ def test_training_goes_on_from_a_converted_checkpoint(tiny, char_data, tmp_path)
         expected = F.cross_entropy(model(x)[0].flatten(0, 1).double(), y.flatten()).item()
     shape = {f"--{name}" for name in SHAPE}
     training = [word for word in tiny if word.partition("=")[0] not in {*shape, "--out_dir", "--max_steps"}]
-    train.main([str(converted / "config.py"), *training, f"--out_dir={converted}", "--resume", "--max_steps=2"])
+    training = [word for word in training if not word.startswith("--lr=")]
+    train.main([str(converted / "config.py"), *training, "--max_steps=2"])
+    assert [row["lr"] for row in read_rows(converted) if "lr" in row] == pytest.approx(
+        [3e-5 / 5, 2 * 3e-5 / 5]
+    )  # warm-up
     val = losses(converted, "val_loss")
     assert list(val) == [0, 2] and val[0] == pytest.approx(expected, abs=1e-5) and val[2] != val[0]
     assert checkpoint.load(converted)["step"] == 2
@@ -256,11 +263,64 @@ def test_padded_vocabulary_keeps_logits_and_costs_little(idx, tmp_path, capsys):
     torch.testing.assert_close(ours[..., 97:], theirs.mean(-1, keepdim=True).expand(-1, -1, 11), atol=1e-3, rtol=1e-5)
     assert before < loss <= before + math.log(108 / 97) + 1e-4
 
-    with pytest.raises(ConfigError, match="lm_head.*97.*vocab_size"):
+    with pytest.raises(ConfigError, match="lm_head.*97") as error:
         convert_to(tmp_path / "dense", tmp_path / "btt", "--structure=btt")
-    target = convert_to(tmp_path / "dense", tmp_path / "btt", "--structure=btt", "--vocab_size=108")
-    assert target.config.vocab_size == target.lm_head.out_features == 108
-    assert "padded by 11 rows" in capsys.readouterr().out
+    offered = int(re.search(r"pad the vocabulary .*--vocab_size=(\d+)$", str(error.value))[1])
+    target = convert_to(tmp_path / "dense", tmp_path / "btt", "--structure=btt", f"--vocab_size={offered}")
+    assert target.config.vocab_size == target.lm_head.out_features == offered > 97
+    assert f"padded by {offered - 97} rows" in capsys.readouterr().out
+    with pytest.raises(ConfigError) as error:  # no vocabulary helps a rank that other layers do not have
+        convert_to(tmp_path / "dense", tmp_path / "wide", "--structure=low_rank", "--rank=99")
+    assert "vocab_size" not in str(error.value)
+
+
+def test_the_vocabulary_of_gpt2_is_padded_to_a_width_that_factors():
+    model = GPT(GPTConfig(**{**SHAPE, "vocab_size": 50257}, structure="dense"))
+    config = load_config(convert.Config, ["--source=new", "--out_dir=none", "--structure=btt"])
+    with pytest.raises(ConfigError, match="--vocab_size=50304$"):
+        convert.make_target(model.config, config)
+
+
+# -- a structure of the user's own
+
+
+class Mine(einsum_linear.EinsumLinear):
+    """A layer without a method, as somebody may write one."""
+
+    def __getattribute__(self, name):
+        if name == object.__getattribute__(self, "__dict__").get("lacks"):
+            raise AttributeError(name)
+        return super().__getattribute__(name)
+
+
+def own(lacks):
+    """An entry of STRUCTURES: a function of sizes, here what makes the layer itself."""
+
+    def function(d_in, d_out, options):
+        def make(**kwargs):
+            layer = Mine(theta.factor_sizes(d_in, d_out, theta.BTT, 1), **kwargs)
+            layer.lacks = lacks
+            return layer
+
+        return make
+
+    return function, ()
+
+
+def test_a_structure_without_load_dense_or_materialize_is_one_line(monkeypatch, tmp_path):
+    save_run(tmp_path / "dense", structure="dense", parametrization="standard")
+    monkeypatch.setitem(theta.STRUCTURES, "mine", own("load_dense"))
+    with pytest.raises(ConfigError, match="blocks.0.attn.q is a Mine, which has no load_dense: add that method"):
+        convert_to(tmp_path / "dense", tmp_path / "mine", "--structure=mine")
+    save_run(tmp_path / "mine", structure="mine", parametrization="standard")
+    with pytest.raises(ConfigError, match="blocks.0.attn.q is Mine, not dense: convert from a dense model"):
+        convert_to(tmp_path / "mine", tmp_path / "btt", "--structure=btt")
+    monkeypatch.setitem(theta.STRUCTURES, "mine", own("materialize"))
+    with pytest.raises(ConfigError, match="blocks.0.attn.q is a Mine, which has no materialize: add that method"):
+        convert.main([f"--source={tmp_path / 'mine'}", f"--export={tmp_path / 'theirs'}"])
+    assert sorted(os.listdir(tmp_path)) == ["dense", "mine"]
+    monkeypatch.setitem(theta.STRUCTURES, "mine", own(None))
+    assert convert_to(tmp_path / "dense", tmp_path / "whole", "--structure=mine").config.structure == "mine"
 
 
 def test_a_zero_head_stays_zero(tmp_path, idx):

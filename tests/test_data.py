@@ -1,8 +1,12 @@
 """Tokenizers against independent ones, preparation against plain loops, batches as pure functions."""
 
+import concurrent.futures
 import json
+import multiprocessing
 import os
+import pickle
 import random
+import shutil
 import string
 
 import numpy as np
@@ -10,9 +14,19 @@ import pytest
 import torch
 
 import prepare_owt
+import train
 from configurator import ConfigError
-from conftest import run_forked
-from data import CharTokenizer, GPT2Tokenizer, TokenData, read_meta
+from conftest import ROOT, run_forked
+from data import (
+    ByteTokenizer,
+    CharTokenizer,
+    GPT2Tokenizer,
+    TokenData,
+    VocabularyTokenizer,
+    check_same_data,
+    read_meta,
+    tokenizer_of,
+)  # fmt: skip
 from prepare_owt import Config, prepare
 
 
@@ -108,6 +122,47 @@ def test_bpe_mistakes_say_what_to_do(tmp_path, monkeypatch):
         GPT2Tokenizer()
 
 
+ANY_TEXT = "naïve café\t日本 🙂\n\x7f" + "".join(map(chr, range(1, 400)))
+
+
+def test_bytes_take_any_text():
+    tokenizer = ByteTokenizer()
+    assert tokenizer.encode("é\n") == [0xC3, 0xA9, 10]
+    assert tokenizer.decode(tokenizer.encode(ANY_TEXT)) == ANY_TEXT
+    assert tokenizer.decode([0xC3, 104]) == "\ufffdh"  # half a character
+
+
+@pytest.mark.parametrize("text, dtype", [("hello\nworld é", "uint8"), (ANY_TEXT, "uint16")])
+def test_characters_of_the_data_are_numbered_as_nanogpt_does(text, dtype):
+    characters = sorted(set(text))
+    number = {char: i for i, char in enumerate(characters)}
+    tokenizer = VocabularyTokenizer("".join(characters))
+    assert tokenizer.dtype == dtype and tokenizer.vocab_size == len(characters)
+    assert tokenizer.encode(text) == [number[char] for char in text]
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+    with pytest.raises(ConfigError, match=f"'ж' at position {len(text)} "):
+        tokenizer.encode(text + "ж")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a" + " " * 150_000 + "b", "a" + " " * 150_000, " " * 150_000 + "b\n", "a" + "\n" * 120_000 + "b" + " " * 99_999 + "c",
+        "a " + "\u00a0\t\n" * 50_000 + "\x1c" + " " * 100_001 + "'s", "\x1c" * 150_000 + "b", " " * 150_000, "",
+    ],
+)  # fmt: skip
+def test_long_spaces_have_the_ids_of_the_whole(small_bpe, text):
+    tokenizer = GPT2Tokenizer(small_bpe[0])
+    assert tokenizer.encode(text) == tokenizer.bpe.encode_ordinary(text)
+
+
+def test_a_million_spaces(small_bpe):
+    """tiktoken cannot do the whole. The pattern takes all spaces but the last as one word."""
+    tokenizer = GPT2Tokenizer(small_bpe[0])
+    want = [ids for part in ("a", " " * 1_099_999, " b") for ids in tokenizer.bpe.encode_ordinary(part)]
+    assert tokenizer.encode("a" + " " * 1_100_000 + "b") == want
+
+
 # -- preparation
 
 
@@ -182,6 +237,14 @@ def test_bpe_of_the_hubs_layout(tmp_path, small_bpe):
         ]
 
 
+def test_a_data_set_of_one_document_is_refused_in_one_line(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    (tmp_path / "hub").mkdir()
+    datasets.Dataset.from_dict({"text": ["all there is"]}).to_parquet(tmp_path / "hub" / "train-00000-of-00001.parquet")
+    with pytest.raises(ConfigError, match="val_fraction=0.0005: .*hub cannot be split so"):
+        prepare(Config(dataset=str(tmp_path / "hub"), tokenizer="bytes", out_dir=str(tmp_path / "out")))
+
+
 def test_one_document_is_split_at_its_end(tmp_path):
     path = tmp_path / "one.txt"
     path.write_text("abcdefghij" * 100)
@@ -189,14 +252,6 @@ def test_one_document_is_split_at_its_end(tmp_path):
     _, tokens = read_tokens(str(tmp_path / "out"))
     assert len(tokens["val"]) == 100 and len(tokens["train"]) == 901
     assert [*tokens["train"], *tokens["val"]] == char_ids("abcdefghij" * 100 + "\n")
-
-
-def test_a_long_file_is_read_in_pieces(tmp_path, monkeypatch):
-    monkeypatch.setattr(prepare_owt, "LONGEST_DOCUMENT", 50)
-    lines = "".join(f"line {i}\n" for i in range(100))
-    (tmp_path / "long.txt").write_text(lines)
-    pieces = list(prepare_owt.text_documents(str(tmp_path / "long.txt")))
-    assert "".join(pieces) == lines and len(pieces) > 10 and all(piece.endswith("\n") for piece in pieces)
 
 
 def test_the_same_again_gives_the_same_and_a_failure_leaves_the_old(tmp_path):
@@ -211,6 +266,63 @@ def test_the_same_again_gives_the_same_and_a_failure_leaves_the_old(tmp_path):
     assert before == {name: open(tmp_path / "out" / name, "rb").read() for name in before}
 
 
+def prepare_folder(tmp_path, documents, **options):
+    """-> meta and tokens of documents as .txt files"""
+    folder, out = tmp_path / "in", str(tmp_path / "out")
+    folder.mkdir()
+    for i, text in enumerate(documents):
+        (folder / f"{i:04}.txt").write_text(text, encoding="utf-8", newline="")
+    prepare(Config(**{"source": str(folder), "tokenizer": "bytes", "out_dir": out, "num_proc": 1, **options}))
+    return read_tokens(out)
+
+
+@pytest.mark.parametrize("tokenizer", ["bytes", "chars"])
+def test_any_text_with_bytes_and_chars(tmp_path, tokenizer):
+    documents = [text.replace("\n", " ").replace("\r", " ") for text in [*texts(60), ANY_TEXT * 3]]
+    meta, tokens = prepare_folder(tmp_path, documents, tokenizer=tokenizer, val_fraction=0.2)
+    assert meta["left_out"] == 0 and meta["tokenizer"] == tokenizer
+    if tokenizer == "chars":
+        characters = "".join(sorted({*"".join(documents), "\n"}))
+        assert meta["vocabulary"] == characters and meta["vocab_size"] == len(characters)
+    ours = tokenizer_of(meta)
+    got = [text for split in tokens.values() for text in ours.decode(split.tolist()).split("\n")[:-1]]
+    assert sorted(got) == sorted(documents)
+
+
+def test_the_readme_itself_is_text(tmp_path):
+    readme = open(os.path.join(ROOT, "README.md"), encoding="utf-8").read()
+    meta, tokens = prepare_folder(tmp_path, [readme])
+    assert bytes([*tokens["train"], *tokens["val"]]).decode() == readme + "\n"
+    assert len(tokens["val"]) == round(0.1 * meta["documents"] * len((readme + "\n").encode()))
+
+
+def test_what_is_left_out_is_named(tmp_path, capsys):
+    prepare_folder(tmp_path, ["fine\n" * 50, "one\ntwo\nthe café\n", "日本"], tokenizer="char96")
+    out = capsys.readouterr().out
+    assert "0001.txt:3 has 'é'" in out and "--tokenizer=chars or bytes" in out and "2 left out" in out
+    assert "日" not in out  # the first is enough
+    (tmp_path / "book.txt").write_text("a\nb\né")
+    with pytest.raises(ConfigError, match=r"book.txt:3 has 'é', which.* --tokenizer=chars or bytes"):
+        prepare(Config(source=str(tmp_path / "book.txt"), tokenizer="char96", out_dir=str(tmp_path / "out2")))
+
+
+@pytest.mark.parametrize("size, share", [(1000, 0.1), (4_000_000, 0.1), (10_000_000, 0.05), (2_000_000_000, 0.0005)])
+def test_validation_is_a_tenth_of_small_texts(tmp_path, size, share):
+    with open(tmp_path / "a.txt", "wb") as file:
+        file.truncate(size)
+    config = Config(source=str(tmp_path / "a.txt"), tokenizer="bytes")
+    assert prepare_owt.open_source(config).val_fraction == pytest.approx(share)
+
+
+@pytest.mark.parametrize("sizes", [[1000], [1000, 1000], [20_000, 3, 3, 3, 3, 3, 3, 3, 3, 3, 3, 3], [1, 50_000]])
+@pytest.mark.parametrize("seed", range(4))
+def test_few_or_unequal_documents_still_give_validation_its_share(tmp_path, sizes, seed):
+    meta, tokens = prepare_folder(tmp_path, ["x" * size for size in sizes], seed=seed)
+    total = sum(sizes) + len(sizes)
+    assert len(tokens["train"]) + len(tokens["val"]) == total
+    assert 0.05 * total <= len(tokens["val"]) <= 0.2 * total
+
+
 def test_the_standard_library_is_there():
     files = prepare_owt.stdlib_files()
     assert sum(map(os.path.getsize, files)) > 3e6
@@ -221,9 +333,9 @@ def test_the_standard_library_is_there():
 @pytest.mark.parametrize(
     "content, words",
     [
-        ('{"text": "fine"}\n{"text": 3}\n', ["int", "text_field"]),
-        ('{"text": "fine"}\n{"body": "x"}\n', [":2", "text"]),
-        ('{"text": "fine"}\nnot json\n', [":2", "JSON"]),
+        ('{"text": "fine"}\n{"text": 3}\n', ["a.jsonl:2", "int", "text_field", "--skip_bad"]),
+        ('{"text": "fine"}\n{"body": "x"}\n', ["a.jsonl:2", "text", "--skip_bad"]),
+        ('{"text": "fine"}\nnot json\n', ["a.jsonl:2", "JSON", "--skip_bad"]),
     ],
 )
 def test_broken_jsonl_is_named(tmp_path, content, words):
@@ -231,6 +343,81 @@ def test_broken_jsonl_is_named(tmp_path, content, words):
     with pytest.raises(ConfigError) as caught:
         prepare(Config(source=str(tmp_path), tokenizer="char96", out_dir=str(tmp_path / "out"), num_proc=1))
     assert all(word in str(caught.value) for word in words), str(caught.value)
+
+
+def test_nulls_and_bad_rows_are_left_out_and_counted(tmp_path, capsys):
+    lines = ['{"text": "one"}', '{"text": null}', "not json", '{"text": 3}', '{"text": "two"}']
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    out = str(tmp_path / "out")
+    prepare(Config(source=str(tmp_path / "a.jsonl"), tokenizer="bytes", out_dir=out, skip_bad=True))
+    said = capsys.readouterr().out
+    assert "1 nulls left out" in said and "2 left out that cannot be read; the first:" in said and "a.jsonl:3" in said
+    _, tokens = read_tokens(out)
+    assert bytes([*tokens["train"], *tokens["val"]]) == b"one\ntwo\n"
+
+
+class Panic(BaseException):
+    """As tiktoken's: no Exception."""
+
+
+def test_a_document_that_the_tokenizer_fails_on_is_named(tmp_path, monkeypatch, capsys):
+    def encode(self, text):
+        if "bad" in text:
+            raise Panic("StackOverflow")
+        return text.encode()
+
+    monkeypatch.setattr(ByteTokenizer, "encode_document", encode)
+    documents = ["good " * 9, "bad", "good"]
+    with pytest.raises(ConfigError, match="0001.txt cannot be encoded .Panic: StackOverflow.*--skip_bad"):
+        prepare_folder(tmp_path, documents)
+    (tmp_path / "again").mkdir()
+    _, tokens = prepare_folder(tmp_path / "again", documents, skip_bad=True)
+    assert len(tokens["train"]) + len(tokens["val"]) == 46 + 5 and "0001.txt cannot be" in capsys.readouterr().out
+
+
+def test_a_dead_process_is_one_line(tmp_path, monkeypatch):
+    def pool(config, tokenizer, num_proc):
+        context = multiprocessing.get_context("fork")
+        return concurrent.futures.ProcessPoolExecutor(1, context, initializer=os._exit, initargs=(9,))
+
+    monkeypatch.setattr(prepare_owt, "make_pool", pool)
+    with pytest.raises(ConfigError, match="num_proc=1: a tokenizing process died"):
+        prepare_folder(tmp_path, ["some text"])
+    assert os.listdir(tmp_path / "out") == []
+
+
+def test_a_folder_that_cannot_be_written_is_one_line(tmp_path):
+    (tmp_path / "a.txt").write_text("some text")
+    with pytest.raises(ConfigError, match="out_dir=.*a.txt/out cannot be written"):
+        prepare(Config(source=str(tmp_path / "a.txt"), tokenizer="bytes", out_dir=str(tmp_path / "a.txt" / "out")))
+
+
+def test_several_quickstarts_at_once(tmp_path, monkeypatch):
+    """All find the data missing, all write before one of them is done, and all can read it afterwards."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.py").write_text("print('some text')\n" * 1000)
+    monkeypatch.setattr(prepare_owt, "stdlib_files", lambda: [str(tmp_path / "a.py")])
+    context = multiprocessing.get_context("fork")
+    barrier = context.Barrier(4)
+    publish = prepare_owt.publish
+
+    def together(*args):
+        barrier.wait(30)
+        publish(*args)
+
+    monkeypatch.setattr(prepare_owt, "publish", together)
+
+    def quickstart():
+        prepare_owt.prepare_default("data/stdlib_char96")
+        TokenData("data/stdlib_char96", 64)
+
+    processes = [context.Process(target=quickstart) for _ in range(4)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+    assert [process.exitcode for process in processes] == [0] * 4
+    assert sorted(os.listdir("data/stdlib_char96")) == ["meta.json", "train.bin", "val.bin"]
 
 
 def test_prepare_as_a_command(tmp_path):
@@ -242,6 +429,63 @@ def test_prepare_as_a_command(tmp_path):
     assert "training and" in done.stdout and "1 documents" in done.stdout
     done = run_forked("prepare_owt.py", f"--source={tmp_path}/nothing", "--tokenizer=char96")
     assert done.returncode == 1 and done.stderr.startswith("error: source=") and "Traceback" not in done.stderr
+
+
+# -- nanoGPT's folders
+
+
+def nanogpt_folder(path, ids, meta=None):
+    """As its data/*/prepare.py write them: uint16 tokens, and of characters a pickled vocabulary."""
+    path.mkdir()
+    np.array(ids[:-40], dtype=np.uint16).tofile(path / "train.bin")
+    np.array(ids[-40:], dtype=np.uint16).tofile(path / "val.bin")
+    if meta is not None:
+        (path / "meta.pkl").write_bytes(pickle.dumps(meta))
+    return str(path)
+
+
+def test_nanogpts_characters_are_taken_over(tmp_path):
+    text = "First Citizen: Before we proceed any further, hear me speak!\n" * 5
+    chars = sorted(set(text))
+    stoi = {char: i for i, char in enumerate(chars)}
+    meta = {"vocab_size": len(chars), "itos": dict(enumerate(chars)), "stoi": stoi}
+    folder = nanogpt_folder(tmp_path / "shakespeare_char", [stoi[char] for char in text], meta)
+    with pytest.raises(ConfigError, match=f"--source={folder}"):
+        TokenData(folder, 16)
+    prepare(Config(source=folder))
+    data = TokenData(folder, 16)
+    assert tokenizer_of(data.meta).decode(data.tokens["val"]) == text[-40:]
+    x, _ = data.train_batch(seed=0, step=0, rows=2, start=0, stop=2)
+    assert tokenizer_of(data.meta).decode(x[0].tolist()) in text
+
+
+def test_nanogpts_bpe_is_taken_over_and_other_tokens_are_not(tmp_path):
+    folder = nanogpt_folder(tmp_path / "openwebtext", [15496, 995, 50256] * 50)
+    prepare(Config(source=folder))
+    meta = TokenData(folder, 16).meta
+    assert (meta["tokenizer"], meta["vocab_size"], meta["train_tokens"]) == ("gpt2", 50257, 110)
+    with pytest.raises(ConfigError, match="nanoGPT's tokens stay in"):
+        Config(source=nanogpt_folder(tmp_path / "moved", [1] * 50), out_dir=str(tmp_path / "elsewhere"))
+    with pytest.raises(ConfigError, match="train.bin holds token 60000"):
+        prepare(Config(source=nanogpt_folder(tmp_path / "other", [60000] * 50)))
+
+
+class Opens:
+    """A pickle that runs code where it is loaded."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (self.path, "w")
+
+
+def test_a_pickle_that_runs_code_is_refused(tmp_path):
+    trap = str(tmp_path / "trap")
+    folder = nanogpt_folder(tmp_path / "data", [1] * 50, {"itos": Opens(trap)})
+    with pytest.raises(ConfigError, match="meta.pkl is not the vocabulary.*--tokenizer=chars"):
+        prepare(Config(source=folder))
+    assert not os.path.exists(trap) and not os.path.exists(os.path.join(folder, "meta.json"))
 
 
 # -- batches
@@ -300,3 +544,33 @@ def test_broken_data_is_named(tmp_path, spoil, words):
 def test_a_context_longer_than_the_data_is_refused(char_data):
     with pytest.raises(ConfigError, match="block_size"):
         TokenData(char_data, 4000)
+
+
+# -- the data of a resumed run
+
+
+def test_data_in_another_language_is_refused_and_other_counts_are_said():
+    said = []
+    meta = dict(tokenizer="gpt2", vocab_size=50257, train_tokens=100, val_tokens=10)
+    check_same_data(meta, dict(meta), said.append)
+    check_same_data(dict(meta, source="a"), dict(meta, classes=["x"]), said.append)  # what one lacks does not count
+    assert said == []
+    check_same_data(dict(meta, train_tokens=90), meta, said.append)
+    assert len(said) == 1 and "train_tokens is 90, it was 100" in said[0]
+    for other in (dict(tokenizer="char96"), dict(vocab_size=96)):
+        with pytest.raises(ConfigError, match=f"{next(iter(other))} is "):
+            check_same_data({**meta, **other}, meta, said.append)
+    images = dict(dataset="cifar10", classes=["cat", "dog"], mean=[0.5], std=[0.2])
+    with pytest.raises(ConfigError, match="classes is"):
+        check_same_data(dict(images, classes=["dog", "cat"]), images, said.append)
+    check_same_data(dict(images, mean=[0.4]), images, said.append)
+    assert "mean is [0.4], it was [0.5]" in said[-1]
+
+
+def test_a_resumed_run_does_not_go_on_with_another_tokenizer(tiny, char_data, tmp_path):
+    train.main([*tiny, "--max_steps=2"])
+    other = shutil.copytree(char_data, tmp_path / "other")
+    meta = json.loads((other / "meta.json").read_text())
+    (other / "meta.json").write_text(json.dumps({**meta, "tokenizer": "bytes"}))
+    with pytest.raises(ConfigError, match="tokenizer is 'bytes', but the checkpoint was trained on 'char96'"):
+        train.main([*tiny, "--max_steps=4", "--resume", f"--data_dir={other}"])

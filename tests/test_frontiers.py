@@ -9,6 +9,7 @@ import pytest
 
 import frontiers
 import scaling_laws
+import theta
 from configurator import ConfigError
 from conftest import run_forked
 from frontiers import Fit, Run, fit_power_law, frontier
@@ -216,6 +217,83 @@ def test_command_writes_table_json_and_pictures(tmp_path):
         assert (tmp_path / "fit" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
 
 
+def edit_json(path, **changes):
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def test_a_structure_of_the_users_own_is_a_group_without_a_place(tmp_path, monkeypatch):
+    monkeypatch.setitem(theta.STRUCTURES, "mine", theta.STRUCTURES["btt"])
+    runs = write_runs(tmp_path, sizes=2)
+    for i in range(2):
+        edit_json(tmp_path / f"btt{i}" / "config.json", structure="mine", knob={"a": None})
+    scaling_laws.main(["fit", *runs, f"--out={tmp_path}/fit", "--samples=5", "--costs=flops"])
+    groups = json.loads((tmp_path / "fit" / "fit.json").read_text())["groups"]
+    assert groups == {"mine, rank=4": None, "dense": [0, 1, 1]}
+    assert not (tmp_path / "fit" / "frontiers_nu.png").exists()  # one group with a place compares with nothing
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (dict(structure="mine"), "structure='mine' is unknown"),
+        (dict(model="resnet", vocab_size=...), "KeyError: 'resnet'"),
+        (dict(structure=...), "KeyError: 'structure'"),
+        (dict(d_model="64"), "TypeError"),
+        (dict(structure="einsum", theta="all"), "ValueError"),
+        ([1], "config.json cannot be read"),
+        (dict(warmup_steps=None, structured_layers=None, future_option={"x": 1}), "TypeError"),
+    ],
+)
+def test_options_that_are_unknown_are_one_line(tmp_path, changes, message):
+    runs, path = write_runs(tmp_path, sizes=1), tmp_path / "btt0" / "config.json"
+    options = changes if isinstance(changes, list) else {**json.loads(path.read_text()), **changes}
+    if isinstance(options, dict):
+        options = {key: value for key, value in options.items() if value is not ...}
+    path.write_text(json.dumps(options))
+    words = ["fit", *runs, f"--out={tmp_path}/fit", "--samples=5", "--costs=flops"]
+    with pytest.raises(ConfigError, match=f"btt0/.*{message}") as error:
+        scaling_laws.main(words)
+    assert "\n" not in str(error.value)
+
+
+def test_rows_with_values_that_are_no_numbers(tmp_path):
+    """null, text and tables count as left out; a cost that is left out has no logarithm."""
+    runs, path = write_runs(tmp_path, sizes=2), tmp_path / "btt0" / "log.jsonl"
+    whole = path.read_text()
+    odd = {"step": 16, "val_loss": None, "loss": "low", "flops": {"forward": 1}, "moe": [1], "tokens_per_second": 0}
+    path.write_text(whole + json.dumps(odd) + "\n")
+    words = ["fit", *runs, "--samples=5", "--costs=flops"]
+    scaling_laws.main([*words, f"--out={tmp_path}/odd"])
+    path.write_text(whole)
+    scaling_laws.main([*words, f"--out={tmp_path}/plain"])
+    fits = [json.loads((tmp_path / name / "fit.json").read_text())["flops"] for name in ("odd", "plain")]
+    assert fits[0] == fits[1]
+    path.write_text(json.dumps({"step": 16, "val_loss": 2.5}) + "\n")
+    with pytest.raises(ConfigError, match="btt0/log.jsonl has validations without flops: leave the run out$"):
+        scaling_laws.main([*words, f"--out={tmp_path}/none"])
+
+
+def test_pictures_by_exponent_are_of_groups_that_differ_and_laws_are_named_where_there_are_some(tmp_path, monkeypatch):
+    titles = {}
+    monkeypatch.setattr(
+        scaling_laws, "save_figure",
+        lambda figure, path, remedy: titles.update({path: [axes.get_title() for axes in figure.axes][0]}),
+    )  # fmt: skip
+    runs = write_runs(tmp_path, groups=("dense", "btt", "low_rank"), sizes=2)
+    for i in range(2):
+        edit_json(tmp_path / f"low_rank{i}" / "config.json", rank=4)
+    scaling_laws.main(["fit", *runs, f"--out={tmp_path}/fit", "--samples=5", "--costs=flops"])
+    named = {path.rpartition("frontiers_")[2]: title for path, title in titles.items() if "frontiers_" in path}
+    assert named == {
+        "flops.png": "the least loss for what it costs",  # two sizes: two points
+        "psi.png": "the least loss for what it costs, by ψ",  # dense and BTT 1, low rank less; ω is 0 for all
+        "nu.png": "the least loss for what it costs, by ν",
+    }
+    some = {"a": {"law": None}, "b": {"law": {}}}
+    assert scaling_laws.law_of(some).endswith("where it has three points")
+    assert scaling_laws.law_of({"b": {"law": {}}}) == ", and its power law"
+
+
 def test_an_attempt_that_was_set_aside_is_no_second_seed(tmp_path, capsys):
     """A new run moves an old one to NAME.1: the same options, fewer steps. The fit is that of the whole runs."""
     runs, fits = write_runs(tmp_path), []
@@ -397,7 +475,7 @@ def test_a_fit_is_of_one_kind_of_runs(tmp_path):
     )
     with pytest.raises(ConfigError, match="counts tokens and .*images/log.jsonl images: their losses do not compare"):
         scaling_laws.fit([text, str(folder)])
-    with pytest.raises(ConfigError, match="log.jsonl has no top1"):
+    with pytest.raises(ConfigError, match="log.jsonl has no top1: leave it out, or take --loss=val_loss"):
         scaling_laws.fit([text, "--loss=error"])
 
 
@@ -405,7 +483,7 @@ def test_no_error_at_all_has_no_logarithm(tmp_path, monkeypatch):
     monkeypatch.setattr(scaling_laws, "num_parameters", lambda options: 1)
     rows = [{**row, "top1": 1.0} for row in image_rows(0.5)]
     (tmp_path / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (tmp_path / "config.json").write_text('{"structure": "dense"}')
+    (tmp_path / "config.json").write_text('{"structure": "dense", "d_model": 8}')
     with pytest.raises(ConfigError, match="error, 1 - top-1 of 0 has no logarithm: take another --loss"):
         scaling_laws.fit([str(tmp_path), "--loss=error"])
 

@@ -56,6 +56,21 @@ def test_without_gradients_and_with_a_frozen_head():
     torch.testing.assert_close(dx, want, rtol=1e-5, atol=1e-8)
 
 
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("structure", ["dense", "btt"])
+def test_evaluation_computes_no_gradient(context, structure, monkeypatch):
+    """Of a head that is being trained: no graph is made, and nothing is differentiated."""
+    head, x, targets = example(structure)
+    want = F.cross_entropy(head(x), targets, ignore_index=-1).item()
+    made = []
+    head.register_forward_hook(lambda module, inputs, logits: made.append(logits.grad_fn))
+    monkeypatch.setattr(torch.autograd, "grad", lambda *arguments: pytest.fail("a gradient is computed"))
+    with context():
+        got = linear_cross_entropy(head, x, targets, 8)
+    assert got.item() == pytest.approx(want, rel=1e-6) and got.grad_fn is None
+    assert made == [None] * 5
+
+
 def test_float16_gradients_of_many_tokens_do_not_vanish():
     """The mean over 32,768 tokens makes gradients of 1e-5, below float16's normal numbers."""
     torch.manual_seed(0)

@@ -196,6 +196,59 @@ def test_lr_landscape_writes_its_picture_and_rows(char_data, tmp_path, capsys):
     assert "6/6 | width 32 | without muP" in out and "2**-9" in out.splitlines()[-1]
 
 
+def test_what_is_done_is_written_run_by_run_and_an_estimate_comes_first(char_data, tmp_path, monkeypatch, capsys):
+    """Stopped in the fourth of six runs: three rows, and the picture of the width that is whole."""
+    calls, done, drawn = [], mup_check.train, []
+
+    def train(model, optimizer, lr, warmup_steps, batches, autocast):
+        if len(batches) == 3:
+            calls.append(lr)
+            if len(calls) == 4:
+                raise KeyboardInterrupt
+        return done(model, optimizer, lr, warmup_steps, batches, autocast)
+
+    monkeypatch.setattr(mup_check, "train", train)
+    monkeypatch.setattr(mup_check, "draw_landscape", lambda losses, *rest: drawn.append(losses))
+    options = {**SMALL, "steps": 3, "warmup_steps": 1, "lrs": "2**-9,2**-8", "widths": "16,32"}
+    words = [f"--{name}={value}" for name, value in options.items()]
+    with pytest.raises(KeyboardInterrupt):
+        mup_check.main(
+            [
+                "lr_landscape",
+                f"--data_dir={char_data}",
+                *words,
+                f"--json={tmp_path}/lr.json",
+                f"--png={tmp_path}/lr.png",
+            ]
+        )
+    rows = json.loads((tmp_path / "lr.json").read_text())
+    seen = [(row["width"], row["multipliers"], row["lr"]) for row in rows]
+    narrow = [(16, kind, lr) for kind in ("with", "without") for lr in (2**-9, 2**-8)]
+    assert sorted(seen) == sorted([*narrow, (32, "with", 2**-9)])
+    assert len(drawn) == 1 and {kind: list(of) for kind, of in drawn[0].items()} == {"with": [16], "without": [16]}
+    said = capsys.readouterr().out.splitlines()
+    assert said[0].startswith("6 runs of 3 steps on ") and ": about " in said[0]
+    assert said[3].startswith("3/6 | width 32") and said[3].endswith("left")
+
+
+def test_sizes_of_the_landscape_fit_the_device(monkeypatch):
+    small = LandscapeConfig(device="cpu")
+    assert (small.widths, small.steps, small.warmup_steps) == ((64, 128, 256), 100, 10)
+    assert LandscapeConfig(device="cpu", steps=7, batch_rows=3).steps == 7
+    monkeypatch.setattr(mup_check, "choose_device", lambda name: torch.device("cuda"))
+    large = LandscapeConfig()
+    assert (large.widths, large.steps, large.batch_rows) == ((64, 128, 256, 512), 300, 128)
+
+
+@pytest.mark.parametrize("option", ["png", "json"])
+def test_files_that_cannot_be_written_are_found_before_the_work(tmp_path, option):
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match=f"file/a cannot be written .*: give another --{option}"):
+        mup_check.main(["coords", f"--{option}={tmp_path}/file/a"])
+    with pytest.raises(ConfigError, match=f"cannot be written .Is a directory.: give another --{option}"):
+        mup_check.main(["coords", f"--{option}={tmp_path}"])
+
+
 def test_the_best_rate_of_a_single_width(char_data, tmp_path, capsys):
     options = {**SMALL, "steps": 3, "warmup_steps": 1, "lrs": "2**-9,1e30", "widths": "16,"}
     words = [f"--{name}={value}" for name, value in options.items()]

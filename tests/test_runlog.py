@@ -181,7 +181,10 @@ def test_gpt2_fits_the_screen(options):
 
 
 def plan_config(**more):
-    return SimpleNamespace(**{**dict(max_steps=1000, batch_tokens=4096, micro_batch=16, block_size=32), **more})
+    options = dict(
+        max_steps=1000, batch_tokens=4096, micro_batch=16, block_size=32, lr=2e-3, warmup_steps=200, shard="none"
+    )
+    return SimpleNamespace(**options | more)
 
 
 def test_the_plan_by_hand():
@@ -203,6 +206,21 @@ def test_the_plan_of_a_resumed_run_is_about_the_rest():
     assert lines[1].startswith("steps 750 to 1,000 x 4,096 tokens = 1.02M tokens")
     assert lines[2].startswith("1 process x 1 micro-step x 16 sequences") and lines[2].endswith("float16")
     assert lines[3].startswith("at 40% MFU about 48 min,")
+
+
+@pytest.mark.parametrize(
+    "options, world, note",
+    [
+        (dict(warmup_steps=1000), 1, "note: warmup_steps=1000 of max_steps=1000: the rate rises to the end, to 0.002 of lr=0.002"),
+        (dict(warmup_steps=4000), 1, "note: warmup_steps=4000 of max_steps=1000: the rate rises to the end, to 0.0005 of lr=0.002"),
+        (dict(warmup_steps=999), 1, None),
+        (dict(shard="fsdp"), 1, "note: shard=fsdp does nothing on one process, there is no other to share with"),
+        (dict(shard="fsdp"), 2, None),
+    ],
+)  # fmt: skip
+def test_the_plan_notes_what_does_nothing(options, world, note):
+    lines = runlog.plan(plan_config(**options), make("btt"), world, 1, "Some CPU", torch.float32, None)
+    assert lines[3:] == ([note] if note else [])
 
 
 def test_no_time_is_guessed_for_an_unknown_device():
@@ -444,6 +462,29 @@ def test_the_picture_is_a_png(tmp_path, rows):
     runlog.plot_loss(written(tmp_path, rows), str(png))
     assert png.read_bytes().startswith(b"\x89PNG\r\n\x1a\n") and png.stat().st_size > 5000
     assert sorted(os.listdir(tmp_path)) == ["log.jsonl", "loss.png"]
+
+
+def test_the_picture_says_what_it_is_of(tmp_path, monkeypatch):
+    titles = []
+    monkeypatch.setattr(runlog, "save_figure", lambda figure, path: titles.append(figure.axes[0].get_title()))
+    runlog.plot_loss(written(tmp_path, [row_at(1, val_loss=4.0), row_at(2, val_loss=3.0), row_at(3)]), "loss.png")
+    runlog.plot_loss(written(tmp_path, [row_at(1)]), "loss.png")
+    assert titles == [f"{tmp_path.name}: validation loss 3.0000 at step 2", tmp_path.name]
+
+
+def test_two_processes_may_draw_one_picture(tmp_path, monkeypatch):
+    """Each writes under a name of its own, of which nothing is left, even where it fails."""
+    png, names = str(tmp_path / "a.png"), []
+    for pid in (1, 2):
+        monkeypatch.setattr(os, "getpid", lambda pid=pid: pid)
+        with runlog.whole_file(png) as part:
+            names.append(part)
+            open(part, "w").close()
+    assert names[0] != names[1] and os.listdir(tmp_path) == ["a.png"]
+    with pytest.raises(ValueError), runlog.whole_file(png) as part:
+        open(part, "w").close()
+        raise ValueError
+    assert os.listdir(tmp_path) == ["a.png"]
 
 
 # -- the summary

@@ -1,13 +1,22 @@
 """Sampling from a checkpoint, as a function and as the command users type."""
 
+import json
+import os
+import re
+import shlex
+import shutil
+
 import pytest
 import torch
 
+import prepare_owt
 import sample
 import train
 from configurator import ConfigError
-from conftest import run_forked
-from data import CharTokenizer
+from conftest import ROOT, run_forked
+from data import CharTokenizer, read_meta
+from model import GPT, sample_token
+from options import GPTConfig
 
 
 @pytest.fixture(scope="module")
@@ -58,9 +67,10 @@ def test_seed_decides(run, capsys):
     "words, expected",
     [
         (["--start=a\tb"], ["start", r"'\t'", "position 1"]),
-        (["--start=" + "1" * 33], ["start", "33 tokens", "32"]),
         (["--start=FILE:/nowhere.txt"], ["start", "nowhere.txt"]),
         (["--temperature=-1"], ["temperature=-1"]),
+        (["--max_new_tokens=100000000000000"], ["max_new_tokens=100000000000000", "out of memory"]),
+        (["--temperature=1e50"], ["temperature=1e+50", "1e30"]),
         (["--top_p=1.5"], ["top_p=1.5"]),
         (["--top_k=0"], ["top_k=0"]),
         (["--out_dir=nowhere"], ["nowhere", "no checkpoint"]),
@@ -71,3 +81,80 @@ def test_mistakes_are_one_clear_line(run, words, expected):
         sample.main([f"--out_dir={run}", *words])
     message = str(caught.value)
     assert "\n" not in message and all(word in message for word in expected), message
+
+
+def test_a_prompt_longer_than_the_context_is_cropped_to_its_end(run, capsys):
+    """The model holds 32 characters; the whole prompt is shown all the same."""
+    start = "99 + 99 = 0\n" * 5 + "12 + 3"
+    texts = []
+    for words in (start, start[-32:]):
+        sample.main([f"--out_dir={run}", "--start", words, "--max_new_tokens=20", "--temperature=0"])
+        said = capsys.readouterr()
+        assert said.out.startswith(words)
+        texts.append((said.out.removeprefix(words), said.err))
+    assert texts[0][0] == texts[1][0]
+    assert f"start has {len(start)} tokens, of which the model reads the last 32" in texts[0][1] and not texts[1][1]
+
+
+def test_ids_that_the_tokenizer_lacks_are_never_drawn():
+    """A new model's logits are all equal: of 128 ids a quarter have no character."""
+    model = GPT(GPTConfig(vocab_size=128, n_layer=1, n_head=2, d_model=36, block_size=16))
+    for options in (dict(temperature=1.0), dict(temperature=1.0, top_k=100), dict(temperature=1.0, top_p=0.99)):
+        config = sample.Config(max_new_tokens=200, num_samples=2, **options)
+        for text in sample.sample(model, CharTokenizer(), [0], config, torch.device("cpu")):
+            assert len(text) == 200 and len(set(text)) > 50
+
+
+def test_temperatures_at_the_edge_of_float32():
+    logits = torch.tensor([[0.0, 3.0, 2.9, -1.0]]).repeat(200, 1)
+    for temperature in (0.0, 1e-50, 1e-38, 1e-31, 1e-30, 1e-20):
+        assert (sample_token(logits, temperature) == 1).all(), temperature
+    drawn = sample_token(logits, 1e30, generator=torch.Generator().manual_seed(0))
+    assert set(drawn.flatten().tolist()) == {0, 1, 2, 3}
+
+
+def test_a_run_whose_vocabulary_is_larger_ends_with_its_sample(tiny, capsys):
+    train.main([*tiny, "--vocab_size=128", "--max_steps=2", "--sample_tokens=100"])
+    out = capsys.readouterr().out
+    assert "- sample -" in out and "no sample" not in out
+
+
+def test_no_failure_of_the_last_sample_fails_the_run(tiny, tmp_path, monkeypatch, capsys):
+    def fail(*_):
+        raise torch.OutOfMemoryError("no room for a sample")
+
+    monkeypatch.setattr(train, "sample", fail)
+    train.main([*tiny, "--max_steps=2", "--sample_tokens=100"])
+    out = capsys.readouterr().out
+    assert "no sample (OutOfMemoryError): no room for a sample" in out and "- sample -" not in out
+    assert os.path.exists(tmp_path / "run" / "loss.png")
+
+
+def test_a_model_of_pixels_has_no_text(tiny, char_data, tmp_path, capsys):
+    pixels = shutil.copytree(char_data, tmp_path / "pixels")
+    meta = read_meta(char_data)
+    (pixels / "meta.json").write_text(json.dumps({**meta, "tokenizer": "pixels", "row_tokens": 49}))
+    train.main([*tiny, f"--data_dir={pixels}", "--max_steps=2", "--sample_tokens=20"])
+    assert "no sample" in capsys.readouterr().out
+    with pytest.raises(ConfigError, match="run: its tokens are pixels of images"):
+        sample.main([f"--out_dir={tmp_path}/run"])
+
+
+def test_the_readmes_three_commands_for_ones_own_text(tmp_path, monkeypatch, capsys):
+    """As they stand there, but for fewer and smaller steps."""
+    readme = open(os.path.join(ROOT, "README.md"), encoding="utf-8").read()
+    section = readme.partition("## Your own text in three commands\n")[2].partition("\n## ")[0]
+    commands = [shlex.split(line, comments=True) for line in re.findall(r"^ {4}(python .*)$", section, re.MULTILINE)]
+    assert [words[1] for words in commands] == ["prepare_owt.py", "train.py", "sample.py"]
+    monkeypatch.chdir(tmp_path)
+    os.symlink(os.path.join(ROOT, "config"), "config")
+    (source,) = (word.partition("=")[2] for word in commands[0] if word.startswith("--source="))
+    with open(source, "w", encoding="utf-8") as file:
+        file.write("Ein Text mit Umlauten: äöü, ein paar Zeilen lang.\n" * 200)
+    prepare_owt.main(commands[0][2:])
+    short = ["--max_steps=2", "--warmup_steps=1", "--eval_tokens=64", "--sample_tokens=5", "--device=cpu"]
+    train.main([*commands[1][2:], *short])
+    capsys.readouterr()
+    sample.main([*commands[2][2:], "--max_new_tokens=5", "--device=cpu"])
+    (start,) = (word.partition("=")[2] for word in commands[2] if word.startswith("--start="))
+    assert capsys.readouterr().out.startswith(start)

@@ -215,7 +215,7 @@ def test_labels_and_png(folder, capsys):
         (["plot", "nowhere"], "nowhere does not exist: give the folder of a run, or its log.jsonl"),
         (["plot", "empty"], "empty/log.jsonl does not exist"),
         (["plot", "junk.jsonl"], "junk.jsonl has no rows: leave it out"),
-        (["plot", "good", "trained", "--key=val_loss"], "trained/log.jsonl has no val_loss: leave it out"),
+        (["plot", "good", "trained", "--key=val_loss"], "trained/log.jsonl has no val_loss: leave it out, or take --key=loss"),
         (["plot", "good", "--pgn=x.png"], "unknown option --pgn: did you mean 'png'?"),
         (["plot", "good", "--key=lss"], "give one of 'both', 'loss', 'val_loss'"),
         (["plot", "good", "--png"], "--png needs a value"),

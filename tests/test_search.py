@@ -1,7 +1,9 @@
 """Search over structures: the space, the budget, samplers against chance, what survives a kill. pytest tests/test_search.py"""
 
 import json
+import multiprocessing
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -11,6 +13,8 @@ import numpy as np
 import pytest
 
 optuna = pytest.importorskip("optuna")
+
+from sqlalchemy.exc import SQLAlchemyError  # noqa: E402
 
 import search  # noqa: E402
 import search_report  # noqa: E402
@@ -359,6 +363,89 @@ def test_report(tmp_path, capsys, pruner):
 # Real runs
 
 
+def open_at_once(barrier, words, path):
+    barrier.wait()
+    with open(path, "w") as file:
+        try:
+            study = search.open_study(load_config(search.Config, words))
+            file.write(json.dumps([study._study_id, study.user_attrs["settings"]["lr"]]))
+        except ConfigError as error:
+            file.write(str(error))
+
+
+@pytest.mark.parametrize("storage", [None, "sqlite:///{tmp}/shared.db"])
+def test_searches_that_start_together_on_a_new_database_share_it(tmp_path, storage):
+    """With a folder in common, and with a database in common that each has another folder beside."""
+    fork = multiprocessing.get_context("fork")
+    barrier, processes = fork.Barrier(4), []
+    for i in range(4):
+        words = [*SMALL, f"--out={tmp_path}/out{i if storage else ''}", "--device=cpu"]
+        words += [f"--storage={storage.format(tmp=tmp_path)}"] if storage else []
+        processes.append(fork.Process(target=open_at_once, args=(barrier, words, tmp_path / f"{i}.txt")))
+        processes[-1].start()
+    for process in processes:
+        process.join(60)
+    assert {(tmp_path / f"{i}.txt").read_text() for i in range(4)} == {f"[1, {load_config(search.Config, SMALL).lr}]"}
+
+
+def test_a_storage_that_cannot_be_opened_is_not_tried_again(monkeypatch):
+    calls = []
+
+    def fail(url):
+        calls.append(url)
+        raise SQLAlchemyError("no such host")
+
+    monkeypatch.setattr(optuna.storages, "RDBStorage", fail)
+    with pytest.raises(SQLAlchemyError):
+        search.open_storage("sqlite://")
+    assert len(calls) == 1
+
+
+def test_on_a_cpu_a_search_without_a_config_file_is_small_and_says_how_long(tmp_path, monkeypatch, capsys):
+    seen = []
+    monkeypatch.setattr(search, "search", lambda study, *rest: seen.append(study.user_attrs["settings"]))
+    monkeypatch.setattr(search, "prepare_default", lambda folder: None)
+    monkeypatch.setattr(search, "TokenData", lambda *args: None)
+    search.main([f"--out={tmp_path}", "--device=cpu", "--trials=80", "--max_steps=600"])
+    said = capsys.readouterr().out
+    assert seen[0]["d_model"] == 32 and seen[0]["max_steps"] == 600  # what is given wins
+    assert "on a CPU, without a config file: python search.py config/quickstart.py --n_layer=2" in said
+    assert re.search(r"\n80 trials of at most [\d.e+]+ FLOPs: about \d+ (s|min|h)", said)
+
+
+def test_what_halving_leaves_is_the_share_of_all_steps_that_is_trained():
+    """Of 9 evaluations all trials do the first, a third two more, a ninth the other six."""
+    config = load_config(search.Config, [*SMALL, "--max_steps=900", "--eval_interval=100"])
+    assert search.share_trained(config) == pytest.approx((1 + 2 / 3 + 6 / 9) / 9)
+    config.prune = 0
+    assert search.share_trained(config) == 1
+
+
+def test_what_a_refusal_offers_works(tmp_path):
+    """Another study in the same folder is refused for its trials: only another folder is offered."""
+    first = load_config(search.Config, [*SMALL, f"--out={tmp_path}/a"])
+    search.open_study(first)
+    (tmp_path / "a" / "trial_0").mkdir()
+    other = [*SMALL, "--lr=0.01"]
+    with pytest.raises(ConfigError, match="make it that, or give another --out$"):
+        search.open_study(load_config(search.Config, [*other, f"--out={tmp_path}/a"]))
+    search.open_study(load_config(search.Config, [*other, f"--out={tmp_path}/b"]))
+    shared = f"--storage=sqlite:///{tmp_path}/a/search.db"
+    with pytest.raises(ConfigError, match="make it that, or give another --study and another --out$"):
+        search.open_study(load_config(search.Config, [*other, f"--out={tmp_path}/c", shared]))
+    search.open_study(load_config(search.Config, [*other, f"--out={tmp_path}/c", shared, "--study=other"]))
+
+
+def test_places_of_the_picture():
+    """Trials at one place are one point, mixtures apart; nothing is moved."""
+    rows = [dict(omega=0, psi=1, experts=1), dict(omega=0.3, psi=1, experts=1)]
+    rows += [dict(omega=0.01, psi=1, experts=experts) for experts in (1, 1, 4)]
+    places = search_report.by_place(rows, ("omega", "psi"))
+    assert [[(row["omega"], row["experts"]) for row in place] for place in places] == [
+        [(0, 1), (0.01, 1), (0.01, 1)], [(0.3, 1)], [(0.01, 4)],
+    ]  # fmt: skip
+
+
 def test_a_run_that_fails_and_one_that_outlived_its_search(tmp_path):
     folder = tmp_path / "trial_0"
     config = load_config(search.Config, [*SMALL, "--data_dir=nowhere"])
@@ -425,6 +512,7 @@ def test_killed_in_the_middle_it_goes_on_to_the_end(tiny, tmp_path):
         (["--storage=nosql://me:secret@host/db"], "storage=nosql://me:…@host/db cannot be used"),
         (["--storage=sqlite:////nowhere/at/all.db"], "cannot be used, .*: give another"),
         (["--out=README.md"], "README.md cannot be written"),
+        (["--device=cuda"], "device=cuda, but torch sees no GPU"),
         (["--report", "--out={tmp}/none"], "none/search.db does not exist"),
         (["--data_dir=nowhere", "--out={tmp}/x"], "nowhere"),
     ],

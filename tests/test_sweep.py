@@ -198,6 +198,21 @@ def test_a_run_whose_steps_a_config_file_sets(tmp_path):
     assert not sweep.is_finished(options)
 
 
+def test_options_of_other_types_than_they_are_written_with(tmp_path, capsys):
+    """data_dir=2024 is written as text by the run; a config.json that holds no options is no reason to fail."""
+    options = {"out_dir": str(tmp_path), "data_dir": 2024, "lr": 1e-3}
+    (tmp_path / "log.jsonl").write_text('{"step": 5}\n')
+    for text, finished in (
+        ('{"data_dir": "2024", "max_steps": 5}', True),
+        ('{"max_steps": "all"}', False),
+        ("[]", False),
+    ):
+        (tmp_path / "config.json").write_text(text)
+        assert sweep.is_finished(options) == finished
+        sweep.say_what_differs({"a": options})
+    assert capsys.readouterr().out == ""
+
+
 def test_finished_runs_of_other_options_are_spoken_of(tmp_path, capsys):
     path = write(tmp_path, "common = dict(data_dir='b', theta=(0.5, 0)); runs = [dict(max_steps=m) for m in (5, 6)]")
     for steps, data in ((5, "a"), (6, "b")):

@@ -2,6 +2,7 @@
 
 import fcntl
 import functools
+import importlib
 import json
 import math
 import os
@@ -13,14 +14,17 @@ import time
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import checkpoint
+import parallel
 import runlog
 import train
 from configurator import ConfigError
 from conftest import losses, read_rows, run_forked, run_script, start_script
 from data import TokenData
-from device import peak_flops
+from device import choose_device, choose_dtype, peak_flops
 from sample import load_model
 from train import Config, lr_at
 
@@ -189,6 +193,259 @@ def test_a_second_run_sets_the_first_aside(tiny, tmp_path, capsys):
     assert "moved to" in capsys.readouterr().out
 
 
+def test_a_run_without_checkpoints_is_set_aside_too(tiny, tmp_path):
+    rows = []
+    for lr in (1e-3, 1e-4):
+        train.main([*tiny, "--max_steps=1", "--save=False", f"--lr={lr}"])
+        rows.append(read_rows(tmp_path / "run"))
+    assert read_rows(tmp_path / "run.1") == rows[0] != rows[1]
+    assert sorted(os.listdir(tmp_path / "run.1")) == ["config.json", "log.jsonl", "loss.png"]
+    assert sorted(os.listdir(tmp_path)) == ["run", "run.1"]
+
+
+# -- what else it saves, and what it starts from
+
+
+def test_the_best_and_every_so_many_stay(tiny, tmp_path, monkeypatch):
+    """Each is the checkpoint of its step; the validation losses are given, so that the best is none of the newest."""
+    values = iter([5.0, 3.0, 2.0, 4.0, 2.5])
+    monkeypatch.setattr(train, "evaluate", lambda *arguments: next(values))
+    train.main([*tiny, "--eval_interval=5", "--keep_best", "--keep_every=7"])
+    run = tmp_path / "run"
+    kept = {name: checkpoint.load(run / name) for name in sorted(os.listdir(run)) if name.startswith("ckpt")}
+    assert {name: saved["step"] for name, saved in kept.items()} == {
+        "ckpt.pt": 20, "ckpt_best.pt": 10, "ckpt_prev.pt": 15, "ckpt_step14.pt": 14, "ckpt_step7.pt": 7
+    }  # fmt: skip
+    assert kept["ckpt_best.pt"]["best_val_loss"] == 2.0
+    model, _ = load_model(str(run / "ckpt_step7.pt"))  # as sample.py and convert.py read it
+    assert all(torch.equal(tensor, kept["ckpt_step7.pt"]["model"][name]) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("how", ["signal", "clock"])
+def test_saves_between_evaluations(tiny, tmp_path, monkeypatch, how, capsys):
+    """SIGUSR1 in step 7, and the clock at every step: the checkpoint is of the step in progress, and training goes on."""
+    original, seen = TokenData.train_batch, {}
+
+    def batch(self, seed, step, *rest):
+        if how == "signal" and step == 6:
+            os.kill(os.getpid(), signal.SIGUSR1)
+        saved = checkpoint.load(tmp_path / "run")
+        seen[step] = saved["step"]
+        return original(self, seed, step, *rest)
+
+    monkeypatch.setattr(TokenData, "train_batch", batch)
+    train.main([*tiny, *(["--save_minutes=1e-9"] if how == "clock" else [])])
+    if how == "signal":
+        assert [seen[step] for step in (6, 7, 9, 10, 19)] == [0, 7, 7, 10, 10]
+        assert capsys.readouterr().out.count("asked to save: after this step") == 1
+    else:
+        assert seen == {step: step for step in range(20)}
+    assert max(losses(tmp_path / "run")) == 20
+
+
+def test_a_checkpoint_between_evaluations_resumes_as_straight(tiny, tmp_path, straight):
+    words = [*tiny, "--dropout=0.1"]
+    train.main([*words, "--keep_every=7"])
+    os.makedirs(tmp_path / "half")
+    shutil.copy(tmp_path / "run" / "ckpt_step7.pt", tmp_path / "half" / "ckpt.pt")
+    train.main([*words, f"--out_dir={tmp_path}/half", "--resume"])
+    got, want = losses(tmp_path / "half"), losses(straight)
+    assert list(got) == list(range(8, 21)) and all(got[step] == pytest.approx(want[step], rel=1e-6) for step in got)
+
+
+@pytest.mark.parametrize("option", ["save_minutes=5.0", "keep_every=5", "keep_best=True"])
+def test_nothing_is_kept_of_a_run_without_checkpoints(tiny, option):
+    with pytest.raises(ConfigError, match=f"^{option} with save=False"):
+        train.main([*tiny, "--save=False", f"--{option}"])
+
+
+def test_a_run_starts_from_anothers_weights(tiny, tmp_path, straight, capsys):
+    """Step 0, a schedule and moments of its own: the same as a run whose weights are put in by hand."""
+    words = [*tiny, "--lr=1e-3", "--seed=5", "--max_steps=10"]
+    train.main([*words, f"--init_from={straight}"])
+    assert "weights of step 20 of" in capsys.readouterr().out
+    rows = read_rows(tmp_path / "run")
+    assert rows[0]["step"] == 0 and rows[0]["val_loss"] == pytest.approx(losses(straight, "val_loss")[20], rel=1e-6)
+    assert rows[1]["lr"] == pytest.approx(1e-3 / 5) and rows[1]["loss"] < 3
+    saved = checkpoint.load(straight)
+    blank = {**saved, "step": 0, "optimizer": {}, "seconds": 0.0, "best_val_loss": math.inf}
+    os.makedirs(tmp_path / "hand")
+    torch.save(blank, tmp_path / "hand" / "ckpt.pt")
+    train.main([*words, f"--out_dir={tmp_path}/hand", "--resume"])
+    assert losses(tmp_path / "hand") == losses(tmp_path / "run")
+    # A resumed run goes on with its own.
+    train.main([*words, f"--init_from={straight}", "--max_steps=12", "--resume"])
+    assert "going on from step 10" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "words, expected",
+    [
+        (["--n_layer=1", "--n_head=1"], ["is of another model", "give --n_layer=2 --n_head=2"]),
+        (["--init_from=nowhere"], ["init_from=nowhere holds no checkpoint"]),
+        (["--init_from=scratch"], ["init_from=scratch", "leave it out"]),
+        (["--init_from=resume"], ["init_from=resume", "--resume"]),
+        (["--init_from=gpt2-xl"], ["init_from=gpt2-xl", "python convert.py --source=gpt2-xl --structure=dense"]),
+        (["--out_dir={straight}"], ["init_from=", "give another out_dir"]),
+        (["--out_dir={straight}", "--init_from={straight}/ckpt_prev.pt"], ["init_from=", "give another out_dir"]),
+    ],
+)
+def test_what_a_run_cannot_start_from(tiny, straight, words, expected):
+    before = sorted(os.listdir(straight))
+    with pytest.raises(ConfigError) as caught:
+        train.main([*tiny, f"--init_from={straight}", *(word.format(straight=straight) for word in words)])
+    message = str(caught.value)
+    assert "\n" not in message and all(word in message for word in expected), message
+    assert sorted(os.listdir(straight)) == before
+
+
+class NanoGPT(torch.nn.Module):
+    """nanoGPT's model by its description: names and shapes of its state_dict, one product for q, k and v."""
+
+    def __init__(self, layers, heads, width, context, vocabulary, bias, gelu):
+        super().__init__()
+        self.heads, self.gelu = heads, gelu
+        linear, norm = functools.partial(torch.nn.Linear, bias=bias), functools.partial(torch.nn.LayerNorm, bias=bias)
+
+        def attention():
+            return torch.nn.ModuleDict(dict(c_attn=linear(width, 3 * width), c_proj=linear(width, width)))
+
+        def mlp():
+            return torch.nn.ModuleDict(dict(c_fc=linear(width, 4 * width), c_proj=linear(4 * width, width)))
+
+        self.transformer = torch.nn.ModuleDict(
+            dict(
+                wte=torch.nn.Embedding(vocabulary, width),
+                wpe=torch.nn.Embedding(context, width),
+                h=torch.nn.ModuleList(
+                    torch.nn.ModuleDict(dict(ln_1=norm(width), attn=attention(), ln_2=norm(width), mlp=mlp()))
+                    for _ in range(layers)
+                ),
+                ln_f=norm(width),
+            )
+        )
+        self.lm_head = torch.nn.Linear(width, vocabulary, bias=False)
+        self.lm_head.weight = self.transformer.wte.weight
+
+    def forward(self, idx):
+        t = self.transformer
+        x = t.wte(idx) + t.wpe(torch.arange(idx.shape[1]))
+        for block in t.h:
+            q, k, v = block.attn.c_attn(block.ln_1(x)).chunk(3, dim=-1)
+            q, k, v = (y.unflatten(-1, (self.heads, -1)).transpose(1, 2) for y in (q, k, v))
+            weights = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])
+            weights = weights.masked_fill(torch.ones_like(weights[0, 0]).triu(1).bool(), -math.inf).softmax(dim=-1)
+            x = x + block.attn.c_proj((weights @ v).transpose(1, 2).flatten(2))
+            x = x + block.mlp.c_proj(F.gelu(block.mlp.c_fc(block.ln_2(x)), approximate=self.gelu))
+        return self.lm_head(t.ln_f(x))
+
+
+@pytest.mark.parametrize("bias, prefix", [(True, "_orig_mod."), (False, "")])
+def test_nanogpts_checkpoint_is_read(tiny, tmp_path, bias, prefix, capsys):
+    torch.manual_seed(1)
+    theirs = NanoGPT(2, 2, 36, 32, 96, bias, "tanh")
+    for parameter in theirs.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    args = dict(n_layer=2, n_head=2, n_embd=36, block_size=32, bias=bias, vocab_size=96, dropout=0.0)
+    saved = {
+        "model": {prefix + name: tensor for name, tensor in theirs.state_dict().items()},
+        "optimizer": torch.optim.AdamW(theirs.parameters()).state_dict(), "model_args": args, "iter_num": 2000,
+        "best_val_loss": torch.tensor(1.5), "config": {"dataset": "shakespeare_char"},
+    }  # fmt: skip
+    os.makedirs(tmp_path / "nano")
+    path = tmp_path / "nano" / "ckpt.pt"
+    torch.save(saved, path)
+    ours, meta = load_model(str(path))
+    idx = torch.randint(96, (3, 32))
+    torch.testing.assert_close(ours(idx)[0], theirs(idx), rtol=0, atol=1e-5)
+    exact = NanoGPT(2, 2, 36, 32, 96, bias, "none")
+    exact.load_state_dict(theirs.state_dict())
+    assert 3e-5 < (exact(idx) - ours(idx)[0]).abs().max() < 1e-3  # its newest form has another GELU
+    # Its weights are a start; a run never takes it for its own.
+    model = [f"--bias={bias}", "--parametrization=standard", "--structure=dense", "--max_steps=1"]
+    train.main([*tiny, *model, f"--init_from={path}"])
+    assert "weights of step 0" in capsys.readouterr().out
+    with pytest.raises(ConfigError, match="give.* --parametrization=standard --structure=dense"):
+        train.main([*tiny, f"--init_from={path}"])
+    with pytest.raises(ConfigError, match="no whole checkpoint"):
+        train.main([*tiny, *model, f"--out_dir={tmp_path}/nano", "--resume"])
+    assert f"it is nanoGPT's: --init_from={path} starts from it" in capsys.readouterr().out
+    with pytest.raises(ConfigError, match="tokenizer .*nanoGPT's meta.pkl"):
+        train.make_tokenizer(meta["tokenizer"])
+
+
+# -- devices
+
+
+class NoFloat64(TorchDispatchMode):
+    """What Apple's GPU refuses: here on the CPU, where a run's own device is."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves((args, kwargs, result)):
+            if isinstance(tensor, torch.Tensor) and tensor.dtype in (torch.float64, torch.complex128):
+                raise TypeError(f"{function}: Cannot convert a MPS Tensor to float64 dtype")
+        return result
+
+
+@pytest.mark.parametrize("script", ["train", "vision.train", "vision.regression"])
+def test_a_run_needs_no_float64(tiny, tmp_path, straight, script):
+    words = [*tiny, "--dropout=0.1", "--weight_decay=0.1"]
+    if script != "train":
+        words = ["--device=cpu", "--compile=False", "--max_steps=2", f"--out_dir={tmp_path}/run"]
+        words += ["--dataset=digits", "--batch_size=32", "--micro_batch=32", "--d_model=16"][
+            : 4 if "train" in script else 0
+        ]
+    if script == "vision.train":
+        words += ["--image_size=8", "--channels=1", "--n_classes=10", "--structured_layers=ffn", "--crop_padding=1"]
+    if script == "vision.regression":
+        words += ["--d_model=16", "--batch_size=32", "--micro_batch=32", "--eval_inputs=64", "--teacher_width=8"]
+    with NoFloat64():
+        importlib.import_module(script).main(words)
+    if script == "train":
+        assert losses(tmp_path / "run", "val_loss") == pytest.approx(losses(straight, "val_loss"), rel=1e-6)
+
+
+def test_the_fake_refuses_float64():
+    with NoFloat64(), pytest.raises(TypeError, match="float64"):
+        torch.zeros(2, dtype=torch.float64)
+
+
+def test_which_device_is_taken(monkeypatch):
+    def choose(name, cuda=False, mps=False, processes=1):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+        monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
+        monkeypatch.setenv("WORLD_SIZE", str(processes))
+        return choose_device(name).type
+
+    assert choose("auto") == "cpu" and choose("auto", mps=True) == "mps"
+    assert choose("auto", mps=True, processes=2) == "cpu" and choose("mps", mps=True) == "mps"
+    assert choose_dtype("auto", torch.device("mps")) == torch.float32
+    for name, message in (
+        ("cuda", "torch sees no GPU: take --device=cpu"),
+        ("mps", "torch sees no Apple GPU: take --device=cpu"),
+        ("meta", "device='meta' is unknown: auto, cuda, cpu or mps"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            choose(name)
+    with pytest.raises(ConfigError, match="for one process, there are 2"):
+        choose("mps", mps=True, processes=2)
+
+
+def test_no_compiler_is_one_line(tiny, monkeypatch):
+    from torch._inductor import config, cpp_builder
+
+    torch._dynamo.reset()
+    cpp_builder.get_cpp_compiler.cache_clear() if hasattr(cpp_builder.get_cpp_compiler, "cache_clear") else None
+    monkeypatch.setattr(config.cpp, "cxx", ("no-such-compiler",))
+    with pytest.raises(ConfigError) as caught:
+        train.main([*tiny, "--compile=True"])
+    message = str(caught.value)
+    assert (
+        message.startswith("torch.compile has no compiler (") and "--compile=False" in message and "\n" not in message
+    )
+
+
 # -- resuming
 
 
@@ -268,8 +525,9 @@ def test_torchruns_restart_resumes_without_the_flag(tiny, tmp_path, monkeypatch,
 # -- several processes
 
 
-def test_two_processes_equal_one(tiny, tmp_path, straight):
+def test_two_processes_equal_one(tiny, tmp_path):
     """Equal global batch, two real gloo processes: losses equal to rounding, evaluation on both ranks included."""
+    tiny = [*tiny, "--dropout=0.1"]  # its masks too are those of a micro-batch, whoever takes it
     train.main(tiny)
     done = run_forked("train.py", *tiny, f"--out_dir={tmp_path}/two", processes=2)
     assert done.returncode == 0, done.stderr
@@ -277,6 +535,22 @@ def test_two_processes_equal_one(tiny, tmp_path, straight):
     for key in ("loss", "val_loss", "grad_norm", "tokens"):
         one, two = losses(tmp_path / "run", key), losses(tmp_path / "two", key)
         assert one.keys() == two.keys() and all(two[step] == pytest.approx(one[step], rel=2e-4) for step in one), key
+
+
+def test_seeds_of_dropout_in_a_cuda_graph():
+    """It is seeded before, once: where a process takes one micro-batch, as outside of one."""
+    seen = {}
+    for as_graph in (False, True):
+        for first in (0, 1, 2):
+            seeds, drawn = parallel.DropoutSeeds(Config(dropout=0.1, seed=3), as_graph), []
+            seeds.update(7, first)
+            for number in (first, first + 1):
+                seeds.micro_batch(number)
+                drawn.append(torch.rand(4).tolist())
+            seen[as_graph, first] = drawn
+    assert seen[False, 0][1] == seen[False, 1][0] != seen[False, 0][0]
+    assert [seen[True, first][0] for first in (0, 1, 2)] == [seen[False, first][0] for first in (0, 1, 2)]
+    assert seen[True, 0][1] not in (seen[False, 0][1], seen[True, 0][0])
 
 
 def test_a_run_of_two_processes_goes_on_as_one(tiny, tmp_path):
@@ -298,6 +572,7 @@ def test_sharded_on_two_goes_on_sharded_on_four_and_whole_on_one(tiny, tmp_path)
     train.main([*tiny, f"--out_dir={tmp_path}/straight"])
     done = run_forked("train.py", *tiny, "--shard=fsdp", "--max_steps=10", processes=2)
     assert done.returncode == 0, done.stdout + done.stderr
+    assert "view tensor" not in done.stderr, done.stderr  # of FSDP2, about hooks that an in-place operation would drop
     assert sorted(os.listdir(tmp_path / "run")) == ["ckpt.dcp", "ckpt_prev.dcp", "config.json", "log.jsonl", "loss.png"]
     for name in ("four", "one"):
         shutil.copytree(tmp_path / "run", tmp_path / name)
@@ -312,6 +587,33 @@ def test_sharded_on_two_goes_on_sharded_on_four_and_whole_on_one(tiny, tmp_path)
     weights = [load_model(str(tmp_path / name))[0].state_dict() for name in ("four", "one")]
     for name in weights[0]:
         torch.testing.assert_close(weights[0][name], weights[1][name], rtol=1e-3, atol=1e-4)
+
+
+SPARE = f"""
+import sys
+sys.path.insert(0, {os.path.dirname(train.__file__)!r})
+import torch
+import train
+
+class WithSpare(train.GPT):
+    def __init__(self, config):
+        super().__init__(config)
+        self.spare, self.other = (torch.nn.Parameter(torch.zeros(3)) for _ in range(2))
+
+train.build.__defaults__ = tuple(WithSpare if value is train.GPT else value for value in train.build.__defaults__)
+train.main(sys.argv[1:])
+"""
+
+
+@pytest.mark.parametrize("bucket", [0, 25])
+def test_a_parameter_without_gradient_is_named(tiny, tmp_path, bucket):
+    """Of one process it is left as it is; several would exchange it."""
+    (tmp_path / "spare.py").write_text(SPARE)
+    words = [tmp_path / "spare.py", *tiny, "--max_steps=2", f"--bucket_mb={bucket}"]
+    done = run_forked(*words, processes=2)
+    assert done.returncode != 0 and "error: spare and 1 more have no gradient" in done.stderr, done.stderr
+    if bucket == 0:
+        assert run_forked(*words).returncode == 0
 
 
 COMPILED = f"""
@@ -448,6 +750,19 @@ def test_impossible_options_are_one_clear_line(tiny, words, expected, tmp_path):
     message = str(caught.value)
     assert "\n" not in message and all(word in message for word in expected), message
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "script, option",
+    [("train", "seed"), ("sample", "seed"), ("mup_check", "seed"), ("vision.regression", "seed"), ("vision.regression", "teacher_seed")],
+)  # fmt: skip
+@pytest.mark.parametrize("value", [-1, 2**63, 99999999999999999999])
+def test_a_seed_that_torch_cannot_take(script, option, value):
+    module = importlib.import_module(script)
+    Config = module.CoordsConfig if script == "mup_check" else module.Config
+    with pytest.raises(ConfigError, match=f"^{option}={value}: make it at least 0 and less than 2.63$"):
+        train.load_config(Config, [f"--{option}={value}"])
+    assert train.load_config(Config, [f"--{option}={2**63 - 1}"])
 
 
 def test_mistakes_on_the_command_line_end_without_traceback(tiny):

@@ -18,8 +18,13 @@ import itertools
 import json
 import math
 import os
+import re
+import shutil
 import signal
 import sys
+import tempfile
+import warnings
+import zipfile
 from collections.abc import Callable
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -31,7 +36,7 @@ if __name__ == "__main__":  # `vision` and the root's modules are found from the
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from configurator import ConfigError, as_script, load_config
 from device import to_device
@@ -39,8 +44,9 @@ from vision.options import DataConfig
 
 HUB = {"cifar10": "uoft-cs/cifar10", "cifar100": "uoft-cs/cifar100", "imagenet": "ILSVRC/imagenet-1k"}
 IMAGE_FIELDS, LABEL_FIELDS = ("img", "image"), ("label", "fine_label")
-VAL_NAMES = ("val", "validation", "test")
-ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm")
+VAL_NAMES = ("val", "validation", "valid", "test")  # the first that exists, and has labels, is for validation
+SPLIT_WORDS = {name: name for name in ("train", *VAL_NAMES)} | {"training": "train", "testing": "test"}
+ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff")
 
 # What a random number is for: with the seed and a number, all that its generator is made of.
 ORDER, CROP, FLIP, MIX, ERASE, OPERATIONS = range(6)
@@ -62,17 +68,20 @@ class Split(NamedTuple):
     name: Callable  # i -> what to call it in a message
 
 
-def open_splits(config):
-    """-> {"train": Split, "val": Split}, names of the classes or None"""
+def open_splits(config, say=lambda text: None):
+    """-> {"train": Split, "val": Split}, names of the classes or None. `say` is told what each split is made of."""
     if config.dataset == "digits" and config.data_dir is None:
         return digits()
     if config.data_dir is None:
-        return hub(config)
+        return hub(config, say)
     if not os.path.isdir(config.data_dir):
         raise ConfigError(f"data_dir={config.data_dir} is no folder: give one, or leave it out to use the hub")
-    if os.path.isdir(os.path.join(config.data_dir, "train")) and not parquet_files(config)["train"]:
-        return class_folders(config.data_dir)
-    return parquet(config)
+    if os.path.isdir(os.path.join(config.data_dir, "train")) and "train" not in parquet_files(config):
+        try:
+            return class_folders(config.data_dir, say)
+        except OSError as error:
+            raise ConfigError(f"data_dir={config.data_dir}: {error.filename}: {error.strerror}") from None
+    return parquet(config, say)
 
 
 def digits():
@@ -93,32 +102,49 @@ def digits():
     return splits, [str(digit) for digit in range(10)]
 
 
-def class_folders(root):
-    """root/train/CLASS/* and root/val/CLASS/*: a class is a folder, its label that of its name in alphabetical order."""
+def class_folders(root, say):
+    """root/train/CLASS/… and root/val/CLASS/…: a class is a folder of train or val, with all folders inside it.
+
+    Its label is that of its name in alphabetical order. Names that start with a dot are ignored.
+    """
     val = next((name for name in VAL_NAMES if os.path.isdir(os.path.join(root, name))), None)
     if val is None:
         raise ConfigError(f"data_dir={root} has train/ but no val/: put the validation images in val/CLASS/")
-    splits, classes = {}, None
-    for split, folder in (("train", os.path.join(root, "train")), ("val", os.path.join(root, val))):
-        entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
-        names = [entry.name for entry in entries if entry.is_dir()]
-        if not names:
-            loose = sum(entry.name.lower().endswith(ENDINGS) for entry in entries)
+    folders = {"train": os.path.join(root, "train"), "val": os.path.join(root, val)}
+    names, splits = {}, {}
+    for split, folder in folders.items():
+        entries = [entry for entry in os.scandir(folder) if not entry.name.startswith(".")]
+        names[split] = {entry.name for entry in entries if entry.is_dir()}
+        loose = sum(is_image(entry.name) for entry in entries)
+        if not names[split]:
             raise ConfigError(f"{folder} has {loose} images and no folder a class: put them in {folder}/CLASS/")
-        classes = classes or names
-        if names != classes:
-            one = min(set(names) ^ set(classes))
-            other = "train" if one in names else val
-            raise ConfigError(f"class {one!r} is missing in {root}/{other}: each needs a folder a class, the same ones")
+        if loose:
+            say(f"note: images of {folder} that are in no class folder, and so not read: {loose}")
+    classes = sorted(names["train"] | names["val"])
+    for split, folder in folders.items():
         files, labels = [], []
-        for label, name in enumerate(names):
-            found = sorted(e.path for e in os.scandir(os.path.join(folder, name)) if e.name.lower().endswith(ENDINGS))
-            if not found:
-                raise ConfigError(f"{folder}/{name} holds no image ({' '.join(ENDINGS)}): fill it, or remove the class")
+        for label, name in enumerate(classes):
+            found = image_files(os.path.join(folder, name))
             files += found
             labels += [label] * len(found)
+        if not files:
+            raise ConfigError(f"{folder}/CLASS/ holds no image ({' '.join(ENDINGS)})")
+        say(f"{split}: {len(files):,} images in {len(set(labels))} class folders of {folder}")
         splits[split] = Split(np.array(labels), Files(files), files.__getitem__)
     return splits, classes
+
+
+def is_image(name):
+    return name.lower().endswith(ENDINGS) and not name.startswith(".")
+
+
+def image_files(folder):
+    """Paths of the images in a folder and those inside it, in alphabetical order."""
+    found = []
+    for top, inside, names in os.walk(folder, followlinks=True):
+        inside[:] = [name for name in inside if not name.startswith(".")]
+        found += [os.path.join(top, name) for name in names if is_image(name)]
+    return sorted(found)
 
 
 class Files(list):
@@ -127,7 +153,7 @@ class Files(list):
             return file.read()
 
 
-def hub(config):
+def hub(config, say):
     import datasets
 
     name = HUB.get(config.dataset, config.dataset)
@@ -139,68 +165,199 @@ def hub(config):
             f"dataset={config.dataset}: {name} could not be loaded from the hub ({type(error).__name__}: {reason}): see to "
             "name, network and login, or give --data_dir with a local copy"
         ) from None
-    return columns(config, found, name)
+    return columns(config, list(found), found.__getitem__, name, say)
 
 
 def parquet_files(config):
-    """{"train": paths, "val": paths} under data_dir; where some carry the data set's name, these only."""
-    paths = [os.path.join(top, name) for top, _, names in os.walk(config.data_dir) for name in sorted(names)]
-    paths = [path for path in sorted(paths) if path.endswith(".parquet")]
-    paths = [path for path in paths if config.dataset in os.path.basename(path)] or paths
-    inside = {path: os.path.relpath(path, config.data_dir) for path in paths}
-    return {
-        "train": [path for path in paths if "train" in inside[path]],
-        "val": [path for path in paths if "train" not in inside[path] and any(n in inside[path] for n in VAL_NAMES)],
-    }
+    """{split: paths} of the .parquet files under data_dir; split: train, or one of VAL_NAMES.
+
+    A split's name is a word between separators in a file's name, else in that of the nearest folder. What stands
+    before it, folders too, says which data set a file belongs to: those of `dataset` are taken, if there are any, and
+    of each split those with the fewest such names. ConfigError where these are of several data sets.
+    """
+    wanted = "-".join(name_words(os.path.basename(config.dataset)))
+    paths = visible_files(config.data_dir, ".parquet")
+    found = [(path, *parsed(os.path.relpath(path, config.data_dir))) for path in paths]
+    found = [row for row in found if wanted in row[3]] or found
+    chosen = {}
+    for split in ("train", *VAL_NAMES):
+        owners = {path: owner for path, of, owner, _ in found if of == split}
+        fewest = min(map(len, owners.values()), default=0)
+        owners = {path: owner for path, owner in owners.items() if len(owner) == fewest}
+        several = sorted(set(owners.values()))
+        if len(several) > 1:
+            if split != "train" and len(chosen) > 1:
+                continue  # another is for validation
+            raise ConfigError(
+                f"data_dir={config.data_dir} has {split} files of several data sets "
+                f"({', '.join(map('/'.join, several))}): give --dataset={several[0][-1]}, or a folder of one"
+            )
+        if owners:
+            chosen[split] = list(owners)
+    return chosen
 
 
-def parquet(config):
-    import datasets
+def visible_files(folder, ending):
+    """Paths below a folder, in alphabetical order, without names that start with a dot."""
+    paths = []
+    for top, inside, names in os.walk(folder):
+        inside[:] = [name for name in inside if not name.startswith(".")]
+        paths += [os.path.join(top, name) for name in names if name.endswith(ending) and not name.startswith(".")]
+    return sorted(paths)
 
+
+def name_words(text):
+    return re.findall(r"[a-z0-9]+", text.lower())
+
+
+def parsed(path):
+    """'fashion_mnist/train-00000-of-00002.parquet' -> 'train', ('fashion-mnist',), all names that may be a data set's.
+
+    None, (), set() of a path that names no split.
+    """
+    parts = [name_words(part) for part in path.removesuffix(".parquet").split(os.sep)]
+    for depth in reversed(range(len(parts))):
+        for at, word in enumerate(parts[depth]):
+            split = SPLIT_WORDS.get(word.strip("0123456789"))
+            if split is None:
+                continue
+            before = [word for word in parts[depth][:at] if not word.isdigit()]
+            owner = tuple("-".join(part) for part in (*parts[:depth], before) if part)
+            rest = [word for word in parts[-1] if word not in (*SPLIT_WORDS, "of") and not word.isdigit()]
+            return split, owner, {*owner, "-".join(rest)}
+    return None, (), set()
+
+
+def parquet(config, say):
     files = parquet_files(config)
-    for split, wanted in (("train", "*train*.parquet"), ("val", "*test*.parquet")):
-        if not files[split]:
+    for wanted, names in (("*train*.parquet", ("train",)), ("*test*.parquet", VAL_NAMES)):
+        if not any(name in files for name in names):
             raise ConfigError(
                 f"data_dir={config.data_dir} holds neither train/ and val/ with a folder a class, nor {wanted}: see README"
             )
-    try:
-        found = datasets.load_dataset("parquet", data_files=files)
-    except Exception as error:
-        reason = str(error.__cause__ or error).strip().partition("\n")[0]
-        raise ConfigError(f"data_dir={config.data_dir}: its parquet files cannot be read ({reason})") from None
-    return columns(config, found, config.data_dir)
+
+    def load(split):
+        import datasets
+
+        try:
+            return datasets.load_dataset("parquet", data_files={split: files[split]}, split=split)
+        except Exception as error:
+            reason = damage(files[split]) or reason_of(error.__cause__ or error)
+            raise ConfigError(f"data_dir={config.data_dir}: its parquet files cannot be read ({reason})") from None
+
+    return columns(config, list(files), load, config.data_dir, say, files)
 
 
-def columns(config, found, where):
-    """Splits of a datasets.DatasetDict."""
+def damage(paths):
+    """Which of the parquet files cannot be read, and where: 'FILE, rows 0 to 99: reason'. None if all can."""
+    from pyarrow import parquet
+
+    for path in paths:
+        place = path
+        try:
+            file, first = parquet.ParquetFile(path), 0
+            for group in range(file.num_row_groups):
+                count = file.metadata.row_group(group).num_rows
+                place = f"{path}, rows {first} to {first + count - 1}"
+                file.read_row_group(group)
+                first += count
+        except Exception as error:  # what pyarrow raises has no common kind
+            return f"{place}: {reason_of(error)}"
+
+
+def reason_of(error):
+    """An exception in one line."""
+    return str(error).strip().partition("\n")[0] or type(error).__name__
+
+
+def columns(config, names, load, where, say, files=None):
+    """Splits of a data set in columns: load(name) -> datasets.Dataset; files: {name: paths} of those on this disk."""
+    candidates = [name for name in VAL_NAMES if name in names]
+    if "train" not in names or not candidates:
+        raise ConfigError(
+            f"{where} has the splits {', '.join(names)}: train, and one of {', '.join(VAL_NAMES)}, are needed"
+        )
+
+    def opened(name):
+        return read_columns(config, load(name), where, name, say, (files or {}).get(name))
+
+    train, classes = opened("train")
+    for name, after in zip(candidates, [*candidates[1:], None]):
+        val, others = opened(name)
+        if after is None or (val.labels >= 0).any():
+            break
+        say(f"note: {name} of {where} has no labels: {after} is for validation")
+    for split, chosen in (("train", "train"), ("val", name)):
+        paths = (files or {}).get(chosen, [])
+        inside = [os.path.relpath(path, where) for path in paths]
+        listed = ", ".join(inside if len(inside) < 4 else (inside[0], "…", inside[-1]))
+        say(f"{split}: {chosen} of {where}" + (f", files: {listed}" if inside else ""))
+    return {"train": train, "val": val}, classes or others
+
+
+def read_columns(config, data, where, split, say, paths):
+    """-> Split of a datasets.Dataset, names of its classes or None. Rows that have no label are left out, with a count."""
     import datasets
 
-    if "train" not in found or not any(name in found for name in VAL_NAMES):
-        raise ConfigError(
-            f"{where} has the splits {', '.join(found)}: train, and one of {', '.join(VAL_NAMES)}, are needed"
+    name = row_names(paths) if paths else lambda i: f"image {i} of {where}, {split}"
+    image = field("image_field", config.image_field, IMAGE_FIELDS, data.column_names, where)
+    label = field("label_field", config.label_field, LABEL_FIELDS, data.column_names, where)
+    classes = getattr(data.features[label], "names", None)
+    try:
+        labels, known = whole_numbers(data.select_columns(label).with_format("arrow")[:][label])
+    except TypeError:
+        raise ConfigError(f"label_field={label}: {where} has no whole numbers there: give another column") from None
+    rows = np.flatnonzero(known)
+    if len(rows) < len(known):
+        say(
+            f"note: {split}: {len(known) - len(rows)} of {len(known)} rows left out, with no whole number as {label}, the first: "
+            f"{name(int(np.argmin(known)))}"
         )
-    splits, classes = {}, None
-    for split in ("train", "val"):
-        data = found["train"] if split == "train" else next(found[name] for name in VAL_NAMES if name in found)
-        image = field("image_field", config.image_field, IMAGE_FIELDS, data.column_names, where)
-        label = field("label_field", config.label_field, LABEL_FIELDS, data.column_names, where)
-        classes = getattr(data.features[label], "names", None) or classes
-        try:
-            labels = np.array(data.with_format("numpy")[label][:]).astype(np.int64, casting="safe")
-        except (TypeError, ValueError):
-            raise ConfigError(f"label_field={label}: {where} has no whole numbers there: give another column") from None
-        images = data.select_columns(image)
-        try:
-            images = images.cast_column(image, datasets.Image(decode=False))
-        except Exception:
-            raise ConfigError(f"image_field={image}: {where} has no images there: give another column") from None
+    images = data.select_columns(image)
+    try:
+        images = images.cast_column(image, datasets.Image(decode=False))
+    except Exception:
+        raise ConfigError(f"image_field={image}: {where} has no images there: give another column") from None
 
-        def read(i, images=images, image=image):
-            cell = images[int(i)][image]
-            return cell["bytes"] or open(cell["path"], "rb").read()
+    def read(i):
+        cell = images[int(rows[i])][image]
+        if not cell or not (cell["bytes"] or cell["path"]):
+            raise ValueError("an empty cell")
+        if cell["bytes"]:
+            return cell["bytes"]
+        with open(cell["path"], "rb") as file:
+            return file.read()
 
-        splits[split] = Split(labels, read, lambda i, split=split: f"image {i} of {where}, {split}")
-    return splits, classes
+    return Split(labels[rows], read, lambda i: name(int(rows[i]))), classes
+
+
+def row_names(paths):
+    """Row i of all these parquet files, one behind the other -> 'FILE, row 5', from 0."""
+    from pyarrow import parquet
+
+    ends = np.cumsum([parquet.read_metadata(path).num_rows for path in paths])
+
+    def name(i):
+        k = int(np.searchsorted(ends, i, side="right"))
+        return f"{paths[k]}, row {i - (ends[k - 1] if k else 0)}"
+
+    return name
+
+
+def whole_numbers(column):
+    """pyarrow column (n,) -> int64 (n,), and whether a cell holds a whole number (n,). TypeError where none can."""
+    import pyarrow
+
+    if pyarrow.types.is_floating(column.type):
+        values = column.to_numpy()  # null is nan
+        known = np.abs(values) < 2**53
+        known[known] = values[known] == np.floor(values[known])
+        if len(known) and not known.any():
+            raise TypeError
+        return np.where(known, values, 0).astype(np.int64), known
+    if not (pyarrow.types.is_integer(column.type) or pyarrow.types.is_boolean(column.type)):
+        raise TypeError
+    return column.cast("int64").fill_null(0).to_numpy(), column.is_valid().to_numpy()
 
 
 def field(option, given, known, names, where):
@@ -211,10 +368,14 @@ def field(option, given, known, names, where):
 
 
 def check_labels(config, splits, classes, say=lambda text: None):
-    """ConfigError where labels do not fit n_classes, or validation lacks a class."""
+    """ConfigError where labels do not fit n_classes; a note where a split lacks classes that the other has."""
     for split, data in splits.items():
         if not len(data.labels):
             raise ConfigError(f"dataset={config.dataset}: no images in its {split} split")
+        if data.labels.max() < 0:
+            raise ConfigError(
+                f"dataset={config.dataset}: its {split} split has no labels, all are {data.labels.max()}: give one that has"
+            )
         if data.labels.min() < 0:
             raise ConfigError(
                 f"dataset={config.dataset}: label {data.labels.min()} in {split} is out of range: from 0 on"
@@ -226,29 +387,82 @@ def check_labels(config, splits, classes, say=lambda text: None):
         )
     if count < config.n_classes:
         say(f"note: n_classes={config.n_classes}, but {config.dataset} has labels up to {count - 1}")
-    missing = sorted(set(splits["train"].labels.tolist()) - set(splits["val"].labels.tolist()))
-    if missing:
-        names = ", ".join(str(classes[label] if classes else label) for label in missing[:5])
-        raise ConfigError(f"dataset={config.dataset}: {len(missing)} classes are missing in validation: {names}")
+    present = {split: set(np.unique(data.labels).tolist()) for split, data in splits.items()}
+    for split, other in (("train", "val"), ("val", "train")):
+        missing = sorted(present[other] - present[split])
+        if missing:
+            names = ", ".join(str(classes[label] if classes else label) for label in missing[:5])
+            more = ", …" if len(missing) > 5 else ""
+            say(f"note: classes of {other} without an image in {split}: {len(missing)}, {names}{more}")
 
 
 # ---------------------------------------------------------------------------------------
 # One image
 
 
-def decode(raw, channels):
-    """A file's bytes, or a uint8 array -> PIL image, RGB or grey whatever it was. Exceptions of many kinds."""
-    image = Image.fromarray(raw) if isinstance(raw, np.ndarray) else Image.open(io.BytesIO(raw))
+def opened(raw):
+    """A file's bytes, or a uint8 array -> PIL image, not yet decoded. One of too many pixels (PIL's limit) is an error."""
+    if isinstance(raw, np.ndarray):
+        return Image.fromarray(raw)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of EXIF that is broken
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        try:
+            return Image.open(io.BytesIO(raw))
+        except UnidentifiedImageError:
+            raise ValueError("no image of a known format") from None
+
+
+def orientation(image):
+    """EXIF's, 1 to 8; from 5 on width and height change places. 1 of a TIFF, which PIL turns itself, and of broken EXIF."""
+    if image.format == "TIFF":
+        return 1
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return int(image.getexif().get(ExifTags.Base.Orientation, 1))
+    except Exception:  # what it raises has no common kind
+        return 1
+
+
+def upright(image):
+    return ImageOps.exif_transpose(image) if orientation(image) != 1 else image
+
+
+def converted(image, channels):
+    """PIL image of any mode -> RGB or grey, 8 bits."""
+    if image.mode.startswith(("I", "F")):
+        image = in_8_bits(image)
     return image.convert("L" if channels == 1 else "RGB")
 
 
-def to_square(image, resize, size):
-    """Shorter side to `resize` pixels, then the central size x size of it."""
-    if min(image.size) != resize:
-        scale = resize / min(image.size)
-        image = image.resize([max(resize, round(side * scale)) for side in image.size], Image.Resampling.BICUBIC)
-    left, top = ((side - size) // 2 for side in image.size)
-    return image if image.size == (size, size) else image.crop((left, top, left + size, top + size))
+def in_8_bits(image):
+    """Grey of 16 bits or more, or of floats -> 0 … 255, where `convert` would clip.
+
+    16 bits are of 0 … 65535. Longer numbers do not say of which range they are: the smallest usual one that holds them.
+    """
+    values = np.nan_to_num(np.asarray(image, np.float32), nan=0, posinf=0, neginf=0)
+    top = float(values.max())
+    if image.mode.startswith("I;16"):
+        ranges = (2**16 - 1,)
+    else:
+        ranges = (1, 255, 2**16 - 1, top) if image.mode == "F" else (255, 2**16 - 1, 2**31)
+    scale = 255 / next(limit for limit in ranges if top <= limit)
+    return Image.fromarray((values * scale).round().clip(0, 255).astype(np.uint8))
+
+
+def decode(raw, channels):
+    """A file's bytes, or a uint8 array -> PIL image, RGB or grey whatever it was, upright. Exceptions of many kinds."""
+    return converted(upright(opened(raw)), channels)
+
+
+def to_square(image, size, how=Image.Resampling.BICUBIC):
+    """The central square of the image, size x size pixels."""
+    side = min(image.size)
+    left, top = ((length - side) // 2 for length in image.size)
+    if image.size == (size, size):
+        return image
+    return image.resize((size, size), how, box=(left, top, left + side, top + side))
 
 
 def random_box(draw, width, height, min_crop):
@@ -323,8 +537,7 @@ class Held:
         (train, labels), (val, val_labels) = (self.load(splits[split], say) for split in ("train", "val"))
         self.n = len(train)
         self.order = Order(self.n, config.seed)
-        of_channel = train.float().flatten(2).transpose(0, 1).flatten(1) / 255  # (C, n S²)
-        self.mean, self.std = of_channel.mean(dim=1).tolist(), of_channel.std(dim=1).clamp(min=1e-3).tolist()
+        self.mean, self.std = mean_and_std(train)
         self.train = F.pad(train, [config.crop_padding] * 4).to(device)
         self.val, self.val_labels, self.labels = val.to(device), val_labels.to(device), labels.to(device)
         C, S = config.channels, config.image_size
@@ -337,14 +550,16 @@ class Held:
         workers = min(decoders(self.config), n // WORTH_A_WORKER)
         pieces = data_loader(Decoded(self.config, split), workers, batch_size=PIECE, collate_fn=list)
         for i, (size, image) in enumerate(itertools.chain.from_iterable(pieces)):
-            if image is None:
-                self.broken, self.last_broken = self.broken + 1, split.name(i)
+            if size is None:
+                self.broken, self.last_broken = self.broken + 1, f"{split.name(i)} ({image})"
                 continue
             sizes[size] = sizes.get(size, 0) + 1
             images.append(image)
             kept.append(i)
         if not kept:
-            raise ConfigError(f"dataset={self.config.dataset}: no image of {n} can be decoded")
+            raise ConfigError(
+                f"dataset={self.config.dataset}: no image of {n} can be decoded, the last: {self.last_broken}"
+            )
         if len(kept) < n:
             say(f"{n - len(kept)} broken images left out, the last: {self.last_broken}")
         others = len(kept) - sizes.get((S, S), 0)
@@ -382,8 +597,20 @@ class Held:
             yield self.val[rows].float(), torch.where(inside, self.val_labels[rows], -1)
 
 
+def mean_and_std(images):
+    """uint8 (n, C, …) -> those of each channel / 255: two lists of C. From counts, so the same on every machine."""
+    C, values = images.shape[1], torch.arange(256, dtype=torch.float64)
+    counts = torch.zeros(C, 256, dtype=torch.float64)
+    for piece in images.split(4096):
+        counts += torch.stack([torch.bincount(piece[:, c].flatten(), minlength=256) for c in range(C)])
+    n = counts.sum(dim=1)
+    mean = counts @ values / n  # (C,)
+    variance = (counts * (values - mean[:, None]) ** 2).sum(dim=1) / (n - 1).clamp(min=1)
+    return (mean / 255).tolist(), (variance.sqrt() / 255).clamp(min=1e-3).tolist()
+
+
 class Decoded(torch.utils.data.Dataset):
-    """i -> size of the image, pixels uint8 (C, S, S); None, None of a broken one."""
+    """i -> size of the image, pixels uint8 (C, S, S); None, the reason of a broken one."""
 
     def __init__(self, config, split):
         self.config, self.split = config, split
@@ -395,9 +622,9 @@ class Decoded(torch.utils.data.Dataset):
         S = self.config.image_size
         try:
             image = decode(self.split.read(i), self.config.channels)
-        except Exception:  # what decoders raise has no common kind
-            return None, None
-        return image.size, pixels(to_square(image, S, S))
+            return image.size, pixels(to_square(image, S))
+        except Exception as error:  # what decoders raise has no common kind
+            return None, reason_of(error)
 
 
 def data_loader(images, workers, **how):
@@ -500,7 +727,8 @@ TRIES = 100  # broken files one behind the other, after which a run ends
 class Images(torch.utils.data.Dataset):
     """(position in training, image) -> pixels uint8 (C, S, S), label, crop, names of broken files met.
 
-    With gpu_decode the file's bytes, uint8 (bytes,), where the pixels are, and the crop as left, top, right, bottom, bytes.
+    With gpu_decode the file's bytes, uint8 (bytes,), where the pixels are, and behind the crop's left, top, right and
+    bottom the EXIF orientation and the number of bytes.
     """
 
     def __init__(self, config, split, training):
@@ -514,27 +742,26 @@ class Images(torch.utils.data.Dataset):
         while i >= 0 and len(broken) < TRIES:
             try:
                 raw = self.split.read(i)
+                image = opened(raw)
+                turned = orientation(image)
+                whole = image.size[::-1] if turned >= 5 else image.size  # upright
+                box = self.box(*whole, position)
                 if config.gpu_decode:
-                    box = (*self.box(Image.open(io.BytesIO(raw)), position), len(raw))
-                    return np.frombuffer(raw, np.uint8), int(self.split.labels[i]), box, broken
-                image = Image.open(io.BytesIO(raw))
-                box = self.box(image, position)
+                    return np.frombuffer(raw, np.uint8), int(self.split.labels[i]), (*box, turned, len(raw)), broken
                 if image.format == "JPEG":  # at an eighth, a quarter or a half, where that is enough
-                    whole = image.size
-                    need = S * whole[0] / (box[2] - box[0]), S * whole[1] / (box[3] - box[1])
-                    image.draft(None, (math.ceil(need[0]), math.ceil(need[1])))
-                    box = tuple(b * image.size[k % 2] / whole[k % 2] for k, b in enumerate(box))
-                image = image.convert("L" if config.channels == 1 else "RGB")
+                    need = [math.ceil(S * whole[k] / (box[k + 2] - box[k])) for k in (0, 1)]
+                    image.draft(None, tuple(need[::-1] if turned >= 5 else need))
+                image = converted(upright(image), config.channels)
+                box = tuple(b * image.size[k % 2] / whole[k % 2] for k, b in enumerate(box))
                 image = image.resize((S, S), Image.Resampling.BILINEAR, box=box, reducing_gap=None)
                 return pixels(image), int(self.split.labels[i]), box, broken
             except Exception as error:  # what decoders raise has no common kind
-                broken.append(f"{self.split.name(i)} ({error})".partition("\n")[0])
+                broken.append(f"{self.split.name(i)} ({reason_of(error)})")
                 i = (i + 1) % n if self.training else -1
-        return np.zeros(0, np.uint8) if config.gpu_decode else blank, -1, (0, 0, 0, 0, 0), broken
+        return np.zeros(0, np.uint8) if config.gpu_decode else blank, -1, (0, 0, 0, 0, 1, 0), broken
 
-    def box(self, image, position):
-        """The part of an image that is wanted: random in training, else the centre."""
-        width, height = image.size
+    def box(self, width, height, position):
+        """The part of an upright image that is wanted: random in training, else the centre."""
         if self.training:
             return random_box(rng(self.config.seed, CROP, position), width, height, self.config.min_crop)
         S = self.config.image_size
@@ -550,14 +777,14 @@ def collate(items):
 
 
 def decode_on(device, files, boxes, config):
-    """Files' bytes -> uint8 (B, C, S, S): JPEGs decoded on the GPU by torchvision, what it cannot by PIL on the host.
+    """Files' bytes -> uint8 (B, C, S, S): upright JPEGs decoded on the GPU by torchvision, the rest by PIL on the host.
 
     Also a list of those that are torn behind their headers, and black.
     """
     from torchvision.io import ImageReadMode, decode_jpeg
 
     S, mode = config.image_size, ImageReadMode.GRAY if config.channels == 1 else ImageReadMode.RGB
-    jpeg = [k for k, file in enumerate(files) if bytes(file[:2].tolist()) == b"\xff\xd8"]
+    jpeg = [k for k, file in enumerate(files) if bytes(file[:2].tolist()) == b"\xff\xd8" and boxes[k][-2] == 1]
     decoded, torn = {}, []
     with suppress(RuntimeError):  # one that it cannot decode, such as a CMYK image: all by the host
         decoded = dict(zip(jpeg, decode_jpeg([files[k] for k in jpeg], mode=mode, device=device)))
@@ -572,7 +799,7 @@ def decode_on(device, files, boxes, config):
             except Exception:  # what decoders raise has no common kind
                 torn.append(k)
                 continue
-        left, top, right, bottom, _ = (round(b) for b in box)
+        left, top, right, bottom = (round(b) for b in box[:4])
         part = image[None, :, top:bottom, left:right].float()
         out[k] = F.interpolate(part, (S, S), mode="bilinear", antialias=True)[0].round().clamp(0, 255)
     return out, torn
@@ -623,37 +850,41 @@ def write_pixels(config):
     from tqdm import tqdm
 
     os.makedirs(config.out_dir, exist_ok=True)
-    S, counts, broken = config.image_size, {}, 0
-    for split, (total, images) in image_streams(config).items():
-        path, written = os.path.join(config.out_dir, f"{split}.bin"), 0
-        with open(path + ".part", "wb") as file:
-            for image in tqdm(images, total=total, desc=split, disable=not sys.stderr.isatty()):
-                if image is None:
-                    broken += 1
-                    continue
-                image = image if image.size == (S, S) else to_square(image, min(image.size), min(image.size))
-                image = image.resize((S, S), Image.Resampling.BOX)
-                file.write(b"\0" + np.asarray(image).tobytes())
-                written += 1
-        if not written:
-            raise ConfigError(f"dataset={config.dataset}: no image in its {split} split")
-        counts[split] = written
-    row = 3 * S * S + 1
-    meta = {
-        "tokenizer": "pixels", "vocab_size": 256, "dtype": "uint8", "row_tokens": row, "image_size": S,
-        "source": config.dataset, **{f"{split}_tokens": count * row for split, count in counts.items()},
-    }  # fmt: skip
-    with open(os.path.join(config.out_dir, "meta.json.part"), "w") as file:
-        json.dump(meta, file, indent=1)
-    for name in ("train.bin", "val.bin", "meta.json"):
-        os.replace(*(os.path.join(config.out_dir, name + ending) for ending in (".part", "")))
-    skipped = f", {broken} broken ones left out" if broken else ""
+    S, counts, broken = config.image_size, {}, []
+    parts = tempfile.mkdtemp(prefix=".parts-", dir=config.out_dir)  # of this process alone
+    try:
+        for split, (total, images) in image_streams(config).items():
+            written = 0
+            with open(os.path.join(parts, f"{split}.bin"), "wb") as file:
+                for image in tqdm(images, total=total, desc=split, disable=not sys.stderr.isatty()):
+                    if isinstance(image, str):
+                        broken.append(image)
+                        continue
+                    image = to_square(image, S, Image.Resampling.BOX)
+                    file.write(b"\0" + np.asarray(image).tobytes())
+                    written += 1
+            if not written:
+                last = f", the last: {broken[-1]}" if broken else ""
+                raise ConfigError(f"dataset={config.dataset}: no image in its {split} split{last}")
+            counts[split] = written
+        row = 3 * S * S + 1
+        meta = {
+            "tokenizer": "pixels", "vocab_size": 256, "dtype": "uint8", "row_tokens": row, "image_size": S,
+            "source": config.dataset, **{f"{split}_tokens": count * row for split, count in counts.items()},
+        }  # fmt: skip
+        with open(os.path.join(parts, "meta.json"), "w") as file:
+            json.dump(meta, file, indent=1)
+        for name in ("train.bin", "val.bin", "meta.json"):
+            os.replace(os.path.join(parts, name), os.path.join(config.out_dir, name))
+    finally:
+        shutil.rmtree(parts, ignore_errors=True)
+    skipped = f", {len(broken)} broken ones left out, the last: {broken[-1]}" if broken else ""
     print(f"{config.out_dir}: {counts['train']:,} and {counts['val']:,} images of {row - 1} tokens{skipped}")
     return meta
 
 
 def image_streams(config):
-    """{split: (number, iterator of PIL images, None for a broken one)}"""
+    """{split: (number, iterator of RGB PIL images, and for a broken one of a line that says which and why)}"""
     npz = (
         sorted(n for n in os.listdir(config.data_dir) if n.endswith(".npz"))
         if os.path.isdir(config.data_dir or "")
@@ -665,20 +896,25 @@ def image_streams(config):
 
         def of_parts(names):
             for name in names:
-                with np.load(os.path.join(config.data_dir, name)) as part:
-                    if "X" not in part:
-                        raise ConfigError(f"{config.data_dir}/{name} has no X: uint8 (n, H, W, 3) is wanted")
-                    yield from map(Image.fromarray, part["X"])
+                path = os.path.join(config.data_dir, name)
+                try:
+                    with np.load(path) as part:
+                        images = part["X"] if "X" in part else np.zeros(0)
+                except (OSError, ValueError, zipfile.BadZipFile) as error:
+                    raise ConfigError(f"{path} cannot be read ({reason_of(error)})") from None
+                if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3:
+                    raise ConfigError(f"{path} has no X of images: uint8 (n, H, W, 3) is wanted")
+                yield from map(Image.fromarray, images)
 
         return {"train": (None, of_parts(npz[:-1])), "val": (None, of_parts(npz[-1:]))}
-    splits, _ = open_splits(config)
+    splits, _ = open_splits(config, print)
 
     def of_split(split):
         for i in range(len(split.labels)):
             try:
                 yield decode(split.read(i), 3)
-            except Exception:
-                yield None
+            except Exception as error:  # what decoders raise has no common kind
+                yield f"{split.name(i)} ({reason_of(error)})"
 
     return {name: (len(split.labels), of_split(split)) for name, split in splits.items()}
 

@@ -83,11 +83,8 @@ class ImageConfig(MLPConfig):
         if self.model == "mlp":
             return super().layer_widths()
         patch = self.channels * self.patch_size**2  # numbers in a patch
-        return {
-            **BlockConfig.layer_widths(self),
-            "input": (patch, self.d_model),
-            "head": (self.d_model, self.n_classes),
-        }
+        inner = BlockConfig.layer_widths(self)
+        return {"input": (patch, self.d_model), **inner, "head": (self.d_model, self.n_classes)}
 
     @property
     def block_size(self):

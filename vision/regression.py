@@ -18,7 +18,7 @@ if __name__ == "__main__":  # `vision` and the root's modules are found from the
     sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 from configurator import as_script, load_config
-from options import BASE_WIDTH, RunConfig, at_least
+from options import BASE_WIDTH, RunConfig, at_least, check_seed
 from vision.options import ATTENTION, MLPConfig, refuse
 
 
@@ -48,7 +48,8 @@ class Config(RunConfig, MLPConfig):
         MLPConfig.__post_init__(self)
         RunConfig.__post_init__(self)
         at_least(1, self, "d_in", "teacher_layers", "teacher_width", "batch_size", "eval_inputs", "base_width")
-        at_least(0, self, "teacher_seed", "input_lr")
+        at_least(0, self, "input_lr")
+        check_seed("teacher_seed", self.teacher_seed)
         self.check_layers()
 
 
@@ -56,12 +57,11 @@ if __name__ == "__main__":  # a mistake is answered before torch is imported, wh
     as_script(partial(load_config, Config))
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 
 from device import choose_device, choose_dtype, to_device
 from heartbeat import init_distributed
-from parallel import ranks
+from parallel import ranks, sum_over_ranks
 from train import Task, build, fit, in_one_line, say_summary
 from vision.data import rng
 from vision.mlp import MLP
@@ -127,17 +127,16 @@ def train(config, progress):
             config.micro_batch,
             -(-config.eval_inputs // (config.micro_batch * world)),
         )  # as many on every rank
-        total = torch.zeros((), dtype=torch.float64, device=device)
+        errors = []
         for number in range(rank * count, (rank + 1) * count):
             watchdog.beat()
             x = inputs(VALIDATION, number, size, 0, size)
             with run.autocast:
                 y, _ = run.fast(x)
-            total += squared_error(y.float(), teacher(x)) / (count * world)
-        if world > 1:
-            dist.all_reduce(total)
+            errors.append(squared_error(y.float(), teacher(x)).view(1))
+        (total,) = sum_over_ranks(errors, device)
         run.fast.train()
-        return {"val_loss": total.item()}
+        return {"val_loss": total / (count * world)}
 
     meta = {"teacher": [config.d_in, config.teacher_layers, config.teacher_width, config.teacher_seed]}
     shape = {field.name for field in fields(MLPConfig)} | {"d_in"}

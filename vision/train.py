@@ -10,6 +10,7 @@ evaluation are. batch_size is that of all processes together. Imports from visio
 
 import os
 import sys
+import time
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, fields
 from functools import partial
@@ -70,13 +71,13 @@ if __name__ == "__main__":  # a mistake is answered before torch is imported, wh
     as_script(partial(load_config, Config))
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 
 from device import choose_device, choose_dtype
 from heartbeat import init_distributed
 from mup import lr_multipliers
-from parallel import ranks
+from parallel import ranks, sum_over_ranks
+from runlog import duration
 from train import Task, build, fit, in_one_line, say_summary
 from vision.augment import Augment
 from vision.data import Held, Streamed, check_labels, open_splits, workers_watched
@@ -98,6 +99,9 @@ def train(config, progress):
     device = choose_device(config.device, local_rank)
     dtype = choose_dtype(config.dtype, device)
     watchdog = init_distributed(device, config.timeout)
+    if device.type == "cpu" and config.compile == "blocks":
+        config.compile = False
+        progress.say("compile=blocks is for a GPU: on a CPU compiling delays the first step (--compile=True compiles)")
     with watchdog.paused(), workers_watched():  # decoding may take minutes
         data, classes = load_images(config, device, progress.say)
     augment, batch, run = start(config, data, device, dtype, micro_steps, watchdog.beat)
@@ -118,10 +122,27 @@ def train(config, progress):
     )  # fmt: skip
     epochs = config.max_steps * config.batch_size / data.n
     progress.say(f"{config.dataset}: {data.n:,} training images, of which the run sees {epochs:,.1f} epochs")
+    if device.type == "cpu":
+        say_if_long(3 * run.model.flops() * config.max_steps * config.batch_size / world, progress.say)
     with workers_watched():
         fit(config, progress, run, task, device, dtype, watchdog, micro_steps)
     if rank == 0:
         say_summary(config, progress, device)
+
+
+def say_if_long(flops, say, hours=1):
+    """On a CPU: how long a run of so many FLOPs a process takes at least, if that is more than so many hours."""
+    a, b = torch.randn(512, 512), torch.randn(512, 512)
+    a @ b
+    begin, products = time.perf_counter(), 20
+    for _ in range(products):
+        a @ b
+    speed = products * 2 * 512**3 / (time.perf_counter() - begin)
+    if flops / speed > 3600 * hours:
+        say(
+            f"note: on this CPU the run takes at least {duration(flops / speed)} ({flops:.1e} FLOPs at {speed / 1e9:.0f} GFLOP/s): "
+            "lower d_model, n_layer or max_steps, or take a GPU"
+        )
 
 
 def start(config, data, device, dtype, micro_steps, beat=lambda: None):
@@ -146,7 +167,7 @@ def start(config, data, device, dtype, micro_steps, beat=lambda: None):
 
 def load_images(config, device, say):
     """-> images and labels (Held or Streamed), names of the classes or None"""
-    splits, classes = open_splits(config)
+    splits, classes = open_splits(config, say)
     check_labels(config, splits, classes, say)
     data = Streamed(config, splits, device) if config.stream else Held(config, splits, device, say)
     return data, classes
@@ -217,7 +238,7 @@ def averaged(optimizer):
 def evaluate(run, data, augment, config, device, rank, world, beat=lambda: None):
     """Figures of all validation images: val_loss, top1, top5; every rank takes its share, sums and counts are added up."""
     run.fast.eval()
-    total = torch.zeros(4, dtype=torch.float64, device=device)  # sum of losses, right ones, right among 5, number
+    sums = []  # of the losses, right ones, right among 5, number
     for x, y in data.val_batches(rank, world, config.micro_batch):
         beat()
         with run.autocast:
@@ -227,13 +248,11 @@ def evaluate(run, data, augment, config, device, rank, world, beat=lambda: None)
         right = y.clamp(min=0)[:, None]
         own, classes = logits.gather(1, right), torch.arange(logits.shape[1], device=device)
         better = ((logits > own) | ((logits == own) & (classes < right))).sum(dim=1)  # classes before the right one
-        total += torch.stack((losses, *((better < k)[counted].sum() for k in (1, 5)), counted.sum())).double()
+        sums.append(torch.stack((losses, *((better < k)[counted].sum() for k in (1, 5)), counted.sum())))
     broken = data.broken if config.stream or rank == 0 else 0  # held ones are read by every rank
-    total = torch.cat((total, total.new_tensor([broken])))
-    if world > 1:
-        dist.all_reduce(total)
+    loss, top1, top5, count = sum_over_ranks(sums or [torch.zeros(4)], device)
+    (broken,) = sum_over_ranks([torch.tensor([float(broken)])], device)
     run.fast.train()
-    loss, top1, top5, count, broken = total.tolist()
     if not count:
         raise ConfigError(f"dataset={config.dataset}: no validation image can be decoded")
     figures = {"val_loss": loss / count, "top1": top1 / count}
