@@ -231,7 +231,8 @@ def _both_near_factors(d_in, d_out, in_exponents, out_exponents):
         try:
             near_factors("d_out", d_out, out_exponents)
         except SizeError as other:
-            raise SizeError("d_in", f"{error}; {other.problem}", [], other.remedy) from None
+            remedy = f"{error.remedy} for d_in, {' and '.join(map(str, other.values))} for d_out"
+            raise SizeError("d_in", f"{error.problem}; {other.problem}", error.values, remedy) from None
         raise
     return inputs, near_factors("d_out", d_out, out_exponents)
 
@@ -239,23 +240,21 @@ def _both_near_factors(d_in, d_out, in_exponents, out_exponents):
 @cache
 def _near_factors(d, exponents):
     """An index of exponent 0 is absent: its size is 1."""
+    ideals = [d**e for e in exponents]
     near = []
-    for sizes in _factorisations(d, exponents):
-        far = [abs(math.log(size) - e * math.log(d)) for size, e in zip(sizes, exponents)]
-        if math.exp(max(far)) <= 2 + 1e-9:
-            near.append((round(sum(x * x for x in far), 9), sizes))
+    for sizes in _factorisations(d, tuple(ideals)):
+        far = sum(math.log(size / ideal) ** 2 for size, ideal in zip(sizes, ideals))
+        near.append((round(far, 9), sizes))
     return sorted(near)
 
 
-def _factorisations(d, exponents):
-    """All ways to write d as a product of as many factors as there are exponents; a factor is 1 where that is 0."""
-    if len(exponents) == 1:
-        if d == 1 or exponents[0] > 0:
-            yield (d,)
-        return
-    for size in _divisors(d) if exponents[0] > 0 else (1,):
-        for rest in _factorisations(d // size, exponents[1:]):
-            yield (size, *rest)
+def _factorisations(d, ideals):
+    """All ways to write d as a product of as many factors, each within a factor 2 of its ideal; 1 where that is 1."""
+    ideal, *rest = ideals
+    for size in (d,) if not rest else _divisors(d) if ideal > 1 else (1,):
+        if ideal / (2 + 1e-9) <= size <= ideal * (2 + 1e-9) and (ideal > 1 or size == 1):
+            for sizes in _factorisations(d // size, rest) if rest else ((),):
+                yield (size, *sizes)
 
 
 @cache

@@ -175,10 +175,11 @@ def test_the_widths_of_a_message_work(options):
     for d_in, d_out in itertools.product((97, 64, 106, 512, 254), (64, 50257, 113, 512)):
         if sizes_of(d_in, d_out, options) is None:
             message = refused(layer_sizes, d_in, d_out, **options)
-            found = re.findall(r"(d_in|d_out)=\d+ has no .*?widths that work are (\d+)(?: and (\d+))?", message)
-            assert found, message
-            for choices in itertools.product(*(filter(None, widths) for _, *widths in found)):
-                taken = {"d_in": d_in, "d_out": d_out, **{name: int(c) for (name, *_), c in zip(found, choices)}}
+            bad = re.findall(r"(d_in|d_out)=\d+ has no factorisation", message)
+            offered = [map(int, re.findall(r"\d+", text)) for text in message.split("work are")[1].split(",")]
+            assert 0 < len(bad) == len(offered), message
+            for choice in itertools.product(*offered):
+                taken = {"d_in": d_in, "d_out": d_out, **dict(zip(bad, choice))}
                 assert sizes_of(**taken, options=options), (message, taken)
                 tried += 1
     assert tried
