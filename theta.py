@@ -135,23 +135,7 @@ def factor_sizes(d_in, d_out, theta, rank=None):
     Raises ConfigError where θ is not a structure, where no factorisation lies within that factor
     2, and where ρ is larger than the blocks' own rank.
     """
-    theta = check_theta(theta)
-    sizes = _best_sizes(d_in, d_out, theta, rank)
-    if sizes.rho > blocks_rank(sizes):
-        most = sizes.rho  # the largest rank below whose own sizes have blocks of that rank
-        while most > blocks_rank(_best_sizes(d_in, d_out, theta, most)):
-            most -= 1
-        problem = f"rank {sizes.rho} is beyond the blocks of theta={show_theta(theta)} of a {d_in} -> {d_out} layer"
-        if rank is not None:
-            raise SizeError("rank", problem, range(most, 0, -1), f"take rank <= {most}")
-        rho = next(rho for k in range(100, -1, -1) if _works(d_in, d_out, (*theta[:6], rho := k / 100)))
-        raise ConfigError(f"{problem}: take rho <= {rho:g}, theta={show_theta((*theta[:6], rho))}")
-    return sizes
-
-
-def _works(d_in, d_out, theta):
-    sizes = _best_sizes(d_in, d_out, theta, None)
-    return sizes.rho <= blocks_rank(sizes)
+    return _best_sizes(d_in, d_out, check_theta(theta), rank)
 
 
 def blocks_rank(sizes):
@@ -161,17 +145,23 @@ def blocks_rank(sizes):
 
 @cache
 def _best_sizes(d_in, d_out, theta, rank):
-    promised = promised_rank(d_in, d_out, theta, rank)
-    rho = max(1, round(min(d_in, d_out) ** theta[6])) if rank is None else rank
+    narrow = min(d_in, d_out)
+    rho = max(1, round(narrow ** theta[6])) if rank is None else rank
+    pairs = []  # (distance, what decides between equally near ones), sizes
     inputs, outputs = _both_near_factors(d_in, d_out, theta[0:3], theta[3:6])
-    best = None
     for far_in, (a, b, g) in inputs:
         for far_out, (d, e, f) in outputs:
-            sizes = Sizes(a, b, g, d, e, f, rho)
-            merit = (max(0, promised - rank_of(sizes)), round(far_in + far_out, 9), (a, b, g), (f, e, d))
-            if best is None or merit < best[0]:
-                best = merit, sizes
-    return best[1]
+            pairs.append(((round(far_in + far_out, 9), (a, b, g), (f, e, d)), Sizes(a, b, g, d, e, f, rho)))
+    most = blocks_rank(min(pairs)[1])
+    if rho > most:
+        problem = f"rank {rho} is beyond the blocks of theta={show_theta(theta)} of a {d_in} -> {d_out} layer"
+        if rank is not None:
+            raise SizeError("rank", problem, range(most, 0, -1), f"take rank <= {most}")
+        largest = next(k / 100 for k in range(100, -1, -1) if round(narrow ** (k / 100)) <= most)
+        raise ConfigError(f"{problem}: take rho <= {largest:g}, theta={show_theta((*theta[:6], largest))}")
+    promised = promised_rank(d_in, d_out, theta, rank)
+    hold = [(max(0, promised - rank_of(sizes)), near, sizes) for near, sizes in pairs if rho <= blocks_rank(sizes)]
+    return min(hold)[2]
 
 
 def promised_rank(d_in, d_out, theta, rank=None):
@@ -376,19 +366,18 @@ def chain_sizes(d_in, d_out, options, blocks):
     inputs, outputs = _both_near_factors(d_in, d_out, exponents, exponents)
     in_sizes = inputs[0][1]
 
-    def merit(candidate):
-        far, out_sizes = candidate
-        return -rank_of(ChainSizes(in_sizes, out_sizes, rank, blocks)), far, out_sizes
+    def most(out_sizes):
+        """What passes between two cores has no more than this rank: (i_1; j_c) in a BTT, (i_1 j_1; i_c j_c) in a TT."""
+        if blocks:
+            return min(in_sizes[0], out_sizes[-1])
+        return min(in_sizes[0] * out_sizes[0], in_sizes[-1] * out_sizes[-1])
 
-    _, out_sizes = min(outputs, key=merit)
-    # What passes between two cores has no more than this rank: (i_1; j_c) in a BTT, (i_1 j_1; i_c j_c) in a TT.
-    most = min(in_sizes[0], out_sizes[-1]) if blocks else min(in_sizes[0] * out_sizes[0], in_sizes[-1] * out_sizes[-1])
-    if rank > most:
-        kind = f"{'btt' if blocks else 'tt'} of {cores} cores"
-        problem = f"rank {rank} is beyond a {d_in} -> {d_out} {kind}"
-        while most > 1 and not _makes(chain_sizes, d_in, d_out, {**options, "rank": most}, blocks):
-            most -= 1
-        raise SizeError("rank", problem, range(most, 0, -1), f"take rank <= {most}")
+    if rank > (limit := most(outputs[0][1])):
+        problem = f"rank {rank} is beyond a {d_in} -> {d_out} {'btt' if blocks else 'tt'} of {cores} cores"
+        raise SizeError("rank", problem, range(limit, 0, -1), f"take rank <= {limit}")
+    hold = [(far, sizes) for far, sizes in outputs if rank <= most(sizes)]
+    lost = [-rank_of(ChainSizes(in_sizes, sizes, rank, blocks)) for _, sizes in hold]
+    _, _, out_sizes = min((less, far, sizes) for less, (far, sizes) in zip(lost, hold))
     return ChainSizes(in_sizes, out_sizes, rank, blocks)
 
 

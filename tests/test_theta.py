@@ -140,6 +140,12 @@ def test_rank_of_sizes_of_no_structure_is_a_bound_that_random_cores_reach():
         assert measured_rank(ChainLinear(*sizes, normalize=False)) <= rank_of(sizes), sizes
 
 
+def test_rank_is_not_bought_with_blocks_too_small_for_rho():
+    theta = (0.911, 0.011, 0.078, 0.173, 0.725, 0.102, 0.686)
+    sizes = factor_sizes(32, 32, theta)
+    assert sizes.rho == 11 <= blocks_rank(sizes)
+
+
 def test_of_equal_sizes_the_cheaper_and_of_btt_the_ones_it_always_had():
     assert layer_sizes(512, 512, "btt") == (16, 1, 32, 1, 32, 16, 1)
     assert layer_sizes(512, 2048, "btt", rank=4) == (16, 1, 32, 1, 64, 32, 4)
