@@ -360,10 +360,23 @@ def restore(saved, model, optimizer=None):
     else:
         state = blank_state(model, optimizer, nested(source)["optimizer"])
     target = flat({"model": weights, "optimizer": state})
-    theirs, ours = ({(name, tensor.shape) for name, tensor in tensors.items()} for tensors in (source, target))
-    if theirs != ours:
-        raise ConfigError(f"{saved['path']} is of another model: they differ in {min(theirs ^ ours)[0]}")
+    check_shapes(saved["path"], source, target)
     saved.fill(target) if isinstance(saved, Sharded) else fill(target, source)
+
+
+def check_shapes(path, theirs, ours):
+    """ConfigError where a checkpoint's tensors are not the model's: {name: tensor} of either."""
+    one, other = ({(name, tuple(tensor.shape)) for name, tensor in tensors.items()} for tensors in (theirs, ours))
+    if one == other:
+        return
+    name = min(one ^ other)[0]
+    if theirs.keys() == ours.keys() and all(".cores." in name for name, _ in one ^ other):
+        shapes = " there and ".join(str(tuple(tensors[name].shape)) for tensors in (theirs, ours))
+        raise ConfigError(
+            f"{path} was made with other sizes: {name} is {shapes} here. Earlier versions chose sizes that lost rank for this "
+            "structure and width: use the version that made it, or train anew in another out_dir"
+        )
+    raise ConfigError(f"{path} is of another model: they differ in {name}")
 
 
 def fill(target, source):

@@ -285,6 +285,7 @@ class ChainLinear(CoreLinear):
             mults += others * i * ranks[k] * j * ranks[k + 1]
         super().__init__(math.prod(in_sizes), math.prod(out_sizes), shapes, **kwargs)
         self.in_sizes, self.out_sizes, self.ranks, self.blocks = tuple(in_sizes), tuple(out_sizes), ranks, blocks
+        self.sizes = ChainSizes(self.in_sizes, self.out_sizes, rank, blocks)
         self.flops_per_token = 2 * mults
 
     def product(self, x):

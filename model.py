@@ -50,6 +50,7 @@ def linear(config, role, **kwargs):
         routed = linear and not (config.share_router and role in ("attn.q", "attn.k", "attn.v"))
         return make_mixture(d_in, d_out, config.num_experts, config.top_k, routed=routed, mixed=linear, **arguments)
     except ConfigError as error:
+        config.check_layers()  # it knows what would work for all layers
         raise error.about(role) from None
 
 

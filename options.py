@@ -7,13 +7,15 @@
 No torch here: a mistake on the command line is answered before torch is imported. Imports from configurator and theta.
 """
 
+import copy
 import difflib
+import itertools
 import os
 from dataclasses import dataclass
 from typing import Literal
 
 from configurator import ConfigError, UnusedOption
-from theta import check_mixture, layer_sizes
+from theta import SizeError, check_mixture, layer_sizes
 
 # What `structured_layers` and `overrides` may name, one by one or as a group ("attn" is the four attn.* roles).
 ROLES = ("embed", "attn.q", "attn.k", "attn.v", "attn.proj", "ffn.up", "ffn.down", "lm_head")
@@ -49,6 +51,7 @@ class BlockConfig:
 
     roles = ROLES  # of the model's layers
     causal = True  # a position attends to none behind it
+    width_options = ("d_model", "d_head")  # that set the widths of layers, in the order in which a remedy names them
 
     def __post_init__(self):
         for name in ("n_layer", "n_head", "d_model", "d_head"):
@@ -57,13 +60,6 @@ class BlockConfig:
                 raise ConfigError(f"{name}={value}: make it at least 1")
         if not 0 <= self.dropout < 1:
             raise ConfigError(f"dropout={self.dropout}: make it at least 0 and less than 1")
-        if self.d_head is None and self.d_model % self.n_head:
-            near = min(
-                (h for h in range(1, self.d_model + 1) if self.d_model % h == 0), key=lambda h: abs(h - self.n_head)
-            )
-            raise ConfigError(
-                f"n_head={self.n_head} does not divide d_model={self.d_model}: take n_head={near}, or give d_head"
-            )
         for option, names in (("structured_layers", self.structured_layers), ("overrides", self.overrides or {})):
             for name in names:
                 if not any(_covers(name, role) for role in self.roles):
@@ -76,6 +72,10 @@ class BlockConfig:
                 raise ConfigError(
                     f"overrides: {name}={override!r}: give a structure, or a dict of {', '.join(OVERRIDABLE)}"
                 )
+        if self.d_head is None and self.d_model % self.n_head:
+            raise ConfigError(
+                f"n_head={self.n_head} does not divide d_model={self.d_model}: take {self._heads_that_fit()}"
+            )
         attention = [role for role in self.roles if role.startswith("attn.")]
         if self.align_heads and all(self.layer_options(role)["structure"] == "dense" for role in attention):
             remedy = "leave it out, or make one of them btt or monarch"
@@ -89,16 +89,99 @@ class BlockConfig:
         return {**attention, "ffn.up": (C, 4 * C), "ffn.down": (4 * C, C)}
 
     def check_layers(self):
-        """ConfigError where the sizes of a layer do not factor, or options do not go with its structure."""
-        for role, (d_in, d_out) in self.layer_widths().items():
-            options = self.layer_options(role)
-            sizes_of = {key: value for key, value in options.items() if key not in ("bias", "normalize")}
+        """ConfigError where the sizes of a layer do not factor, or options do not go with its structure.
+
+        It offers values of options with which all layers of the model have sizes.
+        """
+        for role in self.layer_widths():
             try:
-                sizes = layer_sizes(d_in, d_out, **sizes_of)
-                if self.is_mixture(role):
-                    check_mixture(options["structure"], sizes)
+                self._check_layer(role)
+            except SizeError as error:
+                raise ConfigError(f"{role}: {error.problem}: take {self._remedy(role, error)}") from None
             except ConfigError as error:
                 raise error.about(role) from None
+
+    def _check_layer(self, role):
+        options = self.layer_options(role)
+        sizes_of = {key: value for key, value in options.items() if key not in ("bias", "normalize")}
+        sizes = layer_sizes(*self.layer_widths()[role], **sizes_of)
+        if self.is_mixture(role):
+            check_mixture(options["structure"], sizes)
+
+    # Remedies, which are tried before they are offered.
+
+    def _remedy(self, role, error):
+        """Options, as text, with which all layers have sizes, that of `role` too."""
+        if error.option in ("d_in", "d_out"):
+            found = {option: self.nearest(option) for option in self.width_options if getattr(self, option)}
+            texts = [f"{option}={' or '.join(map(str, values))}" for option, values in found.items() if values]
+            if texts or (texts := self._two_widths()):
+                return ", or ".join(texts)
+        covering = self._override_of(role)
+        for value in error.values:
+            if covering is not None and ("structure" in covering[1] or error.option in covering[1]):
+                name, override = covering
+                changes = {"overrides": {**self.overrides, name: {**override, error.option: value}}}
+            else:
+                changes = {error.option: value}
+            if self._fits(**changes):
+                up_to = f"{error.option} <= {value}" if error.option == "rank" else f"{error.option}={value}"
+                return f"overrides={changes['overrides']}" if "overrides" in changes else up_to
+        dense = {name: "dense" for name in self.layer_widths() if not self._fits_layer(name)}
+        return f"overrides={ {**(self.overrides or {}), **dense} }"
+
+    def nearest(self, option, at_least=None):
+        """[the value below, the value above] of a width option nearest to its own, with which all layers have sizes.
+
+        at_least: only the first from there on. A value is left out where none is found within 200 steps.
+        """
+        own = getattr(self, option) if at_least is None else at_least
+        step = self.n_head if option == "d_model" and self.d_head is None else 1
+        below, above = range(own // step * step, 0, -step), range(-(-own // step) * step, own + 200 * step, step)
+        only_above = at_least is not None or option == "vocab_size"  # the data need what they need
+        found = []
+        for values in (above,) if only_above else (below[:200], above):
+            found += list(itertools.islice((value for value in values if self._fits(**{option: value})), 1))
+        return sorted(set(found))
+
+    def _two_widths(self):
+        """d_model and vocab_size that fit together, as text, where neither can be mended alone."""
+        if "vocab_size" not in self.width_options:
+            return []
+        trial = copy.copy(self)
+        for far in range(1, self.d_model):
+            for trial.d_model in (self.d_model - far, self.d_model + far):
+                body = [role for role in trial.layer_widths() if role != "lm_head"]
+                whole = self.d_head or trial.d_model % self.n_head == 0
+                if whole and all(map(trial._fits_layer, body)) and (values := trial.nearest("vocab_size")):
+                    return [f"d_model={trial.d_model} and vocab_size={values[0]}"]
+        return []
+
+    def _heads_that_fit(self):
+        """Values, as text, of n_head, d_model or d_head, one of which makes heads of whole widths."""
+        heads = [h for h in range(1, self.d_model + 1) if self.d_model % h == 0]
+        heads.sort(key=lambda h: abs(h - self.n_head))
+        share = max(1, round(self.d_model / self.n_head))
+        widths = sorted(range(max(1, share // 2), 2 * share + 1), key=lambda width: abs(width - share))
+        texts = [f"n_head={h}" for h in heads if self._fits(n_head=h)][:1]
+        texts += [f"d_model={value}" for value in self.nearest("d_model")]
+        texts += [f"d_head={width}" for width in widths if self._fits(d_head=width)][:1]
+        return ", or ".join(texts or self._two_widths()) or f"n_head={heads[0]}"
+
+    def _fits(self, **changes):
+        """Whether all layers have sizes with these options changed."""
+        trial = copy.copy(self)
+        vars(trial).update(changes)
+        if trial.d_head is None and trial.d_model % trial.n_head:
+            return False
+        return all(map(trial._fits_layer, trial.layer_widths()))
+
+    def _fits_layer(self, role):
+        try:
+            self._check_layer(role)
+        except ConfigError:
+            return False
+        return True
 
     def _check_mixtures(self):
         defaults = {"num_experts": 8, "top_k": 2, "share_router": False}
@@ -120,23 +203,41 @@ class BlockConfig:
             )
 
     def is_mixture(self, role):
-        """Whether the layer that plays `role` is a mixture, or, with moe="ffn", part of one."""
+        """Whether the layer that plays `role` is a mixture, or, with moe="ffn", part of one.
+
+        moe="linear": a layer of attn or ffn is a mixture where it is structured. It is where an override names it a
+        structure other than "dense", and it is not where one names it "dense"; else where structured_layers has it,
+        also with structure="dense" (which makes mixtures of dense matrices), or an override gives the structure of all
+        other options, unless that is dense. moe="ffn": experts are whole FFNs, whatever structures their layers have.
+        """
         if self.moe == "ffn":
             return _covers("ffn", role)
-        inside = self.moe == "linear" and (_covers("attn", role) or _covers("ffn", role))
-        return inside and any(_covers(name, role) for name in self.structured_layers)
+        if self.moe == "none" or not (_covers("attn", role) or _covers("ffn", role)):
+            return False
+        _, override = self._override_of(role) or (None, None)
+        if override is not None and "structure" in override:
+            return override["structure"] != "dense"
+        structured = any(_covers(name, role) for name in self.structured_layers)
+        return structured or (override is not None and self.structure != "dense")
 
     @property
     def head_size(self):
         return self.d_head or self.d_model // self.n_head
 
+    def _override_of(self, role):
+        """The override of a layer, and its name in `overrides`: (name, dict of options), or None."""
+        covering = [name for name in self.overrides or {} if _covers(name, role)]
+        if not covering:
+            return None
+        name = max(covering, key=len)  # the narrowest: attn.q rather than attn
+        override = self.overrides[name]
+        return name, {"structure": override} if isinstance(override, str) else override
+
     def layer_options(self, role):
         """make_linear's options for the layer that plays `role`: an override, else the structure, else dense."""
         ours = {name: getattr(self, name) for name in ("structure", "theta", "rank", "num_blocks", "num_cores")}
-        covering = [name for name in self.overrides or {} if _covers(name, role)]
-        if covering:
-            override = self.overrides[max(covering, key=len)]  # the narrowest: attn.q rather than attn
-            options = {"structure": override} if isinstance(override, str) else dict(override)
+        if covering := self._override_of(role):
+            options = dict(covering[1])
             if "structure" not in options:
                 options = {**ours, **options}
         elif any(_covers(name, role) for name in self.structured_layers):
@@ -159,6 +260,8 @@ class GPTConfig(BlockConfig):
     vocab_size: int = 50304  # at least the data's; GPT-2's 50257 rounded up to a width that factors
     d_embed: int | None = None  # width of the token embedding, which the layer "embed" brings to d_model; None: d_model
     fused_loss: bool = True  # LM head and loss in chunks of tokens where the logits are large; False: logits whole
+
+    width_options = ("vocab_size", "d_embed", "d_model", "d_head")
 
     def __post_init__(self):
         super().__post_init__()

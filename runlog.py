@@ -4,7 +4,7 @@ A row of log.jsonl is one object: step (updates done), tokens (or images, sample
 clock stops for evaluation and checkpoints), loss, val_loss, lr, grad_norm, tokens_per_second, mfu;
 a key is left out where there is no figure. Mixtures have aux_loss, which loss does not include, and, in
 the rows of evaluations, moe: moe.figures of each router, means since the evaluation before.
-Imports from configurator and model.
+Imports from configurator, theta and model.
 """
 
 import json
@@ -17,6 +17,7 @@ import sys
 from contextlib import contextmanager, suppress
 
 from configurator import ConfigError
+from theta import Sizes, rank_of
 
 # ---------------------------------------------------------------------------------------
 # The log
@@ -87,7 +88,9 @@ def model_table(model, multipliers, lr, unit="token", flops=None, passes=lambda 
     lr           the base rate
     unit, flops  what the model takes, and the FLOPs of its forward pass on one; None: model.flops_per_token()
     passes       role of a layer -> how often that makes the layer work: of an image, the number of its patches
-    The last row has the sums of those above. A tied head's parameters are among the embeddings'.
+    rank         of the matrix, where it is not full, as its sizes have it (theta.rank_of)
+    The last row has the sums of those above. A tied head's parameters are among the embeddings'. Behind the table stands
+    a note about each structure whose layers cost more than dense ones.
     """
     names = {parameter: name for name, parameter in model.named_parameters()}  # a shared one under its first name
     rates = {parameter: lr * multipliers[name] for parameter, name in names.items()}
@@ -106,13 +109,31 @@ def model_table(model, multipliers, lr, unit="token", flops=None, passes=lambda 
     behind = max((i for i, row in enumerate(layers) if "attn." in row["layer"]), default=None)
     if behind is not None:
         what = f"q k' and p v at {model.config.block_size:,} tokens"
-        layers.insert(behind + 1, _table_row(f"{model.config.n_layer} x attention", "", [what], 0, attention))
+        layers.insert(behind + 1, _table_row(f"{model.config.n_layer} x attention", "", [what], "", 0, attention))
 
     rows = [*embeddings, *layers, *rest]
     parameters = sum(row["parameters"] for row in rows if row["parameters"] != "tied")
-    rows.append(_table_row("total", "", [], parameters, sum(row["FLOPs"] for row in rows)))
+    rows.append(_table_row("total", "", [], "", parameters, sum(row["FLOPs"] for row in rows)))
     names = {"FLOPs": f"FLOPs {a(unit)}"}
-    return _as_table([{names.get(key, key): value for key, value in row.items()} for row in rows])
+    if not any(row["rank"] for row in rows):
+        for row in rows:
+            del row["rank"]
+    table = _as_table([{names.get(key, key): value for key, value in row.items()} for row in rows])
+    return table + _dear_structures(model.config, roles)
+
+
+def _dear_structures(config, roles):
+    """A line for each structure that has layers of more FLOPs than dense ones of their widths: the dearest of them."""
+    dearest = {}
+    for role, (layer, *_) in roles.items():
+        matrices = getattr(layer, "top_k", 1)  # a mixture's token takes as many
+        share = layer.flops_per_token / (2 * layer.in_features * layer.out_features * matrices)
+        if not _is_dense(layer) and share > dearest.get(_structure(config, role, layer), (1.0,))[0]:
+            dearest[_structure(config, role, layer)] = share, role
+    return [
+        f"note: {structure}: {role} costs {share:.2f} times the FLOPs of a dense layer, a smaller rank costs less"
+        for structure, (share, role) in dearest.items()
+    ]
 
 
 def _layers_by_role(model):
@@ -130,6 +151,7 @@ def _layer_row(config, role, alike, tied, rates, passes):
         f"{len(alike)} x {role}" if len(alike) > 1 else role,
         _structure(config, role, layer),
         [(layer.in_features, layer.out_features)] if _is_dense(layer) else [core.shape for core in layer.cores],
+        _rank(layer),
         "tied" if tied else sum(core.numel() for layer in alike for core in layer.cores),
         sum(layer.flops_per_token for layer in alike) * passes(role),
         [rates[core] for core in layer.cores],
@@ -143,6 +165,7 @@ def _other_row(config, kind, parameters, rates):
         kind,
         "",
         [parameter.shape for parameter in parameters] if embeddings else [],
+        "",
         sum(parameter.numel() for parameter in parameters),
         0,
         sorted({rates[parameter] for parameter in parameters}),
@@ -152,6 +175,15 @@ def _other_row(config, kind, parameters, rates):
 
 def _is_dense(layer):
     return layer.cores[0].dim() == 2
+
+
+def _rank(layer):
+    """As in "64 of 512", "" where it is full or not known; of a mixture that of the experts a token has, together."""
+    sizes, full = getattr(layer, "sizes", None), min(layer.in_features, layer.out_features)
+    if isinstance(sizes, Sizes):
+        sizes = sizes._replace(rho=sizes.rho * getattr(layer, "top_k", 1))
+    rank = full if sizes is None else rank_of(sizes)
+    return "" if rank == full else f"{rank:,} of {full:,}"
 
 
 def _structure(config, role, layer):
@@ -184,11 +216,12 @@ def _init_stds(config, role, layer):
     return [*layer.init_std[:-1], 0.0 if layer.zero_init else layer.init_std[-1]]
 
 
-def _table_row(layer, structure, sizes, parameters, flops, rates=(), stds=()):
+def _table_row(layer, structure, sizes, rank, parameters, flops, rates=(), stds=()):
     return {
         "layer": layer,
         "structure": structure,
         "sizes": " ".join(size if isinstance(size, str) else f"({','.join(map(str, size))})" for size in sizes),
+        "rank": rank,
         "parameters": parameters,
         "FLOPs": flops,
         "learning rate": " ".join(f"{rate:.3g}" for rate in rates),

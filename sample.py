@@ -64,6 +64,7 @@ def load_model(out_dir):
         raise ConfigError(f"out_dir={out_dir} holds a model of images: give the out_dir of a run of train.py")
     names = {field.name for field in fields(GPTConfig)}
     model = GPT(GPTConfig(**{key: value for key, value in saved["config"].items() if key in names}))
+    checkpoint.check_shapes(saved["path"], saved["model"], model.state_dict())
     model.load_state_dict(saved["model"])
     return model.eval(), saved["meta"]
 

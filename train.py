@@ -535,14 +535,16 @@ def split_batch(config, world):
 
 
 def check_vocabulary(config, meta, say):
-    if meta["vocab_size"] > config.vocab_size:
+    have, need = config.vocab_size, meta["vocab_size"]
+    takes = next(
+        iter(config.nearest("vocab_size", at_least=need)), need
+    )  # the first that the head's structure has sizes for
+    if need > have:
         raise ConfigError(
-            f"vocab_size={config.vocab_size} is smaller than the {meta['vocab_size']} of {config.data_dir}: "
-            f"take --vocab_size={meta['vocab_size']} or more"
+            f"vocab_size={have} is smaller than the {need} of {config.data_dir}: take --vocab_size={takes}"
         )
-    if meta["vocab_size"] < config.vocab_size // 2:
-        have, need = config.vocab_size, meta["vocab_size"]
-        say(f"note: vocab_size={have}, but {config.data_dir} has {need} tokens: --vocab_size={need} saves work")
+    if need < have // 2 and takes < have:
+        say(f"note: vocab_size={have}, but {config.data_dir} has {need} tokens: --vocab_size={takes} saves work")
 
 
 def check_same_model(config, saved, shape, say):

@@ -27,12 +27,14 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 import checkpoint
+import theta
 from configurator import ConfigError
 from model import GPT
 from mup import make_optimizer
 from options import GPTConfig
 from parallel import shard
 from sample import load_model
+from theta import Sizes, rank_of
 
 CONFIG = dict(vocab_size=96, n_layer=1, n_head=2, d_model=36, block_size=32, structure="btt")
 PLAIN = dict(
@@ -193,6 +195,31 @@ def test_another_model_is_refused(runs, name, options):
     model = GPT(GPTConfig(**{**CONFIG, **options}))
     with pytest.raises(ConfigError, match="is of another model"):
         checkpoint.restore(saved, model, make_optimizer(model, 1e-2))
+
+
+def test_cores_of_other_sizes_are_refused_in_a_line_that_says_why(tmp_path, monkeypatch):
+    """A Kronecker layer of width 128 was (8 × 16) ⊗ (16 × 8) before it kept its rank."""
+    options = dict(structure="kronecker", rank=1, d_model=128, n_head=2, n_layer=1, vocab_size=100, block_size=32)
+    old = {(128, 128): Sizes(8, 16, 1, 16, 8, 1, 1)}
+    with monkeypatch.context() as patch:
+        now = theta.STRUCTURES["kronecker"]
+        earlier = lambda d_in, d_out, options: old.get((d_in, d_out)) or now[0](d_in, d_out, options)  # noqa: E731
+        patch.setitem(theta.STRUCTURES, "kronecker", (earlier, now[1]))
+        model = GPT(GPTConfig(**options))
+    assert rank_of(model.blocks[0].attn.q.sizes) == 64
+    state = {"model": model.state_dict(), "optimizer": {}, "step": 1, "config": options, "meta": {}}
+    checkpoint.save(str(tmp_path), state)
+    model = GPT(GPTConfig(**options))
+    optimizer = make_optimizer(model, 1e-2)
+    for read in (
+        lambda: load_model(str(tmp_path)),
+        lambda: checkpoint.restore(checkpoint.load(str(tmp_path)), model, optimizer),
+    ):
+        with pytest.raises(
+            ConfigError, match="was made with other sizes: .*cores.*Earlier versions.* lost rank"
+        ) as caught:
+            read()
+        assert "\n" not in str(caught.value)
 
 
 def test_adams_state_is_complete_after_an_evaluation():

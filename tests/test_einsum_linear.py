@@ -421,7 +421,7 @@ def test_a_width_that_does_not_factor_is_refused_with_the_nearest_that_do(d_in, 
         (dict(structure="einsum", theta=(0.5, 0.5)), ["theta", "2 values", "seven"]),
         (
             dict(structure="einsum", theta=(0.5, 0, 0.6, 0, 0.5, 0.5, 0)),
-            ["alpha + beta + gamma", "1.1", "(0.454545 0 0.545455"],
+            ["alpha + beta + gamma", "1.1", "(0.4545 0 0.5455"],
         ),
         (dict(structure="einsum", theta=(0.5, 0, 0.5, -0.5, 1, 0.5, 0)), ["between 0 and 1"]),
         (dict(structure="einsum", theta=(0.5, 0, 0.5, 0, 0.5, 0.5, 0), rank=2), ["rank=2"]),

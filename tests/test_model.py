@@ -1,6 +1,10 @@
 """The GPT against Hugging Face's GPT-2, its cache against recomputation, its FLOPs against the executed graph."""
 
+import ast
 import math
+import random
+import re
+from collections import Counter
 
 import pytest
 import torch
@@ -294,6 +298,52 @@ def test_impossible_structures_are_refused_and_name_the_layer(kwargs, words):
     with pytest.raises(ConfigError) as caught:
         GPT(GPTConfig(**{**SMALL, **kwargs}))
     assert all(word in str(caught.value) for word in words), str(caught.value)
+
+
+def take(remedy, options):
+    """The options with one remedy of a message, as text, taken: "d_model=96 and vocab_size=98", "rank <= 4"."""
+    for name, value in re.findall(r"(\w+)(?:=| <= )(\{.*\}|\d+)", remedy):
+        options = {**options, name: ast.literal_eval(value)}
+    return options
+
+
+def remedies(message):
+    """The remedies of a message, one by one."""
+    for text in re.split(r", or ", message.rpartition(": take ")[2]):
+        first, *more = re.split(r" or (?=\d)", text)
+        yield from [first, *(f"{first.partition('=')[0]}={value}" for value in more)]
+
+
+def test_remedies_of_models_work_when_they_are_taken():
+    draw, tried = random.Random(0), Counter()
+    for _ in range(150):
+        options = dict(
+            structure=draw.choice(("btt", "kronecker", "monarch", "low_rank", "tt")), n_head=draw.randint(1, 6),
+            d_model=draw.choice((64, 60, 97, 72, 101, 120)), vocab_size=draw.choice((96, 97, 256)), n_layer=1,
+        )  # fmt: skip
+        more = {"btt": dict(rank=draw.randint(1, 20)), "tt": dict(rank=draw.randint(1, 200)), "low_rank": dict(rank=90)}
+        options.update(more.get(options["structure"], {}))
+        if options["structure"] == "monarch":
+            options["num_blocks"] = draw.choice((None, 3, 5))
+        if draw.random() < 0.3:
+            options["overrides"] = {"ffn": {"structure": "btt", "rank": draw.randint(1, 20)}}
+        if options.keys() & {"rank", "num_blocks", "overrides"}:
+            options["n_head"] = 1  # heads that do not divide would be a second mistake of another kind
+        if draw.random() < 0.2:
+            options["d_head"] = draw.choice((8, 12, 17))
+        try:
+            GPTConfig(**options).check_layers()
+        except ConfigError as error:
+            assert ": take " in str(error), str(error)
+            for remedy in remedies(str(error)):
+                GPTConfig(**take(remedy, options)).check_layers()
+                tried[remedy.partition("=")[0].partition(" ")[0]] += 1
+    assert {"d_model", "n_head", "d_head", "vocab_size", "rank", "num_blocks", "overrides"} <= tried.keys(), tried
+
+
+def test_a_model_made_without_a_check_offers_the_same_remedy():
+    with pytest.raises(ConfigError, match="lm_head: d_out=97 .* take vocab_size=98"):
+        GPT(GPTConfig(**{**SMALL, "vocab_size": 97}))
 
 
 def test_a_size_error_names_the_layer():

@@ -1,5 +1,6 @@
 """Mixtures against float64 loops over experts and materialised matrices; routing; real runs on one and two processes."""
 
+import itertools
 import math
 import shutil
 
@@ -577,6 +578,42 @@ def test_options_of_runs_that_do_not_fit(run, tmp_path):
         convert.main([f"--source={folder}", f"--out_dir={tmp_path}/converted"])
     with pytest.raises(ConfigError, match="moe='ffn': a matrix has no experts"):
         convert.main(["--source=gpt2", f"--out_dir={tmp_path}/converted", "--moe=ffn"])
+
+
+@pytest.mark.parametrize("kind", ["none", "linear", "ffn"])
+def test_a_layer_is_a_mixture_where_it_is_structured(kind):
+    """All combinations of structure, structured_layers and overrides of one role, against the rule in plain words."""
+    names = [
+        None,
+        "dense",
+        "btt",
+        {"structure": "dense", "bias": True},
+        {"structure": "low_rank", "rank": 2},
+        {"bias": True},
+    ]
+    for structure, layers, override in itertools.product(("dense", "btt"), (("attn", "ffn"), ("ffn",)), names):
+        overrides = {"attn": "dense", "attn.q": override} if override else None
+        config = GPTConfig(**SMALL, structure=structure, structured_layers=layers, overrides=overrides, moe=kind)
+        named = override.get("structure") if isinstance(override, dict) else override
+        if named:
+            expected = named != "dense"
+        elif override:  # options of the structure of all
+            expected = "attn" in layers or structure != "dense"
+        else:
+            expected = "attn" in layers
+        case = (structure, layers, override)
+        assert config.is_mixture("attn.q") == (expected and kind == "linear"), case
+        assert config.is_mixture("attn.k") == ("attn" in layers and not override and kind == "linear"), case
+        assert config.is_mixture("ffn.up") == config.is_mixture("ffn.down") == (kind != "none"), case
+        assert not config.is_mixture("lm_head")
+        with torch.device("meta"):
+            model = GPT(config)
+        assert isinstance(model.blocks[0].attn.q, moe.Mixture) == config.is_mixture("attn.q"), case
+
+
+def test_overrides_alone_may_make_the_mixtures():
+    config = GPTConfig(**SMALL, moe="linear", structured_layers=("lm_head",), overrides={"attn.q": "btt"})
+    assert [role for role in config.layer_widths() if config.is_mixture(role)] == ["attn.q"]
 
 
 def test_head_and_embedding_are_never_mixtures():

@@ -12,9 +12,11 @@ import torch
 
 import runlog
 from configurator import ConfigError
+from einsum_linear import make_linear
 from model import GPT
 from mup import lr_multipliers, make_optimizer
 from options import GPTConfig
+from structures import measured_rank
 
 # -- the table
 
@@ -42,6 +44,9 @@ def table(model, lr=2e-3):
     start = {name: head.index(name) for name in ("structure", "sizes", "init std")}
     end = {name: head.index(name) + len(name) for name in ("parameters", "FLOPs a token")}
     rows = {}
+    if "rank" in head.split():  # its column is as wide as "4 of 18" or more, and ends where that of parameters begins
+        ranks = [re.search(r"  +([\d,]+ of [\d,]+)  ", line) for line in lines]
+        lines = [line if r is None else line.replace(r[1], " " * len(r[1]), 1) for line, r in zip(lines, ranks)]
     for line in lines:
         line = line.ljust(len(rule))
         sizes = line[start["sizes"] : end["parameters"]]
@@ -124,6 +129,42 @@ def test_structures_by_layer():
     assert structures.pop("attn.q") == "dense" and set(structures.values()) == {"btt"}
     assert rows["3 x ffn.up"]["sizes"] == "(6,6,36) (12,18,12)"  # rank 3
     assert rows["3 x attn.k"]["sizes"] == "(6,6,6) (6,6,6)"  # rank 1
+
+
+def lines_about(**options):
+    """model_table of a GPT, and its rows by their label, as text."""
+    with torch.device("meta"):
+        model = GPT(GPTConfig(**{**dict(block_size=32, vocab_size=96, n_layer=1, n_head=1, d_model=64), **options}))
+    lines = runlog.model_table(model, lr_multipliers(model), 1e-3)
+    return lines, {line.split("  ")[0]: line for line in lines}
+
+
+def test_the_rank_stands_where_it_is_not_full():
+    lines, rows = lines_about(structure="low_rank", rank=16)
+    assert "rank" in lines[0].split() and "16 of 64" in rows["attn.q"] and "16 of 64" in rows["ffn.up"]
+    lines, rows = lines_about(
+        structure="einsum", theta=(0.5, 0.25, 0.25, 0.25, 0.5, 0.25, 0), d_model=66, vocab_size=96
+    )
+    measured = measured_rank(make_linear(66, 66, "einsum", (0.5, 0.25, 0.25, 0.25, 0.5, 0.25, 0), normalize=False))
+    assert measured < 66 and f"{measured} of 66" in rows["attn.q"]
+    lines, rows = lines_about(structure="low_rank", rank=3, moe="linear", structured_layers=("ffn",))
+    assert "6 of 64" in rows["ffn.up"] and "of 64" not in rows["attn.q"].replace("2 of 8", "")  # two experts a token
+    lines, rows = lines_about(structure="kronecker")
+    assert "rank" not in lines[0].split()
+
+
+def test_a_structure_dearer_than_dense_layers_is_noted_once():
+    lines, _ = lines_about(structure="tt", rank=16)
+    (note,) = [line for line in lines if line.startswith("note")]
+    layer = make_linear(64, 64, "tt", rank=16)
+    share = layer.flops_per_token / (2 * 64 * 64)
+    assert (
+        share > 1
+        and note.startswith("note: tt: ")
+        and float(re.search(r"costs ([\d.]+) times", note)[1]) >= share - 0.01
+    )
+    for options in (dict(structure="btt", rank=2), dict(structure="dense"), dict(structure="dense", moe="linear")):
+        assert not [line for line in lines_about(**options)[0] if line.startswith("note")]
 
 
 def test_only_a_tied_head_is_marked():

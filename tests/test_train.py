@@ -6,6 +6,7 @@ import importlib
 import json
 import math
 import os
+import random
 import re
 import shutil
 import signal
@@ -730,7 +731,7 @@ def test_float16_and_bfloat16_learn_too(tiny, tmp_path):
         (["--batch_tokens=300"], ["batch_tokens=300", "128", "take batch_tokens=256"]),
         (["--n_head=5"], ["n_head=5", "d_model=36", "take n_head="]),
         (["--vocab_size=90"], ["vocab_size=90", "96", "--vocab_size=96"]),
-        (["--d_model=62"], ["attn.q", "d_in=62", "nearest widths"]),
+        (["--d_model=62"], ["attn.q", "d_in=62", "take d_model=60 or 64"]),
         (["--data_dir=nowhere"], ["nowhere", "prepare_owt.py"]),
         (["--lr=-1"], ["lr=-1", "at least 0"]),
         (["--max_steps=0"], ["max_steps=0", "at least 1"]),
@@ -776,6 +777,31 @@ def test_batch_and_world_size_must_fit():
     assert train.split_batch(config, 1) == (8, 2) and train.split_batch(config, 2) == (8, 1)
     with pytest.raises(ConfigError, match="3 processes"):
         train.split_batch(config, 3)
+
+
+def test_remedies_for_batches_and_vocabularies_work_when_they_are_taken():
+    draw, tried = random.Random(0), 0
+    base = dict(d_model=36, n_head=2, block_size=32)
+    for _ in range(100):
+        options = dict(**base, vocab_size=96, micro_batch=draw.randint(1, 9), batch_tokens=draw.randint(1, 40) * 16)
+        world = draw.randint(1, 4)
+        try:
+            train.split_batch(Config(**options), world)
+        except ConfigError as error:
+            for name, value in re.findall(r"(\w+)=(\d+)", str(error).split(": take ")[1]):
+                train.split_batch(Config(**{**options, name: int(value)}), world)
+                tried += 1
+    for structure, need in (("btt", 97), ("kronecker", 257), ("btt", 50257), ("dense", 97), ("monarch", 211)):
+        meta = {"vocab_size": need}
+        with pytest.raises(ConfigError, match="is smaller than the") as caught:
+            train.check_vocabulary(Config(**base, structure=structure, vocab_size=96), meta, print)
+        taken = int(re.search(r"take --vocab_size=(\d+)$", str(caught.value))[1])
+        train.check_vocabulary(Config(**base, structure=structure, vocab_size=taken), meta, print)
+        assert taken >= need and (structure != "dense" or taken == need)
+        said = []
+        train.check_vocabulary(Config(**base, structure=structure, vocab_size=2**17), meta, said.append)
+        Config(**base, structure=structure, vocab_size=int(re.search(r"--vocab_size=(\d+) saves work", said[0])[1]))
+    assert tried > 30
 
 
 # -- the log

@@ -5,6 +5,7 @@ CIFAR10_PARQUET, a folder with CIFAR-10's parquet files, or ../shared/data besid
 
 import glob
 import io
+import itertools
 import json
 import math
 import os
@@ -41,7 +42,7 @@ from train import build
 from vision.augment import OPERATION_NAMES, Augment, erase_boxes, inside, mix_boxes, moved, rand_operation
 from vision.data import Held, Order, Streamed, open_splits, random_box, rng
 from vision.mlp import MLP
-from vision.train import Config
+from vision.train import Config, split_batch
 from vision.vit import ViT, patches
 
 CPU = torch.device("cpu")
@@ -434,6 +435,19 @@ def test_random_crops_keep_within_their_bounds():
 
 
 # -- batches made in the update
+
+
+def test_remedies_for_batches_work_when_they_are_taken():
+    tried = 0
+    for batch_size, micro_batch, world, mixup in itertools.product((30, 96, 100), (2, 8, 14), (1, 2, 3), (0.0, 0.8)):
+        options = dict(TINY, batch_size=batch_size, micro_batch=micro_batch, mixup=mixup)
+        try:
+            split_batch(Config(**options), world)
+        except ConfigError as error:
+            for name, value in re.findall(r"(\w+)=(\d+)", str(error).split(": take ")[1]):
+                split_batch(Config(**{**options, name: int(value)}), world)
+                tried += 1
+    assert tried > 20
 
 
 def test_an_update_that_prepares_its_batch_equals_one_that_is_given_it(digits_held):
@@ -892,7 +906,7 @@ def test_cifar5ms_files_too(tmp_path):
         (dict(shuffle_pixels=True), ["shuffle_pixels=True", "vit"]),
         (dict(channels=2), ["channels=2", "1 for grey"]),
         (dict(n_classes=9), ["n_classes=9", "labels up to 9", "take 10"]),
-        (dict(batch_size=40), ["batch_size=40", "micro_batch 32", "take batch_size=32"]),
+        (dict(batch_size=40), ["batch_size=40", "micro_batch 32", "take micro_batch=8, or batch_size=32"]),
         (dict(mixup=0.2, micro_batch=1), ["micro_batch=1", "even"]),
         (dict(mixup=-1), ["mixup=-1", "at least 0"]),
         (dict(ema=1.0), ["ema=1.0", "less than 1"]),
@@ -900,7 +914,7 @@ def test_cifar5ms_files_too(tmp_path):
         (dict(stream=True, crop_padding=2), ["crop_padding=2", "min_crop"]),
         (dict(rand_level=3), ["rand_level=3", "rand_augment=2"]),
         (dict(parametrization="standard"), ["parametrization='standard'", "'mup'"]),
-        (dict(d_model=62), ["input", "d_out=62", "nearest widths"]),
+        (dict(d_model=62), ["d_out=62", "take d_model=60 or 64"]),
         (dict(structured_layers="attn,lm_head"), ["structured_layers", "lm_head", "head"]),
         (dict(data_dir="nowhere"), ["data_dir=nowhere", "no folder"]),
     ],

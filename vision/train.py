@@ -8,6 +8,7 @@ The run, its log, checkpoints and options are those of the root's train.py; this
 evaluation are. batch_size is that of all processes together. Imports from vision's mlp, vit, data and augment, and the root's train.
 """
 
+import math
 import os
 import sys
 import time
@@ -187,10 +188,15 @@ def split_batch(config, world):
     """-> micro-steps; ConfigError where batch_size does not divide."""
     unit = config.micro_batch * world
     if config.batch_size % unit:
-        near = max(1, round(config.batch_size / unit)) * unit
+        remedies = [f"batch_size={max(1, round(config.batch_size / unit)) * unit}"]
+        share, rest = divmod(config.batch_size, world)
+        micro_batch = math.gcd(share, config.micro_batch)
+        pairs = getattr(config, "mixup", 0) or getattr(config, "cutmix", 0)  # of which a micro-batch has whole ones
+        if not (rest or (pairs and micro_batch % 2)):
+            remedies.insert(0, f"micro_batch={micro_batch}")
         raise ConfigError(
             f"batch_size={config.batch_size} is not divisible by micro_batch {config.micro_batch} x {world} processes = "
-            f"{unit}: take batch_size={near}, or another micro_batch"
+            f"{unit}: take {', or '.join(remedies)}"
         )
     return config.batch_size // unit
 
