@@ -372,7 +372,7 @@ def test_nanogpts_checkpoint_is_read(tiny, tmp_path, bias, prefix, capsys):
         train.main([*tiny, *model, f"--out_dir={tmp_path}/nano", "--resume"])
     assert f"it is nanoGPT's: --init_from={path} starts from it" in capsys.readouterr().out
     with pytest.raises(ConfigError, match="tokenizer .*nanoGPT's meta.pkl"):
-        train.make_tokenizer(meta["tokenizer"])
+        train.tokenizer_of(meta)
 
 
 # -- devices

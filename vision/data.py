@@ -599,14 +599,14 @@ class Held:
 
 def mean_and_std(images):
     """uint8 (n, C, …) -> those of each channel / 255: two lists of C. From counts, so the same on every machine."""
-    C, values = images.shape[1], torch.arange(256, dtype=torch.float64)
-    counts = torch.zeros(C, 256, dtype=torch.float64)
+    C, values, counts = images.shape[1], np.arange(256), 0
     for piece in images.split(4096):
-        counts += torch.stack([torch.bincount(piece[:, c].flatten(), minlength=256) for c in range(C)])
-    n = counts.sum(dim=1)
+        by_channel = [torch.bincount(piece[:, c].flatten(), minlength=256) for c in range(C)]
+        counts = counts + torch.stack(by_channel).numpy()  # (C, 256)
+    n = counts.sum(axis=1)
     mean = counts @ values / n  # (C,)
-    variance = (counts * (values - mean[:, None]) ** 2).sum(dim=1) / (n - 1).clamp(min=1)
-    return (mean / 255).tolist(), (variance.sqrt() / 255).clamp(min=1e-3).tolist()
+    variance = (counts * (values - mean[:, None]) ** 2).sum(axis=1) / np.maximum(n - 1, 1)
+    return (mean / 255).tolist(), np.maximum(np.sqrt(variance) / 255, 1e-3).tolist()
 
 
 class Decoded(torch.utils.data.Dataset):
