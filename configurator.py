@@ -5,7 +5,7 @@
 Every option is a field of one dataclass. Its type is its annotation, its default
 is its value, and the comment behind it is what `--help` prints. Config files hold
 plain Python assignments (`batch_tokens = 8 * 1024`); later files win over earlier
-ones, and the command line wins over all files. Imports nothing of this project.
+ones, and the command line wins over all files.
 """
 
 import ast

@@ -4,7 +4,7 @@ A data folder holds `train.bin`, `val.bin` (uint8 or uint16 ids) and `meta.json`
 writes them. A batch is a pure function of (seed, step): each rank derives the offsets of the whole
 batch and takes its share, so that a resumed run, or one on another number of GPUs, sees the same data.
 With `row_tokens` in meta.json sequences start at its multiples: images as tokens, by vision/data.py.
-Torch is imported where a batch is made: preparing text does without. Imports from configurator.
+Torch is imported where a batch is made: preparing text does without.
 """
 
 import json

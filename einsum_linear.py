@@ -17,11 +17,10 @@ Tensor-Trains and BTTs of three and more cores belong to the family as ChainLine
 
 What needs no tensor, θ, sizes and the named structures, is in theta.py: to add a structure, write a function there.
 In code a b g = α β γ, d e f = δ ε φ, r = ρ and n is the number of tokens.
-Imports from theta and kernels.
 """
 
 if __name__ == "__main__":  # the command, whose own file answers mistakes before torch is imported
-    import structures
+    from lab import structures
 
     raise SystemExit(structures.run())
 
@@ -31,7 +30,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-import kernels
+from kernels.btt import BTTSizes, btt, btt_joined, joins, two_products
 from theta import ChainSizes, Sizes, factor_sizes, layer_sizes, multiplications, taxonomy  # noqa: F401
 
 
@@ -69,8 +68,8 @@ class Dense(nn.Linear):
 
 def apply_together(layers, x):
     """[layer(x) for layer in layers]; in training as one layer where a GPU does that faster: dense ones, some BTTs."""
-    if torch.is_grad_enabled() and kernels.joins(x, [getattr(layer, "btt_sizes", None) for layer in layers]):
-        ys = kernels.btt_joined(x, [layer.effective_cores() for layer in layers])
+    if torch.is_grad_enabled() and joins(x, [getattr(layer, "btt_sizes", None) for layer in layers]):
+        ys = btt_joined(x, [layer.effective_cores() for layer in layers])
         return [layer.finish(y, x) for layer, y in zip(layers, ys)]
     if not all(type(layer) is Dense for layer in layers) or not torch.is_grad_enabled():
         return [layer(x) for layer in layers]
@@ -91,7 +90,7 @@ class CoreLinear(nn.Module):
         load_dense(W)     sets the cores to the best approximation of W (d_out, d_in)
 
     A core is a batched matrix, a parameter of shape (batch, fan_in, fan_out); `shapes` lists them. Its learning rate
-    follows from `fan_ins` (mup.py), its first values from `init_std`, one number a core; where those of the shapes are
+    follows from `fan_ins` (optim.py), its first values from `init_std`, one number a core; where those of the shapes are
     not the right ones, `fan_ins` and `stds` say so. `zero_init` zeroes the last core.
     `normalize` caps each core's RMS at its initial value and gives it a learnable scale ("Compute Better Spent",
     ICML 2024, section 4); `gain=False` leaves the scale out, for a layer whose output is normalised anyway.
@@ -200,11 +199,11 @@ class EinsumLinear(CoreLinear):
     def btt_sizes(self):
         """Sizes for kernels.btt, if that computes it: β = δ = 1, and not multiplied out. Else None."""
         a, b, g, d, e, f, r = self.sizes
-        return kernels.BTTSizes(g, a, f, e, r) if b == d == 1 and self.matrix is None else None
+        return BTTSizes(g, a, f, e, r) if b == d == 1 and self.matrix is None else None
 
     def forward(self, x, after=None):
         if self.btt_sizes is not None:
-            return self.finish(kernels.btt(x, *self.effective_cores(), after=after), x)
+            return self.finish(btt(x, *self.effective_cores(), after=after), x)
         return super().forward(x, after)
 
     def product(self, x):
@@ -213,10 +212,10 @@ class EinsumLinear(CoreLinear):
         x_4d = x.reshape(n, g, b, a)
         # The first core contracts α (or β) for every γ, the second makes ε (or δ) for every φ.
         if self.order == "AB":
-            y = kernels.two_products(x_4d.permute(1, 3, 0, 2), *self.effective_cores())  # (γ, α, n, β) -> (φ, δ, n, ε)
+            y = two_products(x_4d.permute(1, 3, 0, 2), *self.effective_cores())  # (γ, α, n, β) -> (φ, δ, n, ε)
             y = y.permute(2, 0, 3, 1)
         else:
-            y = kernels.two_products(x_4d.permute(1, 2, 0, 3), *self.effective_cores())  # (γ, β, n, α) -> (φ, ε, n, δ)
+            y = two_products(x_4d.permute(1, 2, 0, 3), *self.effective_cores())  # (γ, β, n, α) -> (φ, ε, n, δ)
             y = y.permute(2, 0, 1, 3)
         return y  # (n, φ, ε, δ)
 

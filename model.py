@@ -3,10 +3,9 @@
 Two parametrisations. "mup" (structure-aware µP; "Compute Better Spent", ICML 2024, section 3,
 with depth-µP and QK-norm) keeps the best learning rate where it is when width or structure
 changes. "standard" is GPT-2 as published: with structure="dense" it loads GPT-2's weights and
-equals it. The learning rates that belong to each are in mup.py.
+equals it. The learning rates that belong to each are in optim.py.
 
 Shapes: B batch, T time, S positions in a cache, C = d_model, nh = n_head, hs = d_head.
-Imports from configurator, options, kernels, einsum_linear, moe, loss and cuda_graph.
 """
 
 import math
@@ -18,10 +17,10 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from configurator import ConfigError
-from cuda_graph import Graphed
 from einsum_linear import Dense, apply_together, make_linear, multiplied_out
-from kernels import gelu
-from loss import linear_cross_entropy
+from kernels.common import gelu
+from kernels.cuda_graph import Graphed
+from kernels.loss import linear_cross_entropy
 from moe import (
     DenseMixture,
     MixtureOfFFNs,

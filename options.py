@@ -4,7 +4,7 @@
     GPTConfig     a GPT (model.py)
     RunConfig     a run, whatever it trains
 
-No torch here: a mistake on the command line is answered before torch is imported. Imports from configurator and theta.
+No torch here: a mistake on the command line is answered before torch is imported.
 """
 
 import copy
@@ -361,7 +361,7 @@ class RunConfig:
         remedies = {"scratch": "leave it out, it is the default", "resume": "take --resume", "auto": "take --resume"}
         if path in remedies or (path.startswith("gpt2") and not os.path.exists(path)):
             convert = (
-                f"make a checkpoint of it: python convert.py --source={path} --structure=dense --out_dir=out/{path}"
+                f"make a checkpoint of it: python -m lab.convert --source={path} --structure=dense --out_dir=out/{path}"
             )
             raise ConfigError(f"init_from={path}: {remedies.get(path, convert)}")
         if os.path.realpath(self.out_dir) in (os.path.realpath(path), os.path.dirname(os.path.realpath(path))):

@@ -10,7 +10,6 @@ Documents stream through a pool of processes and are written in their order, so 
 bounded and the files do not depend on num_proc. "gpt2" ends each document with token 50256, the
 others with a newline. "bytes" takes any text, in 256 ids; "chars" numbers the characters it finds;
 "char96" leaves out documents with a character that is not among its 96.
-Imports from configurator, data and text_files.
 """
 
 import io

@@ -1,10 +1,9 @@
 """Text from a checkpoint.
 
-    python sample.py --out_dir=out/quickstart --start="def " --num_samples=3
-    python sample.py --out_dir=out/gpt2_btt --start=FILE:prompt.txt --top_p=0.9
-    python sample.py --out_dir=out/gpt2_btt_moe --experts_top_k=4
+python sample.py --out_dir=out/quickstart --start="def " --num_samples=3
+python sample.py --out_dir=out/gpt2_btt --start=FILE:prompt.txt --top_p=0.9
+python sample.py --out_dir=out/gpt2_btt_moe --experts_top_k=4
 
-Imports from configurator, device, data, text_files, checkpoint, moe and model.
 """
 
 import sys
@@ -49,8 +48,8 @@ if __name__ == "__main__":  # a mistake is answered before torch is imported, wh
 
 import torch
 
-import checkpoint
-from device import choose_device
+from engine import checkpoint
+from engine.device import choose_device
 from model import GPT
 from moe import set_top_k
 

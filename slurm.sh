@@ -20,7 +20,8 @@ cd "${SLURM_SUBMIT_DIR:-.}"
 if [ -f .venv/bin/activate ]; then . .venv/bin/activate; fi
 script=train.py
 if [ -f "${1:-}" ] && grep -q '__name__ == "__main__"' "$1"; then script=$1 && shift; fi
-if [ "$script" != bench.py ]; then set -- "$@" --resume; fi  # what is timed is no run to resume
+if [ "$script" != lab/bench.py ]; then set -- "$@" --resume; fi  # what is timed is no run to resume
+module=${script%.py} module=${module//\//.}  # vision/train.py as vision.train
 hosts=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
 head=${hosts%%$'\n'*}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-4}
@@ -28,4 +29,4 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-4}
 exec srun torchrun \
     --nnodes="$SLURM_NNODES" --nproc_per_node="${SLURM_GPUS_ON_NODE:-1}" --max-restarts=1 \
     --rdzv_backend=c10d --rdzv_id="$SLURM_JOB_ID" --rdzv_endpoint="$head:$((29500 + SLURM_JOB_ID % 1000))" \
-    "$script" "$@"
+    -m "$module" "$@"

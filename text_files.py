@@ -3,7 +3,6 @@
 Reads .jsonl and .parquet, and any other file as plain text; text and .jsonl also packed, as .gz or .zst. A text is the
 same whatever container it comes in (`normalise`). Nulls are left out, and bytes that are not UTF-8 replaced; both are
 counted. What cannot be read is a ConfigError that names file and line or row, or with skip_bad is left out and counted.
-Imports from configurator.
 """
 
 import codecs

@@ -49,17 +49,12 @@ if __name__ == "__main__":  # a mistake is answered before torch is imported, wh
 import torch
 import torch.distributed as dist
 
-import checkpoint
-import runlog
-from compiling import missing_compiler, order_loops
-from cuda_graph import Graphed
 from data import TokenData, check_same_data, tokenizer_of
-from device import Numbers, Turn, choose_device, choose_dtype, device_name, peak_flops, to_device
-from heartbeat import init_distributed
-from model import GPT
-from moe import auxiliary_loss, set_top_k
-from mup import lr_multipliers, make_optimizer, set_lr
-from parallel import (
+from engine import checkpoint, runlog
+from engine.compiling import missing_compiler, order_loops
+from engine.device import Numbers, Turn, choose_device, choose_dtype, device_name, peak_flops, to_device
+from engine.heartbeat import init_distributed
+from engine.parallel import (
     DropoutSeeds,
     FlatGradients,
     check_gradients,
@@ -71,6 +66,10 @@ from parallel import (
     speak_for_this_rank,
     sum_over_ranks,
 )
+from kernels.cuda_graph import Graphed
+from model import GPT
+from moe import auxiliary_loss, set_top_k
+from optim import lr_multipliers, make_optimizer, set_lr
 from prepare_owt import prepare_default
 from sample import Config as SampleConfig
 from sample import load_model, sample
@@ -193,7 +192,7 @@ def fit(config, progress, run, task, device, dtype, watchdog, micro_steps):
         check_same_model(config, saved["config"], shape, say)
         check_same_data(task.meta, saved["meta"], say)
         checkpoint.restore(saved, model, optimizer)
-        if saved["scaler"]:  # empty where the checkpoint is of convert.py, or of a run without float16
+        if saved["scaler"]:  # empty where the checkpoint is of lab.convert, or of a run without float16
             scaler.load_state_dict(saved["scaler"])
         state = {key: saved[key] for key in state}
         done = f", nothing is left of max_steps={config.max_steps}" if state["step"] >= config.max_steps else ""

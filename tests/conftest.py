@@ -1,4 +1,7 @@
-"""Fixtures shared by the tests. Run them all with `pytest`, from the repository's root."""
+"""Fixtures shared by the tests. Run them all with `pytest`, from the repository's root.
+
+Scripts are called as users call them: train.py by its file, lab.sweep as `python -m lab.sweep`.
+"""
 
 import json
 import multiprocessing
@@ -16,7 +19,6 @@ import pytest
 import torch
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-sys.path.insert(0, ROOT)
 torch.set_num_threads(1)  # as in the processes the tests start: sums in another order round otherwise
 # Processes forked by run_forked and test_checkpoint have these already, which take 6 s of a core to import.
 multiprocessing.set_forkserver_preload(
@@ -111,9 +113,11 @@ def as_main(script, words, env, outputs):
     for stream, path in zip((sys.stdout, sys.stderr), outputs):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), stream.fileno())
     os.chdir(ROOT)
-    path = os.path.join(ROOT, script)
-    sys.argv, sys.path[0] = [path, *words], os.path.dirname(path)
-    runpy.run_path(path, run_name="__main__")
+    sys.argv = [os.path.join(ROOT, script), *words]
+    if script.endswith(".py"):
+        runpy.run_path(script, run_name="__main__")
+    else:
+        runpy.run_module(script, run_name="__main__", alter_sys=True)
 
 
 def start_script(*words, env=None, processes=None):
@@ -131,7 +135,9 @@ def command(words, processes):
     launcher = [sys.executable]
     if processes:
         launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    return [*launcher, *map(str, words)]
+    script, *words = map(str, words)
+    is_module = not script.endswith(".py") and not script.startswith("-")
+    return [*launcher, *(["-m"] if is_module else []), script, *words]
 
 
 def environment(extra):

@@ -33,8 +33,8 @@ import torch
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 
-import checkpoint  # noqa: E402
 from data import TokenData  # noqa: E402
+from engine import checkpoint  # noqa: E402
 
 LIMIT = 300  # seconds for a command; one that takes longer has failed
 OPTIONS = dict(

@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from configurator import ConfigError
 from einsum_linear import ChainLinear, EinsumLinear, apply_together, init_std, make_linear, multiplied_out
-from structures import main
+from lab.structures import main
 from theta import Sizes, factor_sizes, multiplications, num_parameters, taxonomy
 
 BTT = (0.5, 0, 0.5, 0, 0.5, 0.5, 0)

@@ -17,7 +17,7 @@ import model as model_file
 from configurator import ConfigError
 from einsum_linear import Dense, EinsumLinear, apply_together, make_linear, multiplied_out
 from model import GPT, KVCache, sample_token
-from mup import make_optimizer
+from optim import make_optimizer
 from options import GPTConfig
 from test_einsum_linear import SWEEP
 

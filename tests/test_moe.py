@@ -10,22 +10,21 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-import checkpoint
-import convert
-import kernels
 import moe
-import runlog
 import sample
 import train
 from configurator import ConfigError
 from conftest import losses, read_rows, run_forked
 from data import CharTokenizer
 from einsum_linear import make_linear
-from kernels import gelu
+from engine import checkpoint, runlog
+from kernels import btt as btt_kernels
+from kernels.common import gelu
+from lab import convert
+from lab.mup_check import CoordsConfig, coordinate_check, largest_spread, parse_structure
 from model import GPT, KVCache
 from moe import Router, make_mixture
-from mup import lr_multipliers, make_optimizer, set_lr
-from mup_check import CoordsConfig, coordinate_check, largest_spread, parse_structure
+from optim import lr_multipliers, make_optimizer, set_lr
 from options import GPTConfig
 from prepare_owt import stdlib_files
 
@@ -121,7 +120,7 @@ def test_a_mixture_of_all_slices_with_equal_gates_is_the_btt_of_all_ranks():
     layer = make_layer("btt", E)
     x = torch.randn(5, 36, dtype=torch.float64)
     got = layer.mix(x, torch.arange(E).expand(5, E), torch.ones(5, E, dtype=torch.float64))
-    torch.testing.assert_close(got, kernels.btt(x, *layer.effective_cores(), way="torch"))
+    torch.testing.assert_close(got, btt_kernels.btt(x, *layer.effective_cores(), way="torch"))
 
 
 def test_nothing_is_computed_for_experts_that_are_not_picked():

@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from configurator import ConfigError
 from einsum_linear import make_linear
-from structures import measured_rank
+from lab.structures import measured_rank
 from theta import (
     BTT,
     ChainSizes,

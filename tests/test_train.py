@@ -18,14 +18,12 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-import checkpoint
-import parallel
-import runlog
 import train
 from configurator import ConfigError
 from conftest import losses, read_rows, run_forked, run_script, start_script
 from data import TokenData
-from device import choose_device, choose_dtype, peak_flops
+from engine import checkpoint, parallel, runlog
+from engine.device import choose_device, choose_dtype, peak_flops
 from sample import load_model
 from train import Config, lr_at
 
@@ -218,7 +216,7 @@ def test_the_best_and_every_so_many_stay(tiny, tmp_path, monkeypatch):
         "ckpt.pt": 20, "ckpt_best.pt": 10, "ckpt_prev.pt": 15, "ckpt_step14.pt": 14, "ckpt_step7.pt": 7
     }  # fmt: skip
     assert kept["ckpt_best.pt"]["best_val_loss"] == 2.0
-    model, _ = load_model(str(run / "ckpt_step7.pt"))  # as sample.py and convert.py read it
+    model, _ = load_model(str(run / "ckpt_step7.pt"))  # as sample.py and lab.convert read it
     assert all(torch.equal(tensor, kept["ckpt_step7.pt"]["model"][name]) for name, tensor in model.state_dict().items())
 
 
@@ -286,7 +284,7 @@ def test_a_run_starts_from_anothers_weights(tiny, tmp_path, straight, capsys):
         (["--init_from=nowhere"], ["init_from=nowhere holds no checkpoint"]),
         (["--init_from=scratch"], ["init_from=scratch", "leave it out"]),
         (["--init_from=resume"], ["init_from=resume", "--resume"]),
-        (["--init_from=gpt2-xl"], ["init_from=gpt2-xl", "python convert.py --source=gpt2-xl --structure=dense"]),
+        (["--init_from=gpt2-xl"], ["init_from=gpt2-xl", "python -m lab.convert --source=gpt2-xl --structure=dense"]),
         (["--out_dir={straight}"], ["init_from=", "give another out_dir"]),
         (["--out_dir={straight}", "--init_from={straight}/ckpt_prev.pt"], ["init_from=", "give another out_dir"]),
     ],

@@ -4,7 +4,6 @@ All random numbers are drawn on the host, for the whole batch of all processes, 
 share does not depend on how many there are. What is done with them is a function of tensors on the device, whose shapes
 never change and which the host never reads: so it can be part of an update's CUDA graph. For that, every operation of
 RandAugment is done to all images, and each takes the result it wants. Images are float (B, C, S, S).
-Imports from the root's configurator and device, and vision's data.
 
     RandAugment     Cubuk et al., arXiv 1909.13719: operations drawn for each image, of 31 levels; black where it moved from
     random erasing  Zhong et al., arXiv 1708.04896: a rectangle becomes the mean colour
@@ -18,7 +17,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from device import to_device
+from engine.device import to_device
 from vision.data import ERASE, MIX, OPERATIONS, rng
 
 

@@ -6,10 +6,10 @@ epochs are permutations, one behind the other, and a batch is a stretch of them,
 
 As a command it makes images into token files for next-pixel prediction, which the GPT of the root's train.py learns:
 
-    python vision/data.py --dataset=cifar10                          # 8x8x3 pixels -> data/cifar10_pixels
+    python -m vision.data --dataset=cifar10                          # 8x8x3 pixels -> data/cifar10_pixels
     python train.py vision/config/pixels.py
 
-Shapes: n images, B of a batch, S = image_size, C channels. Imports from the root's configurator and device.
+Shapes: n images, B of a batch, S = image_size, C channels.
 """
 
 import importlib.util
@@ -30,16 +30,13 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import NamedTuple
 
-if __name__ == "__main__":  # `vision` and the root's modules are found from the root
-    sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from configurator import ConfigError, as_script, load_config
-from device import to_device
+from engine.device import to_device
 from vision.options import DataConfig
 
 HUB = {"cifar10": "uoft-cs/cifar10", "cifar100": "uoft-cs/cifar100", "imagenet": "ILSVRC/imagenet-1k"}

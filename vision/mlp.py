@@ -5,14 +5,14 @@
 ("Compute Better Spent", ICML 2024, section 5; the LayerNorms as in "Searching for Efficient Linear
 Layers", NeurIPS 2024, section 5). What writes to the residual stream, and the head, start at zero.
 
-Shapes: B batch, D = channels · image_size², C = d_model. Imports from the root's kernels and model.
+Shapes: B batch, D = channels · image_size², C = d_model.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from kernels import gelu
+from kernels.common import gelu
 from model import as_autocast, linear, make_ffn, run_block
 from moe import Mixtures, with_auxiliary_loss
 

@@ -3,7 +3,7 @@
     MLPConfig      the residual MLP, whatever its input is; ImageConfig: that, or a vision transformer, of images
     DataConfig     which images; AugmentConfig: what is done to them in training
 
-No torch here, as in the root's options.py. Imports from the root's configurator and options.
+No torch here, as in the root's options.py.
 """
 
 from dataclasses import dataclass

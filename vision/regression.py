@@ -1,21 +1,15 @@
 """Learn a random teacher network: the synthetic experiment of "Searching for Efficient Linear Layers over a Continuous
 Space of Structured Matrices" (NeurIPS 2024, section 4).
 
-    python vision/regression.py vision/config/regression.py --structure=btt --rank=2 --d_model=1024
+    python -m vision.regression vision/config/regression.py --structure=btt --rank=2 --d_model=1024
 
 Inputs are 8 normal numbers, the teacher a ReLU network of 6 layers of width 1024 whose output has mean 0 and variance 1,
 the student the residual MLP of mlp.py. One pass: no input comes twice. The loss is the mean squared error.
-Imports from vision's mlp and train, and the root's train.
 """
 
 import math
-import os
-import sys
 from dataclasses import dataclass, fields
 from functools import partial
-
-if __name__ == "__main__":  # `vision` and the root's modules are found from the root
-    sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 from configurator import as_script, load_config
 from options import BASE_WIDTH, RunConfig, at_least, check_seed
@@ -59,9 +53,9 @@ if __name__ == "__main__":  # a mistake is answered before torch is imported, wh
 import torch
 import torch.nn.functional as F
 
-from device import choose_device, choose_dtype, to_device
-from heartbeat import init_distributed
-from parallel import ranks, sum_over_ranks
+from engine.device import choose_device, choose_dtype, to_device
+from engine.heartbeat import init_distributed
+from engine.parallel import ranks, sum_over_ranks
 from train import Task, build, fit, in_one_line, say_summary
 from vision.data import rng
 from vision.mlp import MLP

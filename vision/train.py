@@ -1,23 +1,18 @@
 """Train a structured MLP or vision transformer on images: digits, CIFAR, ImageNet, or a folder of class folders.
 
-    python vision/train.py vision/config/quickstart.py
-    python vision/train.py vision/config/vit_cifar100.py --d_model=256 --structure=btt --rank=2
-    torchrun --standalone --nproc_per_node=8 vision/train.py vision/config/vit_s32_imagenet.py --resume
+    python -m vision.train vision/config/quickstart.py
+    python -m vision.train vision/config/vit_cifar100.py --d_model=256 --structure=btt --rank=2
+    torchrun --standalone --nproc_per_node=8 -m vision.train vision/config/vit_s32_imagenet.py --resume
 
 The run, its log, checkpoints and options are those of the root's train.py; this file says what a batch and an
-evaluation are. batch_size is that of all processes together. Imports from vision's mlp, vit, data and augment, and the root's train.
+evaluation are. batch_size is that of all processes together.
 """
 
 import math
-import os
-import sys
 import time
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, fields
 from functools import partial
-
-if __name__ == "__main__":  # `vision` and the root's modules are found from the root
-    sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 from configurator import ConfigError, as_script, load_config
 from options import BASE_WIDTH, RunConfig, at_least
@@ -74,11 +69,11 @@ if __name__ == "__main__":  # a mistake is answered before torch is imported, wh
 import torch
 import torch.nn.functional as F
 
-from device import choose_device, choose_dtype
-from heartbeat import init_distributed
-from mup import lr_multipliers
-from parallel import ranks, sum_over_ranks
-from runlog import duration
+from engine.device import choose_device, choose_dtype
+from engine.heartbeat import init_distributed
+from engine.parallel import ranks, sum_over_ranks
+from engine.runlog import duration
+from optim import lr_multipliers
 from train import Task, build, fit, in_one_line, say_summary
 from vision.augment import Augment
 from vision.data import Held, Streamed, check_labels, open_splits, workers_watched

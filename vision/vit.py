@@ -4,7 +4,6 @@ Attention is the GPT's without its mask: q, k and v apart, a LayerNorm a head on
 residual branches from zero ("Compute Better Spent", ICML 2024, section 5). What is its own: patches in, one class out.
 
 Shapes: B batch, P patches, T = P + 1 tokens with a class token (pool="token"), else P; C = d_model.
-Imports from the root's model.
 """
 
 import torch

@@ -1,7 +1,7 @@
 # Where in width does BTT catch dense in seconds? GPTs of 3 layers of gpt_theta.py's small version, wider, and BTT of
 # higher rank; blocks of powers of two, to which others are padded. 33M tokens each: far fewer than such models want.
 #   python prepare_owt.py --source=linux_source --tokenizer=char96 --out_dir=data/linux_char96    # text of yours
-#   python sweep.py config/sweeps/gpt_wide.py --jobs=2       # 14 runs, 12 minutes of an H100
+#   python -m lab.sweep config/sweeps/gpt_wide.py --jobs=2       # 14 runs, 12 minutes of an H100
 # The time is an estimate.
 config = "config/char_btt.py"
 common = dict(

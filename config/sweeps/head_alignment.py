@@ -2,9 +2,9 @@
 # takes 17% less compute to the same loss ("Searching for Efficient Linear Layers over a Continuous Space of Structured
 # Matrices", NeurIPS 2024). OpenWebText as 96 characters, a constant rate, heads of width 64.
 #   python prepare_owt.py --tokenizer=char96
-#   python sweep.py config/sweeps/head_alignment.py           # 16 runs of 6.6B tokens, 18 hours of an H100
+#   python -m lab.sweep config/sweeps/head_alignment.py           # 16 runs of 6.6B tokens, 18 hours of an H100
 #   python prepare_owt.py --source=linux_source --tokenizer=char96 --out_dir=data/linux_char96    # text of yours
-#   python sweep.py config/sweeps/head_alignment.py --small   # 24 runs of 49M tokens, 14 minutes of an H100
+#   python -m lab.sweep config/sweeps/head_alignment.py --small   # 24 runs of 49M tokens, 14 minutes of an H100
 # Times are estimates. The multiplier of "btt, align_heads" is what BTT pays ÷ what aligned BTT pays, published 1.20.
 config = "config/char_btt.py"  # 65,536 tokens a batch, context 128
 common = dict(

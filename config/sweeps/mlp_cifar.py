@@ -2,8 +2,8 @@
 # Better Spent: Replacing Dense Layers with Structured Matrices", ICML 2024, section 5). The claim: BTT reaches a lower
 # training loss for the same compute. Error and training loss, against FLOPs and against seconds, in one picture:
 # out/sweeps/mlp_cifar_small/fit/reached.png.
-#   python sweep.py config/sweeps/mlp_cifar.py           # as published: 49 runs of 500 epochs, 2 hours of an H100
-#   python sweep.py config/sweeps/mlp_cifar.py --small   # 27 runs of 60 epochs, 5 minutes of an H100 with --jobs=6
+#   python -m lab.sweep config/sweeps/mlp_cifar.py           # as published: 49 runs of 500 epochs, 2 hours of an H100
+#   python -m lab.sweep config/sweeps/mlp_cifar.py --small   # 27 runs of 60 epochs, 5 minutes of an H100 with --jobs=6
 # Times are estimates. CIFAR-10 comes from the hub; a local copy: --common="--data_dir=FOLDER_OF_PARQUET".
 import math
 

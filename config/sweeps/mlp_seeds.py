@@ -1,5 +1,5 @@
 # Do structured layers win in seconds? The wide MLPs of mlp_cifar.py's small version, dense and BTT, three seeds each.
-#   python sweep.py config/sweeps/mlp_seeds.py --jobs=5      # 24 runs of 60 epochs, 4 minutes of an H100
+#   python -m lab.sweep config/sweeps/mlp_seeds.py --jobs=5      # 24 runs of 60 epochs, 4 minutes of an H100
 # A GPU of its own, and cores that nothing else needs: updates of the narrow ones take 1 ms, and wait for the host.
 script = "vision/train.py"
 config = "vision/config/mlp_cifar10.py"

@@ -1,5 +1,5 @@
 # Frontiers of two structures on the source text of Python's standard library, a few minutes on 2 CPU cores:
-#   python sweep.py config/sweeps/quickstart.py
+#   python -m lab.sweep config/sweeps/quickstart.py
 config = "config/quickstart.py"
 common = dict(max_steps=500, warmup_steps=50, schedule="constant", eval_interval=50, sample_tokens=0, save=False)
 

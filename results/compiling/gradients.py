@@ -15,9 +15,9 @@ import torch
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))))
 
-from compiling import order_loops  # noqa: E402
 from configurator import as_script, load_config  # noqa: E402
-from device import choose_device  # noqa: E402
+from engine.compiling import order_loops  # noqa: E402
+from engine.device import choose_device  # noqa: E402
 from model import GPT  # noqa: E402
 from options import GPTConfig  # noqa: E402
 

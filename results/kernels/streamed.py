@@ -22,8 +22,8 @@ import triton
 import triton.language as tl
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))))
-from bench_layers import milliseconds  # noqa: E402
-from kernels import BTTSizes, _pow2, btt, btt_matrix  # noqa: E402
+from kernels.btt import BTTSizes, _pow2, btt, btt_matrix  # noqa: E402
+from lab.bench_layers import milliseconds  # noqa: E402
 
 
 @triton.jit

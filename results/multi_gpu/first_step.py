@@ -15,8 +15,8 @@ sys.path.insert(0, ROOT)
 os.chdir(ROOT)
 
 import train  # noqa: E402
-from device import choose_device  # noqa: E402
-from heartbeat import init_distributed  # noqa: E402
+from engine.device import choose_device  # noqa: E402
+from engine.heartbeat import init_distributed  # noqa: E402
 
 run_fallback_kernel = fake_tensor.run_fallback_kernel
 

@@ -40,12 +40,12 @@ ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)
 os.chdir(ROOT)
 sys.path.insert(0, ROOT)
 
-from device import choose_device, write_rows  # noqa: E402
+from engine.device import choose_device, write_rows  # noqa: E402
+from engine.runlog import median_of, read_log, save_figure, short  # noqa: E402
+from lab.sweep import gpus_to_use  # noqa: E402
 from model import GPT  # noqa: E402
 from options import GPTConfig  # noqa: E402
 from prepare_owt import prepare_default  # noqa: E402
-from runlog import median_of, read_log, save_figure, short  # noqa: E402
-from sweep import gpus_to_use  # noqa: E402
 
 TEXT = "--data_dir=data/stdlib_char96"  # prepares itself: structure to learn
 

@@ -13,7 +13,7 @@ import torch
 
 sys.path.insert(0, sys.argv[1])
 from model import GPT
-from mup import make_optimizer
+from optim import make_optimizer
 from options import GPTConfig
 
 CASES = {

@@ -13,7 +13,7 @@ import torch
 sys.path.insert(0, os.path.join(os.path.dirname(__file__), "..", ".."))
 from data import TokenData
 from model import GPT
-from mup import make_optimizer, set_lr
+from optim import make_optimizer, set_lr
 from options import GPTConfig
 
 

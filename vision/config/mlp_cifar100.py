@@ -1,6 +1,6 @@
 # Residual MLP on CIFAR-100 ("Compute Better Spent", ICML 2024, section 5): width 64 x factor, 500 epochs.
-#   python vision/train.py vision/config/mlp_cifar100.py --d_model=1024 --structure=btt
-#   python vision/train.py vision/config/mlp_cifar100.py --data_dir=FOLDER_OF_PARQUET --structure=dense --d_model=256
+#   python -m vision.train vision/config/mlp_cifar100.py --d_model=1024 --structure=btt
+#   python -m vision.train vision/config/mlp_cifar100.py --data_dir=FOLDER_OF_PARQUET --structure=dense --d_model=256
 out_dir = "out/mlp_cifar100"
 dataset = "cifar100"
 n_classes = 100

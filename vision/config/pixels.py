@@ -1,6 +1,6 @@
 # Next-pixel prediction by a GPT, images of 8 x 8 x 3 as 192 tokens (the CIFAR-5M experiment of "Searching for Efficient
 # Linear Layers", NeurIPS 2024, section 4).
-#   python vision/data.py --dataset=cifar10                                        # or --dataset=cifar5m --data_dir=NPZ_FOLDER
+#   python -m vision.data --dataset=cifar10                                        # or --dataset=cifar5m --data_dir=NPZ_FOLDER
 #   python train.py vision/config/pixels.py --structure=btt --d_model=256          # and --data_dir=data/cifar5m_pixels
 out_dir = "out/pixels"
 data_dir = "data/cifar10_pixels"

@@ -1,5 +1,5 @@
 # A BTT MLP on scikit-learn's 8 x 8 digits, no download: under a minute on 2 CPU cores.
-#   python vision/train.py vision/config/quickstart.py
+#   python -m vision.train vision/config/quickstart.py
 out_dir = "out/vision_quickstart"
 dataset = "digits"
 compile = False  # starts at once

@@ -1,5 +1,5 @@
 # A random ReLU network learned in one pass ("Searching for Efficient Linear Layers", NeurIPS 2024, section 4).
-#   python vision/regression.py vision/config/regression.py --structure=einsum --theta .5 0 .5 0 .5 .5 .25 --d_model=512
+#   python -m vision.regression vision/config/regression.py --structure=einsum --theta .5 0 .5 0 .5 .5 .25 --d_model=512
 out_dir = "out/regression"
 d_in = 8
 teacher_layers = 6

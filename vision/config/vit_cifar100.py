@@ -1,6 +1,6 @@
 # ViT on CIFAR-100, patches of 8 ("Compute Better Spent", ICML 2024, section 5): width 64 x factor, 200 epochs.
-#   python vision/train.py vision/config/vit_cifar100.py --d_model=512 --structure=btt --rank=1
-#   python vision/train.py vision/config/vit_cifar100.py --d_model=128 --structure=dense
+#   python -m vision.train vision/config/vit_cifar100.py --d_model=512 --structure=btt --rank=1
+#   python -m vision.train vision/config/vit_cifar100.py --d_model=128 --structure=dense
 out_dir = "out/vit_cifar100"
 dataset = "cifar100"
 n_classes = 100

@@ -1,5 +1,5 @@
 # ViT-S/32 on ImageNet ("Compute Better Spent", ICML 2024, section 5.3): 300 epochs of batches of 3072.
-#   torchrun --standalone --nproc_per_node=8 vision/train.py vision/config/vit_s32_imagenet.py --data_dir=imagenet
+#   torchrun --standalone --nproc_per_node=8 -m vision.train vision/config/vit_s32_imagenet.py --data_dir=imagenet
 # Published widths: dense 80, 192, 384 (--structure=dense); BTT of rank 1 256, 784, 1936; of rank 2 144, 484, 1296.
 out_dir = "out/vit_s32_imagenet"
 dataset = "imagenet"  # the hub's, which wants a login; --data_dir: train/CLASS/*.JPEG and val/CLASS/*.JPEG

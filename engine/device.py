@@ -1,0 +1,140 @@
+"""Which device, which 16 bits, how data get there and back, how fast it could be."""
+
+import importlib
+import json
+import os
+import platform
+from contextlib import suppress
+
+import torch
+
+from configurator import ConfigError
+
+# Dense peak in FLOP/s of 16-bit matrix products, by the makers' data sheets. MFU is left out for others.
+PEAK_FLOPS = {
+    "B200": 2250e12,
+    "H200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H100": 989e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "L4": 121e12,
+    "RTX 4090": 165e12,
+    "RTX 3090": 71e12,
+    "V100": 125e12,
+    "T4": 65e12,
+}
+
+
+def choose_device(name, local_rank=0):
+    """torch.device for an option `device`: "auto" is a GPU where there is one. A process takes the GPU of its rank.
+
+    Apple's GPU (mps) is for one process, and has no float64: no tensor on a device may be of it.
+    """
+    processes = int(os.environ.get("WORLD_SIZE", 1))
+    if name == "auto":
+        apples = torch.backends.mps.is_available() and processes == 1
+        name = "cuda" if torch.cuda.is_available() else "mps" if apples else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cuda", "cpu", "mps"):
+        raise ConfigError(f"device={name!r} is unknown: auto, cuda, cpu or mps")
+    if device.type == "mps":
+        if not torch.backends.mps.is_available():
+            raise ConfigError(f"device={name}, but torch sees no Apple GPU: take --device=cpu")
+        if processes > 1:
+            raise ConfigError(f"device={name} is for one process, there are {processes}: take --device=cpu")
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise ConfigError(f"device={name}, but torch sees no GPU: take --device=cpu")
+        device = torch.device("cuda", local_rank if device.index is None else device.index)
+        if device.index >= torch.cuda.device_count():
+            raise ConfigError(f"no GPU {device.index}, there are {torch.cuda.device_count()}: lower --nproc_per_node")
+        torch.cuda.set_device(device)
+        torch.set_num_threads(1)  # the host only copies batches: a team of 32 threads took 32 ms for what one does in 1
+    return device
+
+
+def choose_dtype(name, device):
+    """torch.dtype for an option `dtype`: "auto" is 16 bits on a GPU, bfloat16 where it has them, else float32."""
+    if name != "auto":
+        return getattr(torch, name)
+    if device.type != "cuda":
+        return torch.float32
+    return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+
+
+def device_name(device):
+    """The GPU's name, or that of the processor."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    try:
+        with open("/proc/cpuinfo") as file:
+            return next(line.split(":")[1].strip() for line in file if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def to_device(tensor, device):
+    """The tensor on the device; to a GPU without waiting for it."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
+class Turn:
+    """A GPU for one process alone, among those that start side by side on it: lab.sweep names a file for them, GPU_TURN.
+
+    Starting and compiling keep processors busy and the GPU idle; training the other way round.
+    """
+
+    def __init__(self):
+        self.path, self.file = os.environ.get("GPU_TURN"), None
+
+    def take(self):
+        """Wait until nobody else has it. It ends with `give`, or with the process."""
+        import fcntl
+
+        self.file = open(self.path, "w")
+        fcntl.flock(self.file, fcntl.LOCK_EX)
+
+    def give(self):
+        if self.file is not None:
+            self.file.close()
+
+
+class Numbers:
+    """A few numbers on their way from the device to the host."""
+
+    def __init__(self, tensor):
+        self.event = None
+        if tensor.is_cuda:
+            self.host = torch.empty_like(tensor, device="cpu", pin_memory=True).copy_(tensor, non_blocking=True)
+            self.event = torch.cuda.Event()
+            self.event.record()
+        else:
+            self.host = tensor
+
+    def wait(self):
+        if self.event is not None:
+            self.event.synchronize()
+        return self.host.tolist()
+
+
+def write_rows(path, rows, device):
+    """A list of measurements (dicts of plain values) as JSON, each with what it was measured on."""
+    where = {"device": device_name(device), "python": platform.python_version(), "torch": torch.__version__}
+    with suppress(ImportError):
+        where["triton"] = importlib.import_module("triton").__version__
+    with open(path, "w") as file:
+        json.dump([{**where, **row} for row in rows], file, indent=1)
+
+
+def peak_flops(name):
+    """Peak FLOP/s of the GPU so named, or None for one that is not in the table."""
+    words = name.replace("-", " ").split()
+    for known, peak in PEAK_FLOPS.items():
+        if all(word in words for word in known.split()):
+            return peak
+    return None

@@ -1,0 +1,1 @@
+"""Products, losses and routing as functions of tensors, forward and backward."""

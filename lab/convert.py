@@ -1,0 +1,333 @@
+"""A trained dense GPT -> a structured one to fine-tune; any standard GPT -> a Hugging Face GPT-2.
+
+    python -m lab.convert --source=gpt2 --out_dir=out/gpt2_btt_converted --structure=btt --rank=4 --vocab_size=50304
+    python -m lab.convert --source=out/gpt2_dense --out_dir=out/low_rank --structure=low_rank --rank=64 --structured_layers=ffn
+    python -m lab.convert --source=out/run --export=my_gpt2
+
+With --out_dir each matrix becomes the nearest of its structure (`load_dense`), everything else is
+copied, and a checkpoint of step 0 is written with its options beside it, in config.py. With --export
+the weights of a checkpoint are written as transformers' GPT2LMHeadModel reads them.
+"""
+
+import math
+import os
+from dataclasses import MISSING, asdict, dataclass, fields
+from typing import ClassVar
+
+import torch
+
+from configurator import ConfigError, as_script, load_config
+from data import GPT2Tokenizer
+from einsum_linear import Dense
+from engine import checkpoint
+from engine.runlog import writing
+from model import GPT, GPT2_BLOCK_NAMES
+from moe import Router
+from options import GPTConfig
+from sample import load_model
+
+
+@dataclass
+class Config(GPTConfig):
+    """GPTConfig's options that say how a matrix is structured, and those of the conversion."""
+
+    # What fixes the function that is approximated is the source's: a ClassVar is no option.
+    block_size: ClassVar
+    n_layer: ClassVar
+    n_head: ClassVar
+    d_model: ClassVar
+    d_head: ClassVar
+    d_embed: ClassVar
+    dropout: ClassVar
+    bias: ClassVar
+    parametrization: ClassVar
+
+    vocab_size: int | None = None  # larger than the source's: pad embedding and head; None: the source's
+    source: str = ""  # folder of a run, or GPT-2 of Hugging Face: a name on the hub or a folder
+    out_dir: str = ""  # of the converted checkpoint
+    export: str = ""  # new folder for a Hugging Face GPT-2, in the place of out_dir
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.moe != "none":
+            raise ConfigError(f"moe={self.moe!r}: a matrix has no experts to convert it to, leave it out")
+        if not self.source:
+            raise ConfigError("source is missing: give --source=FOLDER of a run, or --source=gpt2")
+        if bool(self.out_dir) == bool(self.export):
+            raise ConfigError(
+                f"out_dir={self.out_dir!r} and export={self.export!r}: give exactly one, "
+                "--out_dir=FOLDER to convert or --export=FOLDER for Hugging Face"
+            )
+        if self.out_dir and os.path.realpath(self.out_dir) == os.path.realpath(self.source):
+            raise ConfigError(f"out_dir={self.out_dir} is the source: give another")
+        if os.path.isfile(self.out_dir):
+            raise ConfigError(f"out_dir={self.out_dir} is a file: give a folder")
+        for field in fields(self):
+            default = field.default if field.default_factory is MISSING else field.default_factory()
+            value = getattr(self, field.name)
+            if self.export and field.name not in ("source", "export") and value != default:
+                raise ConfigError(f"{field.name}={value!r} with export: a model is exported as it is, leave it out")
+
+
+# ---------------------------------------------------------------------------------------
+# The source
+
+
+def load_source(source):
+    """A run's folder, or GPT-2 of Hugging Face -> (GPT on the CPU in float32, meta of its data)."""
+    if checkpoint.exists(source):
+        model, meta = load_model(source)
+        if model.config.moe != "none":
+            raise ConfigError(f"source={source} has moe={model.config.moe!r}: mixtures are no matrices, take another")
+        return model, meta
+    remedy = "give the out_dir of a run, or a GPT-2 of Hugging Face (gpt2, gpt2-medium, a folder)"
+    parent = os.path.dirname(source)
+    if not os.path.exists(source) and (source.count("/") > 1 or (parent and os.path.isdir(parent))):
+        raise ConfigError(f"source={source} does not exist: {remedy}")  # a path, not owner/name on the hub
+    try:
+        model = GPT.from_pretrained(source)
+    except ImportError:
+        raise ConfigError(f"source={source} needs the package transformers: pip install transformers") from None
+    except Exception as error:  # transformers raises many kinds: no file, no network, no such model
+        reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(". ")
+        raise ConfigError(f"source={source} holds no checkpoint and no GPT-2 ({reason}): {remedy}") from None
+    meta = {name: getattr(GPT2Tokenizer, name) for name in ("vocab_size", "dtype")}
+    return model.eval(), {"tokenizer": GPT2Tokenizer.name, **meta}
+
+
+def linear_layers(model, needs):
+    """{name: layer} of all that make_linear made; ConfigError where one, of a user's own, does not have the method `needs`."""
+    layers = {
+        name: layer
+        for name, layer in model.named_modules()
+        if hasattr(layer, "cores") and not isinstance(layer, Router)
+    }
+    for name, layer in layers.items():
+        if not hasattr(layer, needs):
+            raise ConfigError(f"{name} is a {type(layer).__name__}, which has no {needs}: add that method to the class")
+    return layers
+
+
+# ---------------------------------------------------------------------------------------
+# Dense -> structured
+
+
+@torch.no_grad()
+def convert(model, config):
+    """A dense GPT -> (the structured GPT that `config` asks for, {layer: relative error}).
+
+    config  Config; its fields replace those of the same name in the model's GPTConfig
+    error   ||W - W'||_F / ||W||_F, 0 for a layer that stays dense. Queries and keys under muP are
+            compared up to a scale: the RMS cap leaves them none, and their LayerNorm undoes it.
+    """
+    for name, layer in linear_layers(model, needs="cores").items():
+        if not isinstance(layer, Dense):
+            raise ConfigError(
+                f"source={config.source}: its {name} is {type(layer).__name__}, not dense: convert from a dense model"
+            )
+    target = make_target(model.config, config)
+    theirs = pad_vocabulary(model.state_dict(), target.config.vocab_size)
+    layers = linear_layers(target, needs="load_dense")
+    structured = [name for name, layer in layers.items() if not isinstance(layer, Dense)]
+    # Embeddings, norms, biases and matrices that stay dense have their names in both models.
+    copied = {name: tensor for name, tensor in theirs.items() if name.removesuffix(".weight") not in structured}
+    ours = target.state_dict()
+    for name in copied.keys() - ours.keys():
+        raise ConfigError(f"the source has a {name}, for which its layer in the structured model has no place")
+    target.load_state_dict({**ours, **copied})
+    errors = {}
+    for name, layer in layers.items():
+        W = theirs[f"{name}.weight"].double()  # (d_out, d_in); a tied head's is the embedding's
+        if not isinstance(layer, Dense):
+            layer.load_dense(W)
+        approximation = layer.materialize().double()
+        if getattr(layer, "normalize", False) and layer.gains is None:
+            scale = (W * approximation).sum() / approximation.square().sum()
+            if scale > 0:  # a zero matrix has none
+                approximation = scale * approximation
+                if layer.bias is not None:
+                    layer.bias /= scale  # so that LayerNorm sees W x + b, over the scale
+        errors[name] = ((W - approximation).norm() / W.norm().clamp(min=1e-30)).item()
+    return target.eval(), errors
+
+
+def make_target(shape, config):
+    """The model to fill: `shape`, a GPTConfig, with the fields that `config` has."""
+    options = asdict(shape)
+    options.update({name: value for name, value in vars(config).items() if name in options})
+    if config.vocab_size is None:
+        options["vocab_size"] = shape.vocab_size
+    elif config.vocab_size < shape.vocab_size:
+        enough = next((size for size in wider(shape.vocab_size) if fits({**options, "vocab_size": size})), None)
+        remedy = f"rows are only added, --vocab_size={enough} say" if enough else "leave it out"
+        raise ConfigError(f"vocab_size={config.vocab_size} is less than the source's {shape.vocab_size}: {remedy}")
+    try:
+        return GPT(GPTConfig(**options))
+    except ConfigError as error:
+        padded = next((size for size in wider(options["vocab_size"]) if fits({**options, "vocab_size": size})), None)
+        if padded is None:
+            raise
+        raise ConfigError(f"{error}; or pad the vocabulary to a width that factors, --vocab_size={padded}") from None
+
+
+def wider(vocab_size):
+    """Sizes to pad a vocabulary to: multiples of 64, which matrix products like, then any that is near."""
+    first = -(-vocab_size // 64) * 64
+    return (*range(first, first + 8 * 64, 64), *range(vocab_size, vocab_size + 64))
+
+
+def fits(options):
+    try:
+        with torch.device("meta"):
+            GPT(GPTConfig(**options))
+    except ConfigError:
+        return False
+    return True
+
+
+def pad_vocabulary(state, vocab_size):
+    """The state of a GPT with rows added to embedding and head, each the mean of the rows there are.
+
+    A row of zeros would have the logit 0, and GPT-2's logits are far below: the new tokens would take
+    all the probability. The mean row has the mean logit, and by Jensen's inequality the loss then
+    rises by at most log(new size / old size): 0.001 nats for 50257 -> 50304 (Hewitt, "Initializing New
+    Word Embeddings for Pretrained Language Models", 2021).
+    """
+    state = dict(state)
+    for name in ("token_embedding.weight", "lm_head.weight"):
+        W = state[name]  # (vocab_size, d_model)
+        state[name] = torch.cat((W, W.mean(dim=0, keepdim=True).expand(vocab_size - len(W), -1)))
+    return state
+
+
+def save_converted(model, meta, config):
+    """A checkpoint of step 0 in config.out_dir, and config.py with the model's options beside it."""
+    checkpoint.set_aside(config.out_dir, also=("config.py",))
+    with writing(config.out_dir, "give another out_dir"):
+        os.makedirs(config.out_dir, exist_ok=True)
+    options = asdict(model.config)
+    checkpoint.save(
+        config.out_dir,
+        {
+            "step": 0, "seconds": 0.0, "best_val_loss": math.inf, "wandb_id": None, "config": options, "meta": meta,
+            "model": model.state_dict(), "optimizer": {}, "scaler": {},
+        },
+    )  # fmt: skip
+    path = os.path.join(config.out_dir, "config.py")
+    # A twentieth of the usual rate of pretraining, as nanoGPT fine-tunes GPT-2: 6e-4 there, 2e-3 of muP's width 768.
+    lr = {"standard": 3e-5, "mup": 1e-4}[model.config.parametrization]
+    with open(path, "w") as file:
+        file.write(f"# The model that lab.convert made of {config.source}. To train it further:\n")
+        file.write(f"#   python train.py {path} --data_dir=...\n")
+        file.write(f"out_dir = {config.out_dir!r}\nresume = True  # from the converted weights\n")
+        file.write(
+            f"lr = {lr}  # a twentieth of the rate of pretraining, which would undo much of what the weights know\n"
+        )
+        file.writelines(f"{name} = {value!r}\n" for name, value in options.items())
+
+
+# ---------------------------------------------------------------------------------------
+# Ours -> Hugging Face
+
+
+def export(model, folder, source, meta):
+    """Write a GPT of parametrization="standard" as config.json and model.safetensors. ConfigError where GPT-2 has no place for it."""
+    c = model.config
+    if c.parametrization != "standard":
+        raise ConfigError(
+            f"source={source} has parametrization={c.parametrization!r}, whose LayerNorm on queries and keys Hugging Face's "
+            "GPT-2 has not: export a model trained with --parametrization=standard"
+        )
+    if c.head_size * c.n_head != c.d_model:
+        raise ConfigError(
+            f"source={source} has d_head={c.head_size}, Hugging Face's GPT-2 always d_model / n_head = "
+            f"{c.d_model / c.n_head:g}: export a model trained without --d_head"
+        )
+    linear_layers(model, needs="materialize")
+    if os.path.exists(folder) and not (os.path.isdir(folder) and not os.listdir(folder)):
+        raise ConfigError(f"export={folder} is there already: give a new folder")
+    try:
+        from transformers import GPT2Config, GPT2LMHeadModel
+    except ImportError:
+        raise ConfigError("export needs the package transformers: pip install transformers") from None
+    end = GPT2Tokenizer.eot if meta["tokenizer"] == GPT2Tokenizer.name and c.vocab_size > GPT2Tokenizer.eot else None
+    theirs = GPT2LMHeadModel(
+        GPT2Config(
+            vocab_size=c.vocab_size, n_positions=c.block_size, n_embd=c.d_model, n_layer=c.n_layer, n_head=c.n_head,
+            activation_function="gelu_new", layer_norm_epsilon=model.final_norm.eps,
+            resid_pdrop=c.dropout, embd_pdrop=c.dropout, attn_pdrop=c.dropout, tie_word_embeddings=is_tied(model),
+            bos_token_id=end, eos_token_id=end,
+        )
+    )  # fmt: skip
+    theirs.load_state_dict(hugging_face_state_dict(model))
+    with writing(folder, "give another export"):
+        theirs.save_pretrained(folder)
+
+
+def is_tied(model):
+    return getattr(model.lm_head, "weight", None) is model.token_embedding.weight
+
+
+@torch.no_grad()
+def hugging_face_state_dict(model):
+    """Our weights under transformers' names, structured ones as matrices: the inverse of model.gpt2_state_dict.
+
+    A linear layer there keeps its matrix as (d_in, d_out), q k v are one, and every bias exists.
+    """
+
+    def tensors(module):
+        """-> weight and bias of a norm or linear layer, in transformers' layout."""
+        weight = module.materialize().t() if hasattr(module, "materialize") else module.weight
+        bias = weight.new_zeros(weight.size(-1)) if module.bias is None else module.bias
+        return weight, bias
+
+    theirs = {
+        "transformer.wte.weight": model.token_embedding.weight,
+        "transformer.wpe.weight": model.position_embedding.weight,
+        "lm_head.weight": model.lm_head.materialize(),
+    }
+    theirs["transformer.ln_f.weight"], theirs["transformer.ln_f.bias"] = tensors(model.final_norm)
+    for layer, block in enumerate(model.blocks):
+        there = f"transformer.h.{layer}"
+        for our_name, their_name in GPT2_BLOCK_NAMES.items():
+            weight, bias = tensors(block.get_submodule(our_name))
+            theirs[f"{there}.{their_name}.weight"], theirs[f"{there}.{their_name}.bias"] = weight, bias
+        qkv = zip(*(tensors(projection) for projection in (block.attn.q, block.attn.k, block.attn.v)))
+        for kind, parts in zip(("weight", "bias"), qkv):
+            theirs[f"{there}.attn.c_attn.{kind}"] = torch.cat(parts, dim=-1)  # (C, 3 C) and (3 C)
+    return {name: tensor.contiguous() for name, tensor in theirs.items()}
+
+
+# ---------------------------------------------------------------------------------------
+
+
+def count(module):
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def main(argv):
+    config = load_config(Config, argv)
+    source, meta = load_source(config.source)
+    if config.export:
+        export(source, config.export, config.source, meta)
+        print(f"{config.source} as a Hugging Face GPT-2: GPT2LMHeadModel.from_pretrained({config.export!r})")
+        return
+    model, errors = convert(source, config)
+    added = model.config.vocab_size - source.config.vocab_size
+    if added:
+        print(f"embedding and head padded by {added} rows, each the mean of the {source.config.vocab_size} there are")
+    print("relative error ||W - W'|| / ||W||, parameters of each layer:")
+    before, after = (linear_layers(each, needs="cores") for each in (source, model))
+    for name, error in errors.items():
+        kept = " (dense, kept)" if isinstance(after[name], Dense) else ""
+        print(f"  {name:<20} {error:9.3e}   {count(before[name]):>12,} -> {count(after[name]):,}{kept}")
+    print(f"{count(source):,} parameters -> {count(model):,}")
+    save_converted(model, meta, config)
+    print(
+        f"saved in {config.out_dir}: python train.py {os.path.join(config.out_dir, 'config.py')} --data_dir=… | "
+        f"python sample.py --out_dir={config.out_dir}"
+    )
+
+
+if __name__ == "__main__":
+    as_script(main)

@@ -1,0 +1,654 @@
+"""Two checks of structure-aware µP by experiment, each with a picture, a table and rows of JSON.
+
+    python -m lab.mup_check coords --structures=dense,low_rank,btt --widths=64,128,256,512 --png=coords.png
+    python -m lab.mup_check lr_landscape --structure=btt --rank=2 --widths=64,128,256 --lrs=2**-12..2**-5
+
+coords         the coordinate check ("Tensor Programs V", arXiv 2203.03466, appendix D): sizes of
+               activations after a few Adam steps, which µP keeps the same at every width
+lr_landscape   loss against learning rate, a curve a width, whose minimum µP keeps in one place
+               ("Compute Better Spent", ICML 2024, figure 2b)
+
+Each is done twice, with the learning-rate multipliers that belong to each width (optim.py), and
+without: the narrowest model's at all widths, which is one rate for all, tuned at one of them.
+Of a single width (--widths=256,) lr_landscape finds the best rate of a structure: both ways are one there.
+
+A structure may carry options of GPTConfig: name:option=value,option=value, and so on. Spaces
+separate the values of a tuple ("einsum:theta=.5 .25 .25 .25 .5 .25 0"), a number may be a fraction
+of the width ("low_rank:rank=width/4"), and ";" separates structures that have options.
+Where no sizes are given, lr_landscape takes small ones on a CPU. How long it will take is said first, by a step of each
+width; rows of --json are written run by run, the picture width by width.
+"""
+
+import math
+import os
+import re
+import time
+from dataclasses import dataclass
+from typing import ClassVar, Literal, NamedTuple
+
+import torch
+
+from configurator import ConfigError, as_script, choose_command, load_config
+from data import TokenData
+from engine.compiling import order_loops
+from engine.device import choose_device, choose_dtype, device_name, write_rows
+from engine.runlog import duration, save_figure, whole_file, writing
+from model import GPT, Block
+from moe import Router
+from optim import lr_multipliers, make_optimizer, set_lr
+from options import GPTConfig, check_seed
+from prepare_owt import prepare_default
+
+# ---------------------------------------------------------------------------------------
+# Structures and options from the command line
+
+
+class Structure(NamedTuple):
+    """A structure's name and the options that go with it, as texts: {"rank": "width/4"}."""
+
+    name: str
+    options: dict
+
+    def __str__(self):
+        return ", ".join([self.name, *(f"{key}={value}" for key, value in self.options.items())])
+
+    def config(self, width, **shape):
+        """The GPTConfig of this structure at d_model = width; `shape` holds fields that the check sets itself."""
+        values = {"structure": self.name, "d_model": width, **shape}
+        for key, text in self.options.items():
+            if key in values:
+                raise ConfigError(f"structure {self}: {key} is an option of the check, not of a structure: --{key}")
+            values[key] = at_width(text, width)
+        try:
+            return load_config(GPTConfig, [f"--{key}={value}" for key, value in values.items()])
+        except ConfigError as error:
+            raise ConfigError(f"structure {self} at width {width}: {error}") from None
+
+
+# What a structure named without options stands for in the coordinate check. At rank 1 a low-rank layer hangs on a
+# single number, whose size is chance; and a head onto few tokens has no room for a rank that grows with the width.
+BARE = {"low_rank": "low_rank:rank=width/4,structured_layers=attn ffn", "btt": "btt:rank=2"}
+
+
+def parse_structures(text):
+    """Text of the form in the module's docstring -> [Structure]. Without options, "," separates too."""
+    words = [word.strip() for word in re.split(";" if ":" in text else "[;,]", text)]
+    if not all(words):
+        raise ConfigError(f"structures={text!r}: a name is missing, write dense;btt:rank=2, say")
+    return [parse_structure(BARE.get(word, word)) for word in words]
+
+
+def parse_structure(text):
+    """ "btt:rank=2,normalize=False" -> Structure("btt", {"rank": "2", "normalize": "False"})."""
+    name, _, rest = text.partition(":")
+    options = {}
+    for word in rest.split(",") if rest.strip() else ():
+        key, _, value = (part.strip() for part in word.partition("="))
+        if not key or not value:
+            raise ConfigError(
+                f"structure {text!r}: {word.strip()!r} is not option=value; ';' separates structures, spaces values"
+            )
+        if key in options:
+            raise ConfigError(f"structure {text!r}: {key} is given twice, give it once")
+        options[key] = value
+    return Structure(name.strip(), options)
+
+
+def at_width(text, width):
+    """A value of a structure's option as load_config reads it: "width/4" -> "16" at 64, "attn ffn" -> "attn,ffn"."""
+    if not text.startswith("width"):
+        return ",".join(text.split())
+    match = re.fullmatch(r"width(?:\s*//?\s*([1-9]\d*))?", text)
+    if not match:
+        raise ConfigError(f"{text!r} is no fraction of the width: write width/4, say")
+    return str(width // int(match[1] or 1))
+
+
+def parse_lrs(words):
+    """Numbers, powers "2**-9" and ranges "2**-12..2**-5", doubling from end to end -> sorted tuple of floats."""
+    rates = set()
+    for word in words:
+        first, *last = (_number(part) for part in str(word).split(".."))
+        if not last:
+            rates.add(first)
+        elif len(last) > 1 or last[0] < first:
+            raise ConfigError(f"lrs: {word!r} is no range, write 2**-12..2**-5, the smaller first")
+        else:
+            rates.update(first * 2**k for k in range(math.floor(math.log2(last[0] / first) + 1e-6) + 1))
+    if len(rates) < 2:
+        raise ConfigError(f"lrs={words!r}: give two rates or more, 2**-12..2**-5, say")
+    return tuple(sorted(rates))
+
+
+def _number(text):
+    match = re.fullmatch(r"\s*2\*\*(-?\d+)\s*", text)
+    try:
+        value = 2.0 ** int(match[1]) if match else float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise ConfigError(f"lrs: {text!r} is no learning rate, write 1e-3 or 2**-10, say")
+    return value
+
+
+@dataclass
+class CheckConfig:
+    """What both checks have."""
+
+    least_widths: ClassVar[int] = 2
+    widths: tuple = (64, 128, 256, 512)  # d_model of the models to compare
+    n_layer: int = 2  # transformer blocks
+    n_head: int = 2  # attention heads, the same at every width
+    block_size: int = 32  # context length, tokens
+    batch_rows: int = 8  # sequences a step
+    steps: int = 5  # of Adam
+    seed: int = 0  # of weights and batches
+    seeds: int = 2  # runs to average over: seed, seed + 1, ...
+    device: str = "auto"  # cuda, cpu, mps; auto: a GPU where there is one
+    png: str | None = None  # file for the picture
+    json: str | None = None  # file for the rows
+
+    def __post_init__(self):
+        for name in ("n_layer", "n_head", "block_size", "batch_rows", "steps", "seeds"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name}={getattr(self, name)}: make it at least 1")
+        check_seed("seed", self.seed)
+        few = len(set(self.widths)) < self.least_widths
+        if few or not all(isinstance(width, int) and width > 0 for width in self.widths):
+            least = {1: "a whole number", 2: "two whole numbers"}[self.least_widths]
+            raise ConfigError(f"widths={self.widths}: give {least} or more, 64,128,256, say")
+        self.widths = tuple(sorted(set(self.widths)))
+
+    def models(self, structure, vocab_size):
+        """{width: GPTConfig}; sizes that do not factor are found here, before any work."""
+        configs = {}
+        for width in self.widths:
+            shape = dict(n_layer=self.n_layer, n_head=self.n_head, block_size=self.block_size, vocab_size=vocab_size)
+            configs[width] = structure.config(width, **shape)
+            try:
+                with torch.device("meta"):
+                    GPT(configs[width])
+            except ConfigError as error:
+                raise ConfigError(f"structure {structure} at width {width}: {error}") from None
+        return configs
+
+
+def build(config, seed, device):
+    """A GPT with the weights of `seed`."""
+    torch.manual_seed(seed)
+    with device:
+        return GPT(config)
+
+
+# ---------------------------------------------------------------------------------------
+# Coordinate check
+
+
+@dataclass
+class CoordsConfig(CheckConfig):
+    structures: str = "dense,low_rank,btt"  # rows of the picture; bare, low_rank has rank width/4 and btt has 2
+    lr: float = 5e-4  # base learning rate
+    vocab_size: int = 96  # tokens are random
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.lr <= 0:
+            raise ConfigError(f"lr={self.lr}: make it more than 0")
+
+
+# Layer kinds with a line in the picture; the spreads count all layers.
+KINDS = ("attn.q", "attn.proj", "ffn.up", "ffn.down", "block", "lm_head")
+
+
+def activation_sizes(model, multipliers, lr=5e-4, steps=5, batch_rows=8, seed=0):
+    """{name: RMS of its output} of every linear layer and block, after `steps` Adam steps on one random batch.
+
+    multipliers  {parameter name: its learning rate / lr}, as mup.lr_multipliers makes them
+    """
+    optimizer = make_optimizer(model, lr, multipliers=multipliers)
+    shape = (batch_rows, model.config.block_size + 1)
+    idx = torch.randint(model.config.vocab_size, shape, generator=torch.Generator().manual_seed(seed + 1))
+    idx = idx.to(next(model.parameters()).device)
+    for _ in range(steps):
+        _, loss = model(idx[:, :-1], idx[:, 1:])
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    sizes = {}
+
+    def record(name):
+        def hook(module, args, output):
+            sizes[name] = output.detach().square().mean().sqrt().item()
+
+        return hook
+
+    for name, module in model.named_modules():
+        if isinstance(module, Block) or (hasattr(module, "cores") and not isinstance(module, Router)):
+            module.register_forward_hook(record(name))
+    with torch.no_grad():
+        model(idx[:, :-1])
+    return sizes
+
+
+def coordinate_check(structure, config):
+    """Activation sizes over the widths, averaged over the seeds.
+
+    structure  a Structure;  config  CoordsConfig
+    -> {"with": {name of layer: [RMS at each of config.widths]}, "without": the same with the
+    multipliers of the narrowest model at all widths}
+    """
+    device, models = choose_device(config.device), config.models(structure, config.vocab_size)
+    narrow = lr_multipliers(build(models[config.widths[0]], config.seed, device))
+    sizes = {}
+    for kind in ("with", "without"):
+        at_widths = []  # {name: RMS} a width
+        for width in config.widths:
+            runs = []
+            for seed in range(config.seed, config.seed + config.seeds):
+                model = build(models[width], seed, device)
+                multipliers = lr_multipliers(model) if kind == "with" else narrow
+                runs.append(activation_sizes(model, multipliers, config.lr, config.steps, config.batch_rows, seed))
+            at_widths.append({name: sum(run[name] for run in runs) / len(runs) for name in runs[0]})
+        sizes[kind] = {name: [size[name] for size in at_widths] for name in at_widths[0]}
+    return sizes
+
+
+def largest_spread(sizes):
+    """{name: [RMS a width]} -> the largest ratio, over the layers, of the largest RMS to the smallest."""
+
+    def spread(values):
+        if not all(map(math.isfinite, values)):
+            return math.inf
+        return 1.0 if max(values) == min(values) else max(values) / max(min(values), 1e-30)
+
+    return max(map(spread, sizes.values()))
+
+
+def kind_of(name):
+    """The kind of a layer or block by its name in the model: "blocks.1.ffn.up" -> "ffn.up", "blocks.1" -> "block"."""
+    return re.sub(r"^blocks\.\d+\.?", "", name) or "block"
+
+
+def coords(config):
+    device, results = choose_device(config.device), {}
+    structures = parse_structures(config.structures)
+    for structure in structures:
+        config.models(structure, config.vocab_size)
+    column = max(len(str(structure)) for structure in structures)
+    print(f"largest spread of activations over widths {', '.join(map(str, config.widths))}, {config.steps} steps")
+    print(f"{'structure':<{column}}  with muP  without")
+    for structure in structures:
+        sizes = results[str(structure)] = coordinate_check(structure, config)
+        spreads = [largest_spread(sizes[kind]) for kind in ("with", "without")]
+        print(f"{structure!s:<{column}}  {spreads[0]:8.2f}  {spreads[1]:7.2f}", flush=True)
+    if config.png:
+        draw_coords(results, config.widths, config.png)
+    if config.json:
+        settings = ("steps", "lr", "seed", "seeds", "n_layer", "n_head", "block_size", "batch_rows", "vocab_size")
+        rows = [
+            {
+                "what": "coordinate check", "structure": label, "multipliers": kind, "widths": config.widths,
+                **{name: getattr(config, name) for name in settings},
+                "largest_spread": _finite(largest_spread(sizes[kind])),
+                "rms": {name: list(map(_finite, values)) for name, values in sizes[kind].items()},
+            }
+            for label, sizes in results.items()
+            for kind in ("with", "without")
+        ]  # fmt: skip
+        save_rows(config.json, rows, device)
+
+
+def draw_coords(results, widths, path):
+    """results  {label: what coordinate_check returns}; a row of two panels each, RMS against width."""
+    plt = _pyplot()
+    figure, grid = plt.subplots(
+        len(results), 2, figsize=(8.5, 2.7 * len(results) + 0.7), sharex=True, sharey="row", squeeze=False,
+        layout="constrained",
+    )  # fmt: skip
+    titles = {"with": "µP", "without": f"rates of width {widths[0]} for all"}
+    for (label, sizes), axes_of_row in zip(results.items(), grid):
+        for kind, axes in zip(("with", "without"), axes_of_row):
+            for at, layer_kind in enumerate(KINDS):
+                layers = [values for name, values in sizes[kind].items() if kind_of(name) == layer_kind]
+                mean = [sum(values) / len(values) for values in zip(*layers)]  # over depth
+                axes.plot(widths, mean, marker="o", ms=3.5, lw=1.5, color=f"C{at}", label=layer_kind)
+            spread = largest_spread(sizes[kind])
+            axes.set_title(f"{label}\n{titles[kind]}: largest spread ×{spread:.3g}", fontsize=9)
+            axes.set_yscale("log")
+            _width_axis(axes, widths)
+            axes.grid(alpha=0.3)
+        axes_of_row[0].set_ylabel("RMS of output")
+    for axes in grid[-1]:
+        axes.set_xlabel("width")
+    handles, labels = grid[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(KINDS), fontsize=9, frameon=False)
+    _save(figure, path)
+
+
+# ---------------------------------------------------------------------------------------
+# Loss against learning rate
+
+
+@dataclass
+class LandscapeConfig(CheckConfig):
+    least_widths: ClassVar[int] = 1
+    structure: str = "btt"  # with its options, or without: btt, btt:rank=2, ...
+    rank: int | str | None = None  # the structure's option `rank`: a number, or width/4, say
+    lrs: tuple = ("2**-12..2**-5",)  # base learning rates: numbers, or a range that doubles
+    data_dir: str = "data/stdlib_char96"  # of prepare_owt.py's files; this one prepares itself
+    vocab_size: int | None = None  # at least the data's; None: the data's
+    widths: tuple | None = None  # d_model of the models to compare; None: 64,128,256,512, on a CPU 64,128,256
+    n_layer: int | None = None  # transformer blocks; None: 3, on a CPU 2
+    n_head: int = 4  # attention heads, the same at every width
+    block_size: int | None = None  # context length, tokens; None: 256, on a CPU 64
+    batch_rows: int | None = None  # sequences a step; None: 128, on a CPU 8
+    steps: int | None = None  # of Adam; None: 300, on a CPU 100
+    warmup_steps: int | None = None  # of linear warm-up, the rate is constant after them; None: a tenth of the steps
+    seeds: int = 1  # runs to average over: seed, seed + 1, ...
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # matrix products; auto: bfloat16 on a GPU that has it
+    compile: bool = False  # torch.compile, once a width: half a minute each, then steps take a half to a third
+
+    on_gpu: ClassVar[dict] = dict(widths=(64, 128, 256, 512), n_layer=3, block_size=256, batch_rows=128, steps=300)
+    on_cpu: ClassVar[dict] = dict(widths=(64, 128, 256), n_layer=2, block_size=64, batch_rows=8, steps=100)
+
+    def __post_init__(self):
+        sizes = self.on_cpu if choose_device(self.device).type == "cpu" else self.on_gpu
+        for name, value in sizes.items():
+            if getattr(self, name) is None:
+                setattr(self, name, value)
+        super().__post_init__()
+        if self.warmup_steps is None:
+            self.warmup_steps = self.steps // 10
+        self.lrs = parse_lrs(self.lrs)
+        if self.warmup_steps < 0 or self.warmup_steps >= self.steps:
+            raise ConfigError(f"warmup_steps={self.warmup_steps}: make it at least 0 and less than steps={self.steps}")
+
+
+class Landscape(NamedTuple):
+    """Final losses of the runs that are done, each the mean over those seeds that are."""
+
+    losses: dict  # {"with": {width: [loss at each rate, None of one that is to come]}, "without": …}
+    initial: float  # loss before the first step, the mean over runs
+    whole: tuple  # widths of which all runs are done
+
+
+def lr_landscape(config, say=print, save=lambda landscape: None):
+    """Final training loss of every width at every rate, with the multipliers of the width and without.
+
+    config  LandscapeConfig
+    save    is given a Landscape after every run
+    -> {"with": {width: [loss at each of config.lrs]}, "without": the same, but of a single width}, initial loss.
+    A loss is in nats a token, the mean over the last tenth of the steps and over the seeds, nan
+    where a run left the finite numbers; the initial one is the mean over widths and seeds before
+    the first step. All runs of a seed see the same batches, and those of a width the same weights.
+    """
+    structure = parse_structure(config.structure)
+    if config.rank is not None:
+        if "rank" in structure.options:
+            raise ConfigError(f"rank={config.rank} with structure={config.structure!r}: give the rank once")
+        structure.options["rank"] = str(config.rank)
+    prepare_default(config.data_dir)
+    data = TokenData(config.data_dir, config.block_size)
+    vocab_size = config.vocab_size or data.meta["vocab_size"]
+    if vocab_size < data.meta["vocab_size"]:
+        raise ConfigError(
+            f"vocab_size={vocab_size}: {config.data_dir} has {data.meta['vocab_size']}, take that or more"
+        )
+    models = config.models(structure, vocab_size)
+    device = choose_device(config.device)
+    dtype = matmul_dtype(config, device)
+    autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+    torch.set_float32_matmul_precision("high")
+
+    seeds = range(config.seed, config.seed + config.seeds)
+    narrow = lr_multipliers(build(models[config.widths[0]], config.seed, device))
+    kinds = ("with", "without")[: len(config.widths)]  # of a single width both are one
+    runs = {kind: {width: [[] for _ in config.lrs] for width in config.widths} for kind in kinds}
+    initial, done, whole = [], 0, ()
+    total = (2 * len(config.widths) - 1) * len(config.lrs) * len(seeds)
+    seconds = {width: seconds_of_run(models[width], data, config, device, autocast) for width in config.widths}
+    planned = [seconds[width] for width in config.widths for _ in range(total_of(width, config))]
+    less = ", less where torch.compile helps" if config.compile else ""
+    say(
+        f"{total} runs of {config.steps} steps on {device_name(device)}: about {duration(sum(planned))}{less}",
+        flush=True,
+    )
+    started = time.perf_counter()
+
+    def landscape():
+        losses = {
+            kind: {
+                width: [sum(seen) / len(seen) if seen else None for seen in of_rates] for width, of_rates in of.items()
+            }
+            for kind, of in runs.items()
+        }
+        for kind in kinds[1:]:  # both ways are one at the narrowest width
+            losses[kind][config.widths[0]] = list(losses["with"][config.widths[0]])
+        return Landscape(losses, sum(initial) / len(initial), whole)
+
+    for width in config.widths:
+        model = build(models[width], config.seed, device)
+        # Both ways are one at the narrowest width.
+        ways = {"with": lr_multipliers(model)} | ({} if width == config.widths[0] else {"without": narrow})
+        compiled = model
+        if config.compile:
+            order_loops(device)
+            torch.compiler.reset()  # every width is compiled for itself, not as a change of another's shapes
+            compiled = torch.compile(model, dynamic=False)
+        for seed in seeds:
+            weights = {name: tensor.clone() for name, tensor in build(models[width], seed, device).state_dict().items()}
+            batches = stage_batches(data, seed, config, device)
+            for kind, multipliers in ways.items():
+                for at, lr in enumerate(config.lrs):
+                    model.load_state_dict(weights)
+                    optimizer = make_optimizer(model, lr, multipliers=multipliers)
+                    first, last = train(compiled, optimizer, lr, config.warmup_steps, batches, autocast)
+                    runs[kind][width][at].append(last)
+                    initial.append(first)
+                    done += 1
+                    elapsed = time.perf_counter() - started
+                    left = elapsed * sum(planned[done:]) / sum(planned[:done])
+                    say(
+                        f"{done}/{total} | width {width} | {kind} muP | lr {_rate(lr)} | loss {last:.4f} | "
+                        f"{elapsed:.1f} s" + (f", about {duration(left)} left" if done < total else ""),
+                        flush=True,
+                    )
+                    if done == sum(total_of(each, config) for each in config.widths if each <= width):
+                        whole = (*whole, width)
+                    save(landscape())
+    return landscape()[:2]
+
+
+def total_of(width, config):
+    """Number of runs of this width."""
+    return (1 if width == config.widths[0] else 2) * len(config.lrs) * config.seeds
+
+
+def seconds_of_run(shape, data, config, device, autocast):
+    """About how long a run of this GPTConfig takes, by its second step, not compiled."""
+    model = build(shape, config.seed, device)
+    optimizer = make_optimizer(model, 1e-3)
+    batches = stage_batches(data, config.seed, config, device, steps=1)
+    train(model, optimizer, 1e-3, 0, batches, autocast)
+    began = time.perf_counter()
+    train(model, optimizer, 1e-3, 0, batches, autocast)
+    return config.steps * (time.perf_counter() - began)
+
+
+def matmul_dtype(config, device):
+    """float16, what choose_dtype gives old GPUs, would need its loss scaled: they take float32."""
+    dtype = choose_dtype(config.dtype, device)
+    return torch.float32 if dtype == torch.float16 else dtype
+
+
+def stage_batches(data, seed, config, device, steps=None):
+    """The training batches of a run on the device, int32 (steps, batch_rows, block_size + 1), used by many runs; None: all."""
+    batches = torch.empty(steps or config.steps, config.batch_rows, config.block_size + 1, dtype=torch.int32)
+    for step in range(len(batches)):
+        x, y = data.train_batch(seed, step, config.batch_rows, 0, config.batch_rows)
+        batches[step] = torch.cat((x, y[:, -1:]), dim=1)
+    return batches.to(device)
+
+
+def train(model, optimizer, lr, warmup_steps, batches, autocast):
+    """One run over `batches` -> loss before the first step, mean loss over the last tenth (nan: not finite)."""
+    steps, losses = len(batches), []
+    for step in range(steps):
+        set_lr(optimizer, lr * min(1.0, (step + 1) / max(1, warmup_steps)))
+        tokens = batches[step].long()  # (batch_rows, block_size + 1)
+        with autocast:
+            _, loss = model(tokens[:, :-1], tokens[:, 1:])
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.detach())
+        # Reading a loss waits for the device, so it is done now and then.
+        if step % 50 == 49 and not math.isfinite(loss.item()):
+            return losses[0].item(), math.nan
+    tail = torch.stack(losses[-max(1, steps // 10) :]).mean().item()
+    return losses[0].item(), tail if math.isfinite(tail) else math.nan
+
+
+def best_lrs(losses, lrs):
+    """{width: [loss a rate]} -> {width: (its best rate, the loss there)}; (None, nan) where no run is finite."""
+    best = {}
+    for width, values in losses.items():
+        finite = [(loss, lr) for loss, lr in zip(values, lrs) if loss is not None and math.isfinite(loss)]
+        loss, lr = min(finite, default=(math.nan, None))
+        best[width] = lr, loss
+    return best
+
+
+def landscape(config):
+    label = config.structure + ("" if config.rank is None else f", rank={config.rank}")
+    drawn = []
+
+    def save(landscape):
+        if config.json:
+            write_landscape(landscape.losses, landscape.initial, label, config)
+        if config.png and len(landscape.whole) > len(drawn):
+            drawn.append(landscape.whole[-1])
+            losses = {kind: {width: of[width] for width in landscape.whole} for kind, of in landscape.losses.items()}
+            draw_landscape(losses, config.lrs, landscape.initial, label, config.png)
+
+    losses, initial = lr_landscape(config, save=save)
+    best = {kind: best_lrs(losses[kind], config.lrs) for kind in losses}
+    print(f"\n{label}: best learning rate and its loss (initial loss {initial:.3f})")
+    print(f"{'width':>6}", *(f"{kind + ' muP':>19}" for kind in best))
+    for width in config.widths:
+        cells = [
+            f"{'none' if lr is None else _rate(lr):>10} {loss:7.4f}" for lr, loss in (best[k][width] for k in best)
+        ]
+        print(f"{width:>6}", *(f"{cell:>19}" for cell in cells))
+
+
+def write_landscape(losses, initial, label, config):
+    """A row for each run that is done."""
+    device = choose_device(config.device)
+    settings = (
+        "steps", "warmup_steps", "seed", "seeds", "n_layer", "n_head", "block_size", "batch_rows", "data_dir",
+    )  # fmt: skip
+    common = {
+        "what": "loss against learning rate", "structure": label,
+        "dtype": str(matmul_dtype(config, device)).removeprefix("torch."), "compile": config.compile,
+        **{name: getattr(config, name) for name in settings}, "initial_loss": _finite(initial),
+    }  # fmt: skip
+    best = {kind: best_lrs(of, config.lrs) for kind, of in losses.items()}
+    rows = [
+        {
+            **common, "multipliers": kind, "width": width, "lr": lr, "loss": _finite(loss),
+            "best": lr == best[kind][width][0],
+        }
+        for kind in losses
+        for width in config.widths
+        for lr, loss in zip(config.lrs, losses[kind][width])
+        if loss is not None
+    ]  # fmt: skip
+    save_rows(config.json, rows, device)
+
+
+def draw_landscape(losses, lrs, initial, label, path):
+    """losses  what lr_landscape returns. Runs that ended above the initial loss, or nowhere, are drawn there."""
+    plt = _pyplot()
+    figure, grid = plt.subplots(
+        1, len(losses), figsize=(4.5 * len(losses), 4), sharex=True, sharey=True, squeeze=False, layout="constrained"
+    )
+    panels, widths = grid[0], list(losses["with"])
+    titles = {"with": "µP", "without": f"rates of width {widths[0]} for all"}
+    for kind, axes in zip(losses, panels):
+        for at, (width, values) in enumerate(losses[kind].items()):
+            color = plt.get_cmap("viridis")(0.9 - 0.9 * at / max(1, len(widths) - 1))
+            shown = [min(loss, initial) if math.isfinite(loss) else initial for loss in values]
+            axes.plot(lrs, shown, marker="o", ms=3.5, lw=1.6, color=color, label=f"width {width}")
+            lowest = min(range(len(shown)), key=shown.__getitem__)
+            axes.plot(lrs[lowest], shown[lowest], marker="*", ms=14, color=color, mec="black", mew=0.8, zorder=3)
+        axes.set_xscale("log", base=2)
+        axes.set_title(f"{label}\n{titles[kind]}", fontsize=10)
+        axes.set_xlabel("base learning rate")
+        axes.grid(alpha=0.3)
+    panels[0].set_ylabel("final training loss (nats a token)")
+    if panels[0].get_ylim()[1] > initial:  # some run is drawn there
+        for axes in panels:
+            axes.axhline(initial, color="gray", ls=":", lw=1)
+        panels[0].text(lrs[0], initial, "initial loss", fontsize=8, color="gray", va="bottom")
+    panels[0].legend(fontsize=9, title="star: the minimum", title_fontsize=8)
+    _save(figure, path)
+
+
+# ---------------------------------------------------------------------------------------
+# Files
+
+
+def _finite(value):
+    """JSON has no nan and no infinity."""
+    return value if math.isfinite(value) else None
+
+
+def _rate(lr):
+    """A learning rate to read: 2**-9 where it is a power of two."""
+    exponent = math.log2(lr)
+    return f"2**{exponent:.0f}" if exponent.is_integer() else f"{lr:.3g}"
+
+
+def _pyplot():
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    return plt
+
+
+def _width_axis(axes, widths):
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(widths, map(str, widths))
+    axes.minorticks_off()
+
+
+def _save(figure, path):
+    save_figure(figure, path, remedy="give another --png")
+
+
+def save_rows(path, rows, device):
+    with writing(path, "give another --json"), whole_file(path) as part:
+        write_rows(part, rows, device)
+
+
+def main(argv):
+    commands = {"coords": (CoordsConfig, coords), "lr_landscape": (LandscapeConfig, landscape)}
+    Config, command = choose_command(argv, commands, "lab.mup_check", "say which check", __doc__)
+    config = load_config(Config, argv[1:])
+    for option in ("png", "json"):  # before the work, not after it
+        path = getattr(config, option)
+        if path:
+            with writing(path, f"give another --{option}"):
+                os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+                new = not os.path.exists(path)
+                open(path, "a").close()
+            if new:
+                os.remove(path)
+    command(config)
+
+
+if __name__ == "__main__":
+    as_script(main)

@@ -1,0 +1,688 @@
+"""Search for structures: which θ, rank and number of experts train best for the same FLOPs.
+
+    python -m lab.search config/quickstart.py --n_layer=2 --d_model=64 --max_steps=600 --trials=60   # into out/search
+    python -m lab.search                                                           # on a CPU a small one, of minutes
+    python -m lab.search config/quickstart.py --storage=postgresql://me@host/db …                    # and on other machines
+    python -m lab.search --report                                                  # table and picture of what there is
+
+The space is that of "Searching for Efficient Linear Layers over a Continuous Space of Structured Matrices" (NeurIPS
+2024, arXiv 2410.02117, section 3). The budget is what the dense model of width d_model costs in max_steps. A trial
+draws a θ, takes the width that makes as many FLOPs a token of it, and trains by train.py for as many steps as use up
+the budget; it ends early where its validation loss lags behind (successive halving). What is searched (structure,
+theta, rank, …) takes the place of what a config file says of it. All other options are train.py's and mean what they
+mean there; `seed` is also that of the search. On a CPU, without a config file, it is the small search of SMALL below. How
+long all will take is said first, by the speed of the dense model here, and again with every trial.
+
+The storage has everything about a trial but its log, which is in out/trial_N. The same command goes on, up to `trials`
+trials; one that was interrupted or killed is tried again, from its checkpoint. Commands with the same storage search
+together, from any number of machines; SQLite serves one.
+"""
+
+import fcntl
+import hashlib
+import importlib.util
+import json
+import math
+import os
+import random
+import re
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import time
+import warnings
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, fields
+from typing import Literal, NamedTuple
+
+import torch
+
+import train
+from configurator import ConfigError, as_script, load_config
+from data import TokenData
+from engine.checkpoint import PLACES
+from engine.device import choose_device, choose_dtype, device_name
+from engine.runlog import duration, read_log, writing
+from lab.search_report import dotted, report
+from lab.sweep import gpus_to_use
+from model import GPT
+from optim import make_optimizer
+from options import GPTConfig, check_top_k
+from prepare_owt import prepare_default
+from theta import BTT, canonical, factor_sizes, taxonomy
+
+try:
+    import optuna
+    from optuna.trial import TrialState
+    from sqlalchemy.exc import SQLAlchemyError
+except ImportError:
+    raise ConfigError("lab.search needs optuna: pip install optuna cmaes") from None
+
+optuna.logging.set_verbosity(optuna.logging.ERROR)
+warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
+
+# Options of train.py that are the trials' own, and what they are before a trial sets them.
+OWNED = {
+    "structure": "dense", "theta": None, "rank": 1, "num_blocks": None, "num_cores": 2, "align_heads": False,
+    "moe": "none", "num_experts": 8, "out_dir": "out/run", "resume": False, "sample_tokens": 0,
+}  # fmt: skip
+WITHOUT_EXPERTS = {"top_k": 2, "share_router": False, "eval_top_k": None}  # as train.py wants them where there are none
+# Options that may change when a search goes on, or from machine to machine: losses do not depend on them.
+FREE = (
+    "trials", "out", "storage", "study", "sampler", "prune", "jobs", "gpus", "report", "data_dir", "device", "compile",
+    "cuda_graphs", "timeout", "bucket_mb", "micro_batch", "save", "save_minutes", "keep_every", "keep_best", "log_interval",
+    "wandb", "wandb_project", "fused_loss", "activation_checkpointing",
+)  # fmt: skip
+
+# What a search without a config file is on a CPU, where train.py's own defaults would take weeks.
+SMALL = ["config/quickstart.py", "--n_layer=2", "--n_head=2", "--d_model=32", "--max_steps=800", "--eval_interval=133"]
+
+START = 6  # seconds until a trial's first step, for an estimate: Python, torch, compilation not counted
+STALE = 300  # seconds without a sign of life after which another machine's trial is tried again
+FAILURES = 5  # failed runs in a row, after which the search gives up
+MISFITS = 50  # points in a row with nothing to train, after which it does
+ENDED = (TrialState.COMPLETE, TrialState.PRUNED)
+
+
+@dataclass
+class Config(train.Config):
+    trials: int = 60  # trials in all, of all machines, that end: those that end early count, failed ones do not
+    out: str = "out/search"  # folder of the trials, table.md, search.json and search.png
+    storage: str | None = None  # URL of a database that several machines share; None: sqlite:///OUT/search.db
+    study: str = "search"  # the search's name in the storage
+    sampler: Literal["tpe", "cmaes", "random"] = "tpe"  # what draws the points
+    prune: int = 3  # at evaluations 1, 3, 9, … one trial in so many goes on; 0: all train to their end
+    max_width: int | None = None  # of a trial's model; None: 8 times d_model
+    max_rank: float = 1.0  # largest exponent of the rank index
+    experts: tuple | int = 1  # numbers of experts to choose from, 1 for none: 1,4,8; with experts beta = delta = 0
+    jobs: int = 1  # trials at a time on every GPU, or on the CPU
+    gpus: int | None = None  # GPUs to use; None: all there are, or that CUDA_VISIBLE_DEVICES names
+    report: bool = False  # no trials, only table and picture of those in the storage
+
+    hidden = tuple(OWNED)  # of the help: main refuses them
+
+    def __post_init__(self):
+        for name, value in OWNED.items():
+            setattr(self, name, value)
+        self.experts = self.experts if isinstance(self.experts, tuple) else (self.experts,)
+        if not self.experts or not all(type(number) is int and number >= 1 for number in self.experts):
+            raise ConfigError(f"experts={self.experts}: give whole numbers of 1 or more, such as 1,4,8")
+        for number in self.experts:
+            if number > 1:
+                check_top_k("top_k", self.top_k, number)
+                self.moe, self.num_experts = "linear", number  # so that the options of mixtures may be given
+        super().__post_init__()
+        self.max_width = 8 * self.d_model if self.max_width is None else self.max_width
+        train.at_least(1, self, "trials", "jobs")
+        train.at_least(0, self, "max_rank", *(["gpus"] if self.gpus is not None else []))
+        if self.max_rank > 1:
+            raise ConfigError(f"max_rank={self.max_rank}: make it at most 1, the exponent of full rank")
+        if self.prune < 0 or self.prune == 1:
+            raise ConfigError(f"prune={self.prune}: make it 2 or more, or 0 for none")
+        if self.max_width < self.d_model:
+            raise ConfigError(f"max_width={self.max_width}: make it at least d_model={self.d_model}, the dense model's")
+        if self.sampler == "cmaes" and importlib.util.find_spec("cmaes") is None:
+            raise ConfigError("sampler='cmaes' needs a package: pip install cmaes, or take tpe")
+        if self.storage is not None and "://" not in self.storage:
+            raise ConfigError(
+                f"storage={self.storage}: give a URL, such as sqlite:///search.db or postgresql://me@host/db"
+            )
+
+
+# ---------------------------------------------------------------------------------------
+# The space
+
+
+class Point(NamedTuple):
+    theta: tuple  # seven exponents, of three decimals: what the table shows is what was trained
+    experts: int  # 1: no mixture
+
+
+class Space(NamedTuple):
+    """The space as five or six continuous numbers between 0 and 1.
+
+    The exponents of the input, and those of the output, are a point of a triangle, uniform where the numbers are. To
+    swap (α δ) with (β ε) only renames the cores, hence α ≥ β: every structure is met once. θρ is a share of the
+    largest exponent with which a layer is no dearer than a dense one (ν ≤ 1).
+    """
+
+    max_rank: float = 1.0
+    experts: tuple = (1,)
+
+    def draw(self, trial):
+        """The Point of an optuna trial."""
+        u = {key: trial.suggest_float(key, 0, 1) for key in ("input", "input_split", "output", "output_split", "rank")}
+        which = trial.suggest_float("experts", 0, 1) if len(self.experts) > 1 else 0
+        experts = self.experts[min(int(which * len(self.experts)), len(self.experts) - 1)]
+        if experts > 1:  # they are rank slices of a BTT
+            u["input_split"] = u["output_split"] = 0
+        s, t = math.sqrt(u["input"]), math.sqrt(u["output"])
+        b, d = round(s * u["input_split"] / 2, 3), round(t * u["output_split"], 3)
+        a, e = round(s - b, 3), round(t - d, 3)
+        r = u["rank"] * min(self.max_rank, max(min(a, e), min(b, d)))
+        return Point((a, b, abs(round(1 - a - b, 3)), d, e, abs(round(1 - d - e, 3)), round(r, 3)), experts)
+
+
+def make_sampler(kind, seed):
+    if kind == "random":
+        return optuna.samplers.RandomSampler(seed=seed)
+    if kind == "cmaes":
+        return optuna.samplers.CmaEsSampler(seed=seed, consider_pruned_trials=True, warn_independent_sampling=False)
+    return optuna.samplers.TPESampler(seed=seed, multivariate=True)
+
+
+# ---------------------------------------------------------------------------------------
+# The search
+
+
+class Failed(Exception):
+    """A run that failed."""
+
+
+class Misfit(Exception):
+    """A point with nothing to train, its model being none or one that was trained before. Another is drawn."""
+
+
+def search(study, space, objective, trials, sampler="tpe", seed=0, slots=(None,), say=lambda trial: None):
+    """Draw points and run the objective on them until so many trials of the study have ended, on whatever machine.
+
+    objective(trial, point, slot)  a generator, so that one thread has several at a time: it yields (evaluation, loss),
+        evaluations counted from 1, or None while there is nothing new, and returns the final loss. It may raise
+        Failed and Misfit. Closed, or thrown an optuna.TrialPruned, it ends what it runs.
+    slots                          one for every trial at a time, to tell its objective where to run
+    say(frozen trial)              is called for each that ends
+    Raises ConfigError after too many failures in a row. Interrupted, it leaves its running trials to be tried again.
+    """
+    running, free, beaten, failures, misfits = {}, list(slots), time.monotonic(), 0, 0
+    try:
+        while True:
+            if free:
+                recover(study, running)
+                left = trials - len(study.get_trials(deepcopy=False, states=ENDED))
+                if left <= 0 and not running:
+                    return
+                left -= len(study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)))
+                for _ in range(min(left, len(free))):
+                    trial = study.ask()
+                    beat(trial)
+                    # Optuna draws when the space asks. Seeded by the trial's number no two draw the same, whoever
+                    # goes on; where the sampler comes back to what it knows, chance finds something new.
+                    kind = sampler if misfits < 5 else "random"
+                    study.sampler = make_sampler(kind, (10_007 * seed + trial.number) % 2**32)
+                    slot = free.pop(0)
+                    running[trial.number] = trial, objective(trial, space.draw(trial), slot), slot
+            if time.monotonic() - beaten > STALE / 5:
+                beaten = time.monotonic()
+                for trial, _, _ in running.values():
+                    beat(trial)
+            idle = True
+            for number, (trial, run, slot) in list(running.items()):
+                news, ended, error = advance(study, trial, run)
+                idle = idle and not news
+                if ended is None:
+                    continue
+                del running[number]
+                free.append(slot)
+                say(ended)
+                misfits = misfits + 1 if isinstance(error, Misfit) else 0
+                failures = failures + isinstance(error, Failed) if error else 0
+                if misfits == MISFITS:
+                    raise ConfigError(f"{misfits} points in a row have no new model of this budget, the last: {error}")
+                if failures == FAILURES:
+                    raise ConfigError(f"{failures} trials in a row failed, the last: {error}")
+            if idle:
+                time.sleep(0.2 if running else 2)
+    finally:
+        for trial, run, _ in running.values():
+            run.close()
+            put_back(study, trial)
+
+
+def advance(study, trial, run):
+    """Let a trial go on to its next evaluation -> whether there was news, the frozen trial if it ended, its error."""
+    try:
+        news = next(run)
+        if news is not None:
+            evaluation, loss = news
+            trial.report(loss, evaluation)
+            if trial.should_prune():
+                run.throw(optuna.TrialPruned())
+        return news is not None, None, None
+    except StopIteration as done:
+        return True, study.tell(trial, done.value, skip_if_finished=True), None
+    except optuna.TrialPruned:
+        return True, study.tell(trial, state=TrialState.PRUNED, skip_if_finished=True), None
+    except (Failed, Misfit) as error:
+        trial.set_user_attr("reason", str(error))
+        return True, study.tell(trial, state=TrialState.FAIL, skip_if_finished=True), error
+    except optuna.exceptions.UpdateFinishedTrialError:  # another machine, which heard nothing of this one, has taken it
+        run.close()
+        return True, study.trials[trial.number], None
+
+
+def beat(trial):
+    """A sign of life."""
+    trial.set_user_attr("owner", {"host": socket.gethostname(), "pid": os.getpid(), "time": time.time()})
+
+
+def recover(study, running):
+    """Put back the trials whose search is gone: no such process on this machine, or long without a sign of life."""
+    for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+        owner = trial.user_attrs.get("owner") or {"host": None, "time": trial.datetime_start.timestamp()}
+        gone = time.time() - owner["time"] > STALE
+        if owner["host"] == socket.gethostname():
+            gone = trial.number not in running if owner["pid"] == os.getpid() else not is_alive(owner["pid"])
+        if gone:
+            put_back(study, trial)
+
+
+def is_alive(pid):
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # somebody else's
+        pass
+    return True
+
+
+def put_back(study, trial):
+    """A trial that did not end: as a failed one without a reason, and its point in the queue again, with its folder."""
+    with suppress(ValueError, optuna.exceptions.UpdateFinishedTrialError):  # another machine was faster
+        study.tell(trial.number, state=TrialState.FAIL)
+        study.enqueue_trial(trial.params, user_attrs={"folder": trial.user_attrs.get("folder")})
+
+
+# ---------------------------------------------------------------------------------------
+# The model of a point
+
+
+def fit_model(config, point, budget):
+    """The model of this structure for `budget` FLOPs a token -> train.py's options of it, its figures.
+
+    Of all widths that are multiples of n_head, have many factors and cost no more, it has the dearest. As widths are
+    discrete a little is left over, and makes more steps. Misfit where that is half of the budget or more: of a
+    structure so cheap that max_width does not use it up, or a θ without sizes near it at the widths that would.
+    """
+    options = {"structure": "einsum", "theta": point.theta}
+    if point.experts > 1:
+        options.update(moe="linear", num_experts=point.experts)
+    best, most, may_fit, why = None, budget / 2, config.max_width, ""
+    for width in range(config.max_width // config.n_head * config.n_head, 0, -config.n_head):
+        if width > may_fit or 210**20 % (width // config.n_head):  # the latter: it has a prime factor above 7
+            continue
+        try:
+            sizes = factor_sizes(width, width, point.theta)
+            model = meta_model(config, **options, d_model=width)
+        except ConfigError as error:
+            why = f"; {error}"
+            continue
+        flops = model.flops_per_token()
+        if most < flops <= budget:
+            best, most = (width, sizes, model), flops
+        # FLOPs shrink as the square of the width or slower, but for a factor of 2 by which sizes are rounded.
+        may_fit = width * math.sqrt(2 * budget / flops)
+        if flops < budget / 4:
+            break
+    if best is None:
+        raise Misfit(
+            f"theta={point.theta}: no width up to max_width={config.max_width} uses half to all of the budget{why}"
+        )
+    width, sizes, model = best
+    steps = round(config.max_steps * budget / most)
+    options.update(d_model=width, max_steps=steps, eval_interval=math.ceil(steps / evaluations(config)))
+    shapes = [tuple(core.shape) for module in model.modules() if hasattr(module, "cores") for core in module.cores]
+    omega, psi, nu = place_of(sizes)
+    figures = {
+        "theta": point.theta, "experts": point.experts, "sizes": sizes, "structure": name_of(sizes), "omega": omega,
+        "psi": psi, "nu": nu, "d_model": width, "parameters": sum(each.numel() for each in model.parameters()),
+        "steps": steps, "flops": 3 * most * steps * config.batch_tokens,
+        # Of different θ the sizes may be the same: what tells models apart.
+        "key": hashlib.sha256(repr((width, point.experts, shapes)).encode()).hexdigest()[:16],
+    }  # fmt: skip
+    return options, figures
+
+
+def meta_model(config, **options):
+    """A GPT without memory, dense where the options do not say otherwise."""
+    with torch.device("meta"):
+        return GPT(dense_config(config, **options))
+
+
+def dense_config(config, **options):
+    """The GPTConfig of a search's models, dense where the options do not say otherwise."""
+    names = {field.name for field in fields(GPTConfig)}
+    options = {**{name: getattr(config, name) for name in names}, **OWNED, **options}
+    if options["moe"] == "none":
+        options.update(WITHOUT_EXPERTS)
+    return GPTConfig(**{name: options[name] for name in names})
+
+
+def evaluations(config):
+    """Number of evaluations of every trial, the last at its end."""
+    return max(1, round(config.max_steps / config.eval_interval))
+
+
+def place_of(sizes):
+    """(ω, ψ, ν) of a d -> d layer by its sizes, as they are, and not by θ, whose small exponents make sizes of 1."""
+    d = math.prod(sizes[:3])
+    return tuple(abs(round(value, 4)) for value in taxonomy([math.log(size, max(2, d)) for size in sizes]))
+
+
+def name_of(sizes):
+    """What a d -> d layer of these sizes is called, "" if nothing."""
+    a, b, g, d, e, f, r = canonical(sizes)
+    if r == min(a * d, b * e):
+        return "dense"  # each of its blocks has full rank
+    if g == f == 1:
+        kind = "low-rank" if b == d == 1 else "TT" if r > 1 else "Kronecker"
+    elif b == d == 1:
+        kind = "BTT" if (a, g, e, f) == factor_sizes(a * g, a * g, BTT)[0:5:2] + (f,) else "BTT family"
+    else:
+        return ""
+    return kind if kind == "Kronecker" else f"{kind}, rank {r}"
+
+
+# ---------------------------------------------------------------------------------------
+# A trial, by train.py
+
+
+def training(study, config):
+    """The objective; a slot is the number of a GPU, or None."""
+    budget = meta_model(config).flops_per_token()
+    on_gpu = config.device != "cpu" and torch.cuda.is_available()
+    where = {"device": device_name(torch.device("cuda" if on_gpu else "cpu")), "torch": torch.__version__}
+
+    def objective(trial, point, slot):
+        options, figures = fit_model(config, point, budget)
+        for twin in study.get_trials(deepcopy=False, states=(*ENDED, TrialState.RUNNING)):
+            if twin.user_attrs.get("model", {}).get("key") == figures["key"] and twin.number != trial.number:
+                raise Misfit(f"theta={point.theta} makes the model of trial {twin.number}")
+        before = trial.user_attrs.get("folder")
+        folder = before or os.path.join(config.out, f"trial_{trial.number}")
+        options = train_options(config, options)
+        again = shlex.join(["python", "train.py", *words(options)])
+        trial.set_user_attr("folder", folder)
+        trial.set_user_attr("model", {**figures, **where, "command": again})
+        options.update(out_dir=folder, resume=before is not None)
+        return (yield from run_training(options, folder, slot, evaluations(config)))
+
+    return objective
+
+
+def train_options(config, options):
+    """All of train.py's options of a trial."""
+    ours = {field.name: getattr(config, field.name) for field in fields(train.Config)}
+    return ours | OWNED | ({} if "moe" in options else WITHOUT_EXPERTS) | options
+
+
+def words(options):
+    """Those that are not the default, as arguments of train.py."""
+    defaults = {field.name: field.default for field in fields(train.Config)}
+    return [f"--{key}={value}" for key, value in options.items() if value != defaults[key]]
+
+
+def run_training(options, folder, slot, evaluations):
+    """Train in a process of its own -> final loss; yields (evaluation, loss) of its log, None while nothing is new."""
+    env = {**os.environ, **({} if slot is None else {"CUDA_VISIBLE_DEVICES": slot})}
+    with writing(folder, "give another --out"):
+        os.makedirs(folder, exist_ok=True)
+        output = open(os.path.join(folder, "train.log"), "a")
+    with output:
+        while not lock(output):  # by a run that has outlived its search: it is waited for, and not joined by a second
+            yield None
+        process = subprocess.Popen(
+            [sys.executable, "-m", "train", *words(options)], stdout=output, stderr=output, env=env
+        )
+    steps, every, seen, interrupted = options["max_steps"], options["eval_interval"], 0, True
+    try:
+        while True:
+            over = process.poll() is not None  # asked before the log is read, which then is whole
+            log = read_log(os.path.join(folder, "log.jsonl"))
+            # Those in between are of a run that was stopped there.
+            rows = [row for row in log if "val_loss" in row and (row["step"] % every == 0 or row["step"] == steps)]
+            for row in rows[seen:]:
+                seen += 1
+                if 0 < row["step"] < steps:
+                    yield max(1, round(evaluations * row["step"] / steps)), row["val_loss"]
+            if over:
+                break
+            yield None
+        interrupted = False
+        if process.returncode != 0 or not rows or rows[-1]["step"] < steps:
+            with open(output.name, errors="replace") as file:
+                last = ([line.strip() for line in file if line.strip()] or ["nothing was said"])[-1]
+            raise Failed(f"{last.removeprefix('error: ')[:300]} ({output.name})")
+        if not math.isfinite(rows[-1]["val_loss"]):
+            raise Failed(f"validation loss {rows[-1]['val_loss']} ({output.name})")
+        return rows[-1]["val_loss"]
+    except optuna.TrialPruned:
+        interrupted = False
+        raise
+    finally:
+        stop(process)
+        if not interrupted:  # only what was interrupted goes on
+            for place in PLACES:
+                with suppress(FileNotFoundError):
+                    os.remove(os.path.join(folder, place))
+
+
+def lock(file):
+    """Whether the file is ours now, and the processes' that we give it to, until the last of them ends."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
+
+
+def stop(process):
+    if process.poll() is None:
+        process.send_signal(signal.SIGINT)  # it saves and ends
+        try:
+            process.wait(timeout=60)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+# ---------------------------------------------------------------------------------------
+# The study
+
+
+def open_study(config):
+    """The optuna study of the search: a new one, or one of the same settings that goes on."""
+    file = os.path.join(os.path.abspath(config.out), "search.db")
+    if config.report and config.storage is None and not os.path.exists(file):
+        raise ConfigError(f"{file} does not exist: give the --out or --storage of a search")
+    with writing(config.out, "give another --out"):
+        os.makedirs(config.out, exist_ok=True)
+    url = config.storage or f"sqlite:///{file}"
+    with one_at_a_time(config.out):  # of those that start together one makes the study, the others find it
+        return make_study(config, url)
+
+
+@contextmanager
+def one_at_a_time(folder):
+    """Wait until no other process of this machine is inside with the same folder."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def make_study(config, url):
+    shown = re.sub(r"(://[^:/@]*):[^@]*@", r"\1:…@", url)  # without a password
+    halving = optuna.pruners.SuccessiveHalvingPruner(min_resource=1, reduction_factor=max(2, config.prune))
+    pruner = halving if config.prune else optuna.pruners.NopPruner()
+    try:
+        storage = open_storage(url)
+        if config.report:
+            return optuna.load_study(study_name=config.study, storage=storage)
+        study = optuna.create_study(study_name=config.study, storage=storage, pruner=pruner, load_if_exists=True)
+    except KeyError:
+        raise ConfigError(
+            f"study={config.study!r} is not in {shown}: give the --out or --storage of a search"
+        ) from None
+    except Exception as error:  # of many kinds: databases have their own
+        raise ConfigError(f"storage={shown} cannot be used, {first_line(error)}: give another") from None
+    owned = (*FREE, *OWNED)
+    settings = {field.name: getattr(config, field.name) for field in fields(Config) if field.name not in owned}
+    settings = json.loads(json.dumps(settings))  # tuples are lists there
+    before = study.user_attrs.get("settings")
+    if before is None:
+        if any(entry.startswith("trial_") for entry in os.listdir(config.out)):
+            raise ConfigError(f"out={config.out} has trials of another study: give another --out, or remove them")
+        budget = 3 * meta_model(config).flops_per_token() * config.batch_tokens * config.max_steps
+        study.set_user_attr("settings", settings)
+        study.set_user_attr("budget", {"flops": budget, "evaluations": evaluations(config)})
+    other = "--out" if config.storage is None else "--study and another --out"  # a folder has trials of one study
+    for option, value in settings.items():
+        if before is not None and before.get(option, value) != value:
+            raise ConfigError(
+                f"{option}={value}, but study {config.study!r} in {shown} has {option}={before[option]}: "
+                f"make it that, or give another {other}"
+            )
+    return study
+
+
+def open_storage(url, tries=5):
+    """optuna's storage. Its tables may be another machine's to make at this moment: then it looks again."""
+    for left in reversed(range(tries)):
+        try:
+            return optuna.storages.RDBStorage(url)
+        except (SQLAlchemyError, optuna.exceptions.StorageInternalError) as error:
+            others = any(word in str(error).lower() for word in ("already exists", "unique", "locked"))
+            if not (left and others):
+                raise
+            time.sleep(random.uniform(0.2, 1))
+
+
+def first_line(error):
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+
+
+def estimate(config, slots):
+    """Seconds that the trials will take, by a few updates of the dense model here; without compilation.
+
+    Of every trial its evaluations up to the first count, of one in `prune` those up to the third, and so on.
+    """
+    device = choose_device(config.device)
+    gpus = max(1, len({slot for slot in slots if slot is not None}))
+    torch.manual_seed(0)
+    with device:
+        model = GPT(dense_config(config))
+        idx = torch.randint(config.vocab_size, (config.micro_batch, config.block_size))
+    optimizer = make_optimizer(model, config.lr)
+
+    def update():
+        model(idx, idx)[1].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        float(idx[0, 0])  # waits for the device
+
+    with torch.autocast(device.type, (dtype := choose_dtype(config.dtype, device)), enabled=dtype != torch.float32):
+        update()
+        began = time.perf_counter()
+        for _ in range(3):
+            update()
+        a_micro_step = (time.perf_counter() - began) / 3
+    steps = config.max_steps * config.batch_tokens / (config.micro_batch * config.block_size)
+    return START * config.trials / len(slots) + a_micro_step * steps * share_trained(config) * config.trials / gpus
+
+
+def share_trained(config):
+    """Of the steps of all trials, about what share is trained: what successive halving leaves."""
+    last, share, alive, at = evaluations(config), 0.0, 1.0, 0
+    rung = 1 if config.prune else last
+    while at < last:
+        share, at, rung = share + alive * (min(rung, last) - at) / last, min(rung, last), rung * max(2, config.prune)
+        alive /= max(1, config.prune)
+    return share
+
+
+def progress(study, trials):
+    """What says a line for each trial that ends."""
+    began, first = time.monotonic(), len(study.get_trials(deepcopy=False, states=ENDED))
+
+    def say(trial):
+        if "model" not in trial.user_attrs:  # a Misfit: another point is drawn
+            return
+        model, curve = trial.user_attrs["model"], trial.intermediate_values
+        ended = study.get_trials(deepcopy=False, states=ENDED)
+        what = f"FAILED: {trial.user_attrs.get('reason', 'another machine has taken it')}"
+        if trial.state == TrialState.COMPLETE:
+            what = f"loss {trial.value:.4f}"
+        elif trial.state == TrialState.PRUNED:
+            what = f"ended early, at evaluation {max(curve)} with {curve[max(curve)]:.4f}"
+        experts = f", {model['experts']} experts" if model["experts"] > 1 else ""
+        where = "ω {omega:.2f} ψ {psi:.2f} ν {nu:.2f}, width {d_model}".format(**model)
+        words = [f"{len(ended)}/{trials} trial {trial.number}: {what}", f"θ {dotted(model['theta'])}{experts}, {where}"]
+        whole = [(each.value, each.number) for each in ended if each.state == TrialState.COMPLETE]
+        if whole:
+            words.append("best {:.4f} of trial {}".format(*min(whole)))
+        if first < len(ended) < trials:
+            left = (time.monotonic() - began) / (len(ended) - first) * (trials - len(ended))
+            words.append(f"about {duration(left)} left")
+        print(*words, sep="; ", flush=True)
+
+    return say
+
+
+def make_rows(study):
+    """A dict for each trial that was trained and ended; "losses" are by evaluation, "loss" that at the end or None."""
+    rows = []
+    for trial in study.get_trials(deepcopy=False):
+        about, losses = trial.user_attrs, dict(sorted(trial.intermediate_values.items()))
+        if "model" not in about or (trial.state not in ENDED and "reason" not in about):
+            continue  # nothing was trained; or it runs, or was interrupted
+        loss = trial.value if trial.state == TrialState.COMPLETE else None  # Optuna gives others their last one
+        if loss is not None:
+            losses[study.user_attrs["budget"]["evaluations"]] = loss
+        row = {"trial": trial.number, "state": trial.state.name.lower(), "loss": loss, "losses": losses}
+        rows.append({**row, "reason": about.get("reason"), **about["model"]})
+    return rows
+
+
+def main(argv):
+    for word in argv:
+        option = word[2:].partition("=")[0]
+        if word.startswith("--") and option in OWNED:
+            raise ConfigError(f"--{option} is every trial's own: leave it out (--out and --experts are the search's)")
+    config = load_config(Config, argv)
+    if not config.report:
+        on_cpu = choose_device(config.device).type == "cpu"  # one that is not there is said here, and once
+        if on_cpu and not any(word.endswith(".py") and not word.startswith("--") for word in argv):
+            print("on a CPU, without a config file: python -m lab.search", *SMALL, *argv, flush=True)
+            config = load_config(Config, [*SMALL, *argv])
+    study = open_study(config)
+    if not config.report:
+        prepare_default(config.data_dir)
+        TokenData(config.data_dir, config.block_size)  # what is wrong with it is said here, and once
+        slots = (gpus_to_use(0 if config.device == "cpu" else config.gpus) or [None]) * config.jobs
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # ended as by Ctrl-C
+        try:
+            space, say = Space(config.max_rank, config.experts), progress(study, config.trials)
+            left = config.trials - len(study.get_trials(deepcopy=False, states=ENDED))
+            if left > 0:
+                took = duration(estimate(config, slots) * left / config.trials)
+                if torch.cuda.is_initialized():
+                    torch.cuda.empty_cache()  # the trials need the memory
+                print(
+                    f"{left} trials of at most {study.user_attrs['budget']['flops']:.3g} FLOPs: about {took}",
+                    flush=True,
+                )
+            search(study, space, training(study, config), config.trials, config.sampler, config.seed, slots, say)
+        except KeyboardInterrupt:
+            raise SystemExit("stopped: the same command resumes, with --report it shows what there is") from None
+        except (optuna.exceptions.StorageInternalError, SQLAlchemyError) as error:
+            raise ConfigError(f"the storage failed: {first_line(error)}; the same command goes on") from None
+    report(make_rows(study), study.user_attrs["budget"], config.out)
+
+
+if __name__ == "__main__":
+    as_script(main)

@@ -1,0 +1,831 @@
+"""Checkpoints of both formats: bit-exact, between any numbers of ranks, damaged, on a full disk, killed at every stage.
+
+Run alone with `pytest tests/engine/test_checkpoint.py`. Ranks are real processes that talk through gloo.
+"""
+
+import errno
+import io
+import json
+import math
+import multiprocessing
+import os
+import pickle
+import resource
+import shutil
+import signal
+import time
+import traceback
+import zipfile
+from contextlib import contextmanager
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+
+import theta
+from configurator import ConfigError
+from engine import checkpoint
+from engine.parallel import shard
+from model import GPT
+from optim import make_optimizer
+from options import GPTConfig
+from sample import load_model
+from theta import Sizes, rank_of
+
+CONFIG = dict(vocab_size=96, n_layer=1, n_head=2, d_model=36, block_size=32, structure="btt")
+PLAIN = dict(
+    seconds=1.5, best_val_loss=math.inf, wandb_id=None, scaler={}, meta={"tokenizer": "char96"},
+    config={**CONFIG, "structured_layers": ("attn", "ffn", "lm_head"), "theta": None, "odd": {"a": [0.5, (1, ()), []]}},
+)  # fmt: skip
+BATCH = torch.randint(96, (2, 8, 32), generator=torch.Generator().manual_seed(3))
+
+
+def make(seed, sharded=False):
+    """A GPT of random weights and its optimizer, without state; split over all ranks by FSDP2, or not."""
+    torch.manual_seed(seed)
+    model = GPT(GPTConfig(**CONFIG))
+    if sharded:
+        shard(model, torch.device("cpu"), compiling=False)
+    return model, make_optimizer(model, lr=1e-2)
+
+
+def train(model, optimizer, steps):
+    for _ in range(steps):
+        model(*BATCH)[1].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model, optimizer
+
+
+def save(out_dir, step, model, optimizer):
+    tensors = {"optimizer": checkpoint.optimizer_state(model, optimizer), "model": model.state_dict()}
+    os.makedirs(out_dir, exist_ok=True)
+    checkpoint.save(out_dir, {**PLAIN, "step": step, **tensors})
+
+
+def tensors_of(model, optimizer):
+    """{flat name: whole tensor}, weights and Adam's state"""
+    state = {"optimizer": checkpoint.optimizer_state(model, optimizer), "model": model.state_dict()}
+    return {name: whole(tensor).clone() for name, tensor in checkpoint.flat(state).items()}
+
+
+def whole(tensor):
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def same(left, right):
+    return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
+
+
+def load(out_dir):
+    """-> checkpoint, what was said"""
+    said = []
+    return checkpoint.load(out_dir, said.append), "\n".join(said)
+
+
+@contextmanager
+def one_rank():
+    """A process group of this process alone, in which FSDP2 makes DTensors."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def on_ranks(world, function, *args, seconds=120):
+    """function(rank, *args) in `world` processes; their failure is one here, and so is hanging."""
+    store = os.path.join(args[0], f"store{time.monotonic_ns()}")
+    context = mp.start_processes(
+        rank_main, (world, store, function, args), nprocs=world, join=False, start_method="forkserver"
+    )
+    deadline = time.monotonic() + seconds
+    try:
+        while not context.join(timeout=1):
+            assert time.monotonic() < deadline, "a rank hangs"
+    finally:
+        for process in context.processes:
+            process.kill()
+
+
+def rank_main(rank, world, store, function, args):
+    torch.set_num_threads(1)
+    os.environ["RANK"] = str(rank)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
+    function(rank, *args)
+    dist.destroy_process_group()
+
+
+# -- there and back
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Folders "file" and "directory", each with steps 1 and 2 of the same training, and {step: tensors}."""
+    folder, tensors = tmp_path_factory.mktemp("runs"), {}
+    for name in ("file", "directory"):
+        with one_rank():
+            model, optimizer = make(0, sharded=name == "directory")
+            for step in (1, 2):
+                train(model, optimizer, 1)
+                save(folder / name, step, model, optimizer)
+                tensors[step] = tensors_of(model, optimizer)
+    return folder, tensors
+
+
+def test_the_formats_have_their_names(runs):
+    folder, _ = runs
+    assert sorted(os.listdir(folder / "file")) == ["ckpt.pt", "ckpt_prev.pt"]
+    assert sorted(os.listdir(folder / "directory")) == ["ckpt.dcp", "ckpt_prev.dcp"]
+    assert sorted(os.listdir(folder / "directory" / "ckpt.dcp")) == [
+        ".metadata", "__0_0.distcp", "manifest.json", "values.json",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["file", "directory"])
+def test_round_trip_is_bit_exact(runs, name):
+    folder, tensors = runs
+    saved, said = load(folder / name)
+    assert {key: saved[key] for key in PLAIN} == PLAIN and saved["step"] == 2 and not said
+    assert repr(saved["config"]) == repr(PLAIN["config"])  # 1 == 1.0, and tuples inside tuples
+    assert os.path.dirname(saved["path"]) == str(folder / name)
+    assert same(checkpoint.flat(saved), tensors[2])
+    model, optimizer = make(1)
+    assert not same(tensors_of(model, optimizer), tensors[2])
+    checkpoint.restore(saved, model, optimizer)
+    assert same(tensors_of(model, optimizer), tensors[2])
+    sizes = {tensor.shape for tensor in tensors[2].values()}
+    assert (2,) in sizes and () in sizes  # gains, Adam's step counters
+    rest = train(*make(0), 3)
+    assert same(tensors_of(*train(model, optimizer, 1)), tensors_of(*rest))
+
+
+@pytest.mark.parametrize("name", ["file", "directory"])
+def test_a_model_to_sample_from(runs, name):
+    folder, tensors = runs
+    model, meta = load_model(str(folder / name))
+    assert same({f"model.{key}": value for key, value in model.state_dict().items()}, {
+        key: value for key, value in tensors[2].items() if key.startswith("model.")
+    })  # fmt: skip
+    assert meta == PLAIN["meta"]
+
+
+def test_adams_state_goes_back_by_itself_and_stays_its_own(runs):
+    folder, tensors = runs
+    saved, _ = load(folder / "file")
+    for fused in (True, False):
+        model, optimizer = make(1)
+        for group in optimizer.param_groups:
+            group["fused"] = fused
+        checkpoint.load_optimizer_state(model, optimizer, saved["optimizer"])
+        got = checkpoint.flat({"model": {}, "optimizer": checkpoint.optimizer_state(model, optimizer)})
+        assert got and all(torch.equal(got[name], tensors[2][name]) for name in got)
+        optimizer.state[model.token_embedding.weight]["exp_avg"].zero_()
+    assert same(checkpoint.flat(saved), tensors[2])  # the loaded tensors are copied, not shared
+
+
+@pytest.mark.parametrize("name", ["file", "directory"])
+@pytest.mark.parametrize("options", [dict(n_layer=2), dict(d_model=72), dict(vocab_size=108)])
+def test_another_model_is_refused(runs, name, options):
+    saved, _ = load(runs[0] / name)
+    model = GPT(GPTConfig(**{**CONFIG, **options}))
+    with pytest.raises(ConfigError, match="is of another model"):
+        checkpoint.restore(saved, model, make_optimizer(model, 1e-2))
+
+
+def test_cores_of_other_sizes_are_refused_in_a_line_that_says_why(tmp_path, monkeypatch):
+    """A Kronecker layer of width 128 was (8 × 16) ⊗ (16 × 8) before it kept its rank."""
+    options = dict(structure="kronecker", rank=1, d_model=128, n_head=2, n_layer=1, vocab_size=100, block_size=32)
+    old = {(128, 128): Sizes(8, 16, 1, 16, 8, 1, 1)}
+    with monkeypatch.context() as patch:
+        now = theta.STRUCTURES["kronecker"]
+        earlier = lambda d_in, d_out, options: old.get((d_in, d_out)) or now[0](d_in, d_out, options)  # noqa: E731
+        patch.setitem(theta.STRUCTURES, "kronecker", (earlier, now[1]))
+        model = GPT(GPTConfig(**options))
+    assert rank_of(model.blocks[0].attn.q.sizes) == 64
+    state = {"model": model.state_dict(), "optimizer": {}, "step": 1, "config": options, "meta": {}}
+    checkpoint.save(str(tmp_path), state)
+    model = GPT(GPTConfig(**options))
+    optimizer = make_optimizer(model, 1e-2)
+    for read in (
+        lambda: load_model(str(tmp_path)),
+        lambda: checkpoint.restore(checkpoint.load(str(tmp_path)), model, optimizer),
+    ):
+        with pytest.raises(
+            ConfigError, match="was made with other sizes: .*cores.*Earlier versions.* lost rank"
+        ) as caught:
+            read()
+        assert "\n" not in str(caught.value)
+
+
+def test_adams_state_is_complete_after_an_evaluation():
+    """FSDP2 leaves its root's parameters gathered then, under objects that the optimizer does not know."""
+    with one_rank():
+        model, optimizer = train(*make(0, sharded=True), 1)
+        with torch.no_grad():
+            model(BATCH[0])
+        assert not isinstance(model.token_embedding.weight, DTensor), "nothing is gathered: the test is idle"
+        assert checkpoint.optimizer_state(model, optimizer).keys() == dict(model.named_parameters()).keys()
+
+
+# -- any number of ranks
+
+
+def test_any_number_of_ranks_into_any_other(tmp_path):
+    plain = train(*make(0), 2)
+    save(tmp_path / "file", 2, *plain)
+    torch.save(tensors_of(*plain), tmp_path / "before.pt")
+    torch.save(tensors_of(*train(*plain, 1)), tmp_path / "after.pt")
+    on_ranks(2, file_into_two_ranks_into_directory, tmp_path)
+    names = os.listdir(tmp_path / "directory" / "ckpt.dcp")
+    assert {"__0_0.distcp", "__1_0.distcp"} <= set(names)
+    on_ranks(4, directory_into_ranks, tmp_path)
+    model, optimizer = make(1)
+    saved, _ = load(tmp_path / "directory")
+    checkpoint.restore(saved, model, optimizer)
+    assert same(tensors_of(model, optimizer), torch.load(tmp_path / "before.pt"))
+    assert same(checkpoint.flat(saved), torch.load(tmp_path / "before.pt"))
+    assert same(tensors_of(*train(model, optimizer, 1)), torch.load(tmp_path / "after.pt"))
+
+
+def file_into_two_ranks_into_directory(rank, folder):
+    model, optimizer = make(1, sharded=True)
+    checkpoint.restore(checkpoint.load(folder / "file"), model, optimizer)
+    check_and_step(folder, model, optimizer, lambda: save(folder / "directory", 2, model, optimizer))
+    directory_into_ranks(rank, folder)
+
+
+def directory_into_ranks(rank, folder):
+    model, optimizer = make(1, sharded=True)
+    assert not same(tensors_of(model, optimizer), torch.load(folder / "before.pt"))
+    saved = checkpoint.load(folder / "directory")
+    checkpoint.restore(saved, model, optimizer)
+    assert not any(kind in saved for kind in ("model", "optimizer")), "whole tensors were read"
+    check_and_step(folder, model, optimizer)
+
+
+def check_and_step(folder, model, optimizer, between=lambda: None):
+    """The tensors are the saved ones, every parameter with the rate of its group; a step gives the unsharded run's."""
+    assert same(tensors_of(model, optimizer), torch.load(folder / "before.pt"))
+    for p, state in optimizer.state.items():
+        kinds = {key: type(value) for key, value in state.items()}
+        assert kinds == {"step": torch.Tensor, "exp_avg": DTensor, "exp_avg_sq": DTensor}
+        assert state["exp_avg"].placements == p.placements and state["exp_avg"].to_local().shape == p.to_local().shape
+    between()
+    after, got = torch.load(folder / "after.pt"), tensors_of(*train(model, optimizer, 1))
+    for name in after:  # sums in another order; Adam divides by the root of a square that may be near zero
+        torch.testing.assert_close(got[name], after[name], atol=1e-5, rtol=1e-3, msg=name)
+
+
+# -- damage
+
+
+def damaged_copy(runs, name, tmp_path):
+    """-> a copy of the run, path of its newest checkpoint"""
+    shutil.copytree(runs[0] / name, tmp_path / name)
+    return tmp_path / name, tmp_path / name / ("ckpt.pt" if name == "file" else "ckpt.dcp")
+
+
+def assert_passed_over(out_dir, tensors, why="not a whole checkpoint"):
+    saved, said = load(out_dir)
+    assert saved["step"] == 1 and "ckpt_prev" in saved["path"] and why in said, said
+    assert "\n" not in said
+    assert same(checkpoint.flat(saved), tensors[1])
+
+
+def flip(path, position):
+    with open(path, "r+b") as file:
+        file.seek(position)
+        byte = file.read(1)[0]
+        file.seek(position)
+        file.write(bytes([byte ^ 16]))
+
+
+def test_a_flipped_bit_in_a_weight_which_torch_does_not_notice(runs, tmp_path):
+    out_dir, path = damaged_copy(runs, "file", tmp_path)
+    weight = runs[1][2]["model.token_embedding.weight"]
+    flip(path, path.read_bytes().index(weight.numpy().tobytes()) + 1000)
+    assert not torch.equal(torch.load(path, weights_only=True)["model"]["token_embedding.weight"], weight)
+    assert_passed_over(out_dir, runs[1])
+
+
+@pytest.mark.parametrize("name", ["ckpt.pt", ".metadata", "__0_0.distcp", "manifest.json", "values.json"])
+def test_a_flipped_bit_anywhere(runs, tmp_path, name):
+    """Passed over, or, in the padding between a file's records, without effect."""
+    kind = "file" if name == "ckpt.pt" else "directory"
+    out_dir, path = damaged_copy(runs, kind, tmp_path)
+    path = path if kind == "file" else path / name
+    size, noticed = os.path.getsize(path), 0
+    positions = [*range(0, size, size // 30), *range(min(size, 8)), *range(size - 8, size)]
+    for position in positions:
+        flip(path, position)
+        saved, said = load(out_dir)
+        assert saved["step"] == (1 if said else 2)
+        if not said:
+            assert same(checkpoint.flat(saved), runs[1][2]) and {key: saved[key] for key in PLAIN} == PLAIN
+        noticed += bool(said)
+        flip(path, position)
+    assert noticed > len(positions) / 2 if kind == "file" else noticed == len(positions)
+    assert load(out_dir)[0]["step"] == 2
+
+
+@pytest.mark.parametrize("name", ["ckpt.pt", ".metadata", "__0_0.distcp", "manifest.json", "values.json"])
+def test_truncated_empty_or_missing(runs, tmp_path, name):
+    kind = "file" if name == "ckpt.pt" else "directory"
+    out_dir, path = damaged_copy(runs, kind, tmp_path)
+    path = path if kind == "file" else path / name
+    size = os.path.getsize(path)
+    for length in (size - 1, size // 2, 10, 0):
+        os.truncate(path, length)
+        assert_passed_over(out_dir, runs[1])
+    os.remove(path)
+    if kind == "directory":
+        assert_passed_over(out_dir, runs[1])
+    else:
+        assert load(out_dir)[0]["step"] == 1
+
+
+@pytest.mark.parametrize("text", ["{}", "[]", "null", '{"values.json": [0, 0]}'])
+def test_a_manifest_of_nothing(runs, tmp_path, text):
+    out_dir, path = damaged_copy(runs, "directory", tmp_path)
+    (path / "manifest.json").write_text(text)
+    assert_passed_over(out_dir, runs[1])
+
+
+def test_a_manifest_that_leaves_out_a_file(runs, tmp_path):
+    for name in (".metadata", "__0_0.distcp", "values.json"):
+        out_dir, path = damaged_copy(runs, "directory", tmp_path / name)
+        manifest = json.loads((path / "manifest.json").read_text())
+        del manifest[name]
+        (path / "manifest.json").write_text(json.dumps(manifest))
+        assert_passed_over(out_dir, runs[1])
+
+
+def test_what_is_no_checkpoint_at_all(runs, tmp_path):
+    out_dir, path = damaged_copy(runs, "file", tmp_path)
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("letter.txt", "Dear reader")
+    assert_passed_over(out_dir, runs[1])
+    for thing in ([1, 2], {"step": 3}, {"step": 3, "model": {}}, None):
+        torch.save(thing, path)
+        assert_passed_over(out_dir, runs[1])
+    os.remove(path)
+    os.mkdir(path)
+    assert_passed_over(out_dir, runs[1])
+    out_dir, path = damaged_copy(runs, "directory", tmp_path)
+    shutil.rmtree(path)
+    path.write_text("Dear reader")
+    assert_passed_over(out_dir, runs[1])
+
+
+@pytest.mark.parametrize("name", ["file", "directory"])
+def test_where_all_are_damaged(runs, tmp_path, name):
+    out_dir, path = damaged_copy(runs, name, tmp_path)
+    for path in os.listdir(out_dir):
+        path = out_dir / path if name == "file" else out_dir / path / "__0_0.distcp"
+        os.truncate(path, 100)
+    with pytest.raises(ConfigError, match="no whole checkpoint.*another out_dir") as error:
+        load(out_dir)
+    assert str(error.value).count("ckpt") == 2
+    assert checkpoint.describe(out_dir) == "there is no whole checkpoint"
+
+
+def test_a_checkpoint_replaced_while_it_is_read(runs, tmp_path):
+    out_dir, path = damaged_copy(runs, "directory", tmp_path)
+    saved, _ = load(out_dir)
+    shutil.rmtree(path)
+    os.replace(out_dir / "ckpt_prev.dcp", path)
+    with pytest.raises(ConfigError, match="newer one took its place.*try again"):
+        saved["model"]
+
+
+# -- malice
+
+
+class Payload:
+    """Unpickled, it makes a folder."""
+
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+@pytest.fixture
+def payload(tmp_path):
+    """A payload that works, and has not yet."""
+    path = tmp_path / "pwned"
+    pickle.loads(pickle.dumps(Payload(path)))
+    path.rmdir()
+    yield Payload(path)
+    assert not path.exists(), "the payload ran"
+
+
+def rewrite(path, name, data):
+    """Put data into a checkpoint directory's file, and right sums into the manifest."""
+    (path / name).write_bytes(data)
+    manifest = json.loads((path / "manifest.json").read_text())
+    manifest[name] = checkpoint.checksum(path / name)
+    (path / "manifest.json").write_text(json.dumps(manifest))
+
+
+@pytest.mark.parametrize("form", ["pickle", "old pickle", "torch.save"])
+def test_code_in_a_file_is_not_run(runs, tmp_path, payload, form):
+    out_dir, path = damaged_copy(runs, "file", tmp_path)
+    saved = torch.load(path, weights_only=True)
+    if form == "torch.save":
+        torch.save({**saved, "scaler": payload}, path)
+    else:
+        path.write_bytes(pickle.dumps({**saved, "scaler": payload}, protocol=0 if "old" in form else 4))
+    assert_passed_over(out_dir, runs[1], "something other than tensors and plain values")
+
+
+def test_code_in_a_directory_is_not_run(runs, tmp_path, payload):
+    out_dir, path = damaged_copy(runs, "directory", tmp_path)
+    with open(path / ".metadata", "rb") as file:
+        metadata = pickle.load(file)
+    rewrite(path, ".metadata", pickle.dumps(payload))
+    assert_passed_over(out_dir, runs[1], "something other than tensors and plain values")
+    metadata.planner_data = payload
+    rewrite(path, ".metadata", pickle.dumps(metadata))
+    assert_passed_over(out_dir, runs[1], "something other than tensors and plain values")
+    mkdir = b"os\nmkdir\n", b"posix\nmkdir\n", b"torch\nos.mkdir\n", b"builtins\neval\n", b"pathlib\nPosixPath\n"
+    for function in mkdir:
+        rewrite(path, ".metadata", b"c" + function + pickle.dumps((payload.path,), protocol=0)[:-1] + b"R.")
+        assert_passed_over(out_dir, runs[1], "something other than tensors and plain values")
+
+
+def test_code_among_the_parts_is_not_run(runs, tmp_path, payload):
+    """In the place of a tensor; and as an object that is none, which DCP would unpickle without restriction."""
+    out_dir, path = damaged_copy(runs, "directory", tmp_path)
+    with open(path / ".metadata", "rb") as file:
+        metadata = pickle.load(file)
+    buffer = io.BytesIO()
+    torch.save(payload, buffer)
+    index, info = next(iter(metadata.storage_data.items()))
+    parts = (path / "__0_0.distcp").read_bytes()
+    info.offset, info.length = len(parts), len(buffer.getvalue())
+    rewrite(path, "__0_0.distcp", parts + buffer.getvalue())
+    rewrite(path, ".metadata", pickle.dumps(metadata))
+    saved, said = load(out_dir)
+    assert saved["step"] == 2 and not said
+    with pytest.raises(ConfigError, match="cannot be read.*other than tensors"):
+        saved[index.fqn.split(".")[0]]
+    model, optimizer = make(1)
+    with pytest.raises(ConfigError, match="cannot be read.*other than tensors"):
+        checkpoint.restore(saved, model, optimizer)
+    metadata.state_dict_metadata[index.fqn] = BytesStorageMetadata()
+    rewrite(path, ".metadata", pickle.dumps(metadata))
+    assert_passed_over(out_dir, runs[1], "something other than tensors and plain values")
+
+
+# -- disks that do not take it
+
+
+@contextmanager
+def largest_file(size):
+    """The system refuses to write more into any one file: an error as real as that of a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.parametrize("size", [200, 3000, 50_000])  # within values.json, a small tensor, many
+@pytest.mark.parametrize("name", ["file", "directory"])
+def test_a_disk_that_refuses_leaves_the_one_before(runs, tmp_path, name, size):
+    out_dir, path = damaged_copy(runs, name, tmp_path)
+    before = sorted(os.listdir(out_dir))
+    with one_rank():
+        model, optimizer = train(*make(0, sharded=name == "directory"), 1)
+        with largest_file(size), pytest.raises(ConfigError) as error:
+            save(out_dir, 3, model, optimizer)
+    message = str(error.value)
+    assert f"out_dir={out_dir}: {path}.part" in message and "(File too large)" in message
+    assert f"intact; last checkpoint: {path} of step 2" in message and "--resume" in message and "\n" not in message
+    assert sorted(os.listdir(out_dir)) == before
+    assert load(out_dir)[0]["step"] == 2
+
+
+def test_a_full_disk(runs, tmp_path):
+    out_dir, path = damaged_copy(runs, "file", tmp_path)
+    os.symlink("/dev/full", f"{path}.part")
+    with pytest.raises(ConfigError, match=r"ckpt.pt.part cannot be written \(No space left on device\)"):
+        save(out_dir, 3, *make(0))
+    assert sorted(os.listdir(out_dir)) == ["ckpt.pt", "ckpt_prev.pt"] and load(out_dir)[0]["step"] == 2
+    save(out_dir, 3, *make(0))
+    assert load(out_dir)[0]["step"] == 3
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_a_folder_that_cannot_be_one(tmp_path, sharded):
+    (tmp_path / "notes").touch()
+    with one_rank():
+        model, optimizer = make(0, sharded)
+        plain = {**PLAIN, "step": 1, "model": model.state_dict(), "optimizer": {}}
+        with pytest.raises(ConfigError, match=r"\(Not a directory\).*there is no checkpoint"):
+            checkpoint.save(tmp_path / "notes" / "run", plain)
+        with pytest.raises(ConfigError, match="No such file or directory"):
+            checkpoint.save(tmp_path / "nowhere", plain)
+        with pytest.raises(ConfigError, match="TypeError" if sharded else "pickle"):
+            checkpoint.save(tmp_path, {**plain, "config": {"d_model": lambda: 36}})
+    assert os.listdir(tmp_path) == ["notes"]
+
+
+# -- ranks that fail or see nothing: all end, none waits
+
+
+def test_a_rank_that_fails_is_known_to_all(runs, tmp_path):
+    damaged_copy(runs, "directory", tmp_path)
+    damaged_copy(runs, "file", tmp_path)
+    on_ranks(2, failing_ranks, tmp_path)
+
+
+def failing_ranks(rank, folder):
+    model, optimizer = train(*make(0, sharded=True), 1)
+
+    def save_fails(out_dir, fails, model, optimizer):
+        with largest_file(4000 if rank == fails else -1):
+            with pytest.raises(ConfigError) as error:
+                save(out_dir, 3, model, optimizer)
+            assert "(File too large)" in str(error.value)
+            assert ("of step 2" in str(error.value)) == (rank == 0)
+        assert not any(".part" in name for name in os.listdir(out_dir))
+        dist.barrier()
+
+    for fails in (0, 1):
+        save_fails(folder / "directory", fails, model, optimizer)
+    save_fails(folder / "file", 0, *make(0))
+    save(folder / "directory", 3, model, optimizer)
+    # Each rank verifies a share: whoever finds the damage, all take the one before.
+    for name in sorted(os.listdir(folder / "directory" / "ckpt.dcp")):
+        dist.barrier()
+        if rank == 0:
+            flip(folder / "directory" / "ckpt.dcp" / name, 100)
+        dist.barrier()
+        saved, said = load(folder / "directory")
+        assert saved["step"] == 2 and ("not a whole" in said) == (rank == 0)
+        dist.barrier()
+        if rank == 0:
+            flip(folder / "directory" / "ckpt.dcp" / name, 100)
+    dist.barrier()
+    if rank == 0:
+        flip(folder / "file" / "ckpt.pt", os.path.getsize(folder / "file" / "ckpt.pt") // 2)
+    dist.barrier()
+    assert load(folder / "directory")[0]["step"] == 3 and load(folder / "file")[0]["step"] == 1
+    for out_dir in (("nowhere", "file"), ("directory", "nowhere"), ("directory", "file")):
+        with pytest.raises(ConfigError, match="out_dir must be on a file system that all nodes share"):
+            load(folder / out_dir[rank])
+    assert load(folder / "nowhere") == (None, "")
+    if rank == 1:  # alone, it waits for nobody
+        assert checkpoint.load(folder / "directory", alone=True)["step"] == 3
+
+
+# -- the next one takes the place of the last
+
+
+def as_tensors(step, sharded):
+    """A checkpoint of a few numbers, all of them the step."""
+    weight = torch.full((5, 3), float(step))
+    state = {"step": torch.tensor(float(step)), "exp_avg": weight + 0}
+    if sharded:
+        mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+        weight, state["exp_avg"] = (distribute_tensor(t, mesh, [Shard(0)]) for t in (weight, state["exp_avg"]))
+    return {"step": step, "config": {}, "model": {"a.weight": weight}, "optimizer": {"a.weight": state}}
+
+
+def check_tensors(saved):
+    tensors = checkpoint.flat(saved)
+    assert len(tensors) == 3 and all((tensor == saved["step"]).all() for tensor in tensors.values())
+
+
+def test_after_a_change_of_format_the_newest_wins_and_two_are_kept(tmp_path):
+    with one_rank():
+        for step, sharded in enumerate([False, False, True, False, True, True, False], 1):
+            checkpoint.save(tmp_path, as_tensors(step, sharded))
+            saved, said = load(tmp_path)
+            assert saved["step"] == step and saved["path"].endswith("ckpt.dcp" if sharded else "ckpt.pt") and not said
+            check_tensors(saved)
+            assert len(os.listdir(tmp_path)) == min(step, 2)
+            if step > 1:
+                (previous,) = (name for name in os.listdir(tmp_path) if "prev" in name)
+                assert checkpoint.read(str(tmp_path / previous), 0, 1)["step"] == step - 1
+    assert f"{tmp_path}/ckpt.pt of step 7" in checkpoint.describe(tmp_path)
+
+
+@pytest.mark.parametrize("steps", [(3, 4), (4, 3)])
+def test_of_a_file_and_a_directory_in_one_place_the_step_decides(tmp_path, steps):
+    with one_rank():
+        for step, sharded in zip(steps, (False, True)):
+            os.mkdir(tmp_path / str(sharded))
+            checkpoint.save(tmp_path / str(sharded), as_tensors(step, sharded))
+    os.replace(tmp_path / "False" / "ckpt.pt", tmp_path / "ckpt.pt")
+    os.replace(tmp_path / "True" / "ckpt.dcp", tmp_path / "ckpt.dcp")
+    assert load(tmp_path)[0]["step"] == 4
+
+
+def test_a_damaged_newest_never_costs_the_whole_one_before(runs, tmp_path, monkeypatch):
+    """Between the two renames the damaged one must not have taken the place of the whole one."""
+    out_dir, path = damaged_copy(runs, "file", tmp_path)
+    os.truncate(path, 1000)
+
+    def killed(source, target):
+        assert load(out_dir)[0]["step"] in (1, 3)
+        rename(source, target)
+        assert load(out_dir)[0]["step"] in (1, 3)
+
+    rename = os.replace
+    monkeypatch.setattr(os, "replace", killed)
+    save(out_dir, 3, *make(0))
+    assert load(out_dir)[0]["step"] == 3
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_a_run_of_either_format_is_set_aside(tmp_path, sharded):
+    os.mkdir(tmp_path / "run")
+    checkpoint.set_aside(tmp_path / "run")
+    assert os.listdir(tmp_path) == ["run"] and not checkpoint.exists(tmp_path / "run")
+    with one_rank():
+        checkpoint.save(tmp_path / "run", as_tensors(1, sharded))
+    assert checkpoint.exists(tmp_path / "run")
+    checkpoint.set_aside(tmp_path / "run", say=lambda message: None)
+    assert os.listdir(tmp_path) == ["run.1"] and load(tmp_path / "run.1")[0]["step"] == 1
+
+
+def test_only_a_runs_own_files_are_set_aside(tmp_path, monkeypatch):
+    """From the working folder too, twice; a log without checkpoints is a run, an empty folder is none."""
+    own = ["ckpt.pt", "ckpt_best.pt", "ckpt_step500.pt", "config.json", "experts.png", "log.jsonl", "loss.png"]
+    others = ["notes.md", "quickstart", "train.log", "train.py"]
+    monkeypatch.chdir(tmp_path)
+    for folder, aside in ((".", "run"), ("other/", "other")):
+        os.makedirs(folder, exist_ok=True)
+        checkpoint.set_aside(folder, say=lambda message: pytest.fail(message))
+        for number in (1, 2):
+            for name in (*own, *others):
+                (tmp_path / folder / name).write_text(f"{name} {number}")
+            said = []
+            checkpoint.set_aside(folder, said.append)
+            assert said == [f"{os.path.normpath(folder)} held an earlier run: moved to {said[0].split()[-1]}"]
+            assert os.path.normpath(said[0].split()[-1]) == f"{aside}.{number}"
+            assert sorted(os.listdir(f"{aside}.{number}")) == own
+            assert (tmp_path / f"{aside}.{number}" / "log.jsonl").read_text() == f"log.jsonl {number}"
+            left = sorted(name for name in os.listdir(folder) if not name.startswith(("run.", "other")))
+            assert left == others
+    (tmp_path / "other" / "log.jsonl").write_text("{}")
+    (tmp_path / "other" / "config.py").touch()
+    checkpoint.set_aside("other", said.append, also=("config.py",))
+    assert sorted(os.listdir("other.3")) == ["config.py", "log.jsonl"]
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_kept_ones_outlive_the_newest_two(tmp_path, monkeypatch, links):
+    """Of both formats in turn, on a file system with hard links and without; none is half there, none shadows the newest."""
+
+    def no_links(*paths):
+        raise OSError(errno.EOPNOTSUPP, "Operation not supported")
+
+    if not links:
+        monkeypatch.setattr(os, "link", no_links)
+    with one_rank():
+        for step, sharded in enumerate([False, True, True, False, True], 1):
+            names = ["ckpt_best.pt", *([f"ckpt_step{step}.pt"] if step < 3 else [])]
+            checkpoint.save(tmp_path, as_tensors(step, sharded), names)
+            for place, want in [("", step), ("ckpt_best.pt", step), ("ckpt_best.dcp", step), ("ckpt_step1.pt", 1)]:
+                saved, said = load(os.path.join(tmp_path, place))
+                assert saved["step"] == want and not said
+                check_tensors(saved)
+        checkpoint.save(tmp_path, as_tensors(6, True))
+        assert load(tmp_path / "ckpt_step2.dcp")[0]["step"] == 2 and load(tmp_path / "ckpt_best.pt")[0]["step"] == 5
+    left = ["ckpt.dcp", "ckpt_best.dcp", "ckpt_prev.dcp", "ckpt_step1.pt", "ckpt_step2.dcp"]
+    assert sorted(os.listdir(tmp_path)) == left
+    assert checkpoint.exists(tmp_path / "ckpt_best.dcp") and not checkpoint.exists(tmp_path / "ckpt_step9.pt")
+    assert load(tmp_path / "ckpt_step9.pt") == (None, "")
+
+
+def test_no_room_for_a_kept_one_costs_nothing(tmp_path, monkeypatch):
+    def full(*paths):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    checkpoint.save(tmp_path, as_tensors(1, False), ["ckpt_best.pt"])
+    monkeypatch.setattr(checkpoint, "link", full)
+    with pytest.raises(ConfigError, match=r"\(No space left on device\).*of step 1"):
+        checkpoint.save(tmp_path, as_tensors(2, False), ["ckpt_best.pt"])
+    assert sorted(os.listdir(tmp_path)) == ["ckpt.pt", "ckpt_best.pt"]
+    assert load(tmp_path / "ckpt_best.pt")[0]["step"] == 1
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_weights_alone_are_restored(runs, sharded):
+    """Of either format into either kind of model: the weights of step 2, and no state of Adam."""
+    folder, tensors = runs
+    for name in ("file", "directory"):
+        with one_rank():
+            model, optimizer = make(7, sharded)
+            checkpoint.restore(load(folder / name)[0], model)
+            got = tensors_of(model, optimizer)
+        want = {key: tensor for key, tensor in tensors[2].items() if key.startswith("model.")}
+        assert same(got, want)
+
+
+@pytest.mark.parametrize("formats", ["fff", "ddd", "fdf"])
+def test_killed_at_every_stage(tmp_path, formats):
+    """SIGKILL before the n-th thing done to the disk, for every n; then a save in place of it, killed too or not."""
+    process = multiprocessing.get_context("spawn").Process(target=kill_at_every_stage, args=(tmp_path, formats))
+    process.start()
+    process.join(timeout=120)
+    hung = process.is_alive()
+    process.kill()
+    assert not hung and process.exitcode == 0
+    stages = int((tmp_path / "stages").read_text())
+    assert stages > {"fff": 15, "ddd": 40, "fdf": 20}[formats], "the test no longer sees what save does"
+
+
+def kill_at_every_stage(folder, formats):
+    # In a process of its own, which only forks and looks: a fork of one with a process group would hang.
+    import torch._dynamo  # noqa: F401  a half second, which every fork would spend anew
+
+    stage, killed = 0, True
+    while killed:
+        stage += 1
+        out_dir = folder / str(stage)
+        os.mkdir(out_dir)
+        killed = forked(save_and_die, out_dir, formats, 1, stage)
+        newest = found(out_dir)
+        assert killed or newest == len(formats)
+        # What is left over must stand in the way of neither format.
+        after = "fd"[stage % 2]
+        if stage % 4 < 2:
+            forked(save_and_die, out_dir, after, 8, 1 + stage % 7)
+            assert found(out_dir) >= newest
+            newest = found(out_dir)
+        assert not forked(save_and_die, out_dir, after, 9, math.inf)
+        assert found(out_dir) == 9
+        left = {path for path in os.listdir(out_dir) if path != "done"}
+        assert {"f": "ckpt.pt", "d": "ckpt.dcp"}[after] in left and len(left) == (1 if newest == 0 else 2), left
+        assert not any("part" in path or "aside" in path for path in left), left
+        shutil.rmtree(out_dir)
+    (folder / "stages").write_text(str(stage))
+
+
+def forked(function, *args):
+    """Run function(*args) in a fork -> whether SIGKILL ended it."""
+    pid = os.fork()
+    if pid == 0:
+        try:
+            function(*args)
+            os._exit(0)
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+    status = os.waitpid(pid, 0)[1]
+    assert status == 0 or os.WTERMSIG(status) == signal.SIGKILL, status
+    return status != 0
+
+
+def save_and_die(out_dir, formats, first_step, stage):
+    """Save a step a letter, until the stage-th call that changes the disk."""
+    calls = 0
+
+    def deadly(function):
+        def call(*args, **kwargs):
+            nonlocal calls
+            calls += 1
+            if calls == stage:
+                if function is torch_save:
+                    half = io.BytesIO()
+                    torch_save(args[0], half)
+                    args[1].write(half.getvalue()[: len(half.getvalue()) // 2])
+                    args[1].flush()
+                os.kill(os.getpid(), signal.SIGKILL)
+            return function(*args, **kwargs)
+
+        return call
+
+    torch_save = torch.save
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    steps = [as_tensors(step, name == "d") for step, name in enumerate(formats, first_step)]
+    torch.save = deadly(torch.save)
+    for name in ("replace", "rename", "fsync", "unlink", "remove", "rmdir", "mkdir"):
+        setattr(os, name, deadly(getattr(os, name)))
+    for step in steps:
+        checkpoint.save(out_dir, step)
+        (out_dir / "done").write_text(str(step["step"]))
+
+
+def found(out_dir):
+    """The step of the checkpoint that load finds: a whole one, and none older than the last that was done."""
+    done = int((out_dir / "done").read_text()) if (out_dir / "done").exists() else 0
+    saved = checkpoint.load(out_dir, say=lambda message: None)
+    if saved is None:
+        assert done == 0
+        return 0
+    check_tensors(saved)
+    assert saved["step"] >= done
+    return saved["step"]

@@ -1,0 +1,182 @@
+"""A rank that hangs ends the run, with its rank in the message: real processes, gloo."""
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+
+from conftest import ROOT, environment
+from engine.heartbeat import Watchdog, find_hung
+
+TIMEOUT = 3  # seconds without a beat; the processes' start is outside it
+SCRIPT = f"""
+import os, signal, sys, time
+sys.path.insert(0, {ROOT!r})
+import torch
+import torch.distributed as dist
+from engine.heartbeat import init_distributed
+
+def act(step):
+    if what == "sleep" and rank == 1 and step == 5:
+        time.sleep(1000)
+    if what == "sleep_once" and rank == 1 and step == 5 and watchdog.restarts == 0:
+        time.sleep(1000)
+    if what.startswith("stop") and what.endswith(str(rank)) and step == 5:
+        os.kill(os.getpid(), signal.SIGSTOP)
+    if what == "slow" and rank == 1 and step < 2:
+        time.sleep({TIMEOUT} / 2)
+    if what == "slow" and rank == 1 and step == 5:
+        with watchdog.paused():
+            time.sleep({TIMEOUT} * 1.4)
+
+what, rank = sys.argv[1], int(os.environ["RANK"])
+print("pid", os.getpid(), flush=True)
+watchdog = init_distributed(torch.device("cpu"), timeout={TIMEOUT})
+for step in range(10):
+    watchdog.beat(step)
+    act(step)
+    watchdog.beat()
+    dist.all_reduce(torch.ones(1))
+if what == "late" and rank == 0:
+    time.sleep(2)  # as if it were still inside the last collective
+    print("late", time.monotonic(), flush=True)
+watchdog.stop()
+print("left", time.monotonic(), flush=True)
+dist.destroy_process_group()
+print(f"rank {{rank}} through after {{watchdog.restarts}} restarts\\n", end="", flush=True)  # one write: lines stay whole
+"""
+
+
+@pytest.fixture
+def torchrun(tmp_path):
+    """torchrun(what) -> exit status, stdout, stderr, seconds; no process is left."""
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+
+    def run(what, *options):
+        started = time.monotonic()
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *options]
+        done = subprocess.run(
+            [*launcher, str(script), what], capture_output=True, text=True, timeout=100, env=environment({})
+        )
+        seconds = time.monotonic() - started
+        assert not [pid for pid in re.findall(r"pid (\d+)", done.stdout) if os.path.exists(f"/proc/{pid}")]
+        return done.returncode, done.stdout, done.stderr, seconds
+
+    return run
+
+
+@pytest.fixture
+def start_ranks(tmp_path):
+    """start_ranks(what) -> two processes without torchrun; rank 0 has the store."""
+    script, processes = tmp_path / "script.py", []
+    script.write_text(SCRIPT)
+
+    def start(what):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2"}
+        for rank in range(2):
+            env = environment({**address, "RANK": str(rank)})
+            processes.append(subprocess.Popen(
+                [sys.executable, str(script), what], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env
+            ))  # fmt: skip
+        return processes
+
+    yield start
+    for process in processes:
+        process.kill()
+        process.communicate()
+
+
+def ours(stderr):
+    return [line for line in stderr.splitlines() if line.startswith("error:")]
+
+
+def test_a_rank_that_sleeps_ends_the_run_and_is_named(torchrun):
+    status, _, stderr, seconds = torchrun("sleep")
+    assert status != 0
+    assert seconds < TIMEOUT + 15  # with the start of three Python processes
+    (line,) = ours(stderr)
+    assert line.startswith(f"error: rank 1 made no progress for {TIMEOUT} s (rank 1 at step 5, script.py:")
+    assert "in act; rank 0 at step 5, script.py:" in line and f"--timeout={TIMEOUT}" in line
+    assert "Connection closed by peer" not in stderr
+    assert re.search(r"Root Cause.*?rank +: 1 ", stderr, re.S), stderr
+
+
+def test_a_hang_in_the_first_attempt_only_is_restarted(torchrun):
+    status, stdout, stderr, _ = torchrun("sleep_once", "--max-restarts=1")
+    assert status == 0, stderr
+    assert len(ours(stderr)) == 1 and "rank 1 made no progress" in stderr
+    assert "rank 0 through after 1 restarts" in stdout and "rank 1 through after 1 restarts" in stdout
+
+
+def test_slow_steps_and_a_long_pause_are_let_live_and_the_end_is_silent(torchrun):
+    status, stdout, stderr, seconds = torchrun("slow")
+    assert status == 0, stderr
+    assert stdout.count("through after 0 restarts") == 2
+    assert seconds > 2.4 * TIMEOUT
+    assert stderr == ""
+
+
+def test_no_rank_leaves_before_all_are_through(start_ranks):
+    """One that ends closes its connections, and gloo may let one hang that is still inside the last collective."""
+    outputs = [process.communicate(timeout=60)[0] for process in start_ranks("late")]
+    late = float(re.search(r"late (.*)", outputs[0])[1])  # one clock for all processes
+    assert all(float(re.search(r"left (.*)", output)[1]) >= late for output in outputs)
+
+
+def test_a_stopped_rank_is_named_by_the_other(start_ranks):
+    processes = start_ranks("stop1")
+    _, stderr = processes[0].communicate(timeout=60)
+    assert processes[0].returncode == 1
+    (line,) = ours(stderr)
+    start = f"error: rank 1 made no progress for {TIMEOUT} s (rank 1 stopped or dead; rank 0 at step 5, script.py:"
+    assert line.startswith(start)
+    processes[1].send_signal(signal.SIGCONT)  # wakes up, hears the verdict or misses the others, and ends by itself
+    assert processes[1].wait(timeout=30) != 0
+
+
+def test_a_rank_whose_store_is_gone_ends_itself(start_ranks):
+    processes = start_ranks("stop0")
+    _, stderr = processes[1].communicate(timeout=60)
+    assert processes[1].returncode == 1
+    (line,) = ours(stderr)
+    assert line.startswith(f"error: rank 1 made no progress for {TIMEOUT} s, and the rendezvous store cannot")
+    assert "Traceback" not in stderr
+
+
+def test_who_hangs():
+    def post(step, count, idle):
+        return [1, step, count, idle, ""]
+
+    assert find_hung({0: post(5, 1, 9), 1: post(5, 0, 9)}, set(), 8) == [1]  # behind
+    assert find_hung({0: post(6, 0, 9), 1: post(5, 3, 9)}, set(), 8) == [1]  # a step behind
+    assert find_hung({0: post(5, 1, 9), 1: post(5, 0, 7)}, set(), 8) == []  # behind, but not stuck for long enough
+    assert find_hung({0: post(5, 1, 9), 1: post(5, 1, 9)}, set(), 8) == [0, 1]  # nobody knows
+    assert find_hung({0: post(5, 0, 9), 1: post(5, 1, 2)}, {1}, 8) == [1]  # posts no more
+    assert find_hung({0: post(5, 0, 9), 1: post(float("inf"), 0, 9)}, {1}, 8) == [0]  # that one is through
+
+
+def test_a_long_wait_is_forgotten_as_soon_as_it_is_over():
+    """Not only when it is next measured: till then another rank may be through, and this one the only one to blame."""
+    watchdog = Watchdog(timeout=1)
+    watchdog._stuck = watchdog._at, 5.0
+    assert watchdog._idle() == 5
+    watchdog.beat(0)
+    assert watchdog._idle() == 0
+
+
+def test_one_process_is_not_watched():
+    watchdog = Watchdog(timeout=0.01)
+    for step in range(3):
+        watchdog.beat(step)
+        watchdog.beat()
+    with watchdog.paused():
+        time.sleep(0.05)
+    watchdog.stop()

@@ -1,0 +1,339 @@
+"""BTT kernels: in Triton's interpreter against float64, and compiled for Hopper without a GPU. `pytest tests/kernels/test_btt.py`."""
+
+import inspect
+import re
+import subprocess
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+
+from conftest import run_interpreted
+from kernels import btt as btt_kernels
+from kernels.btt import BTTSizes, btt, btt_joined, btt_matrix, choose_way, fused_blocks, gelu, joins
+from theta import BTT, factor_sizes
+
+triton = pytest.importorskip("triton")
+on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+def layer_sizes(d_in, d_out, rank):
+    a, _, g, _, e, f, r = factor_sizes(d_in, d_out, BTT, rank)
+    return BTTSizes(g, a, f, e, r)
+
+
+def example(sizes, shape, dtype, device="cpu", seed=0):
+    """x of shape (*shape, g·a), the cores, and a gradient of y, all of size 1 in y."""
+    g, a, f, e, r = sizes
+    generator = torch.Generator(device).manual_seed(seed)
+
+    def normal(*shape, std=1.0):
+        return (std * torch.randn(shape, generator=generator, device=device)).to(dtype)
+
+    A, B = normal(g, a, r * f, std=a**-0.5), normal(f, g * r, e, std=(g * r) ** -0.5)
+    return normal(*shape, g * a), A, B, normal(*shape, f * e)
+
+
+def results(way, x, A, B, dy, after_gelu=False):
+    """y, dx, dA, dB"""
+    x, A, B = (tensor.detach().requires_grad_() for tensor in (x, A, B))
+    y = btt(x, A, B, way, gelu if after_gelu else None)
+    return [y.detach(), *torch.autograd.grad(y, (x, A, B), dy)]
+
+
+def exact(x, A, B, dy, after_gelu=False):
+    """The same in float64 by the matrix, and by torch's GELU."""
+    x, A, B = (tensor.double().requires_grad_() for tensor in (x, A, B))
+    y = (torch.nn.functional.gelu(x, approximate="tanh") if after_gelu else x) @ btt_matrix(A, B).T
+    return [y.detach(), *torch.autograd.grad(y, (x, A, B), dy.double())]
+
+
+def errors(way, *inputs, after_gelu=False):
+    pairs = zip(results(way, *inputs, after_gelu), exact(*inputs, after_gelu))
+    return [(a.double() - b).norm().item() / (b.norm().item() or 1) for a, b in pairs]
+
+
+# ---------------------------------------------------------------------------------------
+# Plain torch
+
+
+def test_matrix_is_the_definition():
+    sizes = g, a, f, e, r = BTTSizes(3, 4, 5, 2, 2)
+    x, A, B, _ = example(sizes, (7,), torch.float64)
+    z = torch.einsum("nga,garf->ngrf", x.view(7, g, a), A.view(g, a, r, f))
+    y = torch.einsum("ngrf,fgre->nfe", z, B.view(f, g, r, e)).reshape(7, f * e)
+    torch.testing.assert_close(x @ btt_matrix(A, B).T, y)
+
+
+@pytest.mark.parametrize("after_gelu", [False, True])
+@pytest.mark.parametrize("way", ["torch", "dense", None])
+def test_plain_torch_in_float64(way, after_gelu):
+    assert max(errors(way, *example(BTTSizes(3, 4, 5, 2, 2), (2, 7), torch.float64), after_gelu=after_gelu)) < 1e-14
+
+
+def test_compiled_gelu_is_the_same_function():
+    x = torch.linspace(-12, 12, 4001, dtype=torch.float64, requires_grad=True)
+    compiled = torch.compile(btt_kernels.gelu, backend="eager")
+    for function in (lambda y: y, lambda y: torch.autograd.grad(y.sum(), x)[0]):
+        torch.testing.assert_close(function(compiled(x)), function(btt_kernels.gelu(x)), rtol=1e-12, atol=1e-12)
+    assert "sigmoid" in str(torch._dynamo.explain(btt_kernels.gelu)(x).graphs[0].graph)  # it was the other form
+
+
+def test_what_does_not_fit_is_refused():
+    x, A, B, _ = example(BTTSizes(3, 4, 5, 2, 2), (7,), torch.float32)
+    with pytest.raises(ValueError, match="do not fit together"):
+        btt(x, A, B[:, 1:])
+    with pytest.raises(ValueError, match="do not fit together"):
+        btt(x[:, 1:], A, B)
+
+
+def test_the_way_follows_cost():
+    """Small cores stay on a multiprocessor, large ones are streamed, ranks that save nothing are multiplied out."""
+    assert choose_way(32_768, layer_sizes(1024, 1024, 1)) == "fused"
+    assert choose_way(32_768, layer_sizes(4096, 4096, 1)) == choose_way(32_768, layer_sizes(4096, 4096, 4)) == "staged"
+    assert (
+        choose_way(32_768, BTTSizes(1, 512, 1, 512, 22)) == choose_way(32_768, BTTSizes(4, 1024, 4, 256, 1)) == "torch"
+    )
+    assert choose_way(32_768, layer_sizes(1024, 1024, 16)) == choose_way(32_768, layer_sizes(1024, 1024, 4)) == "dense"
+    assert fused_blocks(layer_sizes(4096, 4096, 1)) is None
+
+
+@pytest.mark.parametrize("memory, wanted", [(232_448, True), (166_912, False), (101_376, False)])
+def test_a_gpu_without_room_for_the_blocks_takes_plain_torch(monkeypatch, memory, wanted):
+    """An A100 has 163 KiB of shared memory a block, an RTX 4090 99: kernels would not start there."""
+    from types import SimpleNamespace
+
+    gpu = SimpleNamespace(major=8, shared_memory_per_block_optin=memory)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: gpu)
+    tensor = SimpleNamespace(is_cuda=True, device=torch.device("cuda", 0))
+    assert btt_kernels.runs_triton(tensor) is wanted
+    old = SimpleNamespace(major=9)  # a torch that does not say
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: old)
+    assert btt_kernels.runs_triton(tensor) is True
+
+
+# ---------------------------------------------------------------------------------------
+# The kernels in the interpreter
+
+
+def test_kernels_in_the_interpreter():
+    done = run_interpreted("tests/kernels/test_btt.py")
+    assert done.returncode == 0 and done.stdout.endswith("passed\n"), done.stdout + done.stderr
+
+
+def same_but_for_order(a, b):
+    """float16 results of the same sums: few of them round to a neighbour."""
+    return a.shape == b.shape and (a - b).norm() < 2e-4 * b.norm()
+
+
+def interpreted():
+    """What the test above runs. Memory that a kernel does not write is NaN here."""
+    from hypothesis import given, settings
+    from hypothesis import strategies as st
+
+    torch.use_deterministic_algorithms(True)  # fills what is uninitialised
+    sizes = st.builds(BTTSizes, *(st.integers(1, most) for most in (20, 20, 20, 20, 5)))
+    ways = {"fused": 0, "staged": 0, "dense": 0}
+
+    @settings(max_examples=40, deadline=None, database=None, derandomize=True)
+    @given(sizes, st.integers(0, 70), st.sampled_from([torch.float32, torch.float16]), st.booleans())
+    def odd_sizes(sizes, n, dtype, after_gelu):
+        inputs = example(sizes, (n,), dtype)
+        few = sizes.g * sizes.f * sizes.r <= 60  # the interpreter takes long for a program a block
+        for way, takes in {"fused": fused_blocks(sizes) is not None, "staged": True, "dense": few}.items():
+            if takes:
+                ways[way] += 1
+                found = max(errors(way, *inputs, after_gelu=after_gelu))
+                assert found < (1e-5 if dtype == torch.float32 else 4e-3), (way, sizes, n, after_gelu)
+
+    odd_sizes()
+    assert max(errors("staged", *example(BTTSizes(68, 2, 3, 2, 5), (70,), torch.float32))) < 1e-5  # 340 rows of z
+    assert min(ways.values()) >= 10, ways  # all were tried
+
+    for way, sizes in (("fused", BTTSizes(16, 16, 16, 12, 1)), ("staged", BTTSizes(16, 16, 16, 12, 3))):
+        x, A, B, dy = example(sizes, (5, 9), torch.float32)
+        # rows with a gap between them, a transposed x, a third axis
+        wide = torch.randn(5, 9, 300)
+        wide[..., :256] = x
+        across = x.flatten(0, 1).t().contiguous().t()
+        assert max(errors(way, wide[..., :256], A, B, dy)) < 1e-5
+        assert max(errors(way, across, A, B, dy.flatten(0, 1))) < 1e-5
+        assert all(torch.equal(a, b) for a, b in zip(results(way, x, A, B, dy), results(way, x, A, B, dy)))
+        op = {"fused": torch.ops.nanoeinsum.btt_fused, "staged": torch.ops.nanoeinsum.btt_staged}[way]
+        inputs = [tensor.detach().requires_grad_() for tensor in (x.flatten(0, 1), A, B)]
+        torch.library.opcheck(
+            op.default, (*inputs, True), test_utils=("test_schema", "test_autograd_registration", "test_faketensor")
+        )
+        # under autocast and torch.compile, without a break of the graph
+        fast = torch.compile(btt, fullgraph=True, backend="aot_eager")
+        with torch.autocast("cpu", torch.float16):
+            y = fast(*inputs, way, True)
+        assert y.dtype == torch.float16
+        got = torch.autograd.grad(y, inputs, dy.flatten(0, 1).half())
+        want = results(way, x.flatten(0, 1).half(), A.half(), B.half(), dy.flatten(0, 1).half(), True)
+        assert [grad.dtype for grad in got] == [torch.float32] * 3
+        assert all(torch.equal(a.half(), b) for a, b in zip(got, want[1:]))
+
+    # q, k and v as one BTT: the same sums, one after the other; numpy may add up products of other shapes in another order
+    sizes = BTTSizes(6, 12, 5, 10, 2)
+    x, *_, dy = example(sizes, (40,), torch.float16)
+    leaves = [
+        tensor.requires_grad_() for seed in range(3) for tensor in example(sizes, (1,), torch.float16, seed=seed)[1:3]
+    ]
+    x.requires_grad_()
+    cores = list(zip(leaves[::2], leaves[1::2]))
+    btt_kernels.choose_way = lambda n, sizes: "staged"
+    one_by_one, joined = [btt(x, A, B) for A, B in cores], btt_joined(x, cores)
+    assert all(same_but_for_order(a, b) for a, b in zip(joined, one_by_one))
+    dys = [dy, 2 * dy, dy.flip(0)]
+    want, *same = torch.autograd.grad(one_by_one, [x, *leaves], dys)
+    got, *others = torch.autograd.grad(joined, [x, *leaves], dys)
+    assert all(same_but_for_order(a, b) for a, b in zip(others, same))
+    assert (got - want).norm() < 2e-3 * want.norm()  # summed in float32, not by rounding twice
+    assert joins(x, [sizes] * 3) and not joins(x, [sizes, None]) and not joins(x, [sizes, sizes._replace(r=1)])
+    btt_kernels.choose_way = lambda n, sizes: "fused" if sizes.f == 5 else "staged"
+    assert not joins(x, [sizes] * 3)
+    print("passed")
+
+
+# ---------------------------------------------------------------------------------------
+# The kernels compiled for Hopper, which needs no GPU
+
+
+class Compiler:
+    """In a kernel's place: a launch is compiled for an H100 instead of made."""
+
+    TYPES = {torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int32: "*i32", torch.int64: "*i64"}
+
+    def __init__(self, kernel, compiled):
+        self.kernel, self.compiled = kernel, compiled
+
+    def __getitem__(self, grid):
+        def launch(*args, num_warps=4, num_stages=3, maxnreg=None, **constants):
+            from triton.backends.compiler import GPUTarget
+            from triton.compiler import ASTSource
+
+            names = self.kernel.arg_names
+            values = {**dict(zip(names, args)), **constants}
+            fixed = {p.name: values[p.name] for p in self.kernel.params if p.is_constexpr or values[p.name] is None}
+            signature, hints = {}, {}
+            for i, name in enumerate(names):
+                value = values[name]
+                tensor = isinstance(value, torch.Tensor)
+                signature[name] = "constexpr" if name in fixed else self.TYPES[value.dtype] if tensor else "i32"
+                if name not in fixed and (tensor or value % 16 == 0):
+                    hints[(i,)] = [["tt.divisibility", 16]]
+            source = ASTSource(self.kernel, signature, constexprs=fixed, attrs=hints)
+            options = {"num_warps": num_warps, "num_stages": num_stages, "maxnreg": maxnreg}
+            result = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+            self.compiled[self.kernel.__name__] = result
+
+        return launch
+
+
+@pytest.mark.parametrize(
+    "d_in, d_out, rank, after_gelu",
+    [
+        (1024, 1024, 1, False),
+        (1024, 1024, 1, True),
+        (768, 768, 1, True),
+        (512, 512, 2, False),
+        (768, 3072, 1, True),
+        (4096, 4096, 4, False),
+        (4096, 4096, 4, True),
+        (1024, 1024, 4, True),
+        (8192, 2048, 4, False),
+    ],
+)
+def test_compiles_for_hopper(monkeypatch, d_in, d_out, rank, after_gelu):
+    """Within shared memory, and registers do not spill by more than a few; large layers are on the wgmma path."""
+    sizes = layer_sizes(d_in, d_out, rank)
+    way = choose_way(4096, sizes)
+    for name, result in compile_way(monkeypatch, way, sizes, after_gelu).items():
+        assert result.metadata.shared <= btt_kernels.SHARED_MEMORY, name
+        assert spilled(result) <= 128, name
+        assert way != "staged" or d_in < 4096 or "wgmma" in result.asm["ptx"], name
+
+
+@pytest.mark.parametrize("sizes", [(1, 256, 8, 256, 4), (2, 128, 16, 256, 16)])
+def test_the_widest_blocks_that_the_staged_kernels_take_fit_on_hopper(monkeypatch, sizes):
+    sizes = BTTSizes(*sizes)
+    assert btt_kernels.staged_fits(sizes) and not btt_kernels.staged_fits(sizes._replace(a=2 * sizes.a))
+    for name, result in compile_way(monkeypatch, "staged", sizes, False).items():
+        assert result.metadata.shared <= btt_kernels.SHARED_MEMORY, name
+
+
+def compile_way(monkeypatch, way, sizes, after_gelu):
+    """{name: compiled} of all kernels of a way, forward and backward."""
+    compiled = {}
+    for name, kernel in inspect.getmembers(
+        btt_kernels, lambda member: isinstance(member, triton.runtime.jit.JITFunction)
+    ):
+        if re.match("_(fused|staged|dense)_", name):
+            monkeypatch.setattr(btt_kernels, name, Compiler(kernel, compiled))
+    monkeypatch.setattr(btt_kernels, "multiprocessors", lambda tensor: 132)
+    monkeypatch.setattr(btt_kernels, "runs_triton", lambda tensor: True)
+    results(way, *example(sizes, (4096,), torch.bfloat16), after_gelu)
+    assert set(compiled) == {
+        name
+        for name in vars(btt_kernels)
+        if name.startswith(f"_{way}_") and isinstance(getattr(btt_kernels, name), Compiler)
+    }
+    return compiled
+
+
+def spilled(compiled):
+    """Bytes of registers that ptxas puts in memory."""
+    binaries = Path(triton.__file__).parent / "backends/nvidia/bin"
+    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
+        file.write(compiled.asm["ptx"])
+        file.flush()
+        for ptxas in ("ptxas", "ptxas-blackwell"):  # the newer one where the PTX is too new for the other
+            words = [str(binaries / ptxas), "-v", "--gpu-name=sm_90a", file.name, "-o", "/dev/null"]
+            done = subprocess.run(words, capture_output=True, text=True)
+            if done.returncode == 0:
+                return int(re.search(r"(\d+) bytes spill stores", done.stderr)[1])
+    pytest.skip(f"no ptxas for this PTX: {done.stderr}")
+
+
+# ---------------------------------------------------------------------------------------
+# On a GPU
+
+
+@on_gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("n", [1, 77, 5000])
+@pytest.mark.parametrize(
+    "d_in, d_out, rank",
+    [(1024, 1024, 1), (768, 768, 1), (512, 512, 2), (768, 3072, 3), (4096, 4096, 4), (8192, 2048, 4), (600, 480, 5)],
+)
+def test_errors_on_a_gpu(d_in, d_out, rank, n, dtype):
+    sizes = layer_sizes(d_in, d_out, rank)
+    inputs = example(sizes, (n,), dtype, "cuda")
+    plain = errors("torch", *inputs)
+    for way in ("fused", "staged", "dense"):
+        if way == "fused" and fused_blocks(sizes) is None:
+            continue
+        found = errors(way, *inputs)
+        assert max(found) <= 5e-3 and max(errors(way, *inputs, after_gelu=True)) <= 6e-3
+        assert all(ours <= 1.5 * theirs + 1e-4 for ours, theirs in zip(found, plain)), (way, found, plain)
+        assert all(torch.equal(a, b) for a, b in zip(results(way, *inputs), results(way, *inputs)))
+
+
+@on_gpu
+@pytest.mark.parametrize("way", ["fused", "staged"])
+def test_more_than_2_to_the_31_elements(way):
+    """Rows at the far end of x and y, where 32 bits of offset would not do."""
+    sizes = BTTSizes(16, 16, 16, 16, 1)
+    n = 2**31 // 256 + 1000
+    x, A, B, _ = example(sizes, (64,), torch.bfloat16, "cuda")
+    far = torch.zeros(n, 256, dtype=torch.bfloat16, device="cuda")
+    far[-64:] = x
+    y = btt(far, A, B, way)
+    torch.testing.assert_close(y[-64:], btt(x, A, B, way), rtol=0, atol=0)
+    assert not y[:-64].any()
+
+
+if __name__ == "__main__":
+    interpreted()

@@ -1,0 +1,371 @@
+"""Conversion and export, each against transformers, a singular value decomposition or a sum written out.
+
+Run alone with `pytest tests/lab/test_convert.py`.
+"""
+
+import json
+import math
+import os
+import re
+import runpy
+
+import pytest
+import torch
+import torch.nn.functional as F
+import transformers
+
+import einsum_linear
+import theta
+import train
+from configurator import ConfigError, load_config
+from conftest import losses, read_rows
+from data import TokenData
+from engine import checkpoint
+from lab import convert
+from model import GPT
+from options import GPTConfig
+from sample import load_model
+
+SHAPE = dict(vocab_size=96, block_size=32, n_layer=2, n_head=2, d_model=36)
+
+
+def randomised(module, seed=0):
+    """Every parameter of its own size of chance: no zero bias, no unit gain, nothing that hides a mistake."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
+    return module.eval()
+
+
+def save_run(folder, **options):
+    """A checkpoint of ours of a random model, as train.py would leave it -> the model."""
+    model = randomised(GPT(GPTConfig(**{**SHAPE, **options})))
+    meta = dict(tokenizer="char96", vocab_size=96, dtype="uint8")
+    convert.save_converted(model, meta, load_config(convert.Config, ["--source=chance", f"--out_dir={folder}"]))
+    return model
+
+
+@pytest.fixture(scope="module")
+def hugging_face(tmp_path_factory):
+    """A small GPT-2 of transformers with random weights, and its folder."""
+    config = transformers.GPT2Config(vocab_size=96, n_positions=32, n_embd=36, n_layer=2, n_head=2)
+    theirs = randomised(transformers.GPT2LMHeadModel(config))
+    folder = str(tmp_path_factory.mktemp("hugging_face") / "gpt2")
+    theirs.save_pretrained(folder)
+    return theirs, folder
+
+
+@pytest.fixture
+def idx():
+    return torch.randint(96, (3, 32), generator=torch.Generator().manual_seed(1))
+
+
+def read_export(folder):
+    return transformers.GPT2LMHeadModel.from_pretrained(folder).eval()
+
+
+def convert_to(source, folder, *options):
+    convert.main([f"--source={source}", f"--out_dir={folder}", *options])
+    return load_model(str(folder))[0]
+
+
+def reported(text):
+    """{layer: relative error} of the lines that main printed."""
+    lines = [line.split() for line in text.splitlines() if line.startswith("  ")]
+    return {words[0]: float(words[1]) for words in lines}
+
+
+def matrices(model):
+    """{layer: its matrix (d_out, d_in)} of a dense model."""
+    roles = ("attn.q", "attn.k", "attn.v", "attn.proj", "ffn.up", "ffn.down")
+    names = [f"blocks.{layer}.{role}" for layer in range(2) for role in roles]
+    names += ["lm_head", *(["embed"] if model.config.d_embed else [])]
+    return {name: model.state_dict()[f"{name}.weight"] for name in names}
+
+
+# -- Hugging Face and back
+
+
+def test_round_trip_of_a_dense_model_changes_nothing(hugging_face, idx, tmp_path):
+    theirs, folder = hugging_face
+    convert_to(folder, tmp_path / "dense", "--structure=dense")
+    convert.main([f"--source={tmp_path / 'dense'}", f"--export={tmp_path / 'back'}"])
+    back = read_export(tmp_path / "back")
+    assert back.config.tie_word_embeddings and back.lm_head.weight is back.transformer.wte.weight
+    assert back.state_dict().keys() == theirs.state_dict().keys()
+    for name, tensor in theirs.state_dict().items():
+        assert torch.equal(back.state_dict()[name], tensor), name
+    with torch.no_grad():
+        assert torch.equal(back(idx).logits, theirs(idx).logits)
+    assert sorted(os.listdir(tmp_path / "back"))[0] == "config.json" and (tmp_path / "back/model.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(structure="btt", rank=2, bias=True),
+        dict(structure="low_rank", rank=5, structured_layers=("attn", "ffn.down"), normalize=False),
+        dict(structure="dense", bias=True),
+        dict(structure="einsum", theta=(0.5, 0.25, 0.25, 0.25, 0.5, 0.25, 0), structured_layers=("ffn.up", "attn.q")),
+    ],
+    ids=lambda options: options["structure"],
+)
+def test_export_equals_ours_in_transformers(options, idx, tmp_path):
+    ours = save_run(tmp_path / "run", parametrization="standard", **options)
+    convert.main([f"--source={tmp_path / 'run'}", f"--export={tmp_path / 'exported'}"])
+    theirs = read_export(tmp_path / "exported")
+    tied = "lm_head" not in options.get("structured_layers", ("lm_head",)) or options["structure"] == "dense"
+    assert theirs.config.tie_word_embeddings is tied
+    with torch.no_grad():
+        torch.testing.assert_close(theirs(idx).logits, ours(idx)[0], atol=2e-5, rtol=1e-5)
+
+
+# -- dense -> structured
+
+
+def test_low_rank_leaves_the_tail_of_the_singular_values(hugging_face, tmp_path, capsys):
+    _, folder = hugging_face
+    source = GPT.from_pretrained(folder)
+    target = convert_to(folder, tmp_path / "run", "--structure=low_rank", "--rank=7")
+    text = capsys.readouterr().out
+    errors = reported(text)
+    assert errors.keys() == matrices(source).keys() and len(errors) == 2 * 6 + 1
+    for name, W in matrices(source).items():
+        s = torch.linalg.svdvals(W.double())
+        assert errors[name] == pytest.approx((s[7:].norm() / s.norm()).item(), rel=1e-3), name  # printed to 4 digits
+        own = (W - target.get_submodule(name).materialize()).norm() / W.norm()
+        assert own.item() == pytest.approx(errors[name], rel=1e-3)
+    state, kept = target.state_dict(), source.state_dict()
+    for name, tensor in kept.items():
+        if name.removesuffix(".weight") not in errors:
+            assert torch.equal(state[name], tensor), name  # embeddings, norms, biases
+    assert (
+        f"{sum(p.numel() for p in source.parameters()):,} parameters -> {sum(p.numel() for p in target.parameters()):,}"
+        in text
+    )
+
+
+def test_btt_leaves_the_tail_of_every_block(hugging_face, tmp_path, capsys):
+    _, folder = hugging_face
+    options = ("--structure=btt", "--rank=2", "--structured_layers=ffn")
+    target = convert_to(folder, tmp_path / "run", *options)
+    source, errors = GPT.from_pretrained(folder), reported(capsys.readouterr().out)
+    for name, W in matrices(source).items():
+        layer = target.get_submodule(name)
+        if "ffn" not in name:
+            assert errors[name] == 0 and torch.equal(layer.weight, W)
+            continue
+        alpha, _, gamma, _, epsilon, phi, _ = layer.sizes
+        blocks = W.double().view(phi, epsilon, gamma, alpha).transpose(1, 2)  # one of rank 2 for every φ and γ
+        s = torch.linalg.svdvals(blocks)
+        assert errors[name] == pytest.approx((s[..., 2:].norm() / s.norm()).item(), rel=1e-3), name
+        own = (W - layer.materialize()).norm() / W.norm()
+        assert own.item() == pytest.approx(errors[name], rel=1e-3)
+    assert target.lm_head.weight is target.token_embedding.weight
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        "--structure=monarch --num_blocks=2 --structured_layers=attn,ffn",
+        "--structure=monarch --align_heads --structured_layers=attn",
+        "--structure=btt --num_cores=3 --rank=2 --structured_layers=ffn",
+        "--structure=tt --rank=3 --overrides={'attn.q':'dense','embed':{'structure':'low_rank','rank':24}}",
+    ],
+)
+def test_every_structure_reports_what_its_matrix_lacks(options, tmp_path, capsys, idx):
+    """The source is a muP model with a narrower embedding: its projection is a layer like the others."""
+    source = save_run(tmp_path / "dense", structure="dense", d_embed=24)
+    target = convert_to(tmp_path / "dense", tmp_path / "run", *options.split())
+    errors, changed = reported(capsys.readouterr().out), set()
+    assert errors.keys() == matrices(source).keys()
+    for name, W in matrices(source).items():
+        ours = target.get_submodule(name).materialize().detach()
+        if torch.equal(ours, W):
+            assert errors[name] == 0
+            continue
+        changed.add(name.split(".")[-1])
+        if name.endswith((".q", ".k")):  # up to a scale
+            ours = ours * torch.linalg.lstsq(ours.reshape(-1, 1), W.reshape(-1, 1)).solution
+        expected = ((W - ours).norm() / W.norm()).item()
+        assert errors[name] == pytest.approx(expected, rel=2e-3, abs=1e-6) and expected < 1
+    attn, ffn = {"q", "k", "v", "proj"}, {"up", "down"}
+    if "overrides" in options:
+        assert changed == (attn | ffn | {"lm_head", "embed"}) - {"q"} and errors["embed"] < 1e-6
+    else:
+        assert changed == ({*attn} if "attn" in options else set()) | (ffn if "ffn" in options else set())
+    assert target(idx)[0].isfinite().all() and target.config.d_embed == 24
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("parametrization", ["standard", "mup"])
+def test_full_rank_computes_the_same(parametrization, bias, idx, tmp_path):
+    """Under muP too, where queries and keys are capped and only their LayerNorm makes the scale good."""
+    source = save_run(tmp_path / "dense", structure="dense", parametrization=parametrization, bias=bias)
+    with torch.no_grad():
+        source.blocks[0].attn.q.weight *= 20  # far beyond the cap
+    argv = [f"--source={tmp_path / 'dense'}", "--out_dir=none", "--structure=low_rank", "--rank=36"]
+    target, errors = convert.convert(source, load_config(convert.Config, argv))
+    assert max(errors.values()) < 1e-5 and not hasattr(target.lm_head, "weight")
+    with torch.no_grad():
+        torch.testing.assert_close(target(idx)[0], source(idx)[0], atol=1e-3, rtol=1e-3)
+
+
+def test_converted_checkpoint_is_a_run_of_step_0_with_its_options(hugging_face, tmp_path, capsys):
+    _, folder = hugging_face
+    for _ in range(2):
+        convert_to(folder, tmp_path / "run", "--structure=btt", "--rank=2")
+    assert sorted(os.listdir(tmp_path)) == ["run", "run.1"] and "moved to" in capsys.readouterr().out
+    saved = checkpoint.load(tmp_path / "run")
+    assert (saved["step"], saved["seconds"], saved["best_val_loss"], saved["wandb_id"]) == (0, 0.0, math.inf, None)
+    assert saved["meta"] == dict(tokenizer="gpt2", vocab_size=50257, dtype="uint16")
+    options = runpy.run_path(str(tmp_path / "run" / "config.py"))
+    assert {name: options[name] for name in saved["config"]} == saved["config"]
+    assert saved["config"]["parametrization"] == "standard" and saved["config"]["bias"] and saved["config"]["rank"] == 2
+
+
+def test_training_goes_on_from_a_converted_checkpoint(tiny, char_data, tmp_path):
+    dense, converted = tmp_path / "dense", tmp_path / "btt"
+    train.main([*tiny, "--structure=dense", "--parametrization=standard", "--max_steps=2", f"--out_dir={dense}"])
+    convert.main([f"--source={dense}", f"--out_dir={converted}", "--structure=btt", "--rank=2"])
+    model, meta = load_model(str(converted))
+    with open(os.path.join(char_data, "meta.json")) as file:
+        assert meta == json.load(file)
+    data = TokenData(char_data, 32)
+    x, y = data.val_batch(data.val_rows(1000))
+    with torch.no_grad():
+        expected = F.cross_entropy(model(x)[0].flatten(0, 1).double(), y.flatten()).item()
+    shape = {f"--{name}" for name in SHAPE}
+    training = [word for word in tiny if word.partition("=")[0] not in {*shape, "--out_dir", "--max_steps"}]
+    training = [word for word in training if not word.startswith("--lr=")]
+    train.main([str(converted / "config.py"), *training, "--max_steps=2"])
+    assert [row["lr"] for row in read_rows(converted) if "lr" in row] == pytest.approx(
+        [3e-5 / 5, 2 * 3e-5 / 5]
+    )  # warm-up
+    val = losses(converted, "val_loss")
+    assert list(val) == [0, 2] and val[0] == pytest.approx(expected, abs=1e-5) and val[2] != val[0]
+    assert checkpoint.load(converted)["step"] == 2
+
+
+def test_padded_vocabulary_keeps_logits_and_costs_little(idx, tmp_path, capsys):
+    """97 does not factor. Logits far below 0, as GPT-2's are, stay where they were: the new ones are their mean."""
+    source = save_run(tmp_path / "dense", structure="dense", parametrization="standard", bias=True, vocab_size=97)
+    with torch.no_grad():
+        source.final_norm.bias += 5
+        source.token_embedding.weight -= 1  # the tied head's: about -180 to every logit
+    argv = [f"--source={tmp_path / 'dense'}", "--out_dir=none", "--structure=dense", "--vocab_size=108"]
+    target, _ = convert.convert(source, load_config(convert.Config, argv))
+    with torch.no_grad():
+        (ours, loss), (theirs, before) = target(idx, idx.roll(-1, 1)), source(idx, idx.roll(-1, 1))
+    assert theirs.max() < -100 and ours.shape == (3, 32, 108)
+    torch.testing.assert_close(ours[..., :97], theirs, atol=1e-3, rtol=1e-5)
+    torch.testing.assert_close(ours[..., 97:], theirs.mean(-1, keepdim=True).expand(-1, -1, 11), atol=1e-3, rtol=1e-5)
+    assert before < loss <= before + math.log(108 / 97) + 1e-4
+
+    with pytest.raises(ConfigError, match="lm_head.*97") as error:
+        convert_to(tmp_path / "dense", tmp_path / "btt", "--structure=btt")
+    offered = int(re.search(r"pad the vocabulary .*--vocab_size=(\d+)$", str(error.value))[1])
+    target = convert_to(tmp_path / "dense", tmp_path / "btt", "--structure=btt", f"--vocab_size={offered}")
+    assert target.config.vocab_size == target.lm_head.out_features == offered > 97
+    assert f"padded by {offered - 97} rows" in capsys.readouterr().out
+    with pytest.raises(ConfigError) as error:  # no vocabulary helps a rank that other layers do not have
+        convert_to(tmp_path / "dense", tmp_path / "wide", "--structure=low_rank", "--rank=99")
+    assert "vocab_size" not in str(error.value)
+
+
+def test_the_vocabulary_of_gpt2_is_padded_to_a_width_that_factors():
+    model = GPT(GPTConfig(**{**SHAPE, "vocab_size": 50257}, structure="dense"))
+    config = load_config(convert.Config, ["--source=new", "--out_dir=none", "--structure=btt"])
+    with pytest.raises(ConfigError, match="--vocab_size=50304$"):
+        convert.make_target(model.config, config)
+
+
+# -- a structure of the user's own
+
+
+class Mine(einsum_linear.EinsumLinear):
+    """A layer without a method, as somebody may write one."""
+
+    def __getattribute__(self, name):
+        if name == object.__getattribute__(self, "__dict__").get("lacks"):
+            raise AttributeError(name)
+        return super().__getattribute__(name)
+
+
+def own(lacks):
+    """An entry of STRUCTURES: a function of sizes, here what makes the layer itself."""
+
+    def function(d_in, d_out, options):
+        def make(**kwargs):
+            layer = Mine(theta.factor_sizes(d_in, d_out, theta.BTT, 1), **kwargs)
+            layer.lacks = lacks
+            return layer
+
+        return make
+
+    return function, ()
+
+
+def test_a_structure_without_load_dense_or_materialize_is_one_line(monkeypatch, tmp_path):
+    save_run(tmp_path / "dense", structure="dense", parametrization="standard")
+    monkeypatch.setitem(theta.STRUCTURES, "mine", own("load_dense"))
+    with pytest.raises(ConfigError, match="blocks.0.attn.q is a Mine, which has no load_dense: add that method"):
+        convert_to(tmp_path / "dense", tmp_path / "mine", "--structure=mine")
+    save_run(tmp_path / "mine", structure="mine", parametrization="standard")
+    with pytest.raises(ConfigError, match="blocks.0.attn.q is Mine, not dense: convert from a dense model"):
+        convert_to(tmp_path / "mine", tmp_path / "btt", "--structure=btt")
+    monkeypatch.setitem(theta.STRUCTURES, "mine", own("materialize"))
+    with pytest.raises(ConfigError, match="blocks.0.attn.q is a Mine, which has no materialize: add that method"):
+        convert.main([f"--source={tmp_path / 'mine'}", f"--export={tmp_path / 'theirs'}"])
+    assert sorted(os.listdir(tmp_path)) == ["dense", "mine"]
+    monkeypatch.setitem(theta.STRUCTURES, "mine", own(None))
+    assert convert_to(tmp_path / "dense", tmp_path / "whole", "--structure=mine").config.structure == "mine"
+
+
+def test_a_zero_head_stays_zero(tmp_path, idx):
+    model = GPT(GPTConfig(**SHAPE, structure="dense"))  # muP: zero at the start
+    argv = ["--source=new", "--out_dir=none", "--structure=low_rank", "--rank=2"]
+    target, errors = convert.convert(model.eval(), load_config(convert.Config, argv))
+    assert errors["lm_head"] == 0 and not target(idx)[0].any()
+
+
+# -- mistakes: one line that says what to do
+
+
+@pytest.fixture
+def runs(tmp_path):
+    """Folders of a muP run, of one with d_head, and of a structured one."""
+    save_run(tmp_path / "mup", structure="dense")
+    save_run(tmp_path / "wide_heads", structure="dense", parametrization="standard", d_head=20)
+    save_run(tmp_path / "btt", structure="btt", parametrization="standard")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "notes").touch()
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    "words, expected",
+    [
+        ("--source={runs}/mup", "give exactly one"),
+        ("--source={runs}/mup --out_dir={runs}/a --export={runs}/b", "give exactly one"),
+        ("--out_dir={runs}/a", "source is missing"),
+        ("--source={runs}/mup --out_dir={runs}/mup/", "is the source"),
+        ("--source={runs}/mup --out_dir={runs}/full/notes", "is a file"),
+        ("--source={runs}/nothing --out_dir={runs}/a", "nothing does not exist"),
+        ("--source={runs}/full --out_dir={runs}/a", "full holds no checkpoint and no GPT-2"),
+        ("--source={runs}/mup --export={runs}/a", "parametrization='mup'.*standard"),
+        ("--source={runs}/wide_heads --export={runs}/a", "d_head=20.*18"),
+        ("--source={runs}/btt --export={runs}/full", "there already"),
+        ("--source={runs}/btt --export={runs}/a --rank=2", "rank=2 with export.*leave it out"),
+        ("--source={runs}/btt --out_dir={runs}/a", "blocks.0.attn.q is EinsumLinear, not dense"),
+        ("--source={runs}/mup --out_dir={runs}/a --vocab_size=95", "vocab_size=95 is less than the source's 96"),
+        ("--source={runs}/mup --out_dir={runs}/a --n_layer=3", "unknown option --n_layer"),
+        ("--source={runs}/mup --out_dir={runs}/a --structure=low_rank --rank=99", "rank 99"),
+    ],
+)
+def test_mistakes_are_one_line_with_a_remedy(words, expected, runs):
+    before = sorted(os.listdir(runs))
+    with pytest.raises(ConfigError, match=expected) as error:
+        convert.main(words.format(runs=runs).split())
+    assert "\n" not in str(error.value) and sorted(os.listdir(runs)) == before

@@ -1,0 +1,554 @@
+"""Frontiers, power laws and multipliers, on synthetic runs whose truth is known."""
+
+import json
+import shutil
+from dataclasses import asdict
+
+import numpy as np
+import pytest
+
+import theta
+from configurator import ConfigError
+from conftest import run_forked
+from lab import frontiers, scaling_laws
+from lab.frontiers import Fit, Run, fit_power_law, frontier
+
+TRUE = {"dense": Fit(0.5, 1e12, 0.30), "btt": Fit(0.5, 2.5e11, 0.30), "low_rank": Fit(0.6, 1e12, 0.22)}
+
+
+def synthetic(group, noise=0.002, sizes=6, seed=0, tops=None):
+    """Curves of models of several sizes whose lower envelope follows the group's law: each touches it at one compute."""
+    random = np.random.default_rng(seed)
+    law, runs = TRUE[group], []
+    for i, best in enumerate(np.geomspace(1e14, 1e17, sizes)):
+        c = best * np.geomspace(0.2, 5, 15)
+        # Above the envelope on both sides of the model's own best compute, in proportion to the distance in log.
+        loss = law.loss(c) * (1 + 0.03 * np.log(c / best) ** 2) * np.exp(noise * random.standard_normal())
+        cost = {"flops": c, "seconds": c / 1e13, "parameters": np.full(len(c), best**0.5)}
+        runs.append(Run(f"{group}{i}", group, cost, loss))
+    return runs
+
+
+def test_frontier_is_the_hull_by_brute_force():
+    random = np.random.default_rng(0)
+    for n in (1, 2, 3, 10, 60):
+        cost, loss = np.exp(random.uniform(0, 5, n)), np.exp(random.uniform(0, 2, n))
+        x, y = np.log(cost), np.log(loss)
+        on = []
+        for j in range(n):
+            # j is on the hull if no pair of others, and no single cheaper one that is better, passes below it
+            below = any(
+                x[i] < x[j] < x[k] and y[i] + (y[k] - y[i]) * (x[j] - x[i]) / (x[k] - x[i]) <= y[j]
+                for i in range(n) for k in range(n)
+            )  # fmt: skip
+            better = any(x[i] <= x[j] and y[i] <= y[j] and i != j for i in range(n))
+            if not below and not better:
+                on.append(j)
+        assert frontier(cost, loss) == sorted(on, key=lambda j: x[j])
+
+
+def test_law_without_noise_is_found():
+    c = np.geomspace(1e14, 1e17, 12)
+    for law in TRUE.values():
+        found = fit_power_law(c, law.loss(c))
+        assert found.exponent == pytest.approx(law.exponent, rel=1e-2)
+        assert found.loss_at_infinity == pytest.approx(law.loss_at_infinity, rel=1e-2)
+        np.testing.assert_allclose(found.loss(c), law.loss(c), rtol=1e-5)
+
+
+def test_known_laws_are_within_their_intervals():
+    """Of 90% intervals some may miss: of 30 here no more than 5. btt pays a quarter of dense for every loss."""
+    hits = 0
+    for seed in range(10):
+        runs = [run for i, group in enumerate(TRUE) for run in synthetic(group, sizes=10, seed=10 * seed + i)]
+        figures = frontiers.analyse(runs, "dense", "flops", samples=60)
+        for group, law in TRUE.items():
+            low, high = figures[group]["intervals"]["exponent"]
+            hits += low <= law.exponent <= high
+            assert high - low < 0.1 and figures[group]["outliers"] == []
+        low, high = figures["btt"]["multiplier_interval"]
+        assert low <= 4 <= high and high - low < 1.5 and figures["btt"]["multiplier"] == pytest.approx(4, rel=0.15)
+        assert figures["dense"]["multiplier"] == pytest.approx(1, abs=1e-9)
+        assert figures["low_rank"]["multiplier"] < 0.7
+    assert hits >= 25
+
+
+def test_the_ends_that_no_size_was_best_at_do_not_count():
+    """One run on and on is no frontier; of three, the first counts up to where the second takes over."""
+    runs = synthetic("dense", noise=0, sizes=3)
+    c, loss = frontiers.optimal(runs, "flops")
+    np.testing.assert_allclose(loss, TRUE["dense"].loss(c), rtol=0.01)
+    assert c.min() > runs[0].cost["flops"].min() and c.max() < runs[-1].cost["flops"].max()
+    assert frontiers.fit_group(runs[:1], "flops") is None
+
+
+def test_a_run_of_another_measure_is_left_out():
+    runs = synthetic("dense", sizes=8)
+    wrong = runs[3]._replace(name="bits", loss=runs[3].loss * np.log(2))
+    _, dropped = frontiers.without_outliers([*runs, wrong], "flops")
+    assert dropped == ["bits"]
+    good = runs[3]._replace(name="good", loss=runs[3].loss * 0.95)  # a size that the others lack may be that good
+    assert frontiers.without_outliers([*runs, good], "flops")[1] == []
+    bad = runs[3]._replace(name="diverged", loss=runs[3].loss * 3)  # above the frontier: no harm
+    assert frontiers.without_outliers([*runs, bad], "flops")[1] == []
+
+
+def test_multiplier_is_not_made_up_beyond_what_was_run():
+    dense, btt = synthetic("dense", noise=0), synthetic("btt", noise=0)
+    cheap = [run for run in dense if run.cost["flops"].max() < 1e17]
+    at, ratio = frontiers.multipliers(btt, cheap, "flops")
+    reached = min(run.loss.min() for run in cheap)
+    assert np.isfinite(ratio).any() and np.isnan(ratio[at < reached]).all()
+
+
+# -- seeds
+
+
+def seeds_of(run, shifts):
+    return [
+        run._replace(name=f"{run.name}_{i}", loss=run.loss * shift, setting=run.name) for i, shift in enumerate(shifts)
+    ]
+
+
+def test_runs_that_differ_in_their_seed_are_their_mean():
+    one, other = synthetic("dense", sizes=2)
+    three = seeds_of(one, (0.9, 1.0, 1.1))
+    three[1] = three[1]._replace(
+        loss=three[1].loss[:10], cost={k: c[:10] for k, c in three[1].cost.items()}
+    )  # cut short
+    mean, alone = frontiers.mean_over_seeds([three[0], other, *three[1:]])
+    np.testing.assert_allclose(mean.loss, one.loss[:10])
+    np.testing.assert_allclose(mean.cost["flops"], one.cost["flops"][:10])
+    assert alone is other and len(frontiers.mean_over_seeds([one, other])) == 2  # without a setting each is its own
+    settings, spread = frontiers.spread_of_seeds([*seeds_of(one, (0.9, 1.0, 1.1)), other])
+    assert settings == 1 and spread == pytest.approx(0.1)
+    assert frontiers.spread_of_seeds([one, other])[0] == 0
+
+
+def test_seeds_are_averaged_step_by_step():
+    """One has a validation that is no number, and has left it out; of final points alone, those that got furthest count."""
+    run = synthetic("dense", sizes=1)[0]._replace(step=np.arange(15) * 50)
+    whole, other = seeds_of(run, (1.0, 1.2))
+    gap = np.arange(15) != 3
+    other = other._replace(step=run.step[gap], loss=other.loss[gap], cost={k: c[gap] for k, c in other.cost.items()})
+    (mean,) = frontiers.mean_over_seeds([whole, other])
+    np.testing.assert_allclose(mean.loss, 1.1 * run.loss[gap])
+    np.testing.assert_allclose(mean.cost["flops"], run.cost["flops"][gap])
+    last = [one._replace(step=one.step[i : i + 1], loss=one.loss[i : i + 1],
+                         cost={k: c[i : i + 1] for k, c in one.cost.items()}) for one, i in ((whole, 14), (other, 5))]  # fmt: skip
+    (mean,) = frontiers.mean_over_seeds(last)
+    assert mean.loss == pytest.approx(run.loss[14]) and list(mean.step) == [700]
+
+
+def test_a_loss_that_hardly_falls_has_a_law_all_the_same():
+    cost = np.geomspace(1e12, 1e16, 5)
+    for loss in (4.56 * cost**-0.001, np.full(5, 4.56)):
+        law = frontiers.fit_power_law(cost, loss)
+        np.testing.assert_allclose(law.loss(cost), loss, rtol=0.02)
+
+
+def test_seeds_are_resampled_within_their_setting():
+    runs = [seed for run in synthetic("dense", sizes=3) for seed in seeds_of(run, (0.99, 1.0, 1.01))]
+    random = np.random.default_rng(0)
+    for _ in range(20):
+        drawn = frontiers.resample(runs, random)
+        assert len(drawn) == 9 and {run.setting for run in drawn} == {run.setting for run in runs}
+    assert len({run.name for run in drawn}) < 9
+    plain = synthetic("dense", sizes=3)
+    assert any(len({run.name for run in frontiers.resample(plain, random)}) < 3 for _ in range(20))
+
+
+def test_a_lucky_seed_is_no_better_group():
+    """Two groups of one law, one of them with three seeds: the best of those would be ahead, their mean is not."""
+    shifts = (0.97, 1.0, 1.03)
+    lucky = [seed._replace(group="three") for run in synthetic("dense", noise=0) for seed in seeds_of(run, shifts)]
+    figures = frontiers.analyse(lucky + synthetic("dense", noise=0), "dense", "flops", samples=50)
+    assert figures["three"]["multiplier"] == pytest.approx(1, abs=0.01) and figures["three"]["runs"] == 18
+    assert min(figures["three"]["frontier_loss"]) == pytest.approx(min(figures["dense"]["frontier_loss"]))
+    low, high = figures["three"]["multiplier_interval"]
+    assert low < 0.97 and high > 1.03
+
+
+def test_multipliers_are_taken_at_the_points_of_both_frontiers():
+    """The group's two points lie on either side of the reference's two: the reference reaches neither."""
+
+    def run(group, cost, loss):
+        return Run(f"{group}{cost}", group, {"flops": np.array([cost])}, np.array([loss]))
+
+    group = [run("a", 1.0, 4.0), run("a", 100.0, 1.0)]
+    reference = [run("b", 20.0, 2.5), run("b", 80.0, 2.0)]
+    at, ratio = frontiers.multipliers(group, reference, "flops")
+    both = np.isfinite(ratio)
+    assert list(at[both]) == [2.0, 2.5]
+    np.testing.assert_allclose(ratio[both], [80 / 10, 20 / 100 ** (np.log(4 / 2.5) / np.log(4))])
+
+
+# -- the command
+
+
+def write_runs(folder, groups=("dense", "btt"), sizes=4):
+    for group in groups:
+        for i, run in enumerate(synthetic(group, sizes=sizes)):
+            where = folder / f"{group}{i}"
+            where.mkdir()
+            rows = [{"step": 0, "tokens": 0, "flops": 0, "seconds": 0.0, "val_loss": 5.0}]
+            rows += [
+                {"step": k + 1, "flops": c, "seconds": s, "val_loss": loss}
+                for k, (c, s, loss) in enumerate(zip(run.cost["flops"], run.cost["seconds"], run.loss))
+            ]
+            (where / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+            options = dict(structure=group, d_model=64 * (i + 1), n_head=2, vocab_size=96, n_layer=1, block_size=16)
+            (where / "config.json").write_text(json.dumps({**options, "rank": 4 if group == "btt" else 1}))
+    return [str(path) for path in sorted(folder.iterdir())]
+
+
+def test_command_writes_table_json_and_pictures(tmp_path):
+    (tmp_path / "runs").mkdir()
+    runs = write_runs(tmp_path / "runs")
+    done = run_forked("lab.scaling_laws", "fit", *runs, f"--out={tmp_path}/fit", "--samples=20")
+    assert done.returncode == 0, done.stderr
+    table = (tmp_path / "fit" / "table.md").read_text()
+    assert "| btt, rank=4 | 4 |" in table and table in done.stdout
+    fit = json.loads((tmp_path / "fit" / "fit.json").read_text())
+    assert fit["flops"]["btt, rank=4"]["multiplier"] == pytest.approx(4, rel=0.15)
+    assert fit["groups"]["dense"] == [0, 1, 1] and fit["groups"]["btt, rank=4"][0] == 0
+    for name in ("frontiers_flops", "frontiers_seconds", "frontiers_parameters", "multipliers", "frontiers_nu"):
+        assert (tmp_path / "fit" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def edit_json(path, **changes):
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def test_a_structure_of_the_users_own_is_a_group_without_a_place(tmp_path, monkeypatch):
+    monkeypatch.setitem(theta.STRUCTURES, "mine", theta.STRUCTURES["btt"])
+    runs = write_runs(tmp_path, sizes=2)
+    for i in range(2):
+        edit_json(tmp_path / f"btt{i}" / "config.json", structure="mine", knob={"a": None})
+    scaling_laws.main(["fit", *runs, f"--out={tmp_path}/fit", "--samples=5", "--costs=flops"])
+    groups = json.loads((tmp_path / "fit" / "fit.json").read_text())["groups"]
+    assert groups == {"mine, rank=4": None, "dense": [0, 1, 1]}
+    assert not (tmp_path / "fit" / "frontiers_nu.png").exists()  # one group with a place compares with nothing
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (dict(structure="mine"), "structure='mine' is unknown"),
+        (dict(model="resnet", vocab_size=...), "KeyError: 'resnet'"),
+        (dict(structure=...), "KeyError: 'structure'"),
+        (dict(d_model="64"), "TypeError"),
+        (dict(structure="einsum", theta="all"), "ValueError"),
+        ([1], "config.json cannot be read"),
+        (dict(warmup_steps=None, structured_layers=None, future_option={"x": 1}), "TypeError"),
+    ],
+)
+def test_options_that_are_unknown_are_one_line(tmp_path, changes, message):
+    runs, path = write_runs(tmp_path, sizes=1), tmp_path / "btt0" / "config.json"
+    options = changes if isinstance(changes, list) else {**json.loads(path.read_text()), **changes}
+    if isinstance(options, dict):
+        options = {key: value for key, value in options.items() if value is not ...}
+    path.write_text(json.dumps(options))
+    words = ["fit", *runs, f"--out={tmp_path}/fit", "--samples=5", "--costs=flops"]
+    with pytest.raises(ConfigError, match=f"btt0/.*{message}") as error:
+        scaling_laws.main(words)
+    assert "\n" not in str(error.value)
+
+
+def test_rows_with_values_that_are_no_numbers(tmp_path):
+    """null, text and tables count as left out; a cost that is left out has no logarithm."""
+    runs, path = write_runs(tmp_path, sizes=2), tmp_path / "btt0" / "log.jsonl"
+    whole = path.read_text()
+    odd = {"step": 16, "val_loss": None, "loss": "low", "flops": {"forward": 1}, "moe": [1], "tokens_per_second": 0}
+    path.write_text(whole + json.dumps(odd) + "\n")
+    words = ["fit", *runs, "--samples=5", "--costs=flops"]
+    scaling_laws.main([*words, f"--out={tmp_path}/odd"])
+    path.write_text(whole)
+    scaling_laws.main([*words, f"--out={tmp_path}/plain"])
+    fits = [json.loads((tmp_path / name / "fit.json").read_text())["flops"] for name in ("odd", "plain")]
+    assert fits[0] == fits[1]
+    path.write_text(json.dumps({"step": 16, "val_loss": 2.5}) + "\n")
+    with pytest.raises(ConfigError, match="btt0/log.jsonl has validations without flops: leave the run out$"):
+        scaling_laws.main([*words, f"--out={tmp_path}/none"])
+
+
+def test_pictures_by_exponent_are_of_groups_that_differ_and_laws_are_named_where_there_are_some(tmp_path, monkeypatch):
+    titles = {}
+    monkeypatch.setattr(
+        scaling_laws, "save_figure",
+        lambda figure, path, remedy: titles.update({path: [axes.get_title() for axes in figure.axes][0]}),
+    )  # fmt: skip
+    runs = write_runs(tmp_path, groups=("dense", "btt", "low_rank"), sizes=2)
+    for i in range(2):
+        edit_json(tmp_path / f"low_rank{i}" / "config.json", rank=4)
+    scaling_laws.main(["fit", *runs, f"--out={tmp_path}/fit", "--samples=5", "--costs=flops"])
+    named = {path.rpartition("frontiers_")[2]: title for path, title in titles.items() if "frontiers_" in path}
+    assert named == {
+        "flops.png": "the least loss for what it costs",  # two sizes: two points
+        "psi.png": "the least loss for what it costs, by ψ",  # dense and BTT 1, low rank less; ω is 0 for all
+        "nu.png": "the least loss for what it costs, by ν",
+    }
+    some = {"a": {"law": None}, "b": {"law": {}}}
+    assert scaling_laws.law_of(some).endswith("where it has three points")
+    assert scaling_laws.law_of({"b": {"law": {}}}) == ", and its power law"
+
+
+def test_an_attempt_that_was_set_aside_is_no_second_seed(tmp_path, capsys):
+    """A new run moves an old one to NAME.1: the same options, fewer steps. The fit is that of the whole runs."""
+    runs, fits = write_runs(tmp_path), []
+    shutil.copytree(runs[0], f"{runs[0]}.1")
+    lines = (tmp_path / "btt0" / "log.jsonl").read_text().splitlines(keepends=True)
+    with open(f"{runs[0]}.1/log.jsonl", "w") as file:
+        file.writelines(lines[:4])
+    for words in (runs, [*runs, f"{runs[0]}.1"]):
+        scaling_laws.main(["fit", *words, f"--out={tmp_path}/fit", "--samples=5", "--costs=flops"])
+        fits.append(json.loads((tmp_path / "fit" / "fit.json").read_text())["flops"])
+    assert fits[0] == fits[1]
+    assert "btt0.1/log.jsonl: another attempt at" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["--out=x"], "which runs"),
+        (["{run}", "--reference=tt"], "no group of these runs: take one of"),
+        (["{run}", "--costs=('tokens',)"], "choose from flops, seconds, parameters"),
+        (["{run}", "--costs=()"], "costs is empty"),
+        (["{run}", "--by=strukture"], "by: 'strukture' is no option"),
+        (["{tmp}"], "does not exist"),
+    ],
+)
+def test_mistakes_are_one_line(tmp_path, words, message):
+    (tmp_path / "runs").mkdir()
+    run = write_runs(tmp_path / "runs", groups=("dense",), sizes=1)[0]
+    with pytest.raises(ConfigError, match=message):
+        scaling_laws.fit([word.format(run=run, tmp=tmp_path) for word in words])
+
+
+def test_a_run_without_its_options(tmp_path):
+    (tmp_path / "runs").mkdir()
+    run = write_runs(tmp_path / "runs", groups=("dense",), sizes=1)[0]
+    (tmp_path / "runs" / "dense0" / "config.json").unlink()
+    with pytest.raises(ConfigError, match="fit needs it beside log.jsonl"):
+        scaling_laws.fit([run])
+
+
+def test_group_names():
+    by = scaling_laws.FitConfig().by
+    assert scaling_laws.group_name({"structure": "dense", "rank": 1}, by) == "dense"
+    theta = [0.5, 0, 0.5, 0, 0.5, 0.5, 0]
+    assert (
+        scaling_laws.group_name({"structure": "einsum", "theta": theta}, by) == "full-rank BTT (0.5 0 0.5 0 0.5 0.5 0)"
+    )
+    assert scaling_laws.group_name({"structure": "einsum", "theta": theta}, ("structure",)) == "einsum"
+    assert scaling_laws.group_name({"structure": "low_rank", "rank": 24}, ("structure",)) == "low_rank"
+    assert scaling_laws.group_name({"structure": "btt", "align_heads": True}, by) == "btt, align_heads"
+    mixture = {"structure": "btt", "moe": "linear", "rank": 2}
+    assert scaling_laws.group_name(mixture, by) == "btt, linear MoE, 2 of 8, rank=2"
+    assert scaling_laws.group_name({**mixture, "num_experts": 16}, ("structure", "moe")) == "btt, linear MoE, 2 of 16"
+    assert scaling_laws.group_name({"structure": "dense", "model": "vit"}, ("model",)) == "model=vit"
+
+
+@pytest.mark.parametrize(
+    "theta, name",
+    [
+        ((1, 0, 0, 0, 1, 0, 0.5), "low-rank"),
+        ((0, 1, 0, 1, 0, 0, 0.5), "low-rank"),  # its cores named the other way
+        ((0.5, 0, 0.5, 0, 0.5, 0.5, 0.25), "full-rank BTT"),
+        ((0.67, 0, 0.33, 0, 0.33, 0.67, 0), "full-rank BTT"),
+        ((0, 0.67, 0.33, 0.33, 0, 0.67, 0), "full-rank BTT"),
+        ((0.67, 0, 0.33, 0, 0.67, 0.33, 0), "low-rank BTT"),
+        ((0.5, 0.5, 0, 0.5, 0.5, 0, 0), "Kronecker"),
+        ((0.33, 0.67, 0, 0.33, 0.67, 0, 0.25), "TT"),
+        ((0.5, 0.25, 0.25, 0.25, 0.5, 0.25, 0), "generic"),
+    ],
+)
+def test_a_theta_has_the_name_of_its_family(theta, name):
+    assert scaling_laws.family(theta) == name
+
+
+def test_monarch_lies_where_its_blocks_put_it():
+    place = scaling_laws.place_of({"structure": "monarch", "num_blocks": 4, "d_model": 256})
+    assert place == pytest.approx((0, 1, 0.75))  # 2 d² / 4 multiplications a token are 2 d^1.75
+    place = scaling_laws.place_of({"structure": "monarch", "num_blocks": None, "d_model": 256})
+    assert place == pytest.approx((0, 1, 0.5))
+
+
+# -- runs of vision/
+
+
+def image_rows(best, unit="images"):
+    rows = [{"step": 0, unit: 0, "flops": 0, "seconds": 0.0, "val_loss": 5.0, "top1": 0.1}]
+    for step in range(10, 101, 10):
+        # the first ten steps take 7 s more, as compilation does
+        row = {"step": step, unit: 32 * step, "flops": 1000 * step, "seconds": 7 + 0.1 * step, "loss": best + 1 / step}
+        row[f"{unit}_per_second"] = 32 / (0.8 if step == 10 else 0.1)
+        rows.append({**row, "val_loss": 2 * best, "top1": 1 - best / 4} if step % 50 == 0 else row)
+    return rows
+
+
+def log_of(tmp_path, rows, parameters=7, **options):
+    path = str(tmp_path / "run" / "log.jsonl")
+    return scaling_laws.Log(path, rows, {"structure": "dense", **options}, "dense", parameters)
+
+
+def test_what_is_measured_of_images(tmp_path):
+    log = log_of(tmp_path, image_rows(0.5))
+    at = {measure: scaling_laws.make_run(log, measure) for measure in ("val_loss", "loss", "error")}
+    np.testing.assert_allclose(at["val_loss"].loss, [1.0, 1.0])
+    np.testing.assert_allclose(at["error"].loss, [0.125, 0.125])
+    # the last tenth of 50 steps has one logged loss, that of 100 two
+    np.testing.assert_allclose(at["loss"].loss, [0.5 + 1 / 50, 0.5 + (1 / 90 + 1 / 100) / 2])
+    for run in at.values():
+        np.testing.assert_allclose(run.cost["flops"], [50_000, 100_000])
+        np.testing.assert_allclose(run.cost["seconds"], [5, 10])  # the log says 12 and 17
+        np.testing.assert_allclose(run.cost["parameters"], [7, 7])
+    assert len(scaling_laws.make_run(log, "loss", "final").loss) == 1
+
+
+def test_what_is_measured_in_the_warm_up_does_not_count(tmp_path):
+    run = scaling_laws.make_run(log_of(tmp_path, image_rows(0.5), warmup_steps=50), "val_loss")
+    np.testing.assert_allclose(run.cost["flops"], [100_000])
+    with pytest.raises(ConfigError, match="no validation after its 100 steps of warm-up"):
+        scaling_laws.make_run(log_of(tmp_path, image_rows(0.5), warmup_steps=100), "val_loss")
+
+
+def test_a_setting_is_everything_but_the_seed(tmp_path):
+    rows = image_rows(0.5)
+    runs = [
+        scaling_laws.make_run(log_of(tmp_path, rows, **options), "loss")
+        for options in (
+            {"seed": 1, "out_dir": "a", "d_model": 8},
+            {"seed": 2, "out_dir": "b", "d_model": 8},
+            {"d_model": 9},
+        )
+    ]
+    assert runs[0].setting == runs[1].setting != runs[2].setting
+
+
+@pytest.mark.parametrize("unit, label", [("images", "training loss (nats per image)"), ("samples", "squared error")])
+def test_a_fit_of_another_loss_says_which(tmp_path, capsys, monkeypatch, unit, label):
+    monkeypatch.setattr(scaling_laws, "num_parameters", lambda options: 100 * options["d_model"])
+    titles, save = [], scaling_laws.save_figure
+
+    def look_and_save(figure, *where, **how):
+        titles.extend(axes.get_ylabel() for axes in figure.axes)
+        save(figure, *where, **how)
+
+    monkeypatch.setattr(scaling_laws, "save_figure", look_and_save)
+    for group, best in (("dense", 0.5), ("btt", 0.4)):
+        for width in (2, 4):
+            folder = tmp_path / "runs" / f"{group}{width}"
+            folder.mkdir(parents=True)
+            rows = image_rows(2 * best / width, unit)
+            if unit == "samples":
+                rows = [{key: value for key, value in row.items() if key != "top1"} for row in rows]
+            (folder / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+            (folder / "config.json").write_text(json.dumps({"structure": group, "d_model": width}))
+    (tmp_path / "runs" / "fit").mkdir()
+    (tmp_path / "runs" / "fit" / "fit.json").write_text("{}")  # an earlier one: no run
+    runs = [str(folder) for folder in sorted((tmp_path / "runs").iterdir())]
+    scaling_laws.fit([*runs, f"--out={tmp_path}/fit", "--loss=loss", "--points=final", "--samples=5"])
+    said = capsys.readouterr().out
+    assert f"{label}" in said and "every validation" not in said
+    assert "| btt | 0.00 | 1.00 | 0.50 | 2, 4 | 200 to 400 |" in said
+    fit = json.loads((tmp_path / "fit" / "fit.json").read_text())
+    assert fit["runs"][0]["loss"] == pytest.approx(0.4 + (1 / 90 + 1 / 100) / 2) and ("error" in fit["runs"][0]) == (
+        unit == "images"
+    )
+    assert fit["runs"][0]["name"] == "btt2" and fit["runs"][0]["flops"] == 100_000
+    reached = "error, 1 - top-1" if unit == "images" else "validation loss (squared error)"
+    assert reached in titles and any(label in title for title in titles)
+
+
+def test_a_fit_is_of_one_kind_of_runs(tmp_path):
+    (tmp_path / "runs").mkdir()
+    text = write_runs(tmp_path / "runs", groups=("dense",), sizes=1)[0]
+    folder = tmp_path / "images"
+    folder.mkdir()
+    (folder / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in image_rows(0.5)))
+    (folder / "config.json").write_text(
+        json.dumps(
+            {"structure": "dense", "model": "mlp", "image_size": 8, "channels": 1, "n_classes": 10, "d_model": 16}
+        )
+    )
+    with pytest.raises(ConfigError, match="counts tokens and .*images/log.jsonl images: their losses do not compare"):
+        scaling_laws.fit([text, str(folder)])
+    with pytest.raises(ConfigError, match="log.jsonl has no top1: leave it out, or take --loss=val_loss"):
+        scaling_laws.fit([text, "--loss=error"])
+
+
+def test_no_error_at_all_has_no_logarithm(tmp_path, monkeypatch):
+    monkeypatch.setattr(scaling_laws, "num_parameters", lambda options: 1)
+    rows = [{**row, "top1": 1.0} for row in image_rows(0.5)]
+    (tmp_path / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "config.json").write_text('{"structure": "dense", "d_model": 8}')
+    with pytest.raises(ConfigError, match="error, 1 - top-1 of 0 has no logarithm: take another --loss"):
+        scaling_laws.fit([str(tmp_path), "--loss=error"])
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(model="mlp", image_size=8, channels=1, n_classes=10, d_model=16, n_layer=2),
+        dict(
+            model="vit",
+            image_size=8,
+            channels=1,
+            patch_size=4,
+            n_classes=10,
+            d_model=16,
+            n_head=2,
+            structure="low_rank",
+        ),
+        dict(d_in=5, teacher_width=4, d_model=36, structure="btt", structured_layers=("ffn", "head")),
+        dict(
+            vocab_size=96,
+            d_model=36,
+            n_head=2,
+            block_size=8,
+            n_layer=1,
+            structure="einsum",
+            theta=(0.5, 0.5, 0, 0.5, 0.5, 0, 0),
+        ),
+    ],
+    ids=["mlp", "vit", "regression", "gpt"],
+)
+def test_parameters_are_those_of_the_model_that_was_trained(options):
+    import train
+    import vision.regression
+    import vision.train
+    from model import GPT
+    from vision.mlp import MLP
+
+    if "vocab_size" in options:
+        Model, config = GPT, train.Config(**options)
+    elif "d_in" in options:
+        Model, config = MLP, vision.regression.Config(**options)
+    else:
+        config = vision.train.Config(**options)
+        Model = vision.train.MODELS[config.model]
+    written = json.loads(json.dumps(asdict(config)))  # as a run's config.json has them
+    assert scaling_laws.num_parameters(written) == sum(p.numel() for p in Model(config).parameters())
+
+
+def test_reached_has_a_line_a_group_through_the_last_points():
+    runs = [
+        Run(
+            f"{group}{i}",
+            group,
+            {"flops": np.array([1.0, 10 * i]), "seconds": np.array([1.0, i])},
+            np.array([9.0, loss]),
+            f"{group}{i}",
+        )
+        for group, losses in (("a", (3, 2)), ("b", (5, 4)))
+        for i, loss in zip((2, 1), losses)
+    ]
+    runs += seeds_of(runs[0]._replace(name="a2", loss=np.array([9.0, 5.0])), (1.0,))  # a second seed of a2
+    runs[0] = runs[0]._replace(setting="a2")
+    figure = frontiers.draw_reached({"error": runs, "loss": runs}, ["flops", "seconds"], {"a": "red", "b": "blue"})
+    assert [axes.get_ylabel() for axes in figure.axes] == ["error", "", "loss", ""]
+    assert [axes.get_xlabel() for axes in figure.axes] == ["", "", "training FLOPs", "seconds of training"]
+    for axes, scale in zip(figure.axes, (10, 1, 10, 1)):
+        lines = {line.get_label(): [list(values) for values in line.get_data()] for line in axes.lines}
+        assert lines == {"a": [[scale, 2 * scale], [2, 4]], "b": [[scale, 2 * scale], [4, 5]]}

@@ -1,0 +1,535 @@
+"""Search over structures: the space, the budget, samplers against chance, what survives a kill. pytest tests/lab/test_search.py"""
+
+import json
+import multiprocessing
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+optuna = pytest.importorskip("optuna")
+
+from sqlalchemy.exc import SQLAlchemyError  # noqa: E402
+
+import train  # noqa: E402
+from configurator import ConfigError, load_config  # noqa: E402
+from conftest import ROOT, environment, losses, run_forked  # noqa: E402
+from lab import (
+    search,  # noqa: E402
+    search_report,  # noqa: E402
+)
+from model import GPT  # noqa: E402
+from theta import BTT, NAMED_THETAS, check_theta, factor_sizes, taxonomy  # noqa: E402
+
+pytestmark = pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
+SMALL = ["config/quickstart.py", "--n_layer=2", "--d_model=64"]
+
+
+@pytest.fixture(autouse=True)
+def in_root(monkeypatch):
+    monkeypatch.chdir(ROOT)
+
+
+def draws(space, number, kind="random", study=None):
+    study = study or optuna.create_study()
+    for seed in range(number):
+        study.sampler = search.make_sampler(kind, seed)
+        yield space.draw(study.ask())
+
+
+# ---------------------------------------------------------------------------------------
+# The space and the budget
+
+
+@pytest.mark.parametrize("space", [search.Space(), search.Space(max_rank=0.25), search.Space(experts=(1, 4, 8))])
+def test_points_are_structures_each_met_once_and_none_dearer_than_dense(space):
+    points = list(draws(space, 300))
+    for theta, experts in points:
+        a, b, _, d, e, _, r = check_theta(theta)
+        assert a >= b and r <= space.max_rank
+        assert taxonomy(theta)[2] <= 1 + 0.002  # three decimals
+        assert experts in space.experts and (experts == 1 or b == d == 0)
+        assert all(exponent == round(exponent, 3) for exponent in theta)
+    assert {experts for _, experts in points} == set(space.experts)
+
+
+def test_points_are_uniform_on_the_triangles():
+    thetas = np.array([theta for theta, _ in draws(search.Space(), 2000)])
+    folded = np.sort(thetas[:, :2])  # α and β as a point of the whole triangle, but for their order
+    for three in (np.column_stack((folded, thetas[:, 2])), thetas[:, 3:6]):
+        # of a uniform point each exponent is above 1/2 with probability 1/4, and its mean is 1/3
+        assert three[:, 2].mean() == pytest.approx(1 / 3, abs=0.02)
+        assert (three[:, 2] > 0.5).mean() == pytest.approx(1 / 4, abs=0.03)
+        assert (three > 0.5).any(1).mean() == pytest.approx(3 / 4, abs=0.03)
+
+
+def test_the_ends_of_the_numbers_are_structures():
+    study = optuna.create_study()
+    for corner in np.ndindex(2, 2, 2, 2, 2):
+        names = ("input", "input_split", "output", "output_split", "rank")
+        study.enqueue_trial(dict(zip(names, map(float, corner))))
+        check_theta(search.Space().draw(study.ask()).theta)
+
+
+def test_models_use_up_the_budget():
+    config = load_config(search.Config, [*SMALL, "--experts=1,4", "--top_k=1"])
+    budget = search.meta_model(config).flops_per_token()
+    dense = train.Config(**search.train_options(config, {"structure": "dense"}))
+    assert budget == GPT(dense).flops_per_token()
+    whole = 3 * budget * config.max_steps * config.batch_tokens
+    seen = set()
+    for point in draws(search.Space(experts=config.experts), 10):
+        try:
+            options, figures = search.fit_model(config, point, budget)
+        except search.Misfit:
+            continue
+        run = train.Config(**search.train_options(config, options))
+        model = GPT(run)
+        assert sum(parameter.numel() for parameter in model.parameters()) == figures["parameters"]
+        assert model.flops_per_token() <= budget and run.d_model % config.n_head == 0
+        a_step = 3 * model.flops_per_token() * run.batch_tokens
+        assert figures["flops"] == a_step * run.max_steps
+        assert abs(figures["flops"] - whole) <= a_step / 2  # to within a step
+        assert config.max_steps <= run.max_steps <= 2 * config.max_steps
+        assert -(-run.max_steps // run.eval_interval) <= search.evaluations(config) == 6
+        assert (run.moe, run.top_k) == (("none", 2) if point.experts == 1 else ("linear", 1))
+        seen.add(point.experts)
+    assert seen == {1, 4}
+
+
+def test_what_the_budget_has_no_model_for_is_a_misfit():
+    config = load_config(search.Config, [*SMALL, "--max_width=64"])
+    budget = search.meta_model(config).flops_per_token()
+    with pytest.raises(search.Misfit, match="max_width=64 uses half to all"):
+        search.fit_model(config, search.Point((0.5, 0.5, 0, 0.5, 0.5, 0, 0), 1), budget)  # far too cheap at width 64
+
+
+def test_sizes_have_the_place_and_the_name_of_their_structure():
+    named = {name: factor_sizes(4096, 4096, theta) for name, theta in NAMED_THETAS.items()}
+    for name, sizes in named.items():
+        assert search.place_of(sizes) == pytest.approx(taxonomy(NAMED_THETAS[name]), abs=1e-4), name
+    assert [search.name_of(sizes) for sizes in named.values()] == [
+        "low-rank, rank 64", "low-rank, rank 512", "Kronecker", "TT, rank 8", "BTT, rank 1", "BTT, rank 8",
+        "BTT family, rank 1", "BTT family, rank 1", "", "dense",
+    ]  # fmt: skip
+    assert search.name_of((1, 16, 16, 16, 1, 16, 2)) == "BTT, rank 2"  # cores' names swapped
+    assert search.name_of((64, 1, 4, 64, 1, 4, 1)) == "dense"  # B is one number a block
+
+
+# ---------------------------------------------------------------------------------------
+# The search, on problems without training
+
+D = 4096
+
+
+def made_up_loss(sizes):
+    """A scaling law: with the FLOPs of a dense D × D layer the width is D^(2 / (1 + ν)); sharing and low rank cost."""
+    omega, psi, nu = search.place_of(sizes)
+    return 1.5 + 3 * (D ** (2 / (1 + nu))) ** -0.12 + omega + (1 - psi)
+
+
+def made_up(seen=None, costs=None):
+    """An objective of three evaluations that falls to the made-up loss; sizes that were seen are not tried again."""
+
+    def objective(trial, point, slot):
+        try:
+            sizes = factor_sizes(D, D, point.theta)
+        except ConfigError as error:
+            raise search.Misfit(str(error)) from None
+        if seen is not None and sizes in seen:
+            raise search.Misfit("seen")
+        if seen is not None:
+            seen.add(sizes)
+        trial.set_user_attr("slot", slot)
+        for evaluation in (1, 2):
+            if costs is not None:
+                costs.append(trial.number)
+            yield evaluation, made_up_loss(sizes) + 1 / evaluation
+        return made_up_loss(sizes)
+
+    return objective
+
+
+def halving():
+    return optuna.pruners.SuccessiveHalvingPruner(min_resource=1, reduction_factor=3)
+
+
+def best_of(sampler, seed, trials=60, pruner=None):
+    study = optuna.create_study(pruner=pruner or optuna.pruners.NopPruner())
+    search.search(study, search.Space(), made_up(set()), trials, sampler, seed)
+    assert len(search_ended(study)) == trials
+    return study.best_value
+
+
+def search_ended(study):
+    return study.get_trials(deepcopy=False, states=search.ENDED)
+
+
+def test_samplers_beat_chance_with_as_many_trials():
+    best = {kind: np.array([best_of(kind, seed) for seed in range(12)]) for kind in ("random", "tpe", "cmaes")}
+    optimum = made_up_loss(factor_sizes(D, D, BTT))
+    assert all((found >= optimum - 1e-9).all() for found in best.values())
+    for kind in ("tpe", "cmaes"):
+        gain = best["random"] - best[kind]
+        assert gain.mean() > 3 * gain.std(ddof=1) / np.sqrt(len(gain)), (kind, gain)  # more than luck
+    assert (best["tpe"] - optimum).mean() < 0.5 * (best["random"] - optimum).mean(), best
+
+
+def test_halving_ends_most_trials_early_and_the_best_is_as_good():
+    study, costs = optuna.create_study(pruner=halving()), []
+    search.search(study, search.Space(), made_up(costs=costs), 60, "random", 1)
+    early = study.get_trials(states=(optuna.trial.TrialState.PRUNED,))
+    assert 30 <= len(early) < 60 and all(list(trial.intermediate_values) == [1] for trial in early)
+    assert len(costs) == 2 * 60 - len(early)  # what was ended early did not go on
+    whole = optuna.create_study()
+    search.search(whole, search.Space(), made_up(), 60, "random", 1)
+    assert study.best_value == whole.best_value  # of the same points; at every evaluation the losses are in one order
+
+
+def test_a_search_that_goes_on_draws_what_one_without_a_break_does():
+    def points(*stages):
+        study = optuna.create_study()
+        for trials in stages:
+            search.search(study, search.Space(), made_up(), trials, "tpe", 3)
+        return [trial.params for trial in study.trials]
+
+    assert points(8, 14) == points(14) and len({str(point) for point in points(14)}) == 14
+
+
+def test_slots_are_used_all_at_a_time():
+    study, at_once = optuna.create_study(), []
+
+    def objective(trial, point, slot):
+        trial.set_user_attr("slot", slot)
+        for evaluation in (1, 2, 3):
+            at_once.append(len(study.get_trials(states=(optuna.trial.TrialState.RUNNING,))))
+            yield evaluation, 1.0
+        return 1.0
+
+    search.search(study, search.Space(), objective, 6, "random", 0, slots=[0, 1, 1])
+    assert max(at_once) == 3 and len(study.trials) == 6
+    assert {trial.user_attrs["slot"] for trial in study.trials} == {0, 1}
+
+
+def test_failures_do_not_count_but_too_many_end_the_search():
+    calls = []
+
+    def fails(bad):
+        def objective(trial, point, slot):
+            calls.append(trial.number)
+            if bad(len(calls)):
+                raise search.Failed("it blew up")
+            yield None
+            return 1.0
+
+        return objective
+
+    study = optuna.create_study()
+    search.search(study, search.Space(), fails(lambda n: n % 3 != 0), 4, "random")
+    assert len(calls) == 12 and len(search_ended(study)) == 4
+    assert {trial.user_attrs.get("reason") for trial in study.trials} == {None, "it blew up"}
+    calls.clear()
+    with pytest.raises(ConfigError, match="5 trials in a row failed, the last: it blew up"):
+        search.search(optuna.create_study(), search.Space(), fails(lambda n: True), 4, "random")
+    assert len(calls) == search.FAILURES
+    with pytest.raises(ConfigError, match="50 points in a row have no new model of this budget"):
+        seen = {factor_sizes(D, D, theta) for theta, _ in draws(search.Space(), 1)}
+        study.sampler = optuna.samplers.RandomSampler(seed=0)
+
+        class Same(search.Space):
+            def draw(self, trial):
+                return next(draws(search.Space(), 1))
+
+        search.search(optuna.create_study(), Same(), made_up(seen), 4, "random")
+
+
+def test_an_interrupted_trial_is_put_back_and_comes_first():
+    study, closed = optuna.create_study(), []
+
+    def objective(trial, point, slot):
+        trial.set_user_attr("folder", f"trial_{trial.number}")
+        try:
+            yield 1, 2.0
+            if trial.number == 2:
+                raise KeyboardInterrupt
+            yield None
+        finally:
+            closed.append(trial.number)
+        return 1.0
+
+    with pytest.raises(KeyboardInterrupt):
+        search.search(study, search.Space(), objective, 5, "random", slots=[0, 1, 2])
+    assert closed == [2, 0, 1] and not search_ended(study)
+    assert [trial.state.name for trial in study.trials] == ["FAIL"] * 3 + ["WAITING"] * 3
+    before = [trial.params for trial in study.trials[:3]]
+    search.search(study, search.Space(), made_up(), 5, "random")
+    again = study.trials[3:]
+    assert len(search_ended(study)) == len(again) == 5
+    assert [trial.params for trial in again[:3]] == before
+    assert [trial.user_attrs.get("folder") for trial in again] == ["trial_0", "trial_1", "trial_2", None, None]
+
+
+def test_only_trials_whose_search_is_gone_are_taken_over(monkeypatch):
+    import socket
+
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    here, now = socket.gethostname(), time.time()
+    owners = {
+        "another living process of this machine": ({"host": here, "pid": os.getppid(), "time": now - 9999}, False),
+        "this process, which does not run it": ({"host": here, "pid": os.getpid(), "time": now}, True),
+        "a dead one": ({"host": here, "pid": gone.pid, "time": now}, True),
+        "another machine": ({"host": "elsewhere", "pid": gone.pid, "time": now - 60}, False),
+        "another machine, silent for long": ({"host": "elsewhere", "pid": 1, "time": now - 9999}, True),
+        "somebody a moment ago": (None, False),
+    }
+    study = optuna.create_study()
+    for owner, _ in owners.values():
+        trial = study.ask()
+        search.Space().draw(trial)
+        if owner:
+            trial.set_user_attr("owner", owner)
+    search.recover(study, running={})
+    states = [trial.state.name for trial in study.trials]
+    assert states[:6] == ["FAIL" if taken else "RUNNING" for _, taken in owners.values()]
+    assert states[6:] == ["WAITING"] * 3
+
+
+def test_a_trial_that_another_machine_took_is_let_go():
+    study = optuna.create_study()
+
+    def objective(trial, point, slot):
+        if trial.number == 0:
+            study.tell(0, state=optuna.trial.TrialState.FAIL)  # as by put_back of another machine
+        yield 1, 1.0
+        return 1.0
+
+    search.search(study, search.Space(), objective, 2, "random")
+    assert [trial.state.name for trial in study.trials] == ["FAIL", "COMPLETE", "COMPLETE"]
+
+
+# ---------------------------------------------------------------------------------------
+# Pictures and tables
+
+
+def test_rank_correlation():
+    assert search_report.rank_correlation([1, 2, 3, 4], [10, 20, 40, 80]) == pytest.approx(1)
+    assert search_report.rank_correlation([1, 1, 2, 2], [4, 3, 2, 1]) == pytest.approx(-0.894427)  # scipy's spearmanr
+    assert np.isnan(search_report.rank_correlation([1, 1], [1, 2]))
+
+
+@pytest.mark.parametrize("pruner", [None, halving()])
+def test_report(tmp_path, capsys, pruner):
+    config = load_config(search.Config, [*SMALL, "--experts=1,4", "--n_layer=1"])
+    budget = search.meta_model(config).flops_per_token()
+    study = optuna.create_study(pruner=pruner or optuna.pruners.NopPruner())
+    study.set_user_attr("budget", {"flops": 1e13, "evaluations": 3})
+
+    def objective(trial, point, slot):
+        _, figures = search.fit_model(config, point, budget)
+        trial.set_user_attr("model", {**figures, "command": "python train.py", "device": "some GPU", "torch": "2"})
+        if trial.number == 3:
+            raise search.Failed("it blew up")
+        for evaluation in (1, 2):
+            yield evaluation, 1 + figures["omega"] + 1 / evaluation
+        return 1 + figures["omega"]
+
+    say = search.progress(study, 9)
+    search.search(study, search.Space(experts=(1, 4)), objective, 9, "random", 0, say=say)
+    shown = capsys.readouterr().out.strip().split("\n")
+    assert len(shown) == 10 and sum("FAILED: it blew up" in line for line in shown) == 1
+    assert shown[-1].startswith("9/9 trial") and "left" in shown[-2]
+    search_report.report(search.make_rows(study), study.user_attrs["budget"], str(tmp_path))
+    assert "| 1 | 1.0000 |" in capsys.readouterr().out
+    text = (tmp_path / "table.md").read_text()
+    listed = [float(line.split("|")[2]) for line in text.split("\n") if line.startswith("| ") and "loss" not in line]
+    assert listed == sorted(listed) and "1 failed" in text and "ω +1.00" in text
+    rows = json.loads((tmp_path / "search.json").read_text())
+    assert all((row["loss"] is not None) == (row["state"] == "complete") for row in rows)
+    assert (
+        len(rows) == 10
+        and rows[0]["device"] == "some GPU"
+        and rows[0]["losses"]["1"] == pytest.approx(2 + rows[0]["omega"])
+    )
+    at, scored = search_report.comparable(search.make_rows(study), study.user_attrs["budget"])
+    assert (at, len(scored)) == (1 if pruner else 3, 9)
+    assert (tmp_path / "search.png").read_bytes()[:4] == b"\x89PNG"
+
+
+# ---------------------------------------------------------------------------------------
+# Real runs
+
+
+def open_at_once(barrier, words, path):
+    barrier.wait()
+    with open(path, "w") as file:
+        try:
+            study = search.open_study(load_config(search.Config, words))
+            file.write(json.dumps([study._study_id, study.user_attrs["settings"]["lr"]]))
+        except ConfigError as error:
+            file.write(str(error))
+
+
+@pytest.mark.parametrize("storage", [None, "sqlite:///{tmp}/shared.db"])
+def test_searches_that_start_together_on_a_new_database_share_it(tmp_path, storage):
+    """With a folder in common, and with a database in common that each has another folder beside."""
+    fork = multiprocessing.get_context("fork")
+    barrier, processes = fork.Barrier(4), []
+    for i in range(4):
+        words = [*SMALL, f"--out={tmp_path}/out{i if storage else ''}", "--device=cpu"]
+        words += [f"--storage={storage.format(tmp=tmp_path)}"] if storage else []
+        processes.append(fork.Process(target=open_at_once, args=(barrier, words, tmp_path / f"{i}.txt")))
+        processes[-1].start()
+    for process in processes:
+        process.join(60)
+    assert {(tmp_path / f"{i}.txt").read_text() for i in range(4)} == {f"[1, {load_config(search.Config, SMALL).lr}]"}
+
+
+def test_a_storage_that_cannot_be_opened_is_not_tried_again(monkeypatch):
+    calls = []
+
+    def fail(url):
+        calls.append(url)
+        raise SQLAlchemyError("no such host")
+
+    monkeypatch.setattr(optuna.storages, "RDBStorage", fail)
+    with pytest.raises(SQLAlchemyError):
+        search.open_storage("sqlite://")
+    assert len(calls) == 1
+
+
+def test_on_a_cpu_a_search_without_a_config_file_is_small_and_says_how_long(tmp_path, monkeypatch, capsys):
+    seen = []
+    monkeypatch.setattr(search, "search", lambda study, *rest: seen.append(study.user_attrs["settings"]))
+    monkeypatch.setattr(search, "prepare_default", lambda folder: None)
+    monkeypatch.setattr(search, "TokenData", lambda *args: None)
+    search.main([f"--out={tmp_path}", "--device=cpu", "--trials=80", "--max_steps=600"])
+    said = capsys.readouterr().out
+    assert seen[0]["d_model"] == 32 and seen[0]["max_steps"] == 600  # what is given wins
+    assert "on a CPU, without a config file: python -m lab.search config/quickstart.py --n_layer=2" in said
+    assert re.search(r"\n80 trials of at most [\d.e+]+ FLOPs: about \d+ (s|min|h)", said)
+
+
+def test_what_halving_leaves_is_the_share_of_all_steps_that_is_trained():
+    """Of 9 evaluations all trials do the first, a third two more, a ninth the other six."""
+    config = load_config(search.Config, [*SMALL, "--max_steps=900", "--eval_interval=100"])
+    assert search.share_trained(config) == pytest.approx((1 + 2 / 3 + 6 / 9) / 9)
+    config.prune = 0
+    assert search.share_trained(config) == 1
+
+
+def test_what_a_refusal_offers_works(tmp_path):
+    """Another study in the same folder is refused for its trials: only another folder is offered."""
+    first = load_config(search.Config, [*SMALL, f"--out={tmp_path}/a"])
+    search.open_study(first)
+    (tmp_path / "a" / "trial_0").mkdir()
+    other = [*SMALL, "--lr=0.01"]
+    with pytest.raises(ConfigError, match="make it that, or give another --out$"):
+        search.open_study(load_config(search.Config, [*other, f"--out={tmp_path}/a"]))
+    search.open_study(load_config(search.Config, [*other, f"--out={tmp_path}/b"]))
+    shared = f"--storage=sqlite:///{tmp_path}/a/search.db"
+    with pytest.raises(ConfigError, match="make it that, or give another --study and another --out$"):
+        search.open_study(load_config(search.Config, [*other, f"--out={tmp_path}/c", shared]))
+    search.open_study(load_config(search.Config, [*other, f"--out={tmp_path}/c", shared, "--study=other"]))
+
+
+def test_places_of_the_picture():
+    """Trials at one place are one point, mixtures apart; nothing is moved."""
+    rows = [dict(omega=0, psi=1, experts=1), dict(omega=0.3, psi=1, experts=1)]
+    rows += [dict(omega=0.01, psi=1, experts=experts) for experts in (1, 1, 4)]
+    places = search_report.by_place(rows, ("omega", "psi"))
+    assert [[(row["omega"], row["experts"]) for row in place] for place in places] == [
+        [(0, 1), (0.01, 1), (0.01, 1)], [(0.3, 1)], [(0.01, 4)],
+    ]  # fmt: skip
+
+
+def test_a_run_that_fails_and_one_that_outlived_its_search(tmp_path):
+    folder = tmp_path / "trial_0"
+    config = load_config(search.Config, [*SMALL, "--data_dir=nowhere"])
+    options = search.train_options(config, {"structure": "dense", "out_dir": str(folder)})
+    folder.mkdir()
+    held = open(folder / "train.log", "a")
+    assert search.lock(held)
+    run = search.run_training(options, str(folder), None, 3)
+    assert next(run) is None and next(run) is None and (folder / "train.log").read_text() == ""  # waits for the other
+    held.close()
+    with pytest.raises(search.Failed, match=r"nowhere.*trial_0/train.log\)"):
+        while next(run) is None:
+            time.sleep(0.05)
+
+
+def test_killed_in_the_middle_it_goes_on_to_the_end(tiny, tmp_path):
+    out = tmp_path / "search"
+    words = [word for word in tiny if not word.startswith(("--out_dir", "--max_steps", "--eval_interval"))]
+    words += [f"--out={out}", "--max_steps=75", "--eval_interval=15", "--trials=2", "--prune=2"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "lab.search", *words], env=environment(None), start_new_session=True,
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    started = time.monotonic()
+    while not os.path.exists(out / "trial_0" / "ckpt_prev.pt"):  # two evaluations
+        assert process.poll() is None and time.monotonic() - started < 60
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGKILL)  # with its run
+    process.wait()
+    before = losses(out / "trial_0", "val_loss")
+    log = out / "trial_0" / "log.jsonl"
+    log.write_text('{"step": 8, "val_loss": 9.9}\n' + log.read_text())  # of a run that was stopped there: no evaluation
+    done = run_forked("lab.search", *words)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("/2 trial") == 2 and "ended early" in done.stdout, done.stdout
+    assert "going on from step" in (out / "trial_0" / "train.log").read_text()
+    after = losses(out / "trial_0", "val_loss")
+    assert after.pop(8) == 9.9 and after.pop(0) and before.pop(0)
+    assert {step: after[step] for step in before} == before
+    rows = json.loads((out / "search.json").read_text())
+    assert [row["state"] for row in rows] == ["complete", "pruned"]
+    assert rows[0]["losses"] == {str(number): loss for number, loss in enumerate(after.values(), 1)} and len(after) == 5
+    assert not list(out.glob("trial_*/ckpt*"))  # of what has ended
+    assert all(row["torch"] and row["device"] for row in rows)
+    with pytest.raises(ConfigError, match="lr=0.001, but study 'search' in sqlite:///.* has lr=0.005: make it that"):
+        search.main([*words, "--lr=1e-3"])
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["--trials=0"], "trials=0"),
+        (["--sampler=grid"], "sampler='grid'.*'tpe', 'cmaes', 'random'"),
+        (["--prune=1"], "prune=1: make it 2 or more, or 0"),
+        (["--max_rank=2"], "max_rank=2.0: make it at most 1"),
+        (["--max_width=32"], "max_width=32: make it at least d_model=64"),
+        (["--experts=0,4"], "whole numbers of 1 or more"),
+        (["--experts=2,4", "--top_k=3"], "top_k=3"),
+        (["--top_k=3"], "top_k=3 with moe='none'"),
+        (["--structure=btt"], "--structure is every trial's own"),
+        (["--out_dir=out/x"], "--out_dir is every trial's own.*--out"),
+        (["--trails=4"], "unknown option --trails: did you mean 'trials'?"),
+        (["--storage=search.db"], "storage=search.db: give a URL"),
+        (["--storage=nosql://me:secret@host/db"], "storage=nosql://me:…@host/db cannot be used"),
+        (["--storage=sqlite:////nowhere/at/all.db"], "cannot be used, .*: give another"),
+        (["--out=README.md"], "README.md cannot be written"),
+        (["--device=cuda"], "device=cuda, but torch sees no GPU"),
+        (["--report", "--out={tmp}/none"], "none/search.db does not exist"),
+        (["--data_dir=nowhere", "--out={tmp}/x"], "nowhere"),
+    ],
+)
+def test_mistakes_are_one_line(tmp_path, words, message):
+    words = [word.format(tmp=tmp_path) for word in words]
+    out = [] if any(word.startswith("--out=") for word in words) else [f"--out={tmp_path}/out"]
+    with pytest.raises(ConfigError, match=message) as caught:
+        search.main([*SMALL, *words, *out])
+    assert "\n" not in str(caught.value) and "secret" not in str(caught.value)
+
+
+def test_another_study_and_folders_of_another(tmp_path):
+    (tmp_path / "trial_0").mkdir()
+    with pytest.raises(ConfigError, match="has trials of another study"):
+        search.main([*SMALL, f"--out={tmp_path}"])
+    with pytest.raises(ConfigError, match="study='other' is not in sqlite"):
+        search.main([*SMALL, f"--out={tmp_path}", "--report", "--study=other"])

@@ -1,0 +1,315 @@
+"""Sweeps: what is left of a list of runs is done, by real runs of a tiny model."""
+
+import json
+import os
+import shlex
+import signal
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+
+import train
+import vision.regression
+import vision.train
+from configurator import ConfigError, load_config
+from conftest import ROOT, read_rows, run_forked, start_script
+from lab import scaling_laws, sweep
+from model import GPT
+from vision.mlp import MLP
+
+SWEEPS = os.path.join(ROOT, "config", "sweeps")
+
+# script: (its options, FLOPs of a forward pass on a token, image or sample)
+RUNS_OF = {
+    "train.py": (train.Config, lambda config: GPT(config).flops_per_token()),
+    "vision/train.py": (vision.train.Config, lambda config: vision.train.MODELS[config.model](config).flops()),
+    "vision/regression.py": (vision.regression.Config, lambda config: MLP(config).flops()),
+}
+
+SWEEP = """
+config = ""
+common = dict(data_dir={data!r}, n_layer=1, n_head=2, vocab_size=96, block_size=32, micro_batch=4, batch_tokens=256,
+              max_steps=6, eval_interval=2, eval_tokens=1000, warmup_steps=2, device="cpu", compile=False)
+runs = [dict(structure="dense", d_model=36), dict(structure="btt", d_model=36), dict(structure="btt", d_model=64)]
+fit = "--samples=5"
+"""
+
+
+@pytest.fixture
+def path(char_data, tmp_path):
+    file = tmp_path / "tiny.py"
+    file.write_text(SWEEP.format(data=char_data))
+    return str(file)
+
+
+def test_names_tell_runs_apart():
+    runs = [
+        {"structure": "btt", "rank": 1, "lr": 0.1, "overrides": {"ffn": "dense"}},
+        {"structure": "btt", "rank": 4, "lr": 0.1},
+        {"structure": "einsum", "theta": (0.5, 0, 0.5, 0, 0.5, 0.5, 0), "lr": 0.1},
+    ]
+    assert sweep.run_names(runs) == ["btt_rank1_overridesffn.dense", "btt_rank4", "einsum_theta0.5-0-0.5-0-0.5-0.5-0"]
+    assert sweep.run_names([{"structure": "dense"}]) == ["dense"]
+
+
+def test_runs_then_fit_and_then_nothing_is_left(path, tmp_path, capsys):
+    words = ["lab.sweep", path, f"--out={tmp_path}/runs", "--gpus=0", "--jobs=2"]
+    # one of the three is there already
+    done = run_forked(*words, "--only=dense_d_model36")
+    assert done.returncode == 0 and "1/1 dense_d_model36" in done.stdout, done.stdout + done.stderr
+    assert "2 of the sweep's 3 runs are left: the fit follows when all are finished" in done.stdout
+    log = tmp_path / "runs" / "dense_d_model36" / "log.jsonl"
+    before = log.read_bytes()
+    sweep.main([*words[1:], "--commands"])
+    left = capsys.readouterr().out.splitlines()
+    assert len(left) == 2 and all("train.py" in line and "--resume" in line for line in left)
+    done = run_forked(*words)
+    assert done.returncode == 0 and "3 runs, 1 of them finished; 2 at a time" in done.stdout, done.stdout + done.stderr
+    assert log.read_bytes() == before
+    fit = json.loads((tmp_path / "runs" / "fit" / "fit.json").read_text())
+    assert set(fit["groups"]) == {"dense", "btt"} and len(fit["runs"]) == 3
+    assert "seconds" not in fit and "no fit of their seconds" in done.stdout  # they shared the CPU
+    sweep.main([*words[1:], "--commands"])
+    assert capsys.readouterr().out.strip() == ""
+
+
+def test_a_run_that_fails_is_named_and_the_others_go_on(path, tmp_path):
+    text = open(path).read().replace('dict(structure="btt", d_model=36), ', "")
+    open(path, "w").write(text.replace("d_model=36", "d_model=37"))  # no multiple of two heads
+    done = run_forked("lab.sweep", path, f"--out={tmp_path}/runs", "--gpus=0", "--jobs=2")
+    assert done.returncode == 1 and "error: 1 of 2 runs failed: dense_d_model37; the same" in done.stderr
+    assert "n_head=2 does not divide d_model=37" in (tmp_path / "runs" / "dense_d_model37" / "train.log").read_text()
+    assert sweep.is_finished({"out_dir": str(tmp_path / "runs" / "btt_d_model64"), "max_steps": 6})
+
+
+def test_ctrl_c_twice_leaves_nothing_running_and_the_same_command_goes_on(path, tmp_path):
+    words = ["lab.sweep", path, f"--out={tmp_path}/runs", "--gpus=0", "--only=dense_d_model36"]
+    log = tmp_path / "runs" / "dense_d_model36" / "log.jsonl"
+    long = "--common=--max_steps=100000 --eval_interval=50000"
+    process = start_script(*words, long)
+    try:
+        waited = time.monotonic() + 120
+        while not (log.exists() and log.stat().st_size) and time.monotonic() < waited:
+            time.sleep(0.05)
+        for _ in range(2):
+            process.send_signal(signal.SIGINT)
+        said, _ = process.communicate(timeout=120)
+    finally:
+        process.kill()
+    assert process.returncode == 1 and "stopped: the same command goes on" in said and "Traceback" not in said
+    steps = [row["step"] for row in read_rows(log.parent)]
+    train_log = (log.parent / "train.log").read_text()
+    assert "Traceback" not in train_log and 0 < steps[-1] < 100_000, train_log
+    done = run_forked(*words, f"--common=--max_steps={steps[-1] + 2}")
+    assert done.returncode == 0 and "1/1 dense_d_model36" in done.stdout, done.stdout + done.stderr
+    assert f"going on from step {steps[-1]}" in (log.parent / "train.log").read_text()
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("runs = 3", "no list `runs`"),
+        ("runs = []", "no list `runs`"),
+        ("runs = [", "no sweep file, SyntaxError"),
+        ("runs = [dict(lr=1), dict(lr=1)]", "two runs are the same, lr1"),
+        ("runs = [dict(lr=1)]; script = 'trian.py'", "script='trian.py' is no file here"),
+    ],
+)
+def test_mistakes_are_one_line(tmp_path, text, message):
+    (tmp_path / "bad.py").write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        sweep.main([str(tmp_path / "bad.py"), "--commands"])
+    with pytest.raises(ConfigError, match="give one sweep file"):
+        sweep.main([])
+    with pytest.raises(ConfigError, match="cannot be read"):
+        sweep.main([str(tmp_path / "none.py")])
+
+
+# -- small versions, options for all runs
+
+
+def write(folder, text):
+    (folder / "some.py").write_text(text)
+    return str(folder / "some.py")
+
+
+def test_the_small_version_is_laid_over_the_other(tmp_path):
+    path = write(
+        tmp_path,
+        """
+common = dict(lr=0.1, max_steps=1000)
+runs = [dict(d_model=d) for d in (64, 128, 256)]
+fit = "--points=final"
+small = dict(common=dict(max_steps=10), runs=[dict(d_model=16), dict(d_model=32)])
+""",
+    )
+    large, small = (sweep.read_sweep(path, small=small) for small in (False, True))
+    assert (
+        list(large.runs) == ["d_model64", "d_model128", "d_model256"] and large.runs["d_model64"]["max_steps"] == 1000
+    )
+    assert list(small.runs) == ["d_model16", "d_model32"] and small.fit == "--points=final"
+    where = os.path.join("out", "sweeps", "some_small", "d_model16")
+    assert small.runs["d_model16"] == {"lr": 0.1, "max_steps": 10, "d_model": 16, "out_dir": where}
+    with pytest.raises(ConfigError, match="small has 'run', which is unknown: it may have runs, common"):
+        sweep.read_sweep(write(tmp_path, "runs = [{}]; small = dict(run=[])"), small=True)
+    with pytest.raises(ConfigError, match="has no small version: leave --small out"):
+        sweep.read_sweep(write(tmp_path, "runs = [{}]"), small=True)
+
+
+def test_options_for_all_runs(tmp_path, capsys):
+    path = write(tmp_path, "common = dict(max_steps=9); runs = [dict(d_model=d) for d in (64, 128)]; small = dict()")
+    leave_behind(tmp_path / "runs" / "d_model64", last=7, max_steps=7, data_dir="data/a b")
+    words = [path, "--small", "--commands", f"--out={tmp_path}/runs"]
+    sweep.main(words)
+    assert len(capsys.readouterr().out.splitlines()) == 2  # of 9 steps neither is finished
+    sweep.main([*words, "--common=--max_steps=7 --data_dir='data/a b'"])
+    (line,) = capsys.readouterr().out.splitlines()  # of 7 one is
+    assert "--d_model=128" in line and "--max_steps=7" in line and "'--data_dir=data/a b'" in line
+    for text, message in (
+        ("data/mine", "'data/mine' is no option, write each as --key=value"),
+        ("--save", "'--save' is no option"),
+        ("--d_model=8", "d_model is made run by run: change it in"),
+        ("--out_dir=x", "out_dir is made run by run: give --out"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            sweep.read_sweep(path, common=text)
+
+
+def leave_behind(folder, last, **options):
+    """What a run would: the last row of its log, and its options."""
+    folder.mkdir(parents=True)
+    (folder / "log.jsonl").write_text(json.dumps({"step": last}))
+    (folder / "config.json").write_text(json.dumps(options))
+
+
+def test_a_run_whose_steps_a_config_file_sets(tmp_path):
+    """Neither the options nor a default say how many there are: the run's own config.json does."""
+    options = {"out_dir": str(tmp_path / "run")}
+    assert not sweep.is_finished(options)
+    leave_behind(tmp_path / "run", last=6, max_steps=8)
+    assert not sweep.is_finished(options)
+    (tmp_path / "run" / "config.json").write_text(json.dumps({"max_steps": 6}))
+    assert sweep.is_finished(options) and not sweep.is_finished({**options, "max_steps": 7})
+    (tmp_path / "run" / "config.json").unlink()
+    assert not sweep.is_finished(options)
+
+
+def test_options_of_other_types_than_they_are_written_with(tmp_path, capsys):
+    """data_dir=2024 is written as text by the run; a config.json that holds no options is no reason to fail."""
+    options = {"out_dir": str(tmp_path), "data_dir": 2024, "lr": 1e-3}
+    (tmp_path / "log.jsonl").write_text('{"step": 5}\n')
+    for text, finished in (
+        ('{"data_dir": "2024", "max_steps": 5}', True),
+        ('{"max_steps": "all"}', False),
+        ("[]", False),
+    ):
+        (tmp_path / "config.json").write_text(text)
+        assert sweep.is_finished(options) == finished
+        sweep.say_what_differs({"a": options})
+    assert capsys.readouterr().out == ""
+
+
+def test_finished_runs_of_other_options_are_spoken_of(tmp_path, capsys):
+    path = write(tmp_path, "common = dict(data_dir='b', theta=(0.5, 0)); runs = [dict(max_steps=m) for m in (5, 6)]")
+    for steps, data in ((5, "a"), (6, "b")):
+        leave_behind(tmp_path / f"max_steps{steps}", steps, max_steps=steps, data_dir=data, theta=[0.5, 0], out_dir="x")
+    sweep.main([path, f"--out={tmp_path}", "--gpus=0"])
+    note = "note: 1 of these had other options, max_steps5 data_dir='a', not 'b': another --out does them anew"
+    assert capsys.readouterr().out.splitlines() == ["2 runs, 2 of them finished; 1 at a time", note]
+
+
+def test_gpus_are_those_that_are_named(tmp_path, monkeypatch):
+    """Of a machine with four: each run has one of those that CUDA_VISIBLE_DEVICES leaves."""
+    monkeypatch.setattr(sweep, "all_gpus", lambda: list("0123"))
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert (
+        sweep.gpus_to_use() == ["0", "1", "2", "3"] and sweep.gpus_to_use(2) == ["0", "1"] and not sweep.gpus_to_use(0)
+    )
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,1")
+    assert sweep.gpus_to_use() == ["3", "1"] and sweep.gpus_to_use(1) == ["3"]
+    with pytest.raises(ConfigError, match="gpus=3, but 2 are here or named by CUDA_VISIBLE_DEVICES"):
+        sweep.gpus_to_use(3)
+    look = "import os, sys; open(sys.argv[-1].split('=')[1] + '/gpu', 'w').write(os.environ['CUDA_VISIBLE_DEVICES'])"
+    monkeypatch.setattr(sweep, "command", lambda sweep, name: [sys.executable, "-c", look, f"--to={tmp_path}/{name}"])
+    runs = {name: {"out_dir": str(tmp_path / name)} for name in ("a", "b")}
+    assert not sweep.run_all(list(runs), sweep.Sweep(runs, "", [], None), sweep.gpus_to_use())
+    assert [(tmp_path / name / "gpu").read_text() for name in runs] == ["3", "1"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert sweep.gpus_to_use() == []
+
+
+# -- runs of vision/
+
+
+IMAGES = """
+script = "vision/train.py"
+config = "vision/config/quickstart.py"
+common = dict(max_steps=20, warmup_steps=2, eval_interval=10, log_interval=5, save=False, n_layer=1, device="cpu")
+runs = [dict(structure="dense", rank=1, d_model=16)]
+fit = "--by=structure --loss=loss --points=final --samples=5"
+"""
+
+
+def test_images_from_sweep_to_picture(tmp_path):
+    done = run_forked("lab.sweep", write(tmp_path, IMAGES), f"--out={tmp_path}/runs", "--gpus=0")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "1 runs of 1 groups, training loss (nats per image) at the last validation of each" in done.stdout
+    fit = json.loads((tmp_path / "runs" / "fit" / "fit.json").read_text())
+    assert {"flops", "seconds", "parameters"} <= set(fit)  # one run at a time
+    (run,), rows = fit["runs"], read_rows(tmp_path / "runs" / "dense")
+    assert run["loss"] == rows[-1]["loss"]  # of the logged ones none other is of the last tenth of the steps
+    assert run["error"] == pytest.approx(1 - rows[-1]["top1"]) and run["val_loss"] == rows[-1]["val_loss"]
+    inputs, d, classes = 64, 16, 10  # one block, with biases and norms
+    assert run["parameters"] == d * (inputs + 8 * d + classes) + (d + 4 * d + d + classes) + 2 * 2 * d
+    assert (tmp_path / "runs" / "fit" / "reached.png").read_bytes().startswith(b"\x89PNG")
+
+
+REGRESSION = """
+script = "vision/regression.py"
+config = "vision/config/regression.py"
+common = dict(d_model=16, max_steps=6, eval_interval=3, log_interval=3, save=False, teacher_layers=1, teacher_width=8,
+              batch_size=32, micro_batch=32, eval_inputs=32, device="cpu", structure="dense")
+runs = [dict(seed=seed) for seed in (1, 2)]
+"""
+
+
+def test_seeds_of_a_regression_are_one_setting(tmp_path, capsys):
+    done = run_forked("lab.sweep", write(tmp_path, REGRESSION), f"--out={tmp_path}/runs", "--gpus=0", "--jobs=2")
+    assert done.returncode == 0, done.stdout + done.stderr
+    runs = [str(tmp_path / "runs" / name) for name in ("seed1", "seed2")]
+    scaling_laws.fit([*runs, f"--out={tmp_path}/fit", "--samples=5"])
+    said = capsys.readouterr().out
+    assert "1 settings have several seeds" in said and "(squared error)" in said
+    fit = json.loads((tmp_path / "fit" / "fit.json").read_text())
+    last = [read_rows(run)[-1]["val_loss"] for run in runs]
+    assert last[0] != last[1] and fit["flops"]["dense"]["frontier_loss"][-1] == pytest.approx(np.mean(last))
+    assert fit["runs"][0]["parameters"] == 8 * 16 + 3 * 8 * 16 * 16 + 16 + (16 + 3 * (64 + 16) + 1) + 4 * 2 * 16
+
+
+# -- config/sweeps/
+
+
+@pytest.mark.parametrize("small", [False, True])
+@pytest.mark.parametrize("file", sorted(os.listdir(SWEEPS)))
+def test_sweeps_of_the_project_can_be_run(file, small):
+    """Options exist, config files are there, sizes factor; groups of a small version have FLOPs in common."""
+    if not file.endswith(".py") or (small and file in ("quickstart.py", "gpt_wide.py", "mlp_seeds.py")):
+        pytest.skip("no sweep, or one that is small")
+    chosen = sweep.read_sweep(os.path.join(SWEEPS, file), small)
+    Config, flops_of = RUNS_OF[chosen.script]
+    fit = load_config(scaling_laws.FitConfig, shlex.split(chosen.fit))
+    paid = {}
+    for name in chosen.runs:
+        _, script, *words = sweep.command(chosen, name)
+        config = load_config(Config, words)  # sizes that do not factor are found here
+        if small:
+            with torch.device("meta"):
+                flops = flops_of(config)
+            paid.setdefault(scaling_laws.group_name(vars(config), fit.by), []).append(flops)
+    if small:
+        assert len(paid) >= 2 and all(len(set(flops)) >= 4 for flops in paid.values()), paid
+        assert 2 * max(map(min, paid.values())) < min(map(max, paid.values())), paid
+        assert fit.reference in paid

@@ -1,0 +1,1 @@
+"""The same layers on images: `python -m vision.train …`."""
