@@ -39,9 +39,7 @@ from text_files import TextReader, first_line, local_files
 @dataclass
 class Config:
     source: str = "owt"  # "owt", "stdlib", or a local file or folder
-    tokenizer: Literal["gpt2", "char96", "chars", "bytes"] = (
-        "gpt2"  # char96: 96 of them; chars: the data's; bytes: any text
-    )
+    tokenizer: Literal["gpt2", "char96", "chars", "bytes"] = "gpt2"  # chars: those of the text; bytes: any text
     out_dir: str | None = None  # None: data/SOURCE_TOKENIZER
     dataset: str = "Skylion007/openwebtext"  # of source="owt": its name on the hub, or a folder in the hub's layout
     text_field: str = "text"  # name of the text in .jsonl objects, .parquet columns and hub data sets

@@ -136,14 +136,14 @@ def test_help_lists_every_option_with_default_and_comment(capsys):
 
 @pytest.mark.parametrize(
     "where",
-    ["train", "prepare_owt", "sample", "convert", "search", "sweep", "structures", "mup_check.CoordsConfig",
-     "mup_check.LandscapeConfig", "scaling_laws.PlotConfig", "scaling_laws.FitConfig", "bench.StepConfig",
-     "bench.SampleBenchConfig", "bench.DataConfig", "bench_layers.LayersConfig", "bench_layers.MixturesConfig"],
+    ["train", "prepare_owt", "sample", "lab.convert", "lab.search", "lab.sweep", "lab.structures", "lab.mup_check.CoordsConfig",
+     "lab.mup_check.LandscapeConfig", "lab.scaling_laws.PlotConfig", "lab.scaling_laws.FitConfig", "lab.bench.StepConfig",
+     "lab.bench.SampleBenchConfig", "lab.bench.DataConfig", "lab.bench_layers.LayersConfig", "lab.bench_layers.MixturesConfig"],
 )  # fmt: skip
 def test_help_says_what_every_option_does(where):
     """Those of the classes it inherits from, too; a field that is more than one line loses its comment."""
-    module, _, name = where.partition(".")
-    Config = getattr(importlib.import_module(module), name or "Config")
+    module, _, name = where.rpartition(".") if where.endswith("Config") else (where, "", "Config")
+    Config = getattr(importlib.import_module(module), name)
     lines = help_text(Config).splitlines()
     hidden = getattr(Config, "hidden", ())
     assert not any(line.startswith(f"  --{name}=") for line in lines for name in hidden)

@@ -2,25 +2,16 @@
 
 import inspect
 import re
-import subprocess
-import tempfile
-from pathlib import Path
 
 import pytest
 import torch
 
 from conftest import run_interpreted
+from hopper import Compiler, layer_sizes, on_gpu, spilled
 from kernels import btt as btt_kernels
 from kernels.btt import BTTSizes, btt, btt_joined, btt_matrix, choose_way, fused_blocks, gelu, joins
-from theta import BTT, factor_sizes
 
 triton = pytest.importorskip("triton")
-on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-
-
-def layer_sizes(d_in, d_out, rank):
-    a, _, g, _, e, f, r = factor_sizes(d_in, d_out, BTT, rank)
-    return BTTSizes(g, a, f, e, r)
 
 
 def example(sizes, shape, dtype, device="cpu", seed=0):
@@ -165,10 +156,13 @@ def interpreted():
         torch.library.opcheck(
             op.default, (*inputs, True), test_utils=("test_schema", "test_autograd_registration", "test_faketensor")
         )
+        x, A, B, dy = example(sizes, (5, 9), torch.float32)  # a function that no kernel has
+        assert torch.equal(btt(x, A, B, way, torch.relu), btt(torch.relu(x), A, B, way))
+
         # under autocast and torch.compile, without a break of the graph
         fast = torch.compile(btt, fullgraph=True, backend="aot_eager")
         with torch.autocast("cpu", torch.float16):
-            y = fast(*inputs, way, True)
+            y = fast(*inputs, way, gelu)
         assert y.dtype == torch.float16
         got = torch.autograd.grad(y, inputs, dy.flatten(0, 1).half())
         want = results(way, x.flatten(0, 1).half(), A.half(), B.half(), dy.flatten(0, 1).half(), True)
@@ -199,37 +193,6 @@ def interpreted():
 
 # ---------------------------------------------------------------------------------------
 # The kernels compiled for Hopper, which needs no GPU
-
-
-class Compiler:
-    """In a kernel's place: a launch is compiled for an H100 instead of made."""
-
-    TYPES = {torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int32: "*i32", torch.int64: "*i64"}
-
-    def __init__(self, kernel, compiled):
-        self.kernel, self.compiled = kernel, compiled
-
-    def __getitem__(self, grid):
-        def launch(*args, num_warps=4, num_stages=3, maxnreg=None, **constants):
-            from triton.backends.compiler import GPUTarget
-            from triton.compiler import ASTSource
-
-            names = self.kernel.arg_names
-            values = {**dict(zip(names, args)), **constants}
-            fixed = {p.name: values[p.name] for p in self.kernel.params if p.is_constexpr or values[p.name] is None}
-            signature, hints = {}, {}
-            for i, name in enumerate(names):
-                value = values[name]
-                tensor = isinstance(value, torch.Tensor)
-                signature[name] = "constexpr" if name in fixed else self.TYPES[value.dtype] if tensor else "i32"
-                if name not in fixed and (tensor or value % 16 == 0):
-                    hints[(i,)] = [["tt.divisibility", 16]]
-            source = ASTSource(self.kernel, signature, constexprs=fixed, attrs=hints)
-            options = {"num_warps": num_warps, "num_stages": num_stages, "maxnreg": maxnreg}
-            result = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
-            self.compiled[self.kernel.__name__] = result
-
-        return launch
 
 
 @pytest.mark.parametrize(
@@ -281,20 +244,6 @@ def compile_way(monkeypatch, way, sizes, after_gelu):
         if name.startswith(f"_{way}_") and isinstance(getattr(btt_kernels, name), Compiler)
     }
     return compiled
-
-
-def spilled(compiled):
-    """Bytes of registers that ptxas puts in memory."""
-    binaries = Path(triton.__file__).parent / "backends/nvidia/bin"
-    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
-        file.write(compiled.asm["ptx"])
-        file.flush()
-        for ptxas in ("ptxas", "ptxas-blackwell"):  # the newer one where the PTX is too new for the other
-            words = [str(binaries / ptxas), "-v", "--gpu-name=sm_90a", file.name, "-o", "/dev/null"]
-            done = subprocess.run(words, capture_output=True, text=True)
-            if done.returncode == 0:
-                return int(re.search(r"(\d+) bytes spill stores", done.stderr)[1])
-    pytest.skip(f"no ptxas for this PTX: {done.stderr}")
 
 
 # ---------------------------------------------------------------------------------------

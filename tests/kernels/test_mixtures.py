@@ -15,7 +15,7 @@ from moe import Router, pick
 
 triton = pytest.importorskip("triton")
 
-from test_kernels import Compiler, layer_sizes, on_gpu, spilled  # noqa: E402
+from hopper import Compiler, layer_sizes, on_gpu, spilled  # noqa: E402
 
 
 def example(sizes, n, num_experts, k, dtype, device="cpu", seed=0):
