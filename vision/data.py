@@ -230,7 +230,7 @@ def parquet(config, say):
     for wanted, names in (("*train*.parquet", ("train",)), ("*test*.parquet", VAL_NAMES)):
         if not any(name in files for name in names):
             raise ConfigError(
-                f"data_dir={config.data_dir} holds neither train/ and val/ with a folder a class, nor {wanted}: see README"
+                f"data_dir={config.data_dir} holds neither train/ and val/ with a folder a class, nor {wanted}: see docs/vision.md"
             )
 
     def load(split):

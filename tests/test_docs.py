@@ -1,0 +1,235 @@
+"""Pages against the code: links and paths exist, commands have the options they name, what is imported is declared."""
+
+import ast
+import pathlib
+import re
+import shlex
+import subprocess
+import sys
+import tomllib
+
+import pytest
+from conftest import ROOT
+from docs import make_options
+
+from configurator import help_text
+
+ROOT = pathlib.Path(ROOT)
+RESULTS = [path for path in sorted(ROOT.glob("results/**/*.md")) if path.name != "table.md"]  # which a fit writes
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/*.md")), *RESULTS]
+each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+
+
+def test_readme_is_short():
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 170
+
+
+@each_page
+def test_links_lead_somewhere(page):
+    text = page.read_text()
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        path, _, anchor = target.partition("#")
+        if target.startswith(("http://", "https://")):
+            continue
+        there = (page.parent / path).resolve() if path else page
+        assert there.exists(), f"{target} does not exist"
+        if anchor and there.suffix == ".md":
+            assert anchor in anchors(there.read_text()), f"{target}: no such heading"
+
+
+def anchors(text):
+    """The anchors that GitHub gives the headings of a page."""
+    headings = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+# Files that a page may name though they are not in the tree: a run, a command or a user makes them.
+MADE = re.compile(
+    r"(out|data|runs?|my_\w+|wandb|hf_folder)/|\.venv|(log|ckpt\w*|train|val|meta|config|search|fit|before|loss|experts)\.(jsonl|png|pt|bin|json|md)"
+    r"|table\.md|lr\.png|coords\.png|runs\.png|ckpt\.pt|vocab\.bpe|encoder\.json|my_text\.txt|baseline\.json|lr_landscape\.png"
+)
+
+
+@each_page
+def test_files_that_are_named_exist(page):
+    """Words in `code`, and in commands, that look like a file of the project."""
+    text = page.read_text()
+    named = set(re.findall(r"`([\w./-]+\.(?:py|sh|md|json|txt|log|png|xz|cff|toml))`", text))
+    for words in commands(text):
+        named |= {word for word in words if re.fullmatch(r"[\w./-]+\.(py|sh)", word)}
+    for name in sorted(named):
+        if not MADE.match(name):
+            places = (page.parent / name, ROOT / name, ROOT / "tests" / name, ROOT / "vision" / name)
+            assert any(place.exists() for place in places), f"{name} does not exist"
+
+
+def commands(text):
+    """The words of each command in the indented blocks of a page; a line that ends in \\ goes on, a comment is left out."""
+    lines = re.findall(r"^ {4}(\S.*)$", text.replace("\\\n", " "), re.MULTILINE)
+    found, variables = [], {}
+    for line in lines:
+        if not re.match(r"(\w+=|python|torchrun|sbatch|TORCH_LOGS|git|for|tar|mkdir|\$\w+|pytest)", line):
+            continue
+        words = split(line)
+        assigned = [word.partition("=") for word in words if re.match(r"[A-Z]\w*=", word)]
+        if len(assigned) == len(words):
+            variables |= {name: value for name, _, value in assigned}
+            continue
+        for name, value in sorted(variables.items(), key=lambda pair: -len(pair[0])):
+            line = re.sub(rf"\$({name}\b|{{{name}}})", lambda _, value=value: value, line)
+        for part in re.split(r"&&|;(?![^\"]*\"(?:[^\"]*\"[^\"]*\")*[^\"]*$)|\| ", line):
+            found.append(split(part))
+    return [words for words in found if words]
+
+
+def split(line):
+    try:
+        return shlex.split(line, comments=True)
+    except ValueError:  # half of a quoted argument
+        return line.split()
+
+
+def invocation(words):
+    """(key of make_options.COMMANDS, its arguments), or None where the words run nothing of ours."""
+    for at, word in enumerate(words):
+        if word == "-m" and words[at + 1].split(".")[0] in ("lab", "vision"):
+            script, rest = words[at + 1], words[at + 2 :]
+        elif word.endswith(".py") and word.split("/")[0] not in ("config", "results", "tests", "docs"):
+            script, rest = word.removesuffix(".py").replace("/", "."), words[at + 1 :]
+        elif word == "slurm.sh":
+            named = len(words) > at + 1 and "/config/" not in words[at + 1] and not words[at + 1].startswith("config/")
+            script, rest = ("train", words[at + 1 :]) if not named else (None, [])
+            if named:
+                continue
+        else:
+            continue
+        if f"{script} {rest[0] if rest else ''}" in make_options.COMMANDS:
+            return f"{script} {rest[0]}", rest[1:]
+        return script, rest
+    return None
+
+
+@each_page
+def test_commands_name_options_that_exist(page):
+    for words in commands(page.read_text()):
+        called = invocation(words)
+        if called is None:
+            continue
+        command, arguments = called
+        assert command in make_options.COMMANDS, f"{shlex.join(words)}: no such command"
+        options = make_options.options_of(command)
+        for word in arguments:
+            if word.startswith("--") and word != "--help":
+                assert word[2:].partition("=")[0] in options, f"{shlex.join(words)}: {command} has no option {word}"
+            elif word.endswith(".py") and not MADE.match(word):
+                assert (ROOT / word).is_file(), f"{shlex.join(words)}: {word} does not exist"
+
+
+def test_the_commands_of_pages_are_found():
+    """Those of README, so that the checks above check something."""
+    found = [invocation(words) for words in commands((ROOT / "README.md").read_text())]
+    assert len([each for each in found if each]) >= 15
+    assert ("train", ["config/gpt2_btt.py", "--resume"]) in found
+    assert invocation(split("torchrun --nproc_per_node=8 -m lab.bench step config/x.py")) == (
+        "lab.bench step",
+        ["config/x.py"],
+    )
+
+
+def test_options_page_is_what_the_code_has():
+    assert make_options.PAGE.read_text() == make_options.page(), "run: python docs/make_options.py"
+
+
+def test_options_page_has_what_help_has():
+    """Of the options that need no torch; of others tests/test_configurator.py asks --help itself."""
+    from options import GPTConfig
+    from vision.options import ImageConfig
+
+    for Config in (GPTConfig, ImageConfig):
+        name = f"{Config.__module__}.{Config.__name__}"
+        said = dict(re.findall(r"^  --(\w+)=.*?  +(.*)$|^", help_text(Config), re.MULTILINE))
+        said.pop("", None)
+        assert said.keys() <= make_options.all_fields(name) and len(said) > 20
+        for option, (_, text) in make_options.read_class(name).own.items():
+            assert said.get(option, text) == text
+
+
+def test_options_page_has_every_command():
+    """Every dataclass that a file hands to load_config belongs to a command."""
+    listed = {name for names in make_options.COMMANDS.values() for name in names}
+    for path in [*ROOT.glob("*.py"), *ROOT.glob("lab/*.py"), *ROOT.glob("vision/*.py")]:
+        module, source = ".".join(path.relative_to(ROOT).with_suffix("").parts), path.read_text()
+        for name in set(re.findall(r"load_config(?:, |\()(\w+)", source)) - {"GPTConfig"}:
+            if re.search(rf"^class {name}\b", source, re.MULTILINE):
+                assert f"{module}.{name}" in listed, f"docs/make_options.py lacks {module}.{name}"
+
+
+# ---------------------------------------------------------------------------------------
+# Declared is what is imported
+
+PACKAGE_OF = {"PIL": "pillow", "sklearn": "scikit-learn", "tiktoken_ext": "tiktoken"}
+WITHOUT_IMPORT = {"pytest-xdist", "ruff", "cmaes"}  # a plugin, a command, what optuna imports
+UNDECLARED = {"torchvision"}  # an option names it and says how to install it
+
+
+def imported_packages(*folders):
+    """{package: a file that imports it}, of those that are not ours and not Python's."""
+    files = [path for folder in folders for path in ROOT.glob(folder)]
+    ours = {path.stem for pattern in ("*.py", "tests/**/*.py") for path in ROOT.glob(pattern)}
+    ours |= {path.parent.name for path in ROOT.glob("*/__init__.py")} | {"docs"}
+    found = {}
+    for path in files:
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module] if isinstance(node, ast.ImportFrom) and node.module else []
+            for name in {name.partition(".")[0] for name in names} - ours - set(sys.stdlib_module_names):
+                found[PACKAGE_OF.get(name, name)] = path.relative_to(ROOT)
+    return found
+
+
+def declared(requirements):
+    return {re.match(r"[\w-]+", line)[0].lower() for line in requirements} - {"nanoeinsum"}
+
+
+def test_declared_is_what_is_imported():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    in_project = declared([*project["dependencies"], *(each for extra in extras.values() for each in extra)])
+    lines = (ROOT / "requirements.txt").read_text().splitlines()
+    pinned = declared([line for line in lines if line and not line.startswith("#")])
+    imported = imported_packages("*.py", "kernels/*.py", "engine/*.py", "lab/*.py", "vision/*.py", "tests/**/*.py")
+    wanted = set(imported) - UNDECLARED
+    assert in_project - WITHOUT_IMPORT == wanted and pinned - WITHOUT_IMPORT == wanted
+    assert WITHOUT_IMPORT <= in_project & pinned
+
+
+def test_what_is_imported_at_once_needs_no_extra_but_vision():
+    """`pip install nanoeinsum` trains a GPT: files of the root and of engine/ import nothing that an extra brings."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    core = declared(project["dependencies"])
+    for path in [*ROOT.glob("*.py"), *ROOT.glob("engine/*.py")]:
+        for node in ast.parse(path.read_text()).body:  # not those in functions
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module] if isinstance(node, ast.ImportFrom) else []
+            for name in names:
+                package = PACKAGE_OF.get(name.partition(".")[0], name.partition(".")[0])
+                extra = set(imported_packages(str(path.relative_to(ROOT)))) - core
+                assert package not in extra, f"{path.name} imports {package} at once, which only an extra has"
+
+
+def test_pyproject_names_every_module_and_package():
+    setup = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    assert set(setup["py-modules"]) == {path.stem for path in ROOT.glob("*.py")}
+    assert set(setup["packages"]) == {path.parent.name for path in ROOT.glob("*/__init__.py")}
+
+
+def test_packed_logs_hold_runs():
+    """Each unpacks to a folder of its study's name, with the two files a fit reads of every run."""
+    archives = sorted(ROOT.glob("results/**/*.tar.xz"))
+    assert len(archives) >= 11
+    for path in archives:
+        listed = subprocess.run(["tar", "tf", path], capture_output=True, text=True, check=True).stdout.split()
+        runs = {name.rpartition("/")[0] for name in listed if name.endswith("log.jsonl")}
+        assert runs and {f"{run}/config.json" for run in runs} <= set(listed)
+        study = path.name.removesuffix(".tar.xz") if path.name != "logs.tar.xz" else path.parent.name
+        assert {name.partition("/")[0] for name in listed} == {study}
