@@ -9,10 +9,10 @@ import sys
 import tomllib
 
 import pytest
-from conftest import ROOT
-from docs import make_options
 
 from configurator import help_text
+from conftest import ROOT
+from docs import make_options
 
 ROOT = pathlib.Path(ROOT)
 RESULTS = [path for path in sorted(ROOT.glob("results/**/*.md")) if path.name != "table.md"]  # which a fit writes
@@ -68,18 +68,16 @@ def commands(text):
     lines = re.findall(r"^ {4}(\S.*)$", text.replace("\\\n", " "), re.MULTILINE)
     found, variables = [], {}
     for line in lines:
-        if not re.match(r"(\w+=|python|torchrun|sbatch|TORCH_LOGS|git|for|tar|mkdir|\$\w+|pytest)", line):
-            continue
-        words = split(line)
-        assigned = [word.partition("=") for word in words if re.match(r"[A-Z]\w*=", word)]
-        if len(assigned) == len(words):
+        line = re.sub(r"\s+# .*", "", line)
+        for name, value in variables.items():
+            line = re.sub(rf"\${name}\b", lambda _, value=value: value, line)
+        for part in re.split(r"""&& |\| |; (?=(?:[^"]*"[^"]*")*[^"]*$)""", line):  # no ; within quotes
+            words = split(part)
+            assigned = [word.partition("=") for word in words if re.match(r"[A-Z]=", word)]
             variables |= {name: value for name, _, value in assigned}
-            continue
-        for name, value in sorted(variables.items(), key=lambda pair: -len(pair[0])):
-            line = re.sub(rf"\$({name}\b|{{{name}}})", lambda _, value=value: value, line)
-        for part in re.split(r"&&|;(?![^\"]*\"(?:[^\"]*\"[^\"]*\")*[^\"]*$)|\| ", line):
-            found.append(split(part))
-    return [words for words in found if words]
+            if words and not assigned and re.match(r"(\w+=\S+ )*(python|torchrun|sbatch)", part):
+                found.append(words)
+    return found
 
 
 def split(line):
@@ -90,23 +88,26 @@ def split(line):
 
 
 def invocation(words):
-    """(key of make_options.COMMANDS, its arguments), or None where the words run nothing of ours."""
+    """(key of make_options.COMMANDS, its arguments), or None where the words run none of our scripts."""
+    words = list(words)
+    if "slurm.sh" in words:  # as it does: the first word may be a script
+        words = words[words.index("slurm.sh") + 1 :]
+        words = words if (ROOT / words[0]).is_file() and "config" not in words[0] else ["train.py", *words]
     for at, word in enumerate(words):
-        if word == "-m" and words[at + 1].split(".")[0] in ("lab", "vision"):
+        if word == "-m" and words[at + 1] != "venv":
             script, rest = words[at + 1], words[at + 2 :]
-        elif word.endswith(".py") and word.split("/")[0] not in ("config", "results", "tests", "docs"):
+            assert (ROOT / f"{script.replace('.', '/')}.py").is_file(), f"{shlex.join(words)}: no such module"
+        elif word.endswith(".py") and not word.startswith("-"):
             script, rest = word.removesuffix(".py").replace("/", "."), words[at + 1 :]
-        elif word == "slurm.sh":
-            named = len(words) > at + 1 and "/config/" not in words[at + 1] and not words[at + 1].startswith("config/")
-            script, rest = ("train", words[at + 1 :]) if not named else (None, [])
-            if named:
-                continue
         else:
             continue
-        if f"{script} {rest[0] if rest else ''}" in make_options.COMMANDS:
-            return f"{script} {rest[0]}", rest[1:]
-        return script, rest
+        if script.split(".")[0] in ("results", "tests", "docs"):  # scripts without a dataclass of options
+            return None
+        return (f"{script} {rest[0]}", rest[1:]) if script in WITH_COMMANDS and rest else (script, rest)
     return None
+
+
+WITH_COMMANDS = {command.split()[0] for command in make_options.COMMANDS if " " in command}
 
 
 @each_page
@@ -172,19 +173,30 @@ WITHOUT_IMPORT = {"pytest-xdist", "ruff", "cmaes"}  # a plugin, a command, what 
 UNDECLARED = {"torchvision"}  # an option names it and says how to install it
 
 
-def imported_packages(*folders):
-    """{package: a file that imports it}, of those that are not ours and not Python's."""
-    files = [path for folder in folders for path in ROOT.glob(folder)]
+def imported_packages(*patterns, nodes=None):
+    """The packages that these files import, without ours and Python's. nodes: those of a file that count, all if None."""
+    files = [path for pattern in patterns for path in ROOT.glob(pattern)]
     ours = {path.stem for pattern in ("*.py", "tests/**/*.py") for path in ROOT.glob(pattern)}
     ours |= {path.parent.name for path in ROOT.glob("*/__init__.py")} | {"docs"}
-    found = {}
+    found = set()
     for path in files:
-        for node in ast.walk(ast.parse(path.read_text())):
+        for node in (nodes or statements)(ast.parse(path.read_text())):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             names += [node.module] if isinstance(node, ast.ImportFrom) and node.module else []
             for name in {name.partition(".")[0] for name in names} - ours - set(sys.stdlib_module_names):
-                found[PACKAGE_OF.get(name, name)] = path.relative_to(ROOT)
+                found.add(PACKAGE_OF.get(name, name))
     return found
+
+
+def statements(tree):
+    """Every statement of a file, those in functions too."""
+    waiting = [tree]
+    while waiting:
+        node = waiting.pop()
+        yield node
+        for name in ("body", "orelse", "finalbody", "handlers"):
+            inner = getattr(node, name, [])
+            waiting += inner if isinstance(inner, list) else []
 
 
 def declared(requirements):
@@ -198,23 +210,16 @@ def test_declared_is_what_is_imported():
     lines = (ROOT / "requirements.txt").read_text().splitlines()
     pinned = declared([line for line in lines if line and not line.startswith("#")])
     imported = imported_packages("*.py", "kernels/*.py", "engine/*.py", "lab/*.py", "vision/*.py", "tests/**/*.py")
-    wanted = set(imported) - UNDECLARED
+    wanted = imported - UNDECLARED
     assert in_project - WITHOUT_IMPORT == wanted and pinned - WITHOUT_IMPORT == wanted
-    assert WITHOUT_IMPORT <= in_project & pinned
+    assert in_project & pinned >= WITHOUT_IMPORT
 
 
-def test_what_is_imported_at_once_needs_no_extra_but_vision():
-    """`pip install nanoeinsum` trains a GPT: files of the root and of engine/ import nothing that an extra brings."""
+def test_a_gpt_trains_without_extras():
+    """What files of the root and of engine/ import at once is a dependency, not an extra."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    core = declared(project["dependencies"])
-    for path in [*ROOT.glob("*.py"), *ROOT.glob("engine/*.py")]:
-        for node in ast.parse(path.read_text()).body:  # not those in functions
-            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-            names += [node.module] if isinstance(node, ast.ImportFrom) else []
-            for name in names:
-                package = PACKAGE_OF.get(name.partition(".")[0], name.partition(".")[0])
-                extra = set(imported_packages(str(path.relative_to(ROOT)))) - core
-                assert package not in extra, f"{path.name} imports {package} at once, which only an extra has"
+    imported = imported_packages("*.py", "engine/*.py", nodes=lambda tree: tree.body)
+    assert imported <= declared(project["dependencies"])
 
 
 def test_pyproject_names_every_module_and_package():
@@ -231,5 +236,40 @@ def test_packed_logs_hold_runs():
         listed = subprocess.run(["tar", "tf", path], capture_output=True, text=True, check=True).stdout.split()
         runs = {name.rpartition("/")[0] for name in listed if name.endswith("log.jsonl")}
         assert runs and {f"{run}/config.json" for run in runs} <= set(listed)
-        study = path.name.removesuffix(".tar.xz") if path.name != "logs.tar.xz" else path.parent.name
-        assert {name.partition("/")[0] for name in listed} == {study}
+        assert {name.partition("/")[0] for name in listed} == {path.name.removesuffix(".tar.xz")}
+
+
+# ---------------------------------------------------------------------------------------
+# Scripts beside the results
+
+
+def test_scripts_of_results_import_names_that_exist():
+    """They run on GPUs, or for minutes, so no other test calls them all. baseline.py is for files of an old commit."""
+    scripts = [path for path in ROOT.glob("results/**/*.py") if path.name != "baseline.py"]
+    assert len(scripts) >= 6
+    for path in scripts:
+        for node in statements(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and node.module and (file := module_file(node.module)):
+                missing = {alias.name for alias in node.names} - names_defined(file)
+                assert not missing, f"{path.name} imports {missing} from {node.module}"
+
+
+def module_file(module):
+    file = ROOT / f"{module.replace('.', '/')}.py"
+    return file if file.is_file() else ROOT / module if (ROOT / module / "__init__.py").is_file() else None
+
+
+def names_defined(file):
+    """Of a module's top level; of a package, its modules."""
+    if file.is_dir():
+        return {path.stem for path in file.glob("*.py")}
+    names = set()
+    for node in ast.parse(file.read_text()).body:
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            names.add(node.name)
+        elif isinstance(node, (ast.Import, ast.ImportFrom)):
+            names |= {alias.asname or alias.name for alias in node.names}
+        elif isinstance(node, (ast.Assign, ast.AnnAssign)):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            names |= {each.id for target in targets for each in ast.walk(target) if isinstance(each, ast.Name)}
+    return names

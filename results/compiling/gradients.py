@@ -1,19 +1,15 @@
 """Gradients of a compiled model, pass by pass, against those of the same model not compiled: the rows of gradients.json.
 
-python results/compiling/gradients.py --moe=ffn --compile=blocks --barrier=False          # on a GPU
-TORCH_LOGS=output_code python results/compiling/gradients.py … 2>&1 | grep -c "\\.run("    # kernels that are launched
+python -m results.compiling.gradients --moe=ffn --compile=blocks --barrier=False          # on a GPU
+TORCH_LOGS=output_code python -m results.compiling.gradients … 2>&1 | grep -c "\\.run("    # kernels that are launched
 """
 
 import copy
 import math
-import os
-import sys
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
-
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))))
 
 from configurator import as_script, load_config  # noqa: E402
 from engine.compiling import order_loops  # noqa: E402

@@ -1,8 +1,8 @@
 # ruff: noqa: SIM102, SIM113, B023 (compile-time conditions apart from run-time ones; calls are made at once)
-"""A way of computing BTT that is not in kernels.py: z only in L2, no copies, each core read once. Not yet measured.
+"""A way of computing BTT that is not in kernels/btt.py: z only in L2, no copies, each core read once. Figures: results/kernels.md.
 
-    python results/kernels/streamed.py          # on a GPU: errors, and times beside kernels.py's staged way
-    TRITON_INTERPRET=1 python results/kernels/streamed.py    # phase by phase, on the CPU: errors
+    python -m results.kernels.streamed          # on a GPU: errors, and times beside kernels/btt.py's staged way
+    TRITON_INTERPRET=1 python -m results.kernels.streamed    # phase by phase, on the CPU: errors
 
 A group of max(γ, φ) programs goes through the tokens tile by tile. Program i makes z of block γ = i, waits for the
 group, and makes y of block φ = i; both its blocks of the cores stay with it, and so do its sums dA and dB. z of a tile is
@@ -14,16 +14,13 @@ Predicted for d = 4096, rank 1, 32,768 tokens, from bytes through L2 at 5.5 TB/s
 (2.15 GB), 0.6 to 0.7 with barriers, where staged takes 1.02; rank 4: 0.49 and 0.98, where staged takes 2.65.
 """
 
-import os
-import sys
-
 import torch
 import triton
 import triton.language as tl
 
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))))
-from kernels.btt import BTTSizes, _pow2, btt, btt_matrix  # noqa: E402
-from lab.bench_layers import milliseconds  # noqa: E402
+from kernels.btt import BTTSizes, btt, btt_matrix
+from kernels.common import pow2
+from lab.bench_layers import milliseconds
 
 
 @triton.jit
@@ -173,7 +170,7 @@ class Streamed:
         tiles = triton.cdiv(n, bm * sub)
         self.groups = tiles if apart else max(1, min(tiles, count // self.members))
         self.sizes = dict(
-            G=g, AL=a, F=f, EL=e, R=gr // g, AP=_pow2(a, 16), EP=_pow2(e, 16), CP=_pow2(rf, 16), KP=_pow2(gr, 16),
+            G=g, AL=a, F=f, EL=e, R=gr // g, AP=pow2(a, 16), EP=pow2(e, 16), CP=pow2(rf, 16), KP=pow2(gr, 16),
             BM=bm, SUB=sub, MEMBERS=self.members, GROUPS=self.groups,
         )  # fmt: skip
         room = (tiles if apart else 2 * self.groups) * g * rf * bm * sub

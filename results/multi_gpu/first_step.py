@@ -1,18 +1,13 @@
 """What torch computes on real tensors to learn the shapes of an AdamW of sharded parameters: first_step.txt.
 
-torchrun --standalone --nproc_per_node=2 results/multi_gpu/first_step.py            # rates as numbers: nothing
-torchrun --standalone --nproc_per_node=2 results/multi_gpu/first_step.py tensors    # rates as tensors, as a GPU's were
+torchrun --standalone --nproc_per_node=2 -m results.multi_gpu.first_step            # rates as numbers: nothing
+torchrun --standalone --nproc_per_node=2 -m results.multi_gpu.first_step tensors    # rates as tensors, as a GPU's were
 """
 
-import os
 import sys
 
 import torch
 import torch._subclasses.fake_tensor as fake_tensor
-
-ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-sys.path.insert(0, ROOT)
-os.chdir(ROOT)
 
 import train  # noqa: E402
 from engine.device import choose_device  # noqa: E402

@@ -1,10 +1,10 @@
 """Speed and correctness on the GPUs of one host: the rows of results/multi_gpu.md.
 
-    python results/multi_gpu/measure.py --out=OUT                          # all parts, on all GPUs there are
-    python results/multi_gpu/measure.py --out=OUT speed                    # some: speed equal resume kill large
-    python results/multi_gpu/measure.py --out=OUT speed --only=MoE         # of one model
-    python results/multi_gpu/measure.py --out=OUT --device=cpu             # 2 processes, tiny models: does it run?
-    python results/multi_gpu/measure.py --report OUT/multi_gpu.json …      # tables, and multi_gpu.png beside the first
+    python -m results.multi_gpu.measure --out=OUT                          # all parts, on all GPUs there are
+    python -m results.multi_gpu.measure --out=OUT speed                    # some: speed equal resume kill large
+    python -m results.multi_gpu.measure --out=OUT speed --only=MoE         # of one model
+    python -m results.multi_gpu.measure --out=OUT --device=cpu             # 2 processes, tiny models: does it run?
+    python -m results.multi_gpu.measure --report OUT/multi_gpu.json …      # tables, and multi_gpu.png beside the first
 
 speed   an update on 1, 2, 4, … GPUs: copies and shards, weak scaling (tokens a GPU stay) and strong (tokens of all stay)
 equal   one run on 1 GPU and on all: the largest relative difference of the losses
@@ -38,7 +38,6 @@ import torch
 
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 os.chdir(ROOT)
-sys.path.insert(0, ROOT)
 
 from engine.device import choose_device, write_rows  # noqa: E402
 from engine.runlog import median_of, read_log, save_figure, short  # noqa: E402
@@ -105,7 +104,7 @@ class Bench:
         """A command in the background, on as many GPUs as processes, from `gpu` on."""
         if self.ended:
             raise RuntimeError("asked to stop")
-        words = [script, *shlex.split(options)]
+        words = [*([] if script.endswith(".py") else ["-m"]), script, *shlex.split(options)]
         if processes > 1:
             words = ["--standalone", f"--nproc_per_node={processes}", f"--max-restarts={restarts}", *words]
         fixed = {"PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1", "NCCL_NVLS_ENABLE": "0"}
@@ -226,7 +225,7 @@ def speed(bench):
                     measured = json.load(file)
                 for (scaling, _, how), words, row in zip(todo, commands, measured):
                     launcher = "python" if count == 1 else f"torchrun --standalone --nproc_per_node={count}"
-                    row["command"] = f"{launcher} bench.py step {words} --parts=False"
+                    row["command"] = f"{launcher} -m lab.bench step {words} --parts=False"
                     yield {"part": "speed", "model": name, "gpus": count, "scaling": scaling, "how": how, **row}
                 if len(measured) < len(todo):
                     yield {"part": "speed", "model": name, "gpus": count, "failed": True, **figures}
@@ -242,7 +241,7 @@ def start_timing(bench, count, gpu, name, options, tokens):
     first, *others = commands
     path = bench.path("step.json")
     words = f"step {first} --parts=False --json={path} --against={shlex.quote('; '.join(others))}"
-    return name, todo, commands, path, bench.start("bench.py", words, count, gpu=gpu)
+    return name, todo, commands, path, bench.start("lab.bench", words, count, gpu=gpu)
 
 
 # ---------------------------------------------------------------------------------------

@@ -1,6 +1,6 @@
 """Milliseconds of a training step of an earlier checkout: the baseline of results/system.md.
 
-    git worktree add ../base 824e733 && python results/system/baseline.py ../base baseline.json
+    git worktree add ../base 824e733 && PYTHONPATH=../base python results/system/baseline.py baseline.json
 
 Dense GPT-2 124M and a small dense GPT, bfloat16, torch.compile, random tokens; a step is forward, backward,
 clipping, AdamW and reading the loss. 5 steps of warm-up, then the median of 20.
@@ -10,11 +10,10 @@ import json
 import sys
 
 import torch
+from mup import make_optimizer
 
-sys.path.insert(0, sys.argv[1])
-from model import GPT
-from optim import make_optimizer
-from options import GPTConfig
+# That checkout's files, by the names they had there.
+from model import GPT, GPTConfig
 
 CASES = {
     "GPT-2 124M, 32 x 1024": (GPTConfig(structure="dense", parametrization="standard", bias=True), 32, True),
@@ -58,5 +57,5 @@ for name, (config, batch, compiled) in CASES.items():
     )  # fmt: skip
     print(rows[-1], flush=True)
     del model, optimizer, fast, loss
-with open(sys.argv[2], "w") as file:
+with open(sys.argv[1], "w") as file:
     json.dump(rows, file, indent=1)

@@ -1,16 +1,14 @@
 """Relative error of the whole gradient under bfloat16 autocast, with the residual stream in float32 and in bfloat16.
 
-    python results/system/residual.py data/linux_char96        # a folder of prepare_owt.py's, characters
+    python -m results.system.residual data/linux_char96        # a folder of prepare_owt.py's, characters
 
 The reference is the gradient in float32, of the same weights and batch, at steps 0, 100 and 200 of training. CPU.
 """
 
-import os
 import sys
 
 import torch
 
-sys.path.insert(0, os.path.join(os.path.dirname(__file__), "..", ".."))
 from data import TokenData
 from model import GPT
 from optim import make_optimizer, set_lr

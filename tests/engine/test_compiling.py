@@ -74,7 +74,7 @@ def test_once_and_only_where_torch_has_none(tag):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="the kernels are a GPU's")
 def test_gradients_of_compiled_blocks_on_a_gpu():
     """Of a standard MoE of width 256, of which torch 2.11 without the barrier made 9 of 22 wrong."""
-    done = run_script("results/compiling/gradients.py", "--moe=ffn")
+    done = run_script("results.compiling.gradients", "--moe=ffn")
     worst = [float(line.split()[1]) for line in done.stdout.splitlines()]  # parameter of each pass
     assert done.returncode == 0 and len(worst) == 5, done.stdout + done.stderr
     assert all(apart < 0.2 for apart in worst)  # rounding sends some tokens to other experts
