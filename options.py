@@ -311,7 +311,9 @@ class RunConfig:
     keep_every: int = 0  # steps between checkpoints that stay, ckpt_step500.pt; 0: the newest two alone
     keep_best: bool = False  # the checkpoint of the lowest validation loss stays, ckpt_best.pt
     log_interval: int = 10  # steps between lines on the screen and in log.jsonl
-    lr: float = 2e-3  # peak rate, of a dense layer of width 768 under mup
+    lr: float = 2e-3  # peak rate; under mup of a dense layer of width base_width, and of biases, norms and embeddings
+    base_width: int = BASE_WIDTH  # mup: `lr` is the rate of a dense layer that reads so many features
+    base_ffn_expansion: int = 1  # mup: for ffn.down, so many times base_width features; published: 4 in small vision
     warmup_steps: int = 200  # of linear warm-up
     schedule: Literal["cosine", "constant", "wsd"] = "cosine"  # after the warm-up; wsd: warm-up, stable, linear decay
     min_lr_ratio: float = 0.1  # last rate / peak rate, for cosine and wsd
@@ -339,6 +341,11 @@ class RunConfig:
         check_seed("seed", self.seed)
         at_least(0, self, "save_minutes", "keep_every", "bucket_mb", "lr", "warmup_steps", "min_lr_ratio")
         at_least(0, self, "weight_decay", "grad_clip")
+        at_least(1, self, "base_width", "base_ffn_expansion")
+        for name, default in (("base_width", BASE_WIDTH), ("base_ffn_expansion", 1)):
+            if self.parametrization == "standard" and getattr(self, name) != default:
+                why = " with parametrization='standard', where all parameters learn at lr"
+                raise UnusedOption(name, getattr(self, name), why)
         if self.eval_top_k is not None:
             if self.moe == "none":
                 raise UnusedOption("eval_top_k", self.eval_top_k, " with moe='none', which has no experts")
