@@ -11,7 +11,7 @@ import math
 import os
 import re
 import signal
-from dataclasses import fields
+from dataclasses import asdict, fields
 from functools import partial
 from typing import get_args, get_type_hints
 
@@ -86,10 +86,10 @@ def caches(tmp_path_factory, monkeypatch):
 
 @pytest.mark.parametrize("structure", ["dense", "btt"])
 def test_mlp_is_what_it_says(structure):
-    config = Config(**{**TINY, "structure": structure, "shuffle_pixels": True})
+    config = Config(**{**TINY, "structure": structure})
     model = randomised(MLP(config))
     x = torch.randn(5, 1, 8, 8)
-    order = torch.randperm(64, generator=torch.Generator().manual_seed(42))
+    order = np.random.default_rng(42).permutation(64)  # the published one
 
     def dense(layer, x):
         return x @ layer.materialize().T + layer.bias
@@ -151,6 +151,28 @@ def test_flops_are_those_executed(options):
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         model(torch.randn(7, 1, 8, 8))
     assert counter.get_total_flops() == 7 * model.flops()
+
+
+def test_pixels_of_mlps_are_shuffled_unless_asked_not_to():
+    assert Config(**TINY).shuffle_pixels is True and not Config(**TINY_VIT).shuffle_pixels
+    for name in ("mlp_cifar10", "mlp_cifar100", "quickstart"):
+        assert load_config(Config, [f"vision/config/{name}.py"]).shuffle_pixels is True
+    as_they_are = Config(**TINY, shuffle_pixels=False)
+    assert not hasattr(MLP(as_they_are), "order") and hasattr(MLP(Config(**TINY)), "order")
+    for options in (TINY, TINY_VIT):  # what config.json has of a run makes the same run
+        config = Config(**options)
+        assert asdict(Config(**asdict(config))) == asdict(config)
+
+
+def test_a_run_with_unshuffled_pixels_resumes_as_it_was(tmp_path, capsys):
+    options = {**TINY, "max_steps": 2, "eval_interval": 2, "warmup_steps": 0, "out_dir": tmp_path / "run"}
+    vision.train.main(words({**options, "shuffle_pixels": False}))
+    more = {**options, "max_steps": 4, "resume": True}
+    with pytest.raises(ConfigError, match="shuffle_pixels=True, but the checkpoint in .* has False: give that"):
+        vision.train.main(words(more))
+    capsys.readouterr()
+    vision.train.main(words({**more, "shuffle_pixels": False}))
+    assert "going on from step 2" in capsys.readouterr().out
 
 
 def test_start_at_zero_and_rates_of_the_published_input_layer():
