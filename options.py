@@ -46,7 +46,8 @@ class BlockConfig:
     num_experts: int = 8  # of a mixture; `rank` is the rank of one
     top_k: int = 2  # experts that a token has; of 1, routers learn from the auxiliary loss alone
     share_router: bool = False  # with moe="linear": q, k and v pick the same experts
-    normalize: bool = True  # cap the RMS of each core at its initial value
+    normalize: bool = True  # cap the RMS of each core of structured layers at its initial value
+    normalize_dense: bool = False  # that of dense matrices, too: they then stand high learning rates as well
     activation_checkpointing: bool = False  # keep only the blocks' inputs for backward: less memory, 1/3 more FLOPs
 
     roles = ROLES  # of the model's layers
@@ -80,7 +81,21 @@ class BlockConfig:
         if self.align_heads and all(self.layer_options(role)["structure"] == "dense" for role in attention):
             remedy = "leave it out, or make one of them btt or monarch"
             raise UnusedOption("align_heads", True, " with dense q, k, v and proj", remedy)
+        self._check_cap_of_dense_layers()
         self._check_mixtures()
+
+    def _check_cap_of_dense_layers(self):
+        if not self.normalize_dense and self.parametrization == "mup":
+            return
+        of_roles = [self.layer_options(role) for role in self.layer_widths()]
+        dense = [options for options in of_roles if options["structure"] == "dense"]
+        if self.normalize_dense and not dense:
+            raise UnusedOption("normalize_dense", True, ", but no layer is dense", "leave it out, or make one dense")
+        if self.parametrization == "standard" and any(options["normalize"] for options in dense):
+            raise ConfigError(
+                "the RMS cap of dense layers is for their initial size under muP, not for GPT-2's 0.02: "
+                f"leave out normalize_dense={self.normalize_dense} and overrides of it, or take parametrization='mup'"
+            )
 
     def layer_widths(self):
         """{role: (d_in, d_out)} of the model's layers."""
@@ -243,8 +258,10 @@ class BlockConfig:
         elif any(_covers(name, role) for name in self.structured_layers):
             options = ours
         else:
-            return {"structure": "dense"}
-        if options["structure"] != "dense":
+            options = {"structure": "dense"}
+        if options["structure"] == "dense":
+            options.setdefault("normalize", self.normalize_dense)
+        else:
             options.setdefault("normalize", self.normalize)
             if self.align_heads and role.startswith("attn."):
                 if options["structure"] not in ("btt", "monarch"):
