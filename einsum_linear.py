@@ -35,11 +35,14 @@ from theta import ChainSizes, Sizes, factor_sizes, layer_sizes, multiplications,
 
 
 class Dense(nn.Linear):
-    """A plain matrix, with the interface of CoreLinear."""
+    """A plain matrix, with the interface of CoreLinear: `normalize` caps its RMS and gives it a gain, as a core's there."""
 
-    def __init__(self, d_in, d_out, bias=False, zero_init=False):
+    def __init__(self, d_in, d_out, bias=False, zero_init=False, normalize=False, gain=True):
         self.zero_init = zero_init
         super().__init__(d_in, d_out, bias=bias)
+        self.normalize = normalize
+        self.gains = nn.Parameter(torch.ones(1)) if normalize and gain else None
+        self.matrix = None  # what forward uses inside multiplied_out
 
     def reset_parameters(self):
         self.init_std = [init_std(self.in_features, self.out_features)]
@@ -56,14 +59,19 @@ class Dense(nn.Linear):
         return 2 * self.in_features * self.out_features
 
     def forward(self, x, after=None):
-        return super().forward(x if after is None else after(x))
+        W = self.materialize() if self.matrix is None else self.matrix
+        return nn.functional.linear(x if after is None else after(x), W, self.bias)
 
     def materialize(self):
-        return self.weight
+        if not self.normalize:
+            return self.weight
+        return self.weight * ((1 if self.gains is None else self.gains) / _excess(self.weight, self.init_std[0]))
 
     @torch.no_grad()
     def load_dense(self, W):
         self.weight.copy_(W)
+        if self.gains is not None:
+            self.gains.fill_(_excess(self.weight, self.init_std[0]))
 
 
 def apply_together(layers, x):
@@ -77,7 +85,7 @@ def apply_together(layers, x):
     if len(biases) not in (0, len(layers)):
         return [layer(x) for layer in layers]
     bias = torch.cat(biases) if biases else None
-    y = nn.functional.linear(x, torch.cat([layer.weight for layer in layers]), bias)
+    y = nn.functional.linear(x, torch.cat([layer.materialize() for layer in layers]), bias)
     return y.split([layer.out_features for layer in layers], dim=-1)
 
 
@@ -151,9 +159,11 @@ class CoreLinear(nn.Module):
 def multiplied_out(model):
     """In this block the structured layers of a model are dense matrices, multiplied out once: for a few tokens at a time.
 
-    A GPU that decodes waits for launches and for weights, not for FLOPs. Parameters must stay as they are meanwhile.
+    So are dense ones under an RMS cap. A GPU that decodes waits for launches and for weights, not for FLOPs. Parameters
+    must stay as they are meanwhile.
     """
     layers = [module for module in model.modules() if isinstance(module, (EinsumLinear, ChainLinear))]
+    layers += [module for module in model.modules() if isinstance(module, Dense) and module.normalize]
     try:
         with torch.no_grad():
             for layer in layers:
@@ -428,7 +438,7 @@ def init_std(fan_in, fan_out):
 
 def make_linear(
     d_in, d_out, structure="btt", theta=None, rank=1, num_blocks=None, bias=False, num_cores=2,
-    heads_in=None, heads_out=None, normalize=True, gain=True, zero_init=False,
+    heads_in=None, heads_out=None, normalize=None, gain=True, zero_init=False,
 ):  # fmt: skip
     """A d_in -> d_out linear layer of the named structure.
 
@@ -440,15 +450,16 @@ def make_linear(
                "btt"        Block Tensor-Train of `num_cores` cores: every √d_out × √d_in block has the given `rank`
                "einsum"     any `theta`; its ρ sets the rank
     heads_out  number of heads that the output is made of, heads_in the input: blocks of a BTT or Monarch then are heads
-    normalize, gain and zero_init are as in CoreLinear.
+    normalize, gain and zero_init are as in CoreLinear; normalize=None caps all but dense matrices.
     Raises ConfigError, also for an option that the structure does not heed.
     """
     sizes = layer_sizes(
         d_in, d_out, structure, theta=theta, rank=rank, num_blocks=num_blocks, num_cores=num_cores,
         heads_in=heads_in, heads_out=heads_out,
     )  # fmt: skip
+    normalize = sizes is not None if normalize is None else normalize
     if sizes is None:
-        return Dense(d_in, d_out, bias=bias, zero_init=zero_init)
+        return Dense(d_in, d_out, bias=bias, zero_init=zero_init, normalize=normalize, gain=gain)
     kwargs = dict(bias=bias, normalize=normalize, gain=gain, zero_init=zero_init)
     if isinstance(sizes, Sizes):
         return EinsumLinear(sizes, **kwargs)

@@ -341,28 +341,29 @@ class BTTMixture(Mixture):
 
 
 class DenseMixture(Mixture):
-    """Experts are whole matrices: one core (E, d_in, d_out), without a cap, as dense layers are."""
+    """Experts are whole matrices: one core (E, d_in, d_out), without a cap by default, as dense layers are."""
 
-    def __init__(self, d_in, d_out, num_experts, top_k, active, routed, **kwargs):
+    def __init__(self, d_in, d_out, num_experts, top_k, active, routed, normalize=False, **kwargs):
         std = math.sqrt(active) * init_std(d_in, d_out)
         super().__init__(
-            d_in, d_out, num_experts, top_k, routed, [(num_experts, d_in, d_out)], stds=[std], normalize=False, **kwargs
-        )
+            d_in, d_out, num_experts, top_k, routed, [(num_experts, d_in, d_out)], stds=[std], normalize=normalize,
+            **kwargs,
+        )  # fmt: skip
 
     @property
     def flops_per_token(self):
         return 2 * self.top_k * self.in_features * self.out_features
 
     def product(self, x, index, gate):
-        return dense_moe(x, self.cores[0], index, gate)
+        return dense_moe(x, *self.effective_cores(), index, gate)
 
     def experts(self, x, ends, gate=None):
         """Sorted rows (m, d_in) -> (m, d_out), without bias."""
-        return dense_experts(x, self.cores[0], ends, gate)
+        return dense_experts(x, *self.effective_cores(), ends, gate)
 
     def materialize(self, gate):
         """The matrix (d_out, d_in) of a token whose gates are these, (E,)."""
-        return torch.einsum("k,kio->oi", gate, self.cores[0])
+        return torch.einsum("k,kio->oi", gate, *self.effective_cores())
 
 
 def make_mixture(d_in, d_out, num_experts, top_k, routed=True, mixed=True, **options):
@@ -376,7 +377,6 @@ def make_mixture(d_in, d_out, num_experts, top_k, routed=True, mixed=True, **opt
     kwargs = {name: options[name] for name in ("bias", "normalize", "gain", "zero_init") if name in options}
     active = top_k if mixed else 1
     if isinstance(expert, Dense):
-        kwargs = {name: value for name, value in kwargs.items() if name in ("bias", "zero_init")}
         return DenseMixture(d_in, d_out, num_experts, top_k, active, routed, **kwargs)
     check_mixture(options.get("structure"), getattr(expert, "sizes", expert))
     return BTTMixture(expert.sizes, num_experts, top_k, active, routed, **kwargs)

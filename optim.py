@@ -23,20 +23,24 @@ from moe import Router
 from options import BASE_WIDTH
 
 
-def lr_multipliers(model, base_width=BASE_WIDTH):
+def lr_multipliers(model, base_width=BASE_WIDTH, base_ffn_expansion=1):
     """{parameter name: learning-rate multiplier}, a float for each of the model's parameters.
 
-    base_width: the width of which `lr` is a dense layer's rate.
+    base_width          the width of which `lr` is a dense layer's rate
+    base_ffn_expansion  `lr` is the rate of an ffn.down that reads base_width times this many features: a factor on the
+                        multipliers of ffn.down (4 where the model that `lr` was tuned on has the usual FFN)
     """
     multipliers = {name: 1.0 for name, _ in model.named_parameters()}
     if model.config.parametrization == "standard":
         return multipliers
+    down = {module for block in model.blocks for module in block.ffn.down.modules()}
     for name, module in model.named_modules():
+        base = base_width * base_ffn_expansion if module in down else base_width
         if isinstance(module, (Dense, Router)):
-            multipliers[f"{name}.weight"] = base_width / module.in_features
+            multipliers[f"{name}.weight"] = base / module.in_features
         elif isinstance(module, CoreLinear):
             for i, fan_in in enumerate(module.fan_ins):
-                multipliers[f"{name}.cores.{i}"] = base_width / (fan_in * len(module.cores))
+                multipliers[f"{name}.cores.{i}"] = base / (fan_in * len(module.cores))
     return multipliers
 
 

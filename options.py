@@ -46,7 +46,8 @@ class BlockConfig:
     num_experts: int = 8  # of a mixture; `rank` is the rank of one
     top_k: int = 2  # experts that a token has; of 1, routers learn from the auxiliary loss alone
     share_router: bool = False  # with moe="linear": q, k and v pick the same experts
-    normalize: bool = True  # cap the RMS of each core at its initial value
+    normalize: bool = True  # cap the RMS of each core of structured layers at its initial value
+    normalize_dense: bool = False  # that of dense matrices, too: they then stand high learning rates as well
     activation_checkpointing: bool = False  # keep only the blocks' inputs for backward: less memory, 1/3 more FLOPs
 
     roles = ROLES  # of the model's layers
@@ -80,7 +81,21 @@ class BlockConfig:
         if self.align_heads and all(self.layer_options(role)["structure"] == "dense" for role in attention):
             remedy = "leave it out, or make one of them btt or monarch"
             raise UnusedOption("align_heads", True, " with dense q, k, v and proj", remedy)
+        self._check_cap_of_dense_layers()
         self._check_mixtures()
+
+    def _check_cap_of_dense_layers(self):
+        if not self.normalize_dense and self.parametrization == "mup":
+            return
+        of_roles = [self.layer_options(role) for role in self.layer_widths()]
+        dense = [options for options in of_roles if options["structure"] == "dense"]
+        if self.normalize_dense and not dense:
+            raise UnusedOption("normalize_dense", True, ", but no layer is dense", "leave it out, or make one dense")
+        if self.parametrization == "standard" and any(options["normalize"] for options in dense):
+            raise ConfigError(
+                "the RMS cap of dense layers is for their initial size under muP, not for GPT-2's 0.02: "
+                f"leave out normalize_dense={self.normalize_dense} and overrides of it, or take parametrization='mup'"
+            )
 
     def layer_widths(self):
         """{role: (d_in, d_out)} of the model's layers."""
@@ -243,8 +258,10 @@ class BlockConfig:
         elif any(_covers(name, role) for name in self.structured_layers):
             options = ours
         else:
-            return {"structure": "dense"}
-        if options["structure"] != "dense":
+            options = {"structure": "dense"}
+        if options["structure"] == "dense":
+            options.setdefault("normalize", self.normalize_dense)
+        else:
             options.setdefault("normalize", self.normalize)
             if self.align_heads and role.startswith("attn."):
                 if options["structure"] not in ("btt", "monarch"):
@@ -311,7 +328,9 @@ class RunConfig:
     keep_every: int = 0  # steps between checkpoints that stay, ckpt_step500.pt; 0: the newest two alone
     keep_best: bool = False  # the checkpoint of the lowest validation loss stays, ckpt_best.pt
     log_interval: int = 10  # steps between lines on the screen and in log.jsonl
-    lr: float = 2e-3  # peak rate, of a dense layer of width 768 under mup
+    lr: float = 2e-3  # peak rate; under mup of a dense layer of width base_width, and of biases, norms and embeddings
+    base_width: int = BASE_WIDTH  # mup: `lr` is the rate of a dense layer that reads so many features
+    base_ffn_expansion: int = 1  # mup: for ffn.down, so many times base_width features; published: 4 in small vision
     warmup_steps: int = 200  # of linear warm-up
     schedule: Literal["cosine", "constant", "wsd"] = "cosine"  # after the warm-up; wsd: warm-up, stable, linear decay
     min_lr_ratio: float = 0.1  # last rate / peak rate, for cosine and wsd
@@ -339,6 +358,11 @@ class RunConfig:
         check_seed("seed", self.seed)
         at_least(0, self, "save_minutes", "keep_every", "bucket_mb", "lr", "warmup_steps", "min_lr_ratio")
         at_least(0, self, "weight_decay", "grad_clip")
+        at_least(1, self, "base_width", "base_ffn_expansion")
+        for name, default in (("base_width", BASE_WIDTH), ("base_ffn_expansion", 1)):
+            if self.parametrization == "standard" and getattr(self, name) != default:
+                why = " with parametrization='standard', where all parameters learn at lr"
+                raise UnusedOption(name, getattr(self, name), why)
         if self.eval_top_k is not None:
             if self.moe == "none":
                 raise UnusedOption("eval_top_k", self.eval_top_k, " with moe='none', which has no experts")

@@ -137,7 +137,8 @@ def train(config, progress):
     watchdog = init_distributed(device, config.timeout)
     data = TokenData(config.data_dir, config.block_size)
     check_vocabulary(config, data.meta, progress.say)
-    run = build(config, device, dtype, world, watchdog.beat)
+    rates = partial(lr_multipliers, base_width=config.base_width, base_ffn_expansion=config.base_ffn_expansion)
+    run = build(config, device, dtype, world, watchdog.beat, multipliers_of=rates)
 
     def batch(step):
         """This process's share: inputs and targets, (micro_steps, micro_batch, block_size) int64."""

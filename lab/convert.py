@@ -126,7 +126,12 @@ def convert(model, config):
                 f"source={config.source}: its {name} is {type(layer).__name__}, not dense: convert from a dense model"
             )
     target = make_target(model.config, config)
-    theirs = pad_vocabulary(model.state_dict(), target.config.vocab_size)
+    theirs = model.state_dict()
+    for name, layer in linear_layers(model, needs="cores").items():
+        if layer.normalize:  # the matrix as used
+            theirs[f"{name}.weight"] = layer.materialize()
+            theirs.pop(f"{name}.gains", None)
+    theirs = pad_vocabulary(theirs, target.config.vocab_size)
     layers = linear_layers(target, needs="load_dense")
     structured = [name for name, layer in layers.items() if not isinstance(layer, Dense)]
     # Embeddings, norms, biases and matrices that stay dense have their names in both models.
@@ -138,7 +143,7 @@ def convert(model, config):
     errors = {}
     for name, layer in layers.items():
         W = theirs[f"{name}.weight"].double()  # (d_out, d_in); a tied head's is the embedding's
-        if not isinstance(layer, Dense):
+        if not isinstance(layer, Dense) or layer.normalize:
             layer.load_dense(W)
         approximation = layer.materialize().double()
         if getattr(layer, "normalize", False) and layer.gains is None:

@@ -376,6 +376,53 @@ def test_rms_cap_holds_and_only_above_the_initial_size():
     assert make_linear(64, 64, "btt", gain=False).gains is None
 
 
+def capped(W, gain, std):
+    """The matrix of a dense layer under the cap, by its definition."""
+    rms = W.square().mean().sqrt()
+    return gain * W * min(1.0, (std / rms).item())
+
+
+@pytest.mark.parametrize("scale", [0.5, 3.0])
+@pytest.mark.parametrize("gain", [True, False])
+def test_dense_layers_take_the_cap_too(scale, gain):
+    layer = make_linear(48, 96, "dense", normalize=True, gain=gain, bias=True).double()
+    with torch.no_grad():
+        layer.weight *= scale  # from the initial size
+        layer.bias += torch.randn(96)
+        if gain:
+            layer.gains.fill_(1.7)
+    x = torch.randn(5, 48, dtype=torch.double)
+    want = x @ capped(layer.weight, 1.7 if gain else 1.0, init_std(48, 96)).T + layer.bias
+    torch.testing.assert_close(layer(x), want, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(layer.materialize(), capped(layer.weight, 1.7 if gain else 1.0, init_std(48, 96)))
+    direction = torch.randn_like(layer.weight)  # a directional derivative, the cap's own part included
+    loss, h = lambda: layer(x).square().sum(), 1e-6
+    (of_weight,) = torch.autograd.grad(loss(), layer.weight)
+    with torch.no_grad():
+        layer.weight += h * direction
+        above = loss()
+        layer.weight -= 2 * h * direction
+        numeric = (above - loss()) / (2 * h)
+    torch.testing.assert_close((of_weight * direction).sum(), numeric, rtol=1e-6, atol=1e-6)
+
+
+def test_capped_dense_layers_load_a_matrix_join_and_cost_as_plain_ones():
+    layers = [make_linear(16, 24, "dense", normalize=True, gain=gain) for gain in (True, False, True)]
+    W = 5 * torch.randn(24, 16)
+    for layer in layers:
+        layer.load_dense(W)
+        scale = 1 if layer.gains is not None else init_std(16, 24) / W.square().mean().sqrt()
+        torch.testing.assert_close(layer.materialize(), scale * W)
+    x = torch.randn(7, 16)
+    for one, alone in zip(apply_together(layers, x), layers):
+        torch.testing.assert_close(one, alone(x))
+    with multiplied_out(torch.nn.ModuleList(layers)):
+        torch.testing.assert_close(layers[0](x), x @ W.T)
+    plain = make_linear(16, 24, "dense")
+    assert list(plain.state_dict()) == ["weight"] and plain.flops_per_token == layers[0].flops_per_token
+    assert torch.equal(plain(x), torch.nn.functional.linear(x, plain.weight))
+
+
 def test_zero_init_gives_zero_output_and_finite_gradients():
     layer = make_linear(64, 64, "btt", zero_init=True)
     y = layer(torch.randn(5, 64))

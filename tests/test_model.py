@@ -432,3 +432,40 @@ def test_a_token_costs_a_structured_model_what_it_costs_a_dense_one():
                 model.lm_head(model.trunk(idx[:, :1], cache)[:, -1])
         seen.append(operations.seen)
     assert seen[0] == seen[1] and len(seen[0]) > 50
+
+
+def test_the_cap_of_dense_layers_is_a_switch_of_the_model():
+    shape = dict(block_size=8, vocab_size=32, n_layer=1, n_head=2, d_model=16)
+    idx = torch.randint(32, (2, 8))
+    for moe in ("none", "linear", "ffn"):
+        options = dict(**shape, structure="dense", moe=moe)
+        torch.manual_seed(0)
+        plain = GPT(GPTConfig(**options))
+        torch.manual_seed(0)
+        model = GPT(GPTConfig(**options, normalize_dense=True))
+        added = model.state_dict().keys() - plain.state_dict().keys()
+        assert added and all(name.endswith(".gains") for name in added)
+        for each in (
+            plain,
+            model,
+        ):  # below the cap all is as it was; far above it, the size of a matrix does not matter
+            with torch.no_grad():
+                for parameter in each.parameters():
+                    parameter.uniform_(
+                        -0.1, 0.1, generator=torch.Generator().manual_seed(1)
+                    ) if parameter.dim() > 1 else None
+        torch.testing.assert_close(model.eval()(idx)[0], plain.eval()(idx)[0])
+        for core in (core for layer in model.modules() if getattr(layer, "normalize", False) for core in layer.cores):
+            core.data *= 100
+        before = model(idx)[0]
+        for core in (core for layer in model.modules() if getattr(layer, "normalize", False) for core in layer.cores):
+            core.data *= 100
+        torch.testing.assert_close(model(idx)[0], before)
+        assert not torch.allclose(before, plain(idx)[0])
+    one = GPTConfig(**shape, structure="btt", overrides={"attn.v": {"structure": "dense", "normalize": True}})
+    assert GPT(one).blocks[0].attn.v.gains is not None and one.layer_options("lm_head")["normalize"]
+    with pytest.raises(ConfigError, match="normalize_dense=True, but no layer is dense"):
+        GPTConfig(**shape, normalize_dense=True)
+    for options in (dict(normalize_dense=True), dict(overrides={"attn.v": {"structure": "dense", "normalize": True}})):
+        with pytest.raises(ConfigError, match="take parametrization='mup'"):
+            GPTConfig(**shape, structure="dense", parametrization="standard", **options)

@@ -1,6 +1,6 @@
 """A residual MLP on the flattened pixels of an image, or on any vector.
 
-    input layer, GELU, LayerNorm; blocks x + down(GELU(up(LayerNorm(x)))) of width -> 4 width -> width; head
+    pixels in random order; input layer, GELU, LayerNorm; blocks x + down(GELU(up(LayerNorm(x)))) of width -> 4 width -> width; head
 
 ("Compute Better Spent", ICML 2024, section 5; the LayerNorms as in "Searching for Efficient Linear
 Layers", NeurIPS 2024, section 5). What writes to the residual stream, and the head, start at zero.
@@ -8,6 +8,7 @@ Layers", NeurIPS 2024, section 5). What writes to the residual stream, and the h
 Shapes: B batch, D = channels · image_size², C = d_model.
 """
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -46,7 +47,8 @@ class MLP(nn.Module):
         self.head = linear(config, "head", zero_init=True)
         self.mixtures = Mixtures.of(self)
         if getattr(config, "shuffle_pixels", False):
-            order = torch.randperm(config.d_in, generator=torch.Generator().manual_seed(42), device="cpu")
+            # Or cores would read neighbouring pixels: an advantage that a dense layer does not have (results/vision.md).
+            order = torch.from_numpy(np.random.default_rng(42).permutation(config.d_in))
             self.register_buffer("order", order.to(self.input_norm.weight.device))
 
     def forward(self, x, targets=None):

@@ -54,12 +54,14 @@ class ImageConfig(MLPConfig):
     image_size: int = 32  # pixels a side
     channels: int = 3  # 1: grey
     n_classes: int = 10  # at least the data's
-    shuffle_pixels: bool = False  # MLP: pixels in another order, the same for all images
+    shuffle_pixels: bool | None = None  # MLP: pixels in random order, the same for all images; None: yes
     patch_size: int = 8  # ViT: pixels a side of what is one token
     pool: Literal["token", "mean"] = "token"  # ViT: the head reads a class token, or the mean of all
 
     def __post_init__(self):
         refuse(self, "model='mlp' has none", self.model == "mlp", patch_size=8, pool="token", **ATTENTION)
+        if self.shuffle_pixels is None:
+            self.shuffle_pixels = self.model == "mlp"
         refuse(self, "model='vit' has patches", self.model == "vit", shuffle_pixels=False)
         super().__post_init__()
         for name in ("image_size", "patch_size", "n_classes"):

@@ -12,7 +12,7 @@ from dataclasses import dataclass, fields
 from functools import partial
 
 from configurator import as_script, load_config
-from options import BASE_WIDTH, RunConfig, at_least, check_seed
+from options import RunConfig, at_least, check_seed
 from vision.options import ATTENTION, MLPConfig, refuse
 
 
@@ -27,7 +27,6 @@ class Config(RunConfig, MLPConfig):
     micro_batch: int = 4096  # inputs a process takes at a time; the rest of its batch is accumulated
     eval_inputs: int = 65_536  # inputs of an evaluation, the same ones every time
     lr: float = 1e-3  # peak rate, of a dense layer of width base_width; of biases and norms
-    base_width: int = BASE_WIDTH  # `lr` is the rate of a dense layer of this width
     input_lr: float = 1.0  # rate of the input layer, as a share of `lr`
     grad_clip: float = 0.0  # largest norm of the gradient; 0: no limit
     weight_decay: float = 0.0  # of matrices; a step takes lr * weight_decay off them
@@ -41,7 +40,7 @@ class Config(RunConfig, MLPConfig):
         refuse(self, "the MLP has none", True, **ATTENTION)
         MLPConfig.__post_init__(self)
         RunConfig.__post_init__(self)
-        at_least(1, self, "d_in", "teacher_layers", "teacher_width", "batch_size", "eval_inputs", "base_width")
+        at_least(1, self, "d_in", "teacher_layers", "teacher_width", "batch_size", "eval_inputs")
         at_least(0, self, "input_lr")
         check_seed("teacher_seed", self.teacher_seed)
         self.check_layers()

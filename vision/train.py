@@ -15,7 +15,7 @@ from dataclasses import dataclass, fields
 from functools import partial
 
 from configurator import ConfigError, as_script, load_config
-from options import BASE_WIDTH, RunConfig, at_least
+from options import RunConfig, at_least
 from vision.options import AugmentConfig, DataConfig, ImageConfig, refuse
 
 
@@ -29,7 +29,6 @@ class Config(RunConfig, AugmentConfig, DataConfig, ImageConfig):
     gpu_decode: bool = False  # streaming: JPEGs decoded on the GPU, by torchvision
     eval_resize: int | None = None  # streaming: shorter side before the central crop; None: image_size · 256 / 224
     lr: float = 1e-3  # peak rate, of a dense layer of width base_width; of biases, norms and embeddings
-    base_width: int = BASE_WIDTH  # `lr` is the rate of a dense layer of this width; published: 64, ViT-S/32: 256
     input_lr: float = 1.0  # rate of the input layer, whose fan-in is the same at all widths, as a share of `lr`
     ema: float = 0.0  # decay of a running mean of the weights, which is evaluated in their place; 0: none
     grad_clip: float = 0.0  # largest norm of the gradient; 0: no limit
@@ -41,7 +40,7 @@ class Config(RunConfig, AugmentConfig, DataConfig, ImageConfig):
         ImageConfig.__post_init__(self)
         AugmentConfig.__post_init__(self)
         RunConfig.__post_init__(self)
-        at_least(1, self, "batch_size", "base_width")
+        at_least(1, self, "batch_size")
         at_least(0, self, "input_lr")
         if self.workers is not None:
             at_least(0, self, "workers")
@@ -197,8 +196,8 @@ def split_batch(config, world):
 
 
 def multipliers(config, model):
-    """mup.lr_multipliers, but for the input layer: its fan-in does not grow with the width, so neither falls its rate."""
-    of_name = lr_multipliers(model, config.base_width)
+    """optim.lr_multipliers, but for the input layer: its fan-in does not grow with the width, so its rate does not fall."""
+    of_name = lr_multipliers(model, config.base_width, config.base_ffn_expansion)
     for name, parameter in model.input.named_parameters(prefix="input"):
         if parameter.dim() >= 2:
             of_name[name] *= model.input.in_features / config.base_width

@@ -27,7 +27,7 @@ usual = (128, 256, 512, 1024)
 widths = dict(zip(thetas, (usual, (64, 128, 256, 512), (192, 384, 768, 1536), usual, usual, usual)))
 small = dict(
     common=dict(
-        data_dir="data/cifar10_pixels", max_steps=3000, warmup_steps=100, schedule="constant", lr=1e-3, grad_clip=1.0,
+        data_dir="data/cifar10_pixels", max_steps=3000, warmup_steps=100, schedule="constant", lr=12e-3, grad_clip=1.0,
         eval_interval=150, eval_tokens=2048 * 192, log_interval=50, save=False,
     ),
     runs=[dict(structure="dense", d_model=d) for d in (64, 128, 256, 384)]

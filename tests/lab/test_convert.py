@@ -212,6 +212,23 @@ def test_full_rank_computes_the_same(parametrization, bias, idx, tmp_path):
         torch.testing.assert_close(target(idx)[0], source(idx)[0], atol=1e-3, rtol=1e-3)
 
 
+@pytest.mark.parametrize("capped_before", [False, True])
+@pytest.mark.parametrize(
+    "options", [["--normalize_dense"], [], ["--structured_layers=ffn", "--structure=low_rank", "--rank=36"]]
+)
+def test_dense_layers_under_the_cap_convert_to_and_from_others(capped_before, options, idx, tmp_path):
+    source = save_run(tmp_path / "dense", structure="dense", normalize_dense=capped_before)
+    with torch.no_grad():
+        source.blocks[0].attn.v.weight *= 20  # far beyond the cap
+    structure = [] if "--structure=low_rank" in options else ["--structure=dense"]
+    argv = [f"--source={tmp_path / 'dense'}", "--out_dir=none", *structure, *options]
+    target, errors = convert.convert(source, load_config(convert.Config, argv))
+    assert max(errors.values()) < 1e-5
+    assert (target.blocks[0].attn.v.gains is not None) == ("--normalize_dense" in options)
+    with torch.no_grad():
+        torch.testing.assert_close(target(idx)[0], source(idx)[0], atol=1e-3, rtol=1e-3)
+
+
 def test_converted_checkpoint_is_a_run_of_step_0_with_its_options(hugging_face, tmp_path, capsys):
     _, folder = hugging_face
     for _ in range(2):

@@ -11,7 +11,7 @@ import math
 import os
 import re
 import signal
-from dataclasses import fields
+from dataclasses import asdict, fields
 from functools import partial
 from typing import get_args, get_type_hints
 
@@ -30,6 +30,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
+import optim
+import train
 import vision.data
 import vision.regression
 import vision.train
@@ -38,10 +40,13 @@ from conftest import ROOT, losses, read_rows, run_forked, run_script, start_scri
 from data import TokenData
 from engine import checkpoint
 from kernels.cuda_graph import Graphed
+from model import GPT
+from train import Config as GPTRunConfig
 from train import build
 from vision.augment import OPERATION_NAMES, Augment, erase_boxes, inside, mix_boxes, moved, rand_operation
 from vision.data import Held, Order, Streamed, open_splits, random_box, rng
 from vision.mlp import MLP
+from vision.regression import Config as RegressionConfig
 from vision.train import Config, split_batch
 from vision.vit import ViT, patches
 
@@ -81,10 +86,10 @@ def caches(tmp_path_factory, monkeypatch):
 
 @pytest.mark.parametrize("structure", ["dense", "btt"])
 def test_mlp_is_what_it_says(structure):
-    config = Config(**{**TINY, "structure": structure, "shuffle_pixels": True})
+    config = Config(**{**TINY, "structure": structure})
     model = randomised(MLP(config))
     x = torch.randn(5, 1, 8, 8)
-    order = torch.randperm(64, generator=torch.Generator().manual_seed(42))
+    order = np.random.default_rng(42).permutation(64)  # the published one
 
     def dense(layer, x):
         return x @ layer.materialize().T + layer.bias
@@ -148,19 +153,81 @@ def test_flops_are_those_executed(options):
     assert counter.get_total_flops() == 7 * model.flops()
 
 
+def test_pixels_of_mlps_are_shuffled_unless_asked_not_to():
+    assert Config(**TINY).shuffle_pixels is True and not Config(**TINY_VIT).shuffle_pixels
+    for name in ("mlp_cifar10", "mlp_cifar100", "quickstart"):
+        assert load_config(Config, [f"vision/config/{name}.py"]).shuffle_pixels is True
+    as_they_are = Config(**TINY, shuffle_pixels=False)
+    assert not hasattr(MLP(as_they_are), "order") and hasattr(MLP(Config(**TINY)), "order")
+    for options in (TINY, TINY_VIT):  # what config.json has of a run makes the same run
+        config = Config(**options)
+        assert asdict(Config(**asdict(config))) == asdict(config)
+
+
+def test_a_run_with_unshuffled_pixels_resumes_as_it_was(tmp_path, capsys):
+    options = {**TINY, "max_steps": 2, "eval_interval": 2, "warmup_steps": 0, "out_dir": tmp_path / "run"}
+    vision.train.main(words({**options, "shuffle_pixels": False}))
+    more = {**options, "max_steps": 4, "resume": True}
+    with pytest.raises(ConfigError, match="shuffle_pixels=True, but the checkpoint in .* has False: give that"):
+        vision.train.main(words(more))
+    capsys.readouterr()
+    vision.train.main(words({**more, "shuffle_pixels": False}))
+    assert "going on from step 2" in capsys.readouterr().out
+
+
 def test_start_at_zero_and_rates_of_the_published_input_layer():
     config = Config(**{**TINY, "structure": "btt"}, input_lr=0.1)
     model = MLP(config)
     x = torch.randn(4, 1, 8, 8)
     assert torch.equal(model(x)[0], torch.zeros(4, 10))
     h = model.input_norm(F.gelu(model.input(x.flatten(1)), approximate="tanh"))
-    assert torch.equal(model.blocks[0](h)[0], h)
+    assert torch.equal(model.blocks[0](h), h)
     rates = vision.train.multipliers(config, model)
     # 64 = 8 x 8 -> 36: two cores, of fan-in 8 and 8; a dense layer would have 0.1
     assert rates["input.cores.0"] == pytest.approx(0.1 * 64 / (8 * 2)) and rates["input.bias"] == 0.1
     assert rates["head.weight"] == 64 / 36 and rates["input_norm.weight"] == 1
     dense = MLP(Config(**{**TINY, "structure": "dense"}, input_lr=0.1))
     assert vision.train.multipliers(dense.config, dense)["input.weight"] == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize("config_file", ["mlp_cifar10", "mlp_cifar100", "vit_cifar100", "regression", "pixels"])
+def test_ffn_down_learns_at_the_published_rates(config_file):
+    """Multipliers of "Compute Better Spent"'s code at width 1024: its base model of width 64 has FFNs of 4 x 64."""
+    cls, model = {"regression": (RegressionConfig, MLP), "pixels": (GPTRunConfig, GPT)}.get(config_file, (Config, None))
+    for structure, down, up in (("dense", [0.0625], [0.0625]), ("btt", [2.0, 2.0], [1.0, 1.0])):
+        config = load_config(cls, [f"vision/config/{config_file}.py", "--d_model=1024", f"--structure={structure}"])
+        with torch.device("meta"):
+            built = (model or vision.train.MODELS[config.model])(config)
+        rates = optim.lr_multipliers(built, config.base_width, config.base_ffn_expansion)
+        for role, want in (("ffn.down", down), ("ffn.up", up)):
+            assert [
+                value for name, value in rates.items() if f"blocks.2.{role}." in name and not ends_plain(name)
+            ] == want
+        if model is not GPT:
+            ours = vision.train.multipliers(config, built)
+            assert all(ours[name] == rates[name] for name in rates if not name.startswith("input."))
+
+
+def test_train_py_heeds_the_base_model(char_data, monkeypatch, tmp_path):
+    def build(*args, multipliers_of, **kwargs):
+        raise ConfigError(str(multipliers_of.keywords))
+
+    monkeypatch.setattr(train, "build", build)
+    options = dict(data_dir=char_data, device="cpu", base_width=64, base_ffn_expansion=4, out_dir=tmp_path, vocab_size=96,
+                   d_model=64, n_head=4, block_size=8, micro_batch=2, batch_tokens=16)  # fmt: skip
+    with pytest.raises(ConfigError, match=r"\{'base_width': 64, 'base_ffn_expansion': 4\}"):
+        train.main(words(options))
+
+
+def ends_plain(name):
+    return name.endswith(("bias", "gains"))
+
+
+def test_other_configs_keep_their_rates():
+    for cls, path in ((Config, "vision/config/vit_s32_imagenet.py"), (GPTRunConfig, "config/gpt2_btt.py")):
+        assert load_config(cls, [path]).base_ffn_expansion == 1
+    with pytest.raises(ConfigError, match="base_ffn_expansion=4 with parametrization='standard'"):
+        GPTRunConfig(parametrization="standard", structure="dense", base_ffn_expansion=4)
 
 
 def test_an_input_layer_of_rate_zero_stays_as_it_is(digits_held):

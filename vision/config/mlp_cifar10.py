@@ -21,6 +21,7 @@ max_steps = 500 * 50_000 // 1024  # 500 epochs
 warmup_steps = 0
 lr = 3e-3  # of a dense layer of width 64, and of biases and norms
 base_width = 64
+base_ffn_expansion = 4
 input_lr = 0.1
 eval_interval = 1000
 log_interval = 100

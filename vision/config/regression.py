@@ -17,5 +17,6 @@ dtype = "float32"  # in 16 bits the error ends where theirs begins
 warmup_steps = 0
 lr = 1e-3  # of a dense layer of width 64
 base_width = 64
+base_ffn_expansion = 4
 eval_interval = 1000
 log_interval = 1000

@@ -23,5 +23,6 @@ max_steps = 200 * 50_000 // 256  # 200 epochs
 warmup_steps = 0
 lr = 1e-3  # of a dense layer of width 64, and of biases, norms and embeddings
 base_width = 64
+base_ffn_expansion = 4
 eval_interval = 1000
 log_interval = 100
