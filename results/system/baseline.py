@@ -13,8 +13,8 @@ import torch
 
 sys.path.insert(0, sys.argv[1])
 from model import GPT
-from optim import make_optimizer
-from options import GPTConfig
+from optim import make_optimizers
+from options import GPTConfig, RunConfig
 
 CASES = {
     "GPT-2 124M, 32 x 1024": (GPTConfig(structure="dense", parametrization="standard", bias=True), 32, True),
@@ -34,7 +34,7 @@ for name, (config, batch, compiled) in CASES.items():
     with torch.device("cuda"):
         model = GPT(config)
         x, y = torch.randint(config.vocab_size, (2, batch, config.block_size))
-    optimizer = make_optimizer(model, 1e-3, 0.1)
+    optimizer = make_optimizers(model, RunConfig(lr=1e-3, weight_decay=0.1))
     fast = torch.compile(model) if compiled else model
     events = [torch.cuda.Event(enable_timing=True) for _ in range(26)]
     for event in events:
