@@ -6,9 +6,6 @@
 
 Writes config.json, log.jsonl, loss.png and ckpt.pt to out_dir, and experts.png of mixtures. Under torchrun each process
 drives one GPU (NCCL), or shares the CPU (gloo); batch_tokens is the batch of all of them together.
-
-To change: the schedule, lr_at; an update, Trainer.launch_step and what follows it; the optimizer, optim.py; what is
-learned, TokenTask (images: vision/train.py, which uses the same Trainer).
 """
 
 import math
@@ -90,7 +87,7 @@ def lr_at(step, config):
 
 
 class Trainer:
-    """One run: a model, its optimizers, and the loop that trains it; all processes together.
+    """One run: a model, its optimizers, and the loop that trains it; all processes together. Also of images (vision/).
 
         trainer = Trainer(config, TokenTask(config, device, data), device)
         stopped = trainer.run()

@@ -717,7 +717,7 @@ def test_no_room_for_a_kept_one_costs_nothing(tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     checkpoint.save(tmp_path, as_tensors(1, False), ["ckpt_best.pt"])
-    monkeypatch.setattr(checkpoint, "link", full)
+    monkeypatch.setattr(checkpoint, "link_or_copy", full)
     with pytest.raises(RunFailed, match=r"\(No space left on device\).*of step 1"):
         checkpoint.save(tmp_path, as_tensors(2, False), ["ckpt_best.pt"])
     assert sorted(os.listdir(tmp_path)) == ["ckpt.pt", "ckpt_best.pt"]
