@@ -430,6 +430,7 @@ class TokenTask:
 
 
 def main(argv):
+    """Train as the words of the command line say. OneLineExit where that cannot be, or fails."""
     config = load_config(TrainConfig, argv)
     what = f"micro_batch={config.micro_batch} sequences of {config.block_size} tokens"
     run_with_progress(train_gpt, config, f"{what}: lower micro_batch (batch_tokens stays)")

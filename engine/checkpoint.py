@@ -106,6 +106,7 @@ def save(out_dir, checkpoint, keep=()):
 
 
 def write_file(path, write):
+    """write(file) into a new file, which is on the disk when this returns."""
     with open(path, "wb") as file:
         write(file)
         file.flush()
