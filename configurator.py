@@ -19,11 +19,10 @@ import types
 import typing
 
 
-class ConfigError(SystemExit, ValueError):
-    """A user's mistake: one line that names option, value and remedy.
+class OneLineExit(SystemExit):
+    """Uncaught, it ends the program with one line on stderr and exit status 1, without a traceback.
 
-    Uncaught, it ends the program with that line on stderr and exit status 1, without a
-    traceback; only rank 0 of a distributed run prints it. Code may catch it as ValueError.
+    Only rank 0 of a distributed run prints the line.
     """
 
     def __init__(self, message):
@@ -32,6 +31,17 @@ class ConfigError(SystemExit, ValueError):
 
     def __str__(self):
         return self.message
+
+
+class RunFailed(OneLineExit, RuntimeError):
+    """A run that cannot continue though its options are in order: its loss is not finite, a disk or the GPU is full.
+
+    One line that says what happened, what is saved and what to do. Code may catch it as RuntimeError.
+    """
+
+
+class ConfigError(OneLineExit, ValueError):
+    """A user's mistake: one line that names option, value and remedy. Code may catch it as ValueError."""
 
     def about(self, what):
         """The same error, with what it is about in front of its message."""

@@ -8,24 +8,18 @@ Writes config.json, log.jsonl, loss.png and ckpt.pt to out_dir, and experts.png 
 drives one GPU (NCCL), or shares the CPU (gloo); batch_tokens is the batch of all of them together.
 """
 
-import json
 import math
 import os
-import shlex
-import signal
-import time
 from collections import deque
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from functools import partial
-from typing import NamedTuple
 
-from configurator import ConfigError, as_script, load_config
+from configurator import ConfigError, RunFailed, as_script, load_config
 from options import GPTConfig, RunConfig, at_least
 
 
 @dataclass
-class Config(RunConfig, GPTConfig):
+class TrainConfig(RunConfig, GPTConfig):
     data_dir: str = "data/owt_gpt2"  # of prepare_owt.py's files; data/stdlib_char96 prepares itself
     batch_tokens: int = 524_288  # tokens an update, all processes together
     eval_tokens: int = 2_097_152  # validation tokens, the same ones every time
@@ -44,32 +38,34 @@ class Config(RunConfig, GPTConfig):
 
 
 if __name__ == "__main__":  # a mistake is answered before torch is imported, which takes seconds
-    as_script(partial(load_config, Config))
+    as_script(partial(load_config, TrainConfig))
 
 import torch
 import torch.distributed as dist
 
-from data import TokenData, check_same_data, tokenizer_of
+from data import TokenData, tokenizer_of
 from engine import checkpoint, runlog
-from engine.compiling import missing_compiler, order_loops
+from engine.compiling import choose_compiling, choose_cuda_graphs, order_loops
 from engine.device import Numbers, Turn, choose_device, choose_dtype, device_name, peak_flops, to_device
-from engine.heartbeat import init_distributed
+from engine.failures import run_with_progress
+from engine.heartbeat import Watchdog, init_distributed
 from engine.parallel import (
     DropoutSeeds,
-    FlatGradients,
     check_gradients,
     clip_gradients,
     exchange_gradients,
     ranks,
-    replicate,
-    shard,
-    speak_for_this_rank,
+    split_batch,
+    spread_model,
     sum_over_ranks,
 )
+from engine.recorder import Recorder
+from engine.resuming import load_start
+from engine.signals import StopSignal
 from kernels.cuda_graph import Graphed
 from model import GPT
 from moe import auxiliary_loss, set_top_k
-from optim import lr_multipliers, make_optimizer, set_lr
+from optim import make_optimizers
 from prepare_owt import prepare_default
 from sample import Config as SampleConfig
 from sample import load_model, sample
@@ -90,451 +86,376 @@ def lr_at(step, config):
     return config.lr * (config.min_lr_ratio + (1 - config.min_lr_ratio) * fraction)
 
 
-def main(argv):
-    config = load_config(Config, argv)
-    what = f"micro_batch={config.micro_batch} sequences of {config.block_size} tokens"
-    in_one_line(train, config, f"{what}: lower micro_batch (batch_tokens stays)")
+class Trainer:
+    """One run: a model, its optimizers, and the loop that trains it; all processes together. Also of images (vision/).
 
+        trainer = Trainer(config, TokenTask(config, device, data), device)
+        stopped = trainer.run()
 
-def in_one_line(train, config, memory):
-    """train(config, progress), with one line where it fails; `memory` is that of a full GPU."""
-    progress = runlog.Silent() if ranks()[0] else runlog.Progress(config.max_steps)
-    try:
-        train(config, progress)
-    except ConfigError as error:
-        speak_for_this_rank(error)
-        raise
-    except torch.OutOfMemoryError:
-        shards = "" if config.shard == "fsdp" else ", --shard=fsdp on several GPUs"
-        checkpoints = "" if config.activation_checkpointing else ", --activation_checkpointing"
-        error = ConfigError(
-            f"GPU out of memory with {memory}{checkpoints}{shards}. {checkpoint.describe(config.out_dir)}"
+    config    a RunConfig
+    task      what is learned from what: a TokenTask, or another object with the same attributes and methods
+    watchdog  of init_distributed; None: nobody watches, of one process
+    progress  runlog.Progress; None: silent
+    """
+
+    def __init__(self, config, task, device, watchdog=None, progress=None):
+        self.config, self.task, self.device = config, task, device
+        self.watchdog, self.progress = watchdog or Watchdog(), progress or runlog.Silent()
+        self.say = self.progress.say
+        self.rank, _, self.world = ranks()
+        self.dtype = choose_dtype(config.dtype, device)
+        self.state = dict(step=0, seconds=0.0, best_val_loss=math.inf, wandb_id=None)  # and the tensors: a checkpoint
+        self.setup()
+
+    # -- before the loop
+
+    def setup(self):
+        """Model, optimizers and the update that they make: compiled, sharded, copied, as a CUDA graph, as config says."""
+        config, device = self.config, self.device
+        as_graph = choose_cuda_graphs(config, device, self.dtype, self.world)
+        compiling = choose_compiling(config, device)
+        if compiling:
+            order_loops(device)
+        torch.manual_seed(config.seed)
+        torch.set_float32_matmul_precision("high")
+        with device:
+            self.model = self.task.make_model()  # as written; its parameters are those of `fast` and `parallel`
+        self.dropout = DropoutSeeds(config, as_graph)
+        spread = spread_model(self.model, config, device, compiling, self.task.micro_steps)
+        self.fast, self.parallel, self.flat = spread  # to evaluate, to train; gradients to exchange afterwards
+        self.optimizers = self.task.make_optimizers(self.model)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
+        self.autocast = torch.autocast(device.type, self.dtype, enabled=self.dtype != torch.float32)
+        self.mixtures = self.model.mixtures
+        if self.mixtures is not None:  # the routers' reports: summed until they are read; of one update
+            self.reports, self.update_reports = self.mixtures.no_reports(device), self.mixtures.no_reports(device)
+        if as_graph and self.world == 1:
+            self.update = Graphed(self.update)
+        elif as_graph:  # exchanges stay outside: NCCL would not end before the graphs that hold one
+            self.run_passes, self.step_optimizers = Graphed(self.run_passes), Graphed(self.step_optimizers)
+
+    def start(self):
+        """Load what the run starts from, open its log, say what it will do, and evaluate once where that is not done."""
+        config, say = self.config, self.say
+        forward = self.task.flops(self.model)
+        peak = peak_flops(device_name(self.device)) if self.dtype != torch.float32 else None
+        peak_of_all = None if peak is None else peak * self.world
+        self.recorder = Recorder(config, self.task, 3 * forward, peak_of_all, self.progress)  # backward 2, forward 1
+        resume_step = self.load_state()
+        if self.rank == 0:
+            self.state["wandb_id"] = self.recorder.open(resume_step, self.state["wandb_id"])
+        units = dict(unit=self.task.unit, flops=forward)
+        table = runlog.model_table(
+            self.model, self.optimizers.multipliers, config.lr, **units, passes=partial(self.task.passes, self.model)
         )
-        speak_for_this_rank(error)
-        raise error from None
-    except Exception as error:
-        missing = missing_compiler(error)
-        if missing is None:
-            raise
-        error = ConfigError(missing)
-        speak_for_this_rank(error)
-        raise error from None
-    except KeyboardInterrupt:  # in training the loop itself ends, and saves
-        progress.say("stopped, outside of training")
-        raise SystemExit(130) from None
-    finally:
-        progress.close()
+        say(*table, sep="\n")
+        where = (self.world, self.task.micro_steps, device_name(self.device), self.dtype, peak)
+        plan = runlog.plan(config, self.model, *where, self.state["step"], **units, batch=self.task.units)
+        say(*plan, sep="\n")
+        self.stop, self.saves, self.turn = StopSignal(say, config.save), checkpoint.Saves(config, say), Turn()
+        self.launched = deque()  # updates that the device was given and the host has not waited for
+        self.ahead = 1 if self.device.type == "cuda" else 0  # so many of them, that the device never waits for the host
+        self.turn_step = self.state["step"] + 5  # compiled, and recorded as a CUDA graph, by then
+        if math.isinf(self.state["best_val_loss"]):  # not evaluated yet
+            self.evaluate(self.recorder.totals(self.state["step"]))
+        self.recorder.start_clock()
 
-
-def train(config, progress):
-    # -- processes and device
-    rank, local_rank, world = ranks()
-    rows, micro_steps = split_batch(config, world)  # sequences an update; passes that each process takes for its share
-    if rank == 0:
-        prepare_default(config.data_dir)
-    device = choose_device(config.device, local_rank)
-    dtype = choose_dtype(config.dtype, device)
-    watchdog = init_distributed(device, config.timeout)
-    data = TokenData(config.data_dir, config.block_size)
-    check_vocabulary(config, data.meta, progress.say)
-    rates = partial(lr_multipliers, base_width=config.base_width, base_ffn_expansion=config.base_ffn_expansion)
-    run = build(config, device, dtype, world, watchdog.beat, multipliers_of=rates)
-
-    def batch(step):
-        """This process's share: inputs and targets, (micro_steps, micro_batch, block_size) int64."""
-        share = rows // world
-        tensors = data.train_batch(config.seed, step, rows, rank * share, (rank + 1) * share)
-        shape = (micro_steps, config.micro_batch, config.block_size)
-        return [to_device(tensor.reshape(shape), device) for tensor in tensors]
-
-    def validate():
-        return {"val_loss": evaluate(run.fast, data, config, device, run.autocast, rank, world, watchdog.beat)}
-
-    task = Task(
-        batch, validate, data.meta, unit="token", units=config.batch_tokens, flops=run.model.flops_per_token(),
-        shape={field.name for field in fields(GPTConfig)} - {"fused_loss"},
-    )  # fmt: skip
-    stopped = fit(config, progress, run, task, device, dtype, watchdog, micro_steps)
-    if rank == 0:
-        if config.sample_tokens and not stopped:
-            print_sample(config, device)
-        say_summary(config, progress, device)
-
-
-class Task(NamedTuple):
-    """What `fit` does not know of a run: its data, and what they are counted in."""
-
-    batch: Callable  # step -> this process's share: x, y, or the tensors that build's `prepare` makes x, y of
-    validate: Callable  # () -> figures of the row of an evaluation, "val_loss" among them
-    meta: dict  # plain values about the data, for the checkpoint
-    unit: str  # "token", "image"
-    units: int  # that many an update, all processes together
-    flops: int  # of a forward pass on one
-    shape: set  # options that make another model, which a resumed run must not change
-    passes: Callable = lambda role: 1  # of runlog.model_table
-    loss: str = "nats per token"  # what the loss is, for its picture
-
-
-def fit(config, progress, run, task, device, dtype, watchdog, micro_steps):
-    """Train to max_steps with log, evaluations and checkpoints; all processes together -> whether it was stopped before."""
-    rank, _, world = ranks()
-    say = progress.say
-    model, optimizer, scaler = run.model, run.optimizer, run.scaler
-    flops = 3 * task.flops  # forward 1, backward 2
-    peak = peak_flops(device_name(device)) if dtype != torch.float32 else None
-    shape = task.shape - {"dropout", "activation_checkpointing"}  # which may change
-
-    # -- a run that goes on, or a new one
-    state = dict(step=0, seconds=0.0, best_val_loss=math.inf, wandb_id=None)
-    saved = None
-    if config.resume or watchdog.restarts > 0:
-        saved = checkpoint.load(config.out_dir, say)
-    if saved is not None:
-        check_same_model(config, saved["config"], shape, say)
-        check_same_data(task.meta, saved["meta"], say)
-        checkpoint.restore(saved, model, optimizer)
-        if saved["scaler"]:  # empty where the checkpoint is of lab.convert, or of a run without float16
-            scaler.load_state_dict(saved["scaler"])
-        state = {key: saved[key] for key in state}
-        done = f", nothing is left of max_steps={config.max_steps}" if state["step"] >= config.max_steps else ""
-        say(f"{config.out_dir}: going on from step {state['step']}{done}")
-    elif config.resume:
-        say(f"{config.out_dir}: no checkpoint to go on from, starting at step 0")
-    if saved is None and config.init_from:
-        start_from(config, model, shape, say)
-    log = wandb_run = None
-    if rank == 0:
-        if config.wandb:
-            wandb_run = runlog.start_wandb(config.wandb_project, asdict(config), state["wandb_id"])
-            state["wandb_id"] = wandb_run.id
-        log = open_log(config, None if saved is None else state["step"], say)
-    del saved
-    units = dict(unit=task.unit, flops=task.flops)
-    say(*runlog.model_table(model, run.multipliers, config.lr, **units, passes=task.passes), sep="\n")
-    where = (world, micro_steps, device_name(device), dtype, peak)
-    say(*runlog.plan(config, model, *where, state["step"], **units, batch=task.units), sep="\n")
+    def load_state(self):
+        """Take what the run starts from -> its step; None of a new run."""
+        again = self.config.resume or self.watchdog.restarts > 0
+        saved = load_start(self.config, self.task, self.model, self.optimizers, self.scaler, again, self.say)
+        if saved is None:
+            return None
+        self.state = {key: saved[key] for key in self.state}
+        self.recorder.seconds = self.state["seconds"]
+        return self.state["step"]
 
     # -- the loop
-    stop, saves, turn = StopSignal(say, config.save), checkpoint.Saves(config, say), Turn()
-    sent = deque()  # updates that the device was given and the host has not waited for
-    ahead = 1 if device.type == "cuda" else 0  # so many of them, that the device never waits for the host
-    lap = Lap()
-    stopping = False
 
-    def send():
-        """Give the next update to the device."""
-        step = state["step"]
-        lr = lr_at(step, config)
-        set_lr(optimizer, lr)
-        run.dropout.update(step, rank * micro_steps)
-        batch = task.batch(step)
-        watchdog.beat(step)
-        loss, aux, norm = run.update(*batch).unbind()
-        asked = (torch.full_like(loss, asked) for asked in (stop.asked, saves.asked()))
-        agreed = torch.stack((loss / world, aux / world, *asked))
-        watchdog.beat()
-        if world > 1:
+    def run(self):
+        """Train to max_steps, with log, evaluations and checkpoints -> whether it was asked to stop before."""
+        self.start()
+        config, state, stopping = self.config, self.state, False
+        while state["step"] < config.max_steps and not stopping:
+            self.wait_for_turn()
+            self.launch_step()
+            evaluating = state["step"] % config.eval_interval == 0 or state["step"] == config.max_steps
+            saving = self.saves.due(state["step"])
+            while self.launched and (evaluating or stopping or saving or len(self.launched) > self.ahead):
+                row, stop_asked, save_asked = self.finish_step()
+                stopping, saving = stopping or stop_asked, saving or save_asked
+                latest = not self.launched  # the model is as of this row
+                if latest and (evaluating or stopping):
+                    self.evaluate(row)
+                    continue
+                if row["step"] % config.log_interval == 0:
+                    self.recorder.write(row)
+                if latest and saving:
+                    self.save()
+        self.finish(stopping)
+        return stopping
+
+    def launch_step(self):
+        """Give the next update to the device: rate, batch, update; the host does not wait for its end."""
+        step = self.state["step"]
+        lr = lr_at(step, self.config)
+        self.optimizers.set_lr(lr)
+        self.dropout.seed_update(step, self.rank * self.task.micro_steps)
+        batch = self.task.batch(step)
+        self.watchdog.beat(step)
+        loss, aux, norm = self.update(*batch).unbind()
+        asked = (torch.full_like(loss, asked) for asked in (self.stop.asked, self.saves.asked()))
+        agreed = torch.stack((loss / self.world, aux / self.world, *asked))
+        self.watchdog.beat()
+        if self.world > 1:
             dist.all_reduce(agreed)
-        sent.append((step + 1, lr, Numbers(torch.cat((agreed, norm.view(1))))))
-        state["step"] = step + 1
+        self.launched.append((step + 1, lr, Numbers(torch.cat((agreed, norm.view(1))))))
+        self.state["step"] = step + 1
 
-    def receive():
-        """Wait for the oldest update that was sent -> its row; whether any process asked to stop, and to save."""
-        step, lr, numbers = sent.popleft()
-        loss, aux, stop_asked, save_asked, norm = numbers.wait()
-        # GradScaler itself skips updates with overflown float16 gradients; anything else non-finite is an end.
-        if not math.isfinite(loss) or not (math.isfinite(norm) or scaler.is_enabled()):
-            raise ConfigError(
-                f"step {step}: loss {loss}, gradient norm {norm}; stopped, nothing of it is saved. "
-                f"{checkpoint.describe(config.out_dir)}; resume with a lower lr (it is {config.lr:g}) or more warmup_steps"
-            )
-        state["seconds"] += lap.step()
-        progress.step(step)
-        row = {**totals(step), "loss": loss, "lr": lr}
-        if math.isfinite(norm):
-            row["grad_norm"] = norm
-        if config.moe != "none":
-            row["aux_loss"] = aux
-        return row, stop_asked > 0, save_asked > 0
-
-    def totals(step):
-        return {
-            "step": step,
-            f"{task.unit}s": step * task.units,
-            "flops": step * task.units * flops,
-            "seconds": round(state["seconds"], 3),
-        }
-
-    def write(row):
-        if lap.steps:
-            speed = task.units * lap.steps / lap.seconds
-            row[f"{task.unit}s_per_second"] = round(speed, 1)
-            if peak is not None:
-                row["mfu"] = speed * flops / (peak * world)
-            lap.steps, lap.seconds = 0, 0.0
-        if rank == 0:
-            progress.row(row)
-            log.write(row)
-            if wandb_run is not None:
-                wandb_run.log(row, step=row["step"])
-
-    def evaluate_log_save(row):
-        """Figures of validation and of routing into the row; the row to the log; then a checkpoint, where one is wanted."""
-        if config.eval_top_k:
-            set_top_k(model, config.eval_top_k)
-        row.update(task.validate())
-        if config.eval_top_k:
-            set_top_k(model, config.top_k)
-        if run.reports is not None and "loss" in row:
-            row["moe"] = model.mixtures.figures(run.reports)
-            run.reports.zero_()
-        best = row["val_loss"] < state["best_val_loss"]
-        state["best_val_loss"] = min(state["best_val_loss"], row["val_loss"])
-        write(row)
-        if config.save:
-            save(best)
-        lap.start()
-
-    def save(best=False):
-        with watchdog.paused():
-            saves.save(
-                {
-                    **state, "config": asdict(config), "meta": task.meta, "model": model.state_dict(),
-                    "optimizer": checkpoint.optimizer_state(model, optimizer), "scaler": scaler.state_dict(),
-                },
-                best,
-            )  # fmt: skip
-        lap.start()
-
-    if math.isinf(state["best_val_loss"]):  # not evaluated yet
-        evaluate_log_save(totals(state["step"]))
-    lap.start()
-    compiled = state["step"] + 5  # and recorded as a CUDA graph, by then
-    while state["step"] < config.max_steps and not stopping:
-        if turn.path and state["step"] == compiled:
-            with watchdog.paused():
-                turn.take()
-            lap.start()
-        send()
-        due = state["step"] % config.eval_interval == 0 or state["step"] == config.max_steps
-        saving = saves.due(state["step"])
-        while sent and (due or stopping or saving or len(sent) > ahead):
-            row, stop_asked, save_asked = receive()
-            stopping, saving = stopping or stop_asked, saving or save_asked
-            if not sent and (due or stopping):
-                evaluate_log_save(row)
-                continue
-            if row["step"] % config.log_interval == 0:
-                write(row)
-            if not sent and saving:
-                save()
-
-    # -- what is left behind
-    turn.give()
-    watchdog.stop()
-    if world > 1:
-        dist.destroy_process_group()
-    if stopping:
-        saved = f"saved in {config.out_dir}: go on with --resume" if config.save else "not saved (save=False)"
-        say(f"stopped at step {state['step']}, {saved}")
-    if rank == 0:
-        progress.close()
-        runlog.plot_loss(log.path, os.path.join(config.out_dir, "loss.png"), task.loss)
-        if config.moe != "none":
-            runlog.plot_experts(log.path, os.path.join(config.out_dir, "experts.png"))
-        if wandb_run is not None:
-            wandb_run.finish()
-    return stopping
-
-
-def say_summary(config, progress, device):
-    memory = torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else None
-    progress.say(*runlog.summary(os.path.join(config.out_dir, "log.jsonl"), config, memory), sep="\n")
-
-
-class Run(NamedTuple):
-    """What an update needs."""
-
-    model: torch.nn.Module  # as written; its parameters are those of `fast`
-    fast: torch.nn.Module  # compiled or sharded, where asked for: for evaluation
-    optimizer: torch.optim.Optimizer
-    scaler: torch.amp.GradScaler
-    autocast: torch.autocast
-    update: Callable  # (*batch) -> loss, auxiliary loss, norm of the gradient
-    prepare: Callable  # (*batch) -> x, y, what an update does first
-    dropout: DropoutSeeds  # to be told of every update before it
-    multipliers: dict  # of the learning rate, by parameter name
-    reports: torch.Tensor | None  # of mixtures: the routers' reports of all processes, summed until they are read
-
-
-def build(
-    config, device, dtype, world, beat=lambda: None, Model=GPT, multipliers_of=lr_multipliers, micro_steps=None,
-    prepare=lambda x, y: (x, y),
-):  # fmt: skip
-    """Model, optimizer and the update that they make: compiled, sharded, replicated, as a CUDA graph, as config says.
-
-    Model(config)(x, y) -> (_, loss); it has `blocks`, which are sharded one by one. prepare(*batch) -> x, y is
-    done first in an update, as a part of its graph.
-    """
-    as_graph = choose_cuda_graphs(config, device, dtype, world)
-    compiling = device.type == "cuda" if config.compile is None else config.compile
-    if compiling and config.activation_checkpointing and config.moe != "none":
-        compiling = "blocks"  # torch.compile does not take a checkpointed block that leaves routings behind
-    if compiling:
-        order_loops(device)
-    torch.manual_seed(config.seed)
-    torch.set_float32_matmul_precision("high")
-    with device:
-        model = Model(config)
-    flat, (rank, _, _), dropout = None, ranks(), DropoutSeeds(config, as_graph)
-    if config.shard == "fsdp" and world > 1:
-        shard(model, device, compiling)
-        fast = parallel = model
-    else:
-        if compiling == "blocks":
-            for block in model.blocks:
-                block.compile()
-        fast = parallel = torch.compile(model) if compiling is True else model
-        if world > 1 and config.bucket_mb:
-            parallel = replicate(fast, device, micro_steps or split_batch(config, world)[1], config.bucket_mb)
-        elif world > 1:
-            flat = FlatGradients(model)
-    multipliers = multipliers_of(model)
-    betas = (0.9, config.beta2)
-    optimizer = make_optimizer(model, config.lr, config.weight_decay, betas, multipliers)
-    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
-    mixtures, reports = model.mixtures, None
-    if mixtures is not None:
-        reports, here = mixtures.no_reports(device), mixtures.no_reports(device)  # summed until read; of one update
-
-    def passes(*batch):
-        """Forward and backward passes on this process's share of a batch: x, y, or what `prepare` makes them of.
-
-        x, y (micro_steps, micro_batch, …), of a GPT int64 tokens -> (2,) float32: means of the loss and of the auxiliary one.
-        """
-        with torch.no_grad():
-            x, y = prepare(*batch)
-        micro_steps, total, total_aux = len(x), torch.zeros((), device=device), torch.zeros((), device=device)
-        if reports is not None:
-            here.zero_()
-        for i in range(micro_steps):
-            with exchange_gradients(parallel, wanted=i == micro_steps - 1):
-                beat()  # whoever hangs between two of these is behind the others
-                dropout.micro_batch(rank * micro_steps + i)
-                with autocast:
-                    _, loss = parallel(x[i], y[i])
-                beat()
-                scaler.scale(loss / micro_steps).backward()
-            if mixtures is None:
-                total += loss.detach() / micro_steps
-            else:
-                here.add_(mixtures.reports)
-                total += mixtures.cross_entropy / micro_steps
-                total_aux += auxiliary_loss(mixtures.reports) / micro_steps
-        if world > 1 and config.shard != "fsdp":
-            check_gradients(model)
-        if flat is not None:
-            flat.collect()
-        return torch.stack((total, total_aux))
-
-    def step():
-        """The optimizer's, on the gradients of all processes -> (1,) float32: their norm."""
-        if flat is not None:
-            flat.hand_out()
-        scaler.unscale_(optimizer)
-        norm = clip_gradients(model.parameters(), config.grad_clip or math.inf)
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad(set_to_none=True)
-        if reports is not None:
-            mixtures.balance(here)
-            reports.add_(here)
-        return norm.view(1)
-
-    def update(*batch):
-        """A batch's -> (3,) float32: loss and auxiliary loss of this process's share, norm of the whole gradient.
+    def update(self, *batch):
+        """Of a batch, this process's share -> (3,) float32: its loss and auxiliary loss, norm of the whole gradient.
 
         It never waits for the device, so that it can be a CUDA graph.
         """
-        losses = passes(*batch)
-        if flat is not None:
-            flat.exchange()
-        if reports is not None and world > 1:
-            dist.all_reduce(here)
-        return torch.cat((losses, step()))
+        losses = self.run_passes(*batch)
+        if self.flat is not None:
+            self.flat.exchange()
+        if self.mixtures is not None and self.world > 1:
+            dist.all_reduce(self.update_reports)
+        return torch.cat((losses, self.step_optimizers()))
 
-    if as_graph and world == 1:
-        update = Graphed(update)
-    elif as_graph:  # exchanges stay outside: NCCL would not end before the graphs that hold one
-        passes, step = Graphed(passes), Graphed(step)
-    return Run(model, fast, optimizer, scaler, autocast, update, prepare, dropout, multipliers, reports)
+    def run_passes(self, *batch):
+        """Forward and backward passes on this process's share of a batch, as of task.batch.
+
+        -> (2,) float32: means of the loss and of the auxiliary one.
+        """
+        with torch.no_grad():
+            x, y = self.task.prepare(*batch)  # (micro_steps, micro_batch, …)
+        total, total_aux = torch.zeros((), device=self.device), torch.zeros((), device=self.device)
+        if self.mixtures is not None:
+            self.update_reports.zero_()
+        for i in range(len(x)):
+            loss, aux = self.micro_step(i, x[i], y[i], len(x))
+            total += loss / len(x)
+            if aux is not None:
+                total_aux += aux / len(x)
+        if self.world > 1 and self.config.shard != "fsdp":
+            check_gradients(self.model)
+        if self.flat is not None:
+            self.flat.collect()
+        return torch.stack((total, total_aux))
+
+    def micro_step(self, i, x, y, micro_steps):
+        """Passes on micro-batch i of so many, x, y (micro_batch, …) -> its loss, its auxiliary loss or None."""
+        with exchange_gradients(self.parallel, wanted=i == micro_steps - 1):
+            self.watchdog.beat()  # whoever hangs between two of these is behind the others
+            self.dropout.seed_micro_batch(self.rank * micro_steps + i)
+            with self.autocast:
+                _, loss = self.parallel(x, y)
+            self.watchdog.beat()
+            self.scaler.scale(loss / micro_steps).backward()
+        if self.mixtures is None:
+            return loss.detach(), None
+        self.update_reports.add_(self.mixtures.reports)
+        return self.mixtures.cross_entropy, auxiliary_loss(self.mixtures.reports)
+
+    def step_optimizers(self):
+        """Clip the gradients of all processes, step, balance the routers -> (1,) float32: the norm before clipping."""
+        if self.flat is not None:
+            self.flat.hand_out()
+        self.scaler.unscale_(self.optimizers)
+        norm = clip_gradients(self.model.parameters(), self.config.grad_clip or math.inf)
+        self.scaler.step(self.optimizers)
+        self.scaler.update()
+        self.optimizers.zero_grad(set_to_none=True)
+        if self.mixtures is not None:
+            self.mixtures.balance(self.update_reports)
+            self.reports.add_(self.update_reports)
+        return norm.view(1)
+
+    def finish_step(self):
+        """Wait for the oldest update that was launched -> its row; whether any process was asked to stop, and to save."""
+        step, lr, numbers = self.launched.popleft()
+        loss, aux, stop_asked, save_asked, norm = numbers.wait()
+        # GradScaler itself skips updates with overflown float16 gradients; anything else non-finite is an end.
+        if not math.isfinite(loss) or not (math.isfinite(norm) or self.scaler.is_enabled()):
+            saved, lr = checkpoint.describe_newest(self.config.out_dir), f"{self.config.lr:g}"
+            raise RunFailed(
+                f"step {step}: loss {loss}, gradient norm {norm}; stopped, nothing of it is saved. "
+                f"{saved}; resume with a lower lr (it is {lr}) or more warmup_steps"
+            )
+        self.recorder.finish_step(step)
+        row = {**self.recorder.totals(step), "loss": loss, "lr": lr}
+        if math.isfinite(norm):
+            row["grad_norm"] = norm
+        if self.config.moe != "none":
+            row["aux_loss"] = aux
+        return row, stop_asked > 0, save_asked > 0
+
+    def evaluate(self, row):
+        """Figures of validation and of routing into the row; the row to the log; then a checkpoint, where one is wanted."""
+        config, state = self.config, self.state
+        if config.eval_top_k:
+            set_top_k(self.model, config.eval_top_k)
+        row.update(self.task.evaluate(self))
+        if config.eval_top_k:
+            set_top_k(self.model, config.top_k)
+        if self.mixtures is not None and "loss" in row:
+            row["moe"] = self.mixtures.figures(self.reports)
+            self.reports.zero_()
+        best = row["val_loss"] < state["best_val_loss"]
+        state["best_val_loss"] = min(state["best_val_loss"], row["val_loss"])
+        self.recorder.write(row)
+        if config.save:
+            self.save(best)
+        self.recorder.start_clock()
+
+    def save(self, best=False):
+        """Write a checkpoint; best: of the lowest validation loss so far."""
+        self.state["seconds"] = self.recorder.seconds
+        with self.watchdog.paused():
+            self.saves.save(
+                {
+                    **self.state, "config": asdict(self.config), "meta": self.task.meta, "model": self.model.state_dict(),
+                    "optimizer": self.optimizers.state_dict(), "scaler": self.scaler.state_dict(),
+                },
+                best,
+            )  # fmt: skip
+        self.recorder.start_clock()
+
+    def wait_for_turn(self):
+        """Runs that start side by side on one GPU compile together, then train one by one (device.Turn)."""
+        if self.turn.path and self.state["step"] == self.turn_step:
+            with self.watchdog.paused():
+                self.turn.take()
+            self.recorder.start_clock()
+
+    # -- after the loop
+
+    def finish(self, stopped):
+        """Leave the processes' group, and pictures and a message behind."""
+        self.turn.give()
+        self.watchdog.stop()
+        if self.world > 1:
+            dist.destroy_process_group()
+        if stopped:
+            out_dir = self.config.out_dir
+            saved = f"saved in {out_dir}: go on with --resume" if self.config.save else "not saved (save=False)"
+            self.say(f"stopped at step {self.state['step']}, {saved}")
+        self.recorder.close()
+
+    def say_summary(self):
+        """The run's main figures, and where its files are."""
+        on_gpu = self.device.type == "cuda"
+        memory = torch.cuda.max_memory_allocated(self.device) / 2**30 if on_gpu else None
+        log = os.path.join(self.config.out_dir, "log.jsonl")
+        self.say(*runlog.summary_of_run(log, self.config, memory), sep="\n")
 
 
-def choose_cuda_graphs(config, device, dtype, world):
-    """Whether an update runs as a CUDA graph, on several GPUs as two: by default where it can."""
-    reasons = [
-        (device.type != "cuda", f"device {device.type}"),
-        (world > 1 and config.shard == "fsdp", "shard=fsdp"),
-        (world > 1 and config.bucket_mb > 0, f"bucket_mb={config.bucket_mb}, whose exchange is within the passes"),
-        (dtype == torch.float16, "float16, whose scaler reads the gradients"),
-        (config.activation_checkpointing and config.dropout > 0, "activation_checkpointing with dropout"),
-    ]
-    against = [reason for holds, reason in reasons if holds]
-    if config.cuda_graphs and against:
-        raise ConfigError(f"cuda_graphs=True does not go with {against[0]}: leave it out")
-    return not against if config.cuda_graphs is None else config.cuda_graphs
+class TokenTask:
+    """What a Trainer does not know of a run: which model learns which data, and what they are counted in. Here: tokens.
+
+    unit, units   what an update takes, and how many of all processes together
+    loss_unit     what the loss is, for its picture
+    shape         names of the options that make another model, which a resumed run must not change
+    meta          plain values about the data, for the checkpoint
+    micro_steps   in which a process takes its share of a batch
+    """
+
+    unit, loss_unit = "token", "nats per token"
+    shape = {field.name for field in fields(GPTConfig)} - {"fused_loss"}
+
+    def __init__(self, config, device, data):
+        """data: TokenData. ConfigError where the batch does not divide."""
+        self.config, self.device, self.data = config, device, data
+        self.meta, self.units = data.meta, config.batch_tokens
+        self.rank, _, self.world = ranks()
+        self.rows, self.micro_steps = split_batch(config, self.world)  # sequences of an update; the above
+
+    def make_model(self):
+        """-> a model with model(x, y) -> (…, loss), `mixtures` (None without), and `blocks`, which are sharded one by one."""
+        return GPT(self.config)
+
+    def make_optimizers(self, model):
+        """-> optim.Optimizers for all parameters of the model."""
+        return make_optimizers(model, self.config)
+
+    def flops(self, model):
+        """Of a forward pass on one unit."""
+        return model.flops_per_token()
+
+    def passes(self, model, role):
+        """How often a unit makes a layer of this role work."""
+        return 1
+
+    def batch(self, step):
+        """This process's share, on the device: inputs and targets, (micro_steps, micro_batch, block_size) int64."""
+        share = self.rows // self.world
+        place = (self.rows, self.rank * share, (self.rank + 1) * share)
+        tensors = self.data.train_batch(self.config.seed, step, *place)
+        shape = (self.micro_steps, self.config.micro_batch, self.config.block_size)
+        return [to_device(tensor.reshape(shape), self.device) for tensor in tensors]
+
+    def prepare(self, x, y):
+        """A batch -> x, y, (micro_steps, micro_batch, …) both: the first part of an update, and of its CUDA graph."""
+        return x, y
+
+    @torch.no_grad()
+    def evaluate(self, trainer):
+        """-> figures of the evaluation's row: val_loss, the mean in nats a token.
+
+        Every rank takes its share, sums and counts are added up.
+        """
+        model, micro_batch = trainer.fast, self.config.micro_batch
+        model.eval()
+        rows = self.data.val_rows(self.config.eval_tokens)
+        offsets = rows[self.rank :: self.world]
+        sums = []  # of the losses, and numbers of tokens
+        # As many passes on every rank, for under FSDP a pass takes all of them; of one shape, so that nothing is
+        # compiled anew: rows that do not count fill up.
+        for start in range(0, -(-len(rows) // self.world), micro_batch):
+            trainer.watchdog.beat()
+            chosen = offsets[start : start + micro_batch]
+            x, y = self.data.val_batch([*chosen, *rows[:1].repeat(micro_batch - len(chosen))])
+            y = y.clone()
+            y[len(chosen) :] = -1
+            with trainer.autocast:
+                _, loss = model(to_device(x, self.device), to_device(y, self.device))
+            count = len(chosen) * self.config.block_size
+            of_these = torch.stack((loss * count, torch.full_like(loss, count)))
+            sums.append(of_these if count else torch.zeros(2, device=self.device))
+        total, count = sum_over_ranks(sums, self.device)
+        model.train()
+        return {"val_loss": total / count}
 
 
-def open_log(config, resume_step, say):
-    """out_dir with config.json and the log in it; an earlier run's is set aside where a new one starts."""
-    try:
-        if resume_step is None:
-            checkpoint.set_aside(config.out_dir, say)
-        os.makedirs(config.out_dir, exist_ok=True)
-        path = os.path.join(config.out_dir, "config.json")
-        with open(path + ".part", "w") as file:
-            json.dump(asdict(config), file, indent=1)
-        os.replace(path + ".part", path)
-    except OSError as error:
-        raise ConfigError(f"out_dir={config.out_dir} cannot be written ({error.strerror}): take another") from None
-    return runlog.RunLog(config.out_dir, resume_step)
+def main(argv):
+    """Train as the words of the command line say. OneLineExit where that cannot be, or fails."""
+    config = load_config(TrainConfig, argv)
+    what = f"micro_batch={config.micro_batch} sequences of {config.block_size} tokens"
+    run_with_progress(train_gpt, config, f"{what}: lower micro_batch (batch_tokens stays)")
 
 
-class Lap:
-    """Training's clock: steps and seconds since the last row of the log. It stands still for evaluation and saving."""
-
-    def __init__(self):
-        self.steps, self.seconds, self.mark = 0, 0.0, None
-
-    def start(self):
-        self.mark = time.perf_counter()
-
-    def step(self):
-        """-> seconds since the step before, or since the start."""
-        now = time.perf_counter()
-        elapsed, self.mark = now - self.mark, now
-        self.steps, self.seconds = self.steps + 1, self.seconds + elapsed
-        return elapsed
-
-
-def split_batch(config, world):
-    """-> sequences an update, micro-steps; ConfigError where batch_tokens does not divide."""
-    unit = config.block_size * config.micro_batch * world
-    if config.batch_tokens % unit:
-        near = max(1, round(config.batch_tokens / unit)) * unit
-        remedies = [f"batch_tokens={near}"]
-        share, rest = divmod(config.batch_tokens, config.block_size * world)  # sequences of a process
-        if rest == 0:
-            remedies.insert(0, f"micro_batch={math.gcd(share, config.micro_batch)}")
-        raise ConfigError(
-            f"batch_tokens={config.batch_tokens} is not divisible by block_size {config.block_size} x micro_batch "
-            f"{config.micro_batch} x {world} processes = {unit}: take {', or '.join(remedies)}"
-        )
-    return config.batch_tokens // config.block_size, config.batch_tokens // unit
+def train_gpt(config, progress):
+    """Train a GPT as config says; every process calls it. progress: runlog.Progress, or Silent of ranks that say nothing."""
+    rank, local_rank, world = ranks()
+    split_batch(config, world)  # a mistake is answered before data are made
+    if rank == 0:
+        prepare_default(config.data_dir)
+    device = choose_device(config.device, local_rank)
+    watchdog = init_distributed(device, config.timeout)
+    data = TokenData(config.data_dir, config.block_size)
+    check_vocabulary(config, data.meta, progress.say)
+    trainer = Trainer(config, TokenTask(config, device, data), device, watchdog, progress)
+    stopped = trainer.run()
+    if rank == 0:
+        if config.sample_tokens and not stopped:
+            print_sample(config, device)
+        trainer.say_summary()
 
 
 def check_vocabulary(config, meta, say):
+    """ConfigError where the data, of a meta.json, have more tokens than the model; a note where far fewer."""
     have, need = config.vocab_size, meta["vocab_size"]
     takes = next(
         iter(config.nearest("vocab_size", at_least=need)), need
@@ -545,80 +466,6 @@ def check_vocabulary(config, meta, say):
         )
     if need < have // 2 and takes < have:
         say(f"note: vocab_size={have}, but {config.data_dir} has {need} tokens: --vocab_size={takes} saves work")
-
-
-def check_same_model(config, saved, shape, say):
-    """A resumed run has the model it had, options of `shape`; others may change, and the change is said."""
-    for key, (value, was) in differences(config, saved, shape).items():
-        raise ConfigError(
-            f"{key}={value!r}, but the checkpoint in {config.out_dir} has {was!r}: give that, or another out_dir"
-        )
-    for key, (value, was) in differences(config, saved, saved.keys()).items():
-        if key not in ("resume", "out_dir", "init_from"):
-            say(f"resumed with {key}={value!r}, it was {was!r}")
-
-
-def differences(config, saved, keys):
-    """{option: (value here, value in a checkpoint's config)} of those `keys` that differ and both have."""
-    here = asdict(config)
-    keys = [key for key in here if key in keys and key in saved]
-    return {key: (here[key], saved[key]) for key in keys if here[key] != saved[key]}
-
-
-def start_from(config, model, shape, say):
-    """The weights of config.init_from, of a model with the same options of `shape`, into the model."""
-    saved = checkpoint.load(config.init_from, say)
-    if saved is None:
-        raise ConfigError(
-            f"init_from={config.init_from} holds no checkpoint: give the out_dir of a run, a checkpoint in it, "
-            "or nanoGPT's ckpt.pt"
-        )
-    others = differences(config, saved["config"], shape)
-    if others:
-        words = shlex.join(f"--{key}={theirs}" for key, (_, theirs) in others.items())
-        raise ConfigError(f"init_from={config.init_from} is of another model: give {words}")
-    checkpoint.restore(saved, model)
-    say(f"weights of step {saved['step']} of {saved['path']}; this run starts at step 0")
-
-
-class StopSignal:
-    """Ctrl-C and SIGTERM ask the loop to end, and to save where it does, after the step in progress."""
-
-    def __init__(self, say, saving=True):
-        self.asked, self.say, self.what = False, say, "saving" if saving else "ending"
-        for name in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(name, self.ask)
-
-    def ask(self, *_):
-        if not self.asked:
-            self.say(f"\nasked to stop: {self.what} after this step", flush=True)
-        self.asked = True
-
-
-@torch.no_grad()
-def evaluate(model, data, config, device, autocast, rank, world, beat=lambda: None):
-    """Mean validation loss in nats a token: every rank takes its share, sums and counts are added up."""
-    model.eval()
-    rows = data.val_rows(config.eval_tokens)
-    offsets = rows[rank::world]
-    sums = []  # of the losses, and numbers of tokens
-    # As many passes on every rank, for under FSDP a pass takes all of them; of one shape, so that nothing is
-    # compiled anew: rows that do not count fill up.
-    for start in range(0, -(-len(rows) // world), config.micro_batch):
-        beat()
-        chosen = offsets[start : start + config.micro_batch]
-        x, y = data.val_batch([*chosen, *rows[:1].repeat(config.micro_batch - len(chosen))])
-        y = y.clone()
-        y[len(chosen) :] = -1
-        with autocast:
-            _, loss = model(to_device(x, device), to_device(y, device))
-        count = len(chosen) * config.block_size
-        sums.append(
-            torch.stack((loss * count, torch.full_like(loss, count))) if count else torch.zeros(2, device=device)
-        )
-    total, count = sum_over_ranks(sums, device)
-    model.train()
-    return total / count
 
 
 def print_sample(config, device):

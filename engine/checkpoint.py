@@ -30,10 +30,11 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 
-from configurator import ConfigError
+from configurator import ConfigError, OneLineExit, RunFailed
 from engine.nanogpt import from_nanogpt, is_nanogpts
+from optim import copy_whole
 
 # Aside is what was newest, while the next takes its place. A directory's name has .dcp where the file's has .pt.
 PLACES = NEWEST, ASIDE, PREVIOUS = "ckpt.pt", "ckpt_aside.pt", "ckpt_prev.pt"
@@ -80,31 +81,32 @@ def save(out_dir, checkpoint, keep=()):
     """Write `checkpoint` as the newest of out_dir; a kill at any moment leaves a whole one behind.
 
     keep        names under which it stays when it is no longer the newest, "ckpt_best.pt"
-    checkpoint  {"model": {name: tensor}, "optimizer": {name: {key: tensor}}, and plain values: step, config, …}
+    checkpoint  {"model": {name: tensor}, "optimizer": Optimizers.state_dict(), and plain values: step, config, …}
     Every rank calls it and returns when all is done. Of DTensors each rank writes its parts, else rank 0 writes all.
-    ConfigError on every rank where writing fails on any.
+    RunFailed on every rank where writing fails on any.
     """
     sharded = any(isinstance(tensor, DTensor) for tensor in checkpoint["model"].values())
-    newest = os.path.join(out_dir, directory(NEWEST) if sharded else NEWEST)
+    newest = os.path.join(out_dir, directory_name(NEWEST) if sharded else NEWEST)
     partial = newest + ".part"
     try:
         if sharded:
             write_directory(partial, checkpoint)
         else:
-            everywhere(write_file, partial, lambda file: torch.save(checkpoint, file), only=0)
+            run_on_ranks(write_file, partial, lambda file: torch.save(checkpoint, file), only=0)
         for name in keep:
-            everywhere(keep_as, partial, os.path.join(out_dir, name), only=0)
-        everywhere(publish, out_dir, partial, newest, only=0)
-    except Failed as error:
-        with suppress(Failed):
-            everywhere(remove, partial, only=0)
-        raise ConfigError(
+            run_on_ranks(keep_as, partial, os.path.join(out_dir, name), only=0)
+        run_on_ranks(make_newest, out_dir, partial, newest, only=0)
+    except FailedOnARank as error:
+        with suppress(FailedOnARank):
+            run_on_ranks(remove_path, partial, only=0)
+        raise RunFailed(
             f"out_dir={out_dir}: {partial} cannot be written ({error}): make room there, or see to its permissions, then "
-            f"go on with --resume. What was saved before is intact; {describe(out_dir)}"
+            f"go on with --resume. What was saved before is intact; {describe_newest(out_dir)}"
         ) from None
 
 
 def write_file(path, write):
+    """write(file) into a new file, which is on the disk when this returns."""
     with open(path, "wb") as file:
         write(file)
         file.flush()
@@ -112,58 +114,58 @@ def write_file(path, write):
 
 
 def write_directory(path, checkpoint):
-    """Every rank its parts of the tensors, rank 0 the rest. Failed on every rank where any fails."""
+    """Every rank its parts of the tensors, rank 0 the rest. FailedOnARank on every rank where any fails."""
 
     def write_json(name, value):
         write_file(os.path.join(path, name), lambda file: file.write(json.dumps(value, indent=1).encode()))
 
     def begin():
-        remove(path)  # an earlier kill's
+        remove_path(path)  # an earlier kill's
         os.mkdir(path)
-        write_json("values.json", tagged({k: v for k, v in checkpoint.items() if k not in ("model", "optimizer")}))
+        write_json("values.json", tag_tuples({k: v for k, v in checkpoint.items() if k not in ("model", "optimizer")}))
 
     def sums():  # of the files that this rank wrote
-        rank, _ = ranks()
+        rank, _ = group_rank()
         own = [".metadata", "values.json"] if rank == 0 else []
         own += [name for name in os.listdir(path) if name.startswith(f"__{rank}_")]
-        return {name: checksum(os.path.join(path, name)) for name in own}
+        return {name: checksum_of(os.path.join(path, name)) for name in own}
 
     def finish(*sums):
         Reader(path).read_metadata()  # should it not be readable, better to know now
         write_json("manifest.json", {name: entry for of_rank in sums for name, entry in of_rank.items()})
-        flush(path)
+        flush_to_disk(path)
 
-    everywhere(begin, only=0)
+    run_on_ranks(begin, only=0)
     try:
         with warnings.catch_warnings(action="ignore"):
             planner = dcp.DefaultSavePlanner(flatten_state_dict=False)
-            dcp.save(flat(checkpoint), storage_writer=Writer(path), planner=planner)
+            dcp.save(flatten_checkpoint(checkpoint), storage_writer=Writer(path), planner=planner)
     except CheckpointException as failed:  # on every rank
-        raise Failed(reason(failed)) from None
-    everywhere(finish, *gather(everywhere(sums)), only=0)
+        raise FailedOnARank(cause_of(failed)) from None
+    run_on_ranks(finish, *gather_from_ranks(run_on_ranks(sums)), only=0)
 
 
 def keep_as(path, kept):
     """A second name for a whole checkpoint, of either format, in the place of what had it. Hard links, where there are any."""
     folder, place = os.path.split(kept)
-    kept = os.path.join(folder, directory(place)) if os.path.isdir(path) else kept
-    remove(kept + ".part")
+    kept = os.path.join(folder, directory_name(place)) if os.path.isdir(path) else kept
+    remove_path(kept + ".part")
     try:
         if os.path.isdir(path):
-            shutil.copytree(path, kept + ".part", copy_function=link)
+            shutil.copytree(path, kept + ".part", copy_function=link_or_copy)
         else:
-            link(path, kept + ".part")
-        for old in there(folder, place):
+            link_or_copy(path, kept + ".part")
+        for old in existing_paths(folder, place):
             if old != kept or os.path.isdir(old):
-                remove(old)
+                remove_path(old)
         os.replace(kept + ".part", kept)
     except OSError:
         with suppress(OSError):
-            remove(kept + ".part")
+            remove_path(kept + ".part")
         raise
 
 
-def link(source, target):
+def link_or_copy(source, target):
     try:
         os.link(source, target)
     except OSError:  # a file system without hard links
@@ -171,27 +173,27 @@ def link(source, target):
             write_file(target, lambda copy: shutil.copyfileobj(file, copy, 1 << 22))
 
 
-def publish(out_dir, partial, newest):
+def make_newest(out_dir, partial, newest):
     """`partial` becomes the newest, what was newest the one before; at any moment a whole one is in some place."""
-    settle(out_dir)
-    for path in there(out_dir, NEWEST):
-        os.replace(path, renamed(path, ASIDE))
+    move_aside_to_previous(out_dir)
+    for path in existing_paths(out_dir, NEWEST):
+        os.replace(path, path_in_place(path, ASIDE))
     os.replace(partial, newest)
-    flush(out_dir)
+    flush_to_disk(out_dir)
     with suppress(OSError):  # the new one is in its place: what cannot be tidied now is tidied after the next
-        settle(out_dir)
-        for path in there(out_dir, NEWEST, ".part"):  # an earlier kill's, in the other format
-            remove(path)
+        move_aside_to_previous(out_dir)
+        for path in existing_paths(out_dir, NEWEST, ".part"):  # an earlier kill's, in the other format
+            remove_path(path)
 
 
-def settle(out_dir):
+def move_aside_to_previous(out_dir):
     """Where a newest one is in its place, that aside becomes the one before. A kill may have come between."""
-    aside = there(out_dir, ASIDE)
-    if aside and there(out_dir, NEWEST):
-        for path in there(out_dir, PREVIOUS):
-            remove(path)
+    aside = existing_paths(out_dir, ASIDE)
+    if aside and existing_paths(out_dir, NEWEST):
+        for path in existing_paths(out_dir, PREVIOUS):
+            remove_path(path)
         for path in aside:
-            os.replace(path, renamed(path, PREVIOUS))
+            os.replace(path, path_in_place(path, PREVIOUS))
 
 
 class Writer(dcp.FileSystemWriter):
@@ -202,7 +204,7 @@ class Writer(dcp.FileSystemWriter):
         try:
             return super().write_data(plan, planner)
         except Exception as error:  # sent to the other ranks it would lose its cause, the system's own words
-            raise OSError(reason(error)) from None
+            raise OSError(cause_of(error)) from None
 
 
 # ---------------------------------------------------------------------------------------
@@ -215,14 +217,15 @@ def load(out_dir, say=print, alone=False):
     out_dir may be the path of one checkpoint instead, out/run/ckpt_best.pt (or .dcp), also of nanoGPT's ckpt.pt.
     Tensors are whole and on the CPU; a directory's are read when saved["model"] or saved["optimizer"] is asked for.
     Every rank calls it and gets the same checkpoint, unless alone=True. A damaged one is passed over with a message.
-    ConfigError where all are damaged, or where the ranks do not see the same.
+    RunFailed where all are damaged, ConfigError where the ranks do not see the same.
     """
-    rank, world = (0, 1) if alone else ranks()
+    rank, world = (0, 1) if alone else group_rank()
     asked, places = out_dir, PLACES
     if names_one(out_dir):
         out_dir, place = os.path.split(out_dir)
         places = [place.removesuffix(".dcp").removesuffix(".pt") + ".pt"]
-    views = gather([os.path.basename(path) for place in places for path in there(out_dir, place)], alone)
+    names = [os.path.basename(path) for place in places for path in existing_paths(out_dir, place)]
+    views = gather_from_ranks(names, alone)
     if any(view != views[0] for view in views):
         raise ConfigError(
             f"out_dir={out_dir}: not all ranks see the checkpoints that rank 0 sees: "
@@ -231,17 +234,17 @@ def load(out_dir, say=print, alone=False):
     damaged = []
     for place in places:
         whole = []
-        for path in [os.path.join(out_dir, name) for name in views[0] if name in (place, directory(place))]:
+        for path in [os.path.join(out_dir, name) for name in views[0] if name in (place, directory_name(place))]:
             try:
-                whole.append(everywhere(read, path, rank, world, asked != out_dir, alone=alone))
-            except Failed as error:
+                whole.append(run_on_ranks(read, path, rank, world, asked != out_dir, alone=alone))
+            except FailedOnARank as error:
                 damaged.append(path)
                 if rank == 0:
                     say(f"{path} is not a whole checkpoint ({error}): passed over")
         if whole:
             return max(whole, key=lambda saved: saved["step"])
     if damaged:
-        raise ConfigError(
+        raise RunFailed(
             f"out_dir={asked}: no whole checkpoint ({', '.join(damaged)} torn): start anew in another out_dir"
         )
     return None
@@ -284,7 +287,7 @@ class Sharded(dict):
     def __init__(self, path, rank, world):
         self.manifest = read_json(path, "manifest.json")
         for name in sorted(self.manifest)[rank::world]:
-            if checksum(os.path.join(path, name)) != self.manifest[name]:
+            if checksum_of(os.path.join(path, name)) != self.manifest[name]:
                 raise ValueError(f"{name} is damaged")
         metadata = Reader(path).read_metadata()
         entries = metadata.state_dict_metadata.items()
@@ -299,11 +302,11 @@ class Sharded(dict):
         if key not in ("model", "optimizer"):
             raise KeyError(key)
         tensors = {name: torch.empty_like(t, device="cpu") for name, t in self.blanks.items() if name.startswith(key)}
-        self.fill(tensors, alone=True)
-        self[key] = nested(tensors)[key]
+        self.read_into(tensors, alone=True)
+        self[key] = nest_checkpoint(tensors)[key]
         return self[key]
 
-    def fill(self, tensors, alone=False):
+    def read_into(self, tensors, alone=False):
         """Read {flat name: tensor or DTensor} in place, of a DTensor this rank's part."""
         path = self["path"]
         try:
@@ -313,7 +316,7 @@ class Sharded(dict):
             if read_json(path, "manifest.json") != self.manifest:
                 raise OSError("a newer one took its place meanwhile")
         except (OSError, CheckpointException) as error:
-            raise ConfigError(f"{path} was whole, but cannot be read: {reason(error)}: try again") from None
+            raise RunFailed(f"{path} was whole, but cannot be read: {cause_of(error)}: try again") from None
 
 
 class Reader(dcp.FileSystemReader):
@@ -344,24 +347,28 @@ class MetadataUnpickler(pickle.Unpickler):
 
 
 # ---------------------------------------------------------------------------------------
-# Model and optimizer
+# Model and optimizers
 
 
 @torch.no_grad()
-def restore(saved, model, optimizer=None):
-    """Put what `load` gave into model and optimizer, whole or split; without an optimizer, weights only.
+def restore(saved, model, optimizers=None):
+    """Put what `load` gave into a model and its optim.Optimizers, whole or split; without optimizers, weights only.
 
     Every rank calls it and reads its parts only. ConfigError where it is of another model.
     """
-    source = saved.blanks if isinstance(saved, Sharded) else flat(saved)
+    source = saved.blanks if isinstance(saved, Sharded) else flatten_checkpoint(saved)
     weights, state = model.state_dict(), {}
-    if optimizer is None:
+    if optimizers is None:
         source = {name: tensor for name, tensor in source.items() if name.startswith("model.")}
     else:
-        state = blank_state(model, optimizer, nested(source)["optimizer"])
-    target = flat({"model": weights, "optimizer": state})
+        state = optimizers.allocate_state(nest_checkpoint(source)["optimizer"])
+    target = flatten_checkpoint({"model": weights, "optimizer": state})
     check_shapes(saved["path"], source, target)
-    saved.fill(target) if isinstance(saved, Sharded) else fill(target, source)
+    if isinstance(saved, Sharded):
+        saved.read_into(target)
+    else:
+        for name, tensor in target.items():
+            copy_whole(tensor, source[name])
 
 
 def check_shapes(path, theirs, ours):
@@ -379,42 +386,7 @@ def check_shapes(path, theirs, ours):
     raise ConfigError(f"{path} is of another model: they differ in {name}")
 
 
-def fill(target, source):
-    """Copy {name: whole tensor} into {name: tensor or DTensor}, of a DTensor this rank's part."""
-    for name, tensor in target.items():
-        whole = source[name]
-        if isinstance(tensor, DTensor):  # every rank has the whole, nothing is sent
-            whole = distribute_tensor(whole, tensor.device_mesh, tensor.placements, src_data_rank=None)
-        tensor.copy_(whole)
-
-
-def optimizer_state(model, optimizer):
-    """{parameter name: Adam's state}: by name, and without rates, which belong to the schedule."""
-    model.state_dict()  # FSDP2 splits its root again, which an evaluation leaves with parameters that Adam does not know
-    return {name: optimizer.state[p] for name, p in model.named_parameters() if p in optimizer.state}
-
-
-@torch.no_grad()
-def load_optimizer_state(model, optimizer, state):
-    """Put back what optimizer_state gave, as whole tensors."""
-    blank = blank_state(model, optimizer, state)
-    fill(flat({"model": {}, "optimizer": blank}), flat({"model": {}, "optimizer": state}))
-
-
-def blank_state(model, optimizer, state):
-    """Zeros, placed and split as the parameters are, for what `state`, {name: {key: …}}, has -> optimizer_state"""
-    names = {p: name for name, p in model.named_parameters()}
-    for group in optimizer.param_groups:
-        on_device = group.get("fused") or group.get("capturable")  # the kernel wants Adam's step counter there too
-        for p in group["params"]:
-            if names.get(p) in state:
-                step = torch.zeros((), device=p.device if on_device else "cpu")
-                keys = state[names[p]]
-                optimizer.state[p] = {key: step if key == "step" else torch.zeros_like(p) for key in keys}
-    return optimizer_state(model, optimizer)
-
-
-def flat(checkpoint):
+def flatten_checkpoint(checkpoint):
     """{"model.<name>": tensor, "optimizer.<name>.<key>": tensor}, as DCP wants it."""
     tensors = {f"model.{name}": tensor for name, tensor in checkpoint["model"].items()}
     for name, state in checkpoint["optimizer"].items():
@@ -422,8 +394,8 @@ def flat(checkpoint):
     return tensors
 
 
-def nested(tensors):
-    """`flat` undone."""
+def nest_checkpoint(tensors):
+    """flatten_checkpoint undone."""
     checkpoint = {"model": {}, "optimizer": {}}
     for path, tensor in tensors.items():
         kind, name = path.split(".", 1)
@@ -443,7 +415,7 @@ def exists(out_dir):
     """Whether out_dir has a checkpoint, whole or not, or is one."""
     if names_one(out_dir):
         return os.path.exists(out_dir)
-    return any(there(out_dir, place) for place in PLACES)
+    return any(existing_paths(out_dir, place) for place in PLACES)
 
 
 # What a run writes into its out_dir.
@@ -475,39 +447,39 @@ def set_aside(out_dir, say=print, also=()):
     say(f"{out_dir} held an earlier run: moved to {aside}")
 
 
-def describe(out_dir):
+def describe_newest(out_dir):
     """Which checkpoint a run would go on from, in words. It waits for no other rank."""
-    if ranks()[0] != 0:
+    if group_rank()[0] != 0:
         return "rank 0 knows the last checkpoint"  # and prints it: no need for all to read
     try:
         saved = load(out_dir, say=lambda message: None, alone=True)
-    except ConfigError:
+    except OneLineExit:
         return "there is no whole checkpoint"
     return f"last checkpoint: {saved['path']} of step {saved['step']}" if saved else "there is no checkpoint"
 
 
-def directory(place):
+def directory_name(place):
     return place.removesuffix(".pt") + ".dcp"
 
 
-def renamed(path, place):
-    return os.path.join(os.path.dirname(path), directory(place) if path.endswith(".dcp") else place)
+def path_in_place(path, place):
+    return os.path.join(os.path.dirname(path), directory_name(place) if path.endswith(".dcp") else place)
 
 
-def there(out_dir, place, suffix=""):
+def existing_paths(out_dir, place, suffix=""):
     """What exists of a place's two paths."""
-    paths = [os.path.join(out_dir, name + suffix) for name in (place, directory(place))]
+    paths = [os.path.join(out_dir, name + suffix) for name in (place, directory_name(place))]
     return [path for path in paths if os.path.lexists(path)]
 
 
-def remove(path):
+def remove_path(path):
     if os.path.isdir(path) and not os.path.islink(path):
         shutil.rmtree(path)
     elif os.path.lexists(path):
         os.remove(path)
 
 
-def flush(path):
+def flush_to_disk(path):
     """Wait until a file's bytes, or a folder's names, are on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -516,7 +488,7 @@ def flush(path):
         os.close(descriptor)
 
 
-def checksum(path):
+def checksum_of(path):
     """[bytes, CRC32]"""
     crc = 0
     with open(path, "rb") as file:
@@ -525,13 +497,13 @@ def checksum(path):
         return [file.tell(), crc]
 
 
-def tagged(value):
+def tag_tuples(value):
     """JSON has no tuples: {"tuple": […]} is written for one, and read_json makes it one again."""
     if isinstance(value, dict):
-        return {key: tagged(item) for key, item in value.items()}
+        return {key: tag_tuples(item) for key, item in value.items()}
     if isinstance(value, tuple):
-        return {"tuple": tagged(list(value))}
-    return [tagged(item) for item in value] if isinstance(value, list) else value
+        return {"tuple": tag_tuples(list(value))}
+    return [tag_tuples(item) for item in value] if isinstance(value, list) else value
 
 
 def read_json(path, name):
@@ -543,38 +515,38 @@ def read_json(path, name):
 # Ranks
 
 
-class Failed(Exception):
+class FailedOnARank(Exception):
     """A step failed on one rank, and so on all."""
 
 
-def ranks():
+def group_rank():
     """-> this rank, number of ranks"""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
-def gather(value, alone=False):
+def gather_from_ranks(value, alone=False):
     """-> [the value of rank 0, of rank 1, …]"""
-    values = [value] * (1 if alone else ranks()[1])
+    values = [value] * (1 if alone else group_rank()[1])
     if len(values) > 1:
         dist.all_gather_object(values, value)
     return values
 
 
-def everywhere(work, *args, only=None, alone=False):
-    """-> work(*args), on this rank. Where it fails on one rank, Failed on every one: none goes on, none waits."""
+def run_on_ranks(work, *args, only=None, alone=False):
+    """-> work(*args), on this rank. Where it fails on one rank, FailedOnARank on every one: none continues, none waits."""
     result = failure = None
     try:
-        if only in (None, ranks()[0]):
+        if only in (None, group_rank()[0]):
             result = work(*args)
     except Exception as error:  # torch and zipfile have many kinds for a damaged file
-        failure = reason(error)
-    failures = [failure for failure in gather(failure, alone) if failure]
+        failure = cause_of(error)
+    failures = [failure for failure in gather_from_ranks(failure, alone) if failure]
     if failures:
-        raise Failed(failures[0])
+        raise FailedOnARank(failures[0])
     return result
 
 
-def reason(error):
+def cause_of(error):
     """One line, in the system's words where it had any."""
     if isinstance(error, CheckpointException):
         error, _ = next(iter(error.failures.values()))

@@ -1,4 +1,4 @@
-"""torch.compile, with a barrier that torch up to 2.13 leaves out of the kernels it makes for a GPU.
+"""What of a run is compiled or recorded, and a barrier that torch up to 2.13 leaves out of the kernels it makes for a GPU.
 
 A reduction over rows that its program reads in several turns is a loop. If a second loop reads back what the first has
 stored, another thread may have stored it, and nothing orders the two: of a standard MoE of width 256, compiled block
@@ -9,6 +9,33 @@ torch puts a barrier between since pytorch/pytorch#190519; here one follows ever
 import inspect
 
 import torch
+
+from configurator import ConfigError
+
+
+def choose_compiling(config, device):
+    """What torch.compile is given, by the options of a run: True (the model), "blocks" (each block) or False."""
+    compiling = device.type == "cuda" if config.compile is None else config.compile
+    if compiling and config.activation_checkpointing and config.moe != "none":
+        return "blocks"  # torch.compile does not take a checkpointed block that leaves routings behind
+    return compiling
+
+
+def choose_cuda_graphs(config, device, dtype, world):
+    """Whether an update runs as a CUDA graph, on several GPUs as two: by default where it can.
+
+    ConfigError where config.cuda_graphs asks for what cannot be."""
+    reasons = [
+        (device.type != "cuda", f"device {device.type}"),
+        (world > 1 and config.shard == "fsdp", "shard=fsdp"),
+        (world > 1 and config.bucket_mb > 0, f"bucket_mb={config.bucket_mb}, whose exchange is within the passes"),
+        (dtype == torch.float16, "float16, whose scaler reads the gradients"),
+        (config.activation_checkpointing and config.dropout > 0, "activation_checkpointing with dropout"),
+    ]
+    against = [reason for holds, reason in reasons if holds]
+    if config.cuda_graphs and against:
+        raise ConfigError(f"cuda_graphs=True does not go with {against[0]}: leave it out")
+    return not against if config.cuda_graphs is None else config.cuda_graphs
 
 
 def order_loops(device, kernel=None):

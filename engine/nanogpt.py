@@ -12,6 +12,7 @@ GPT2_VOCABULARIES = (50257, 50304)  # GPT-2's, and rounded up
 
 
 def is_nanogpts(saved):
+    """Whether what torch.load gave is a checkpoint of nanoGPT."""
     return isinstance(saved, dict) and {"model", "model_args"} <= saved.keys() and "step" not in saved
 
 

@@ -5,9 +5,6 @@ Under torchrun a process drives one GPU (NCCL), or shares the CPU (gloo).
 
 import math
 import os
-import signal
-import sys
-import time
 from contextlib import nullcontext
 
 import torch
@@ -16,7 +13,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from configurator import ConfigError
+from configurator import ConfigError, RunFailed
 
 
 def ranks():
@@ -26,17 +23,50 @@ def ranks():
     )
 
 
-def speak_for_this_rank(error):
-    """Print an error that only this rank may have met: of a ConfigError's line rank 0 alone says its own.
+def split_batch(config, world):
+    """-> sequences (or images, …) of an update, micro-steps in which a process takes its share of them.
 
-    Where rank 0 met it too, torchrun ends this process during the wait, and the line is said once. The wait is
-    long enough for a rank 0 that reads its last checkpoint before it ends.
+    config  has micro_batch, and batch_tokens and block_size, or else batch_size
+    ConfigError with values that fit where the batch does not divide.
     """
-    rank = ranks()[0]
-    if rank:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        time.sleep(15)
-        print(f"error: rank {rank}: {error}", file=sys.stderr, flush=True)
+    tokens = hasattr(config, "batch_tokens")
+    option, length = ("batch_tokens", config.block_size) if tokens else ("batch_size", 1)
+    batch, unit = getattr(config, option), length * config.micro_batch * world
+    if batch % unit:
+        remedies = [f"{option}={max(1, round(batch / unit)) * unit}"]
+        share, rest = divmod(batch, length * world)  # sequences of a process
+        micro_batch = math.gcd(share, config.micro_batch)
+        pairs = getattr(config, "mixup", 0) or getattr(config, "cutmix", 0)  # of which a micro-batch has whole ones
+        if not (rest or (pairs and micro_batch % 2)):
+            remedies.insert(0, f"micro_batch={micro_batch}")
+        of_each = f"block_size {length} x " if tokens else ""
+        raise ConfigError(
+            f"{option}={batch} is not divisible by {of_each}micro_batch {config.micro_batch} x {world} processes = {unit}: "
+            f"take {', or '.join(remedies)}"
+        )
+    return batch // length, batch // unit
+
+
+def spread_model(model, config, device, compiling, micro_steps):
+    """Compile a model and bring it to all processes -> fast, parallel, flat.
+
+    compiling   of compiling.choose_compiling
+    fast        the model as it is evaluated: itself, sharded in place, or compiled
+    parallel    as it is trained: `fast`, or DDP around it
+    flat        FlatGradients where copies exchange gradients after their passes, else None
+    Before the optimizers are made: sharded parameters are other objects.
+    """
+    world = ranks()[2]
+    if config.shard == "fsdp" and world > 1:
+        shard(model, device, compiling)
+        return model, model, None
+    if compiling == "blocks":
+        for block in model.blocks:
+            block.compile()
+    fast = torch.compile(model) if compiling is True else model
+    if world > 1 and config.bucket_mb:
+        return fast, replicate(fast, device, micro_steps, config.bucket_mb), None
+    return fast, fast, FlatGradients(model) if world > 1 else None
 
 
 def shard(model, device, compiling):
@@ -61,14 +91,14 @@ def without_logits(model, inputs, output):
 
 
 def check_gradients(model):
-    """ConfigError that names the trained parameters which a backward pass has left without a gradient.
+    """RunFailed that names the trained parameters which a backward pass has left without a gradient.
 
     Copies exchange the gradients of all parameters, or wait for them for ever.
     """
     without = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
     if without:
         others = f" and {len(without) - 1} more have" if len(without) > 1 else " has"
-        raise ConfigError(
+        raise RunFailed(
             f"{without[0]}{others} no gradient, which several processes would exchange: let the loss depend on it, "
             "or set its requires_grad to False"
         )
@@ -119,13 +149,13 @@ class DropoutSeeds:
     def __init__(self, config, as_graph):
         self.active, self.seed, self.as_graph, self.step = config.dropout > 0, config.seed, as_graph, 0
 
-    def update(self, step, first):
+    def seed_update(self, step, first):
         """Before update number `step`; first: number of this process's first micro-batch."""
         self.step = step
         if self.as_graph:
             self._set(first)
 
-    def micro_batch(self, number):
+    def seed_micro_batch(self, number):
         """Before the passes of a micro-batch."""
         if not self.as_graph:
             self._set(number)

@@ -6,6 +6,7 @@ a key is left out where there is no figure. Mixtures have aux_loss, which loss d
 the rows of evaluations, moe: moe.figures of each router, means since the evaluation before.
 """
 
+import errno
 import json
 import os
 import re
@@ -15,7 +16,7 @@ import statistics
 import sys
 from contextlib import contextmanager, suppress
 
-from configurator import ConfigError
+from configurator import ConfigError, RunFailed
 from theta import Sizes, rank_of
 
 # ---------------------------------------------------------------------------------------
@@ -23,7 +24,7 @@ from theta import Sizes, rank_of
 
 
 class RunLog:
-    """Writer of one run's log, on rank 0."""
+    """Writer of one run's log, on rank 0. Its methods fail as `writing` does."""
 
     def __init__(self, out_dir, resume_step=None):
         """resume_step: keep the rows up to it, for a run that goes on from there; None starts anew."""
@@ -35,17 +36,22 @@ class RunLog:
             os.replace(self.path + ".part", self.path)
 
     def write(self, row):
+        """Append a row, a dict of plain values."""
         with writing(self.path), open(self.path, "a") as file:
             file.write(json.dumps(row) + "\n")
 
 
 @contextmanager
 def writing(path, remedy="make room or give another out_dir"):
-    """A failure to write `path` (a full disk, no permission) as one line."""
+    """A failure to write `path` as one line: RunFailed of a full or broken disk, ConfigError of a path that cannot be one."""
     try:
         yield
     except OSError as error:
-        raise ConfigError(f"{path} cannot be written ({error.strerror or error}): {remedy}") from None
+        kind = RunFailed if error.errno in DISK_ERRORS else ConfigError
+        raise kind(f"{path} cannot be written ({error.strerror or error}): {remedy}") from None
+
+
+DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.ESTALE}
 
 
 def read_log(path):
@@ -83,7 +89,7 @@ def start_wandb(project, config, run_id):
 def model_table(model, multipliers, lr, unit="token", flops=None, passes=lambda role: 1):
     """Lines of a table of what will be trained: a row a layer, which counts that layer in all blocks.
 
-    multipliers  {parameter name: learning-rate multiplier}, as of mup.lr_multipliers
+    multipliers  {parameter name: learning-rate multiplier}, as of optim.lr_multipliers
     lr           the base rate
     unit, flops  what the model takes, and the FLOPs of its forward pass on one; None: model.flops_per_token()
     passes       role of a layer -> how often that makes the layer work: of an image, the number of its patches
@@ -113,7 +119,7 @@ def model_table(model, multipliers, lr, unit="token", flops=None, passes=lambda 
     rows = [*embeddings, *layers, *rest]
     parameters = sum(row["parameters"] for row in rows if row["parameters"] != "tied")
     rows.append(_table_row("total", "", [], "", parameters, sum(row["FLOPs"] for row in rows)))
-    names = {"FLOPs": f"FLOPs {a(unit)}"}
+    names = {"FLOPs": f"FLOPs {with_article(unit)}"}
     if not any(row["rank"] for row in rows):
         for row in rows:
             del row["rank"]
@@ -263,7 +269,7 @@ def plan(
         sizes = f"{_count(config.micro_batch, 'sequence')} of {config.block_size:,} tokens"
     steps = f"{config.max_steps:,} steps" if not first_step else f"steps {first_step:,} to {config.max_steps:,}"
     lines = [
-        f"{short(parameters)} parameters, {short(flops)} FLOPs {a(unit)} in training (3 x forward)",
+        f"{short(parameters)} parameters, {short(flops)} FLOPs {with_article(unit)} in training (3 x forward)",
         f"{steps} x {batch:,} {unit}s = {short(tokens)} {unit}s, {tokens * flops:.3g} FLOPs in all",
         f"{_count(world, 'process', 'processes')} x {_count(micro_steps, 'micro-step')} x "
         f"{sizes}, {device_name}, {str(dtype).removeprefix('torch.')}",
@@ -282,7 +288,7 @@ def plan(
     return lines
 
 
-def a(unit):
+def with_article(unit):
     return f"{'an' if unit[0] in 'aeiou' else 'a'} {unit}"
 
 
@@ -343,13 +349,13 @@ class Progress:
         if seconds_left is None and row["step"] and unit in row and speed:
             seconds_left = left * row[unit] / row["step"] / speed
         if not self.on_terminal:
-            return self.say(format_row(row, self.max_steps, seconds_left))
+            return self.say(progress_line(row, self.max_steps, seconds_left))
         if "loss" in row:
             self.latest, self.seconds_a_step = row, seconds_left / left if seconds_left and left else None
         self.open_bar(row["step"])
         self.step(row["step"])
         if "val_loss" in row:
-            self.say(format_row(row, self.max_steps, seconds_left))
+            self.say(progress_line(row, self.max_steps, seconds_left))
 
     def step(self, step):
         """Show that so many steps are done: cheap, the bar is drawn ten times a second at most."""
@@ -395,7 +401,7 @@ class Silent:
         pass
 
 
-def format_row(row, max_steps, seconds_left):
+def progress_line(row, max_steps, seconds_left):
     """One line of progress for the screen."""
     parts = [f"step {row['step']:>{len(str(max_steps))}}/{max_steps}", *_figures(row, seconds_left)]
     if "val_loss" in row:
@@ -443,7 +449,7 @@ FILES = {
 }  # fmt: skip
 
 
-def summary(log, config, memory=None):
+def summary_of_run(log, config, memory=None):
     """Lines about a run that has ended.
 
     log     path of its log.jsonl, or rows

@@ -30,7 +30,7 @@ import torch.distributed as dist
 import train
 from configurator import as_script, choose_command, load_config
 from data import CharTokenizer, TokenData
-from engine.device import choose_device, choose_dtype, device_name, peak_flops, to_device
+from engine.device import choose_device, choose_dtype, device_name, peak_flops
 from engine.heartbeat import init_distributed
 from engine.parallel import ranks
 from engine.runlog import duration, short
@@ -57,7 +57,7 @@ class TimingConfig:
 
 
 @dataclass
-class StepConfig(train.Config, TimingConfig):
+class StepConfig(train.TrainConfig, TimingConfig):
     pass
 
 
@@ -67,7 +67,11 @@ class Bench:
     def __init__(self, config):
         self.rank, local_rank, self.world = ranks()
         self.config, self.device = config, choose_device(config.device, local_rank)
-        self.dtype = choose_dtype(config.dtype, self.device)
+
+    def prepare_run(self, task):
+        """Make the update of a task (train.TokenTask), and take its figures."""
+        self.run, self.batch = train.Trainer(self.config, task, self.device), task.batch
+        self.unit, self.units, self.flops = task.unit, task.units, task.flops(self.run.model)
 
     def close(self):
         """What it left on the disk is removed."""
@@ -92,13 +96,8 @@ class Bench:
 class TokenBench(Bench):
     """Of a GPT, with batches of random tokens, read from a memory-mapped file as in training."""
 
-    unit = "token"
-
     def __init__(self, config):
         super().__init__(config)
-        self.rows, self.micro_steps = train.split_batch(config, self.world)
-        self.run = train.build(config, self.device, self.dtype, self.world)
-        self.units, self.flops = config.batch_tokens, self.run.model.flops_per_token()
         self.folder = tempfile.TemporaryDirectory()
         ids = np.random.default_rng(0).integers(config.vocab_size, size=2**22, dtype=np.uint16)
         for split in ("train", "val"):
@@ -106,15 +105,8 @@ class TokenBench(Bench):
         meta = dict(dtype="uint16", vocab_size=config.vocab_size, train_tokens=len(ids), val_tokens=len(ids))
         with open(os.path.join(self.folder.name, "meta.json"), "w") as file:
             json.dump(meta, file)
-        self.data = TokenData(self.folder.name, config.block_size)
-
-    def batch(self, step):
-        """This process's share: the arguments of an update."""
-        share = self.rows // self.world
-        first = self.rank * share
-        tensors = self.data.train_batch(self.config.seed, step, self.rows, first, first + share)
-        shape = (self.micro_steps, self.config.micro_batch, self.config.block_size)
-        return [to_device(tensor.reshape(shape), self.device) for tensor in tensors]
+        data = TokenData(self.folder.name, config.block_size)
+        self.prepare_run(train.TokenTask(config, self.device, data))
 
     def close(self):
         self.folder.cleanup()
@@ -123,16 +115,12 @@ class TokenBench(Bench):
 class ImageBench(Bench):
     """Of an MLP or ViT, with the images of its data set."""
 
-    unit = "image"
-
     def __init__(self, config):
-        from vision.train import load_images, split_batch, start
+        from vision.train import ImageTask, load_images
 
         super().__init__(config)
-        micro_steps = split_batch(config, self.world)
         data, _ = load_images(config, self.device, print)
-        _, self.batch, self.run = start(config, data, self.device, self.dtype, micro_steps)
-        self.units, self.flops = config.batch_size, self.run.model.flops()
+        self.prepare_run(ImageTask(config, self.device, data))
 
 
 def bench_step(argv, Config=StepConfig, make_bench=TokenBench):
@@ -178,10 +166,10 @@ def in_short(row):
 
 
 def bench_image_step(argv):
-    from vision.train import Config
+    from vision.train import ImageTrainConfig
 
     @dataclass
-    class ImageStepConfig(Config, TimingConfig):
+    class ImageStepConfig(ImageTrainConfig, TimingConfig):
         pass
 
     bench_step(argv, ImageStepConfig, ImageBench)
@@ -219,17 +207,17 @@ def time_step(config, make_bench):
 
     # Parts: forward alone, forward and backward, all; as graphs where the update is one. DDP exchanges in the last only.
     def forward(*batch):
-        x, y = run.prepare(*batch)
+        x, y = run.task.prepare(*batch)
         with run.autocast:
             return sum(run.fast(x[i], y[i])[1] for i in range(len(x)))
 
     def forward_backward(*batch):
-        x, y = run.prepare(*batch)
+        x, y = run.task.prepare(*batch)
         for i in range(len(x)):
             with run.autocast:
                 _, loss = run.fast(x[i], y[i])
             loss.backward()
-        run.optimizer.zero_grad(set_to_none=True)
+        run.optimizers.zero_grad(set_to_none=True)
         return loss.detach()
 
     batch = bench.batch(0)
@@ -244,7 +232,7 @@ def time_step(config, make_bench):
         gc.collect()
     median = float(np.median(times))
     name, unit, units = device_name(bench.device), bench.unit, bench.units
-    peak = peak_flops(name) if bench.dtype != torch.float32 else None
+    peak = peak_flops(name) if run.dtype != torch.float32 else None
     flops = 3 * bench.flops
     figures = {
         "processes": bench.world,
@@ -287,6 +275,7 @@ def profile_step(config, make_bench):
     """Write profile.txt, kernels by their share of three updates, and trace.json, of rank 0, into config.profile."""
     from torch.profiler import ProfilerActivity, profile
 
+    gc.collect()  # the timed one, whose trainer and graphs refer to each other
     bench, folder = make_bench(config), config.profile
     for step in range(5):
         bench.run.update(*bench.batch(step))
@@ -446,29 +435,24 @@ def bench_data(argv):
 
 def bench_images(argv):
     """Images a second as vision/train.py gets them, of one process: the first batches, which start workers, do not count."""
-    from vision.train import Augment, load_images
-    from vision.train import Config as VisionConfig
-    from vision.train import prepare as made
+    from vision.train import ImageTask, ImageTrainConfig, load_images
 
     @dataclass
-    class ImagesConfig(VisionConfig):
+    class ImagesConfig(ImageTrainConfig):
         steps: int = 50  # timed batches, after five that do not count
         json: str | None = None  # file for the rows
 
     config = load_config(ImagesConfig, argv)
     device, rows = choose_device(config.device), []
     data, _ = load_images(config, device, print)
-    augment, place = Augment(config, data.mean, data.std, device), (config.batch_size, 0, config.batch_size)
+    task = ImageTask(config, device, data)
 
     def which(step):
-        return data.draw(step, *place)
-
-    def which_and_how(step):
-        return *which(step), augment.draw(step, *place)
+        return data.draw(step, config.batch_size, 0, config.batch_size)
 
     ways = {
         "loaded": (which, lambda *drawn: data.images(*drawn)[0]),
-        "loaded and augmented": (which_and_how, lambda *drawn: made(data, augment, (1, -1), *drawn)[0]),
+        "loaded and augmented": (task.batch, lambda *drawn: task.prepare(*drawn)[0]),
     }
     for what, (draw, function) in ways.items():
         timed = Graphed(function) if device.type == "cuda" else function  # an update has it in its graph

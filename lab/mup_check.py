@@ -35,8 +35,8 @@ from engine.device import choose_device, choose_dtype, device_name, write_rows
 from engine.runlog import duration, save_figure, whole_file, writing
 from model import GPT, Block
 from moe import Router
-from optim import lr_multipliers, make_optimizer, set_lr
-from options import GPTConfig, check_seed
+from optim import lr_multipliers, make_optimizers
+from options import GPTConfig, RunConfig, check_seed
 from prepare_owt import prepare_default
 
 # ---------------------------------------------------------------------------------------
@@ -203,9 +203,9 @@ KINDS = ("attn.q", "attn.proj", "ffn.up", "ffn.down", "block", "lm_head")
 def activation_sizes(model, multipliers, lr=5e-4, steps=5, batch_rows=8, seed=0):
     """{name: RMS of its output} of every linear layer and block, after `steps` Adam steps on one random batch.
 
-    multipliers  {parameter name: its learning rate / lr}, as mup.lr_multipliers makes them
+    multipliers  {parameter name: its learning rate / lr}, as optim.lr_multipliers makes them
     """
-    optimizer = make_optimizer(model, lr, multipliers=multipliers)
+    optimizer = make_optimizers(model, RunConfig(lr=lr, weight_decay=0.0), multipliers)
     shape = (batch_rows, model.config.block_size + 1)
     idx = torch.randint(model.config.vocab_size, shape, generator=torch.Generator().manual_seed(seed + 1))
     idx = idx.to(next(model.parameters()).device)
@@ -441,7 +441,7 @@ def lr_landscape(config, say=print, save=lambda landscape: None):
             for kind, multipliers in ways.items():
                 for at, lr in enumerate(config.lrs):
                     model.load_state_dict(weights)
-                    optimizer = make_optimizer(model, lr, multipliers=multipliers)
+                    optimizer = make_optimizers(model, RunConfig(lr=lr, weight_decay=0.0), multipliers)
                     first, last = train(compiled, optimizer, lr, config.warmup_steps, batches, autocast)
                     runs[kind][width][at].append(last)
                     initial.append(first)
@@ -467,7 +467,7 @@ def total_of(width, config):
 def seconds_of_run(shape, data, config, device, autocast):
     """About how long a run of this GPTConfig takes, by its second step, not compiled."""
     model = build(shape, config.seed, device)
-    optimizer = make_optimizer(model, 1e-3)
+    optimizer = make_optimizers(model, RunConfig(lr=1e-3, weight_decay=0.0))
     batches = stage_batches(data, config.seed, config, device, steps=1)
     train(model, optimizer, 1e-3, 0, batches, autocast)
     began = time.perf_counter()
@@ -494,7 +494,7 @@ def train(model, optimizer, lr, warmup_steps, batches, autocast):
     """One run over `batches` -> loss before the first step, mean loss over the last tenth (nan: not finite)."""
     steps, losses = len(batches), []
     for step in range(steps):
-        set_lr(optimizer, lr * min(1.0, (step + 1) / max(1, warmup_steps)))
+        optimizer.set_lr(lr * min(1.0, (step + 1) / max(1, warmup_steps)))
         tokens = batches[step].long()  # (batch_rows, block_size + 1)
         with autocast:
             _, loss = model(tokens[:, :-1], tokens[:, 1:])

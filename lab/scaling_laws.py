@@ -464,7 +464,7 @@ def num_parameters(options):
         Model, Config = GPT, GPTConfig
     elif "teacher_width" in options:
         from vision.mlp import MLP as Model
-        from vision.regression import Config
+        from vision.regression import RegressionConfig as Config
     else:
         from vision.options import ImageConfig as Config
         from vision.train import MODELS

@@ -48,7 +48,7 @@ from engine.runlog import duration, read_log, writing
 from lab.search_report import dotted, report
 from lab.sweep import gpus_to_use
 from model import GPT
-from optim import make_optimizer
+from optim import make_optimizers
 from options import GPTConfig, check_top_k
 from prepare_owt import prepare_default
 from theta import BTT, canonical, factor_sizes, taxonomy
@@ -87,7 +87,7 @@ ENDED = (TrialState.COMPLETE, TrialState.PRUNED)
 
 
 @dataclass
-class Config(train.Config):
+class Config(train.TrainConfig):
     trials: int = 60  # trials in all, of all machines, that end: those that end early count, failed ones do not
     out: str = "out/search"  # folder of the trials, table.md, search.json and search.png
     storage: str | None = None  # URL of a database that several machines share; None: sqlite:///OUT/search.db
@@ -414,13 +414,13 @@ def training(study, config):
 
 def train_options(config, options):
     """All of train.py's options of a trial."""
-    ours = {field.name: getattr(config, field.name) for field in fields(train.Config)}
+    ours = {field.name: getattr(config, field.name) for field in fields(train.TrainConfig)}
     return ours | OWNED | ({} if "moe" in options else WITHOUT_EXPERTS) | options
 
 
 def words(options):
     """Those that are not the default, as arguments of train.py."""
-    defaults = {field.name: field.default for field in fields(train.Config)}
+    defaults = {field.name: field.default for field in fields(train.TrainConfig)}
     return [f"--{key}={value}" for key, value in options.items() if value != defaults[key]]
 
 
@@ -577,7 +577,7 @@ def estimate(config, slots):
     with device:
         model = GPT(dense_config(config))
         idx = torch.randint(config.vocab_size, (config.micro_batch, config.block_size))
-    optimizer = make_optimizer(model, config.lr)
+    optimizer = make_optimizers(model, config)
 
     def update():
         model(idx, idx)[1].backward()

@@ -92,7 +92,7 @@ def run_forked(script, *words, processes=None, timeout=240):
         for rank in range(world):
             env = dict(MASTER_ADDR="localhost", MASTER_PORT=port, RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=world)
             env = environment({name: str(value) for name, value in env.items()} if processes else None)
-            ranks.append(context.Process(target=as_main, args=(script, [*map(str, words)], env, outputs[rank])))
+            ranks.append(context.Process(target=as_main, args=(str(script), [*map(str, words)], env, outputs[rank])))
             ranks[-1].start()
         deadline = time.monotonic() + timeout
         try:

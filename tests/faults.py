@@ -48,7 +48,8 @@ HARM = """
 import math, os, sys, time
 sys.path.insert(0, {root!r})
 import torch
-import checkpoint, data, train
+import data, train
+from engine import checkpoint
 
 mine, first = int(os.environ.get("RANK", 0)) == {rank}, os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
 train_batch, forward, load = data.TokenData.train_batch, train.GPT.forward, checkpoint.load
@@ -276,7 +277,7 @@ def last_step(out_dir):
 def saved_in(out_dir):
     """The checkpoint a run would go on from, and its tensors."""
     saved = checkpoint.load(out_dir, say=lambda text: None, alone=True)
-    return saved, checkpoint.flat({key: saved[key] for key in ("model", "optimizer")})
+    return saved, checkpoint.flatten_checkpoint({key: saved[key] for key in ("model", "optimizer")})
 
 
 def equals(out_dir, unbroken):
@@ -548,7 +549,7 @@ def evil(newest, previous, marker):
     os.rmdir(marker)  # raises where the code would not work if it were run
     if os.path.isdir(newest):
         manifest = os.path.join(newest, "manifest.json")
-        write(manifest, json.dumps({**json.loads(read(manifest)), ".metadata": checkpoint.checksum(path)}))
+        write(manifest, json.dumps({**json.loads(read(manifest)), ".metadata": checkpoint.checksum_of(path)}))
 
 
 def both_evil(newest, previous, marker):

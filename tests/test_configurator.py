@@ -9,7 +9,7 @@ from typing import Literal
 
 import pytest
 
-from configurator import ConfigError, UnusedOption, as_script, help_text, load_config
+from configurator import ConfigError, RunFailed, UnusedOption, as_script, help_text, load_config
 from conftest import ROOT
 
 
@@ -122,7 +122,16 @@ def test_mistakes_in_a_file_name_the_file(config_file, text, words):
 
 def test_only_rank_0_speaks(monkeypatch):
     monkeypatch.setenv("RANK", "1")
-    assert ConfigError("text").code == 1
+    assert ConfigError("text").code == RunFailed("text").code == 1
+
+
+def test_a_failed_run_ends_as_a_mistake_does_and_is_none(monkeypatch):
+    monkeypatch.delenv("RANK", raising=False)
+    for kind, other, builtin in ((ConfigError, RunFailed, ValueError), (RunFailed, ConfigError, RuntimeError)):
+        with pytest.raises(builtin, match="^text$") as caught:
+            raise kind("text")
+        assert caught.value.code == "error: text" and isinstance(caught.value, SystemExit)
+        assert not isinstance(caught.value, other)
 
 
 def test_help_lists_every_option_with_default_and_comment(capsys):
@@ -136,7 +145,8 @@ def test_help_lists_every_option_with_default_and_comment(capsys):
 
 @pytest.mark.parametrize(
     "where",
-    ["train", "prepare_owt", "sample", "lab.convert", "lab.search", "lab.sweep", "lab.structures", "lab.mup_check.CoordsConfig",
+    ["train.TrainConfig", "vision.train.ImageTrainConfig", "vision.regression.RegressionConfig",
+     "prepare_owt", "sample", "lab.convert", "lab.search", "lab.sweep", "lab.structures", "lab.mup_check.CoordsConfig",
      "lab.mup_check.LandscapeConfig", "lab.scaling_laws.PlotConfig", "lab.scaling_laws.FitConfig", "lab.bench.StepConfig",
      "lab.bench.SampleBenchConfig", "lab.bench.DataConfig", "lab.bench_layers.LayersConfig", "lab.bench_layers.MixturesConfig"],
 )  # fmt: skip
@@ -197,7 +207,7 @@ def test_names_of_other_projects_get_the_right_name_here():
         load_config(Structured, ["--n_rank=2"])
     for theirs, ours in (("learning_rate", "lr"), ("n_embd", "d_model"), ("dataset", "data_dir")):
         with pytest.raises(ConfigError, match=f"--{theirs}: here it is {ours}"):
-            load_config(importlib.import_module("train").Config, [f"--{theirs}=1"])
+            load_config(importlib.import_module("train").TrainConfig, [f"--{theirs}=1"])
 
 
 WITHOUT_TORCH = "import runpy, sys; sys.modules['torch'] = None; sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"

@@ -17,8 +17,8 @@ import model as model_file
 from configurator import ConfigError
 from einsum_linear import Dense, EinsumLinear, apply_together, make_linear, multiplied_out
 from model import GPT, KVCache, sample_token
-from optim import make_optimizer
-from options import GPTConfig
+from optim import make_optimizers
+from options import GPTConfig, RunConfig
 from test_einsum_linear import SWEEP
 
 SMALL = dict(block_size=32, vocab_size=96, n_layer=2, n_head=2, d_model=36)
@@ -244,7 +244,7 @@ def test_the_published_sweep_builds_and_trains(theta):
     torch.manual_seed(0)
     shape = dict(block_size=16, vocab_size=96, n_layer=1, n_head=2, d_model=64)
     model = GPT(GPTConfig(**shape, structure="einsum", theta=theta, structured_layers=("attn", "ffn")))
-    optimizer = make_optimizer(model, 5e-3)
+    optimizer = make_optimizers(model, RunConfig(lr=5e-3, weight_decay=0.0))
     idx = torch.randint(96, (4, 17), generator=torch.Generator().manual_seed(0))
     losses = []
     for _ in range(12):

@@ -24,8 +24,8 @@ from lab import convert
 from lab.mup_check import CoordsConfig, coordinate_check, largest_spread, parse_structure
 from model import GPT, KVCache
 from moe import Router, make_mixture
-from optim import lr_multipliers, make_optimizer, set_lr
-from options import GPTConfig
+from optim import lr_multipliers, make_optimizers
+from options import GPTConfig, RunConfig
 from prepare_owt import stdlib_files
 
 E = 4
@@ -410,11 +410,11 @@ def test_no_expert_starves_on_real_text(kind, real_text):
     """150 steps of 512 characters, at a high rate: without the routers' biases some experts end at 0.15 / E and below."""
     torch.manual_seed(0)
     model = GPT(GPTConfig(block_size=64, vocab_size=96, n_layer=1, n_head=2, d_model=64, **kind))
-    optimizer = make_optimizer(model, 4e-3)
+    optimizer = make_optimizers(model, RunConfig(lr=4e-3, weight_decay=0.0))
     seen = model.mixtures.no_reports("cpu")
     first = last = None
     for step in range(150):
-        set_lr(optimizer, 4e-3 * min(1, (step + 1) / 30))
+        optimizer.set_lr(4e-3 * min(1, (step + 1) / 30))
         starts = torch.randint(len(real_text) - 65, (8,), generator=torch.Generator().manual_seed(step))
         rows = torch.stack([real_text[start : start + 65] for start in starts])
         model(rows[:, :-1], rows[:, 1:])[1].backward()
@@ -570,7 +570,7 @@ def test_options_of_runs_that_do_not_fit(run, tmp_path):
     with pytest.raises(ConfigError, match="eval_top_k=9 of num_experts=4"):
         train.main([*arguments, "--eval_top_k=9"])
     with pytest.raises(ConfigError, match="eval_top_k=2 with moe='none'"):
-        train.Config(**SMALL, eval_top_k=2)
+        train.TrainConfig(**SMALL, eval_top_k=2)
     with pytest.raises(ConfigError, match="top_k=1, but the checkpoint"):
         train.main([*arguments, "--resume", "--top_k=1"])
     with pytest.raises(ConfigError, match=f"source={folder} has moe='linear'"):

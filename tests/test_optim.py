@@ -9,8 +9,8 @@ from torch.distributed.tensor import DTensor, Shard
 
 from lab.mup_check import CoordsConfig, coordinate_check, largest_spread, parse_structure
 from model import GPT
-from optim import lr_multipliers, make_optimizer, set_lr
-from options import GPTConfig
+from optim import lr_multipliers, make_optimizers
+from options import GPTConfig, RunConfig
 
 SMALL = dict(block_size=32, vocab_size=96, n_layer=2, n_head=2)
 
@@ -38,9 +38,9 @@ def test_standard_has_no_multipliers():
 def test_optimizer_groups_hold_every_parameter_once_with_its_rate_and_decay():
     model = GPT(GPTConfig(**SMALL, d_model=64, rank=2, bias=True))
     multipliers = lr_multipliers(model)
-    optimizer = make_optimizer(model, lr=1e-3, weight_decay=0.1)
-    set_lr(optimizer, 2e-3)
-    set_lr(optimizer, 2e-3)  # assigned, not multiplied
+    optimizer = make_optimizers(model, RunConfig(lr=1e-3, weight_decay=0.1))
+    optimizer.set_lr(2e-3)
+    optimizer.set_lr(2e-3)  # assigned, not multiplied
     groups = {p: group for group in optimizer.param_groups for p in group["params"]}
     assert sum(len(group["params"]) for group in optimizer.param_groups) == len(multipliers)
     assert len(optimizer.param_groups) < len(multipliers) / 2  # equal hyper-parameters share a group
@@ -53,7 +53,7 @@ def test_optimizer_groups_hold_every_parameter_once_with_its_rate_and_decay():
 
 def test_weight_decay_takes_lr_times_decay_off_every_matrix():
     model = GPT(GPTConfig(**SMALL, d_model=64, rank=2))
-    optimizer = make_optimizer(model, lr=1e-2, weight_decay=0.1)
+    optimizer = make_optimizers(model, RunConfig(lr=1e-2, weight_decay=0.1))
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
@@ -82,12 +82,12 @@ def test_rates_are_tensors_only_where_a_graph_reads_them():
     try:
         with FakeTensorMode(allow_non_fake_inputs=True), torch.device("cuda"):
             layer = torch.nn.Linear(8, 4, bias=False)
-            optimizer = make_optimizer(layer, 1e-3, multipliers={"weight": 2.0})
-            assert torch.is_tensor(optimizer.param_groups[0]["lr"]) and optimizer.defaults["capturable"]
+            optimizer = make_optimizers(layer, RunConfig(lr=1e-3), {"weight": 2.0})
+            assert torch.is_tensor(optimizer.param_groups[0]["lr"]) and optimizer.parts[0].defaults["capturable"]
             mesh = DeviceMesh("cuda", [0], _init_backend=False)
             sharded = DTensor.from_local(layer.weight.detach(), mesh, [Shard(0)], run_check=False)
             layer.weight = torch.nn.Parameter(sharded)
-            optimizer = make_optimizer(layer, 1e-3, multipliers={"weight": 2.0})
-            assert optimizer.param_groups[0]["lr"] == 2e-3 and not optimizer.defaults["capturable"]
+            optimizer = make_optimizers(layer, RunConfig(lr=1e-3), {"weight": 2.0})
+            assert optimizer.param_groups[0]["lr"] == 2e-3 and not optimizer.parts[0].defaults["capturable"]
     finally:
         dist.destroy_process_group()

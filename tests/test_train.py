@@ -19,13 +19,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import train
-from configurator import ConfigError
+from configurator import ConfigError, RunFailed
 from conftest import losses, read_rows, run_forked, run_script, start_script
 from data import TokenData
 from engine import checkpoint, parallel, runlog
 from engine.device import choose_device, choose_dtype, peak_flops
 from sample import load_model
-from train import Config, lr_at
+from train import TrainConfig, lr_at
 
 
 def out_dir(arguments):
@@ -49,7 +49,7 @@ def straight(char_data, tmp_path_factory):
 
 
 def schedule(**kwargs):
-    config = Config(
+    config = TrainConfig(
         vocab_size=96, d_model=36, n_head=2, max_steps=100, warmup_steps=10, lr=1.0, min_lr_ratio=0.1, **kwargs
     )
     return [lr_at(step, config) for step in range(100)]
@@ -106,7 +106,7 @@ def test_validation_loss_is_the_mean_over_tokens(straight, char_data):
 
 def test_every_rank_evaluates_its_share(char_data, monkeypatch):
     """Of 31 rows, rank 0 of 2 takes 16 and rank 1 the other 15; nobody waits for one that does all."""
-    config = Config(
+    config = TrainConfig(
         data_dir=char_data,
         vocab_size=96,
         d_model=36,
@@ -116,8 +116,10 @@ def test_every_rank_evaluates_its_share(char_data, monkeypatch):
         micro_batch=4,
         eval_tokens=1000,
     )
-    data, model = TokenData(char_data, 32), train.GPT(config)
+    data, model, cpu = TokenData(char_data, 32), train.GPT(config), torch.device("cpu")
+    trainer = train.Trainer(config, train.TokenTask(config, cpu, data), cpu)
     monkeypatch.setattr(train.dist, "all_reduce", lambda tensor: None)
+    trainer.task.world = 2
     seen = {}
     for rank in (0, 1):
         rows = seen[rank] = []
@@ -127,7 +129,8 @@ def test_every_rank_evaluates_its_share(char_data, monkeypatch):
             return model(x, y)
 
         counting.eval = counting.train = lambda: None
-        train.evaluate(counting, data, config, torch.device("cpu"), torch.autocast("cpu", enabled=False), rank, world=2)
+        trainer.fast, trainer.task.rank = counting, rank
+        trainer.task.evaluate(trainer)
     assert [len(seen[0]), len(seen[1])] == [16, 15]
     assert sorted(seen[0] + seen[1]) == sorted(tuple(row.tolist()) for row in data.val_batch(data.val_rows(1000))[0])
 
@@ -208,7 +211,7 @@ def test_a_run_without_checkpoints_is_set_aside_too(tiny, tmp_path):
 def test_the_best_and_every_so_many_stay(tiny, tmp_path, monkeypatch):
     """Each is the checkpoint of its step; the validation losses are given, so that the best is none of the newest."""
     values = iter([5.0, 3.0, 2.0, 4.0, 2.5])
-    monkeypatch.setattr(train, "evaluate", lambda *arguments: next(values))
+    monkeypatch.setattr(train.TokenTask, "evaluate", lambda *arguments: {"val_loss": next(values)})
     train.main([*tiny, "--eval_interval=5", "--keep_best", "--keep_every=7"])
     run = tmp_path / "run"
     kept = {name: checkpoint.load(run / name) for name in sorted(os.listdir(run)) if name.startswith("ckpt")}
@@ -366,7 +369,7 @@ def test_nanogpts_checkpoint_is_read(tiny, tmp_path, bias, prefix, capsys):
     assert "weights of step 0" in capsys.readouterr().out
     with pytest.raises(ConfigError, match="give.* --parametrization=standard --structure=dense"):
         train.main([*tiny, f"--init_from={path}"])
-    with pytest.raises(ConfigError, match="no whole checkpoint"):
+    with pytest.raises(RunFailed, match="no whole checkpoint"):
         train.main([*tiny, *model, f"--out_dir={tmp_path}/nano", "--resume"])
     assert f"it is nanoGPT's: --init_from={path} starts from it" in capsys.readouterr().out
     with pytest.raises(ConfigError, match="tokenizer .*nanoGPT's meta.pkl"):
@@ -510,7 +513,7 @@ def test_a_torn_checkpoint_is_passed_over(tiny, tmp_path, capsys):
     assert "not a whole checkpoint" in out and "going on from step 10" in out
     for name in ("ckpt.pt", "ckpt_prev.pt"):
         os.truncate(tmp_path / "run" / name, 10)
-    with pytest.raises(ConfigError, match="no whole checkpoint"):
+    with pytest.raises(RunFailed, match="no whole checkpoint"):
         train.main([*tiny, "--resume"])
 
 
@@ -541,10 +544,10 @@ def test_seeds_of_dropout_in_a_cuda_graph():
     seen = {}
     for as_graph in (False, True):
         for first in (0, 1, 2):
-            seeds, drawn = parallel.DropoutSeeds(Config(dropout=0.1, seed=3), as_graph), []
-            seeds.update(7, first)
+            seeds, drawn = parallel.DropoutSeeds(TrainConfig(dropout=0.1, seed=3), as_graph), []
+            seeds.seed_update(7, first)
             for number in (first, first + 1):
-                seeds.micro_batch(number)
+                seeds.seed_micro_batch(number)
                 drawn.append(torch.rand(4).tolist())
             seen[as_graph, first] = drawn
     assert seen[False, 0][1] == seen[False, 1][0] != seen[False, 0][0]
@@ -599,7 +602,7 @@ class WithSpare(train.GPT):
         super().__init__(config)
         self.spare, self.other = (torch.nn.Parameter(torch.zeros(3)) for _ in range(2))
 
-train.build.__defaults__ = tuple(WithSpare if value is train.GPT else value for value in train.build.__defaults__)
+train.GPT = WithSpare
 train.main(sys.argv[1:])
 """
 
@@ -670,7 +673,7 @@ def test_an_interrupt_while_it_starts_is_one_line(tiny, monkeypatch, capsys):
     def interrupted(*args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(train, "build", interrupted)
+    monkeypatch.setattr(train.Trainer, "setup", interrupted)
     with pytest.raises(SystemExit) as caught:
         train.main(tiny)
     assert caught.value.code == 130 and capsys.readouterr().out.endswith("stopped, outside of training\n")
@@ -685,7 +688,7 @@ def test_an_interrupt_while_it_starts_is_one_line(tiny, monkeypatch, capsys):
 def test_what_can_be_a_cuda_graph(words, world, graphs):
     """By default what can be one is one; to ask for what cannot says why, with the option."""
     for asked in ("", "--cuda_graphs=True", "--cuda_graphs=False"):
-        config = train.load_config(train.Config, [*words.split(), *asked.split()])
+        config = train.load_config(train.TrainConfig, [*words.split(), *asked.split()])
         choose = functools.partial(train.choose_cuda_graphs, config, torch.device("cuda"), torch.bfloat16, world)
         if asked == "--cuda_graphs=True" and not graphs:
             with pytest.raises(ConfigError, match=words.split()[0].removeprefix("--")):
@@ -706,7 +709,7 @@ def test_a_non_finite_loss_stops_before_the_update(tiny, tmp_path, monkeypatch):
 
     forward.calls = 0
     monkeypatch.setattr(train.GPT, "forward", forward)
-    with pytest.raises(ConfigError) as caught:
+    with pytest.raises(RunFailed) as caught:
         train.main(tiny)
     message = str(caught.value)
     assert "step 13" in message and "nan" in message and "ckpt.pt of step 10" in message and "lower lr" in message
@@ -752,13 +755,13 @@ def test_impossible_options_are_one_clear_line(tiny, words, expected, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "script, option",
-    [("train", "seed"), ("sample", "seed"), ("mup_check", "seed"), ("vision.regression", "seed"), ("vision.regression", "teacher_seed")],
+    "script, options, option",
+    [("train", "TrainConfig", "seed"), ("sample", "Config", "seed"), ("lab.mup_check", "CoordsConfig", "seed"),
+     ("vision.regression", "RegressionConfig", "seed"), ("vision.regression", "RegressionConfig", "teacher_seed")],
 )  # fmt: skip
 @pytest.mark.parametrize("value", [-1, 2**63, 99999999999999999999])
-def test_a_seed_that_torch_cannot_take(script, option, value):
-    module = importlib.import_module(script)
-    Config = module.CoordsConfig if script == "mup_check" else module.Config
+def test_a_seed_that_torch_cannot_take(script, options, option, value):
+    Config = getattr(importlib.import_module(script), options)
     with pytest.raises(ConfigError, match=f"^{option}={value}: make it at least 0 and less than 2.63$"):
         train.load_config(Config, [f"--{option}={value}"])
     assert train.load_config(Config, [f"--{option}={2**63 - 1}"])
@@ -771,7 +774,7 @@ def test_mistakes_on_the_command_line_end_without_traceback(tiny):
 
 
 def test_batch_and_world_size_must_fit():
-    config = Config(vocab_size=96, d_model=36, n_head=2, block_size=32, micro_batch=4, batch_tokens=256)
+    config = TrainConfig(vocab_size=96, d_model=36, n_head=2, block_size=32, micro_batch=4, batch_tokens=256)
     assert train.split_batch(config, 1) == (8, 2) and train.split_batch(config, 2) == (8, 1)
     with pytest.raises(ConfigError, match="3 processes"):
         train.split_batch(config, 3)
@@ -784,21 +787,23 @@ def test_remedies_for_batches_and_vocabularies_work_when_they_are_taken():
         options = dict(**base, vocab_size=96, micro_batch=draw.randint(1, 9), batch_tokens=draw.randint(1, 40) * 16)
         world = draw.randint(1, 4)
         try:
-            train.split_batch(Config(**options), world)
+            train.split_batch(TrainConfig(**options), world)
         except ConfigError as error:
             for name, value in re.findall(r"(\w+)=(\d+)", str(error).split(": take ")[1]):
-                train.split_batch(Config(**{**options, name: int(value)}), world)
+                train.split_batch(TrainConfig(**{**options, name: int(value)}), world)
                 tried += 1
     for structure, need in (("btt", 97), ("kronecker", 257), ("btt", 50257), ("dense", 97), ("monarch", 211)):
         meta = {"vocab_size": need}
         with pytest.raises(ConfigError, match="is smaller than the") as caught:
-            train.check_vocabulary(Config(**base, structure=structure, vocab_size=96), meta, print)
+            train.check_vocabulary(TrainConfig(**base, structure=structure, vocab_size=96), meta, print)
         taken = int(re.search(r"take --vocab_size=(\d+)$", str(caught.value))[1])
-        train.check_vocabulary(Config(**base, structure=structure, vocab_size=taken), meta, print)
+        train.check_vocabulary(TrainConfig(**base, structure=structure, vocab_size=taken), meta, print)
         assert taken >= need and (structure != "dense" or taken == need)
         said = []
-        train.check_vocabulary(Config(**base, structure=structure, vocab_size=2**17), meta, said.append)
-        Config(**base, structure=structure, vocab_size=int(re.search(r"--vocab_size=(\d+) saves work", said[0])[1]))
+        train.check_vocabulary(TrainConfig(**base, structure=structure, vocab_size=2**17), meta, said.append)
+        TrainConfig(
+            **base, structure=structure, vocab_size=int(re.search(r"--vocab_size=(\d+) saves work", said[0])[1])
+        )
     assert tried > 30
 
 

@@ -17,7 +17,7 @@ from vision.options import ATTENTION, MLPConfig, refuse
 
 
 @dataclass
-class Config(RunConfig, MLPConfig):
+class RegressionConfig(RunConfig, MLPConfig):
     out_dir: str = "out/regression"  # where log, picture and checkpoints go
     d_in: int = 8  # numbers in an input
     teacher_layers: int = 6  # hidden layers of the teacher
@@ -47,18 +47,20 @@ class Config(RunConfig, MLPConfig):
 
 
 if __name__ == "__main__":  # a mistake is answered before torch is imported, which takes seconds
-    as_script(partial(load_config, Config))
+    as_script(partial(load_config, RegressionConfig))
 
 import torch
 import torch.nn.functional as F
 
-from engine.device import choose_device, choose_dtype, to_device
+from engine.device import choose_device, to_device
+from engine.failures import run_with_progress
 from engine.heartbeat import init_distributed
-from engine.parallel import ranks, sum_over_ranks
-from train import Task, build, fit, in_one_line, say_summary
+from engine.parallel import ranks, split_batch, sum_over_ranks
+from optim import make_optimizers
+from train import Trainer
 from vision.data import rng
 from vision.mlp import MLP
-from vision.train import multipliers, split_batch
+from vision.train import image_lr_multipliers
 
 INPUTS, VALIDATION = 0, 1  # what random numbers are for
 
@@ -88,58 +90,81 @@ def squared_error(y, targets):
     return F.mse_loss(y[:, 0], targets)
 
 
-def main(argv):
-    config = load_config(Config, argv)
-    in_one_line(train, config, f"micro_batch={config.micro_batch} inputs: lower micro_batch (batch_size stays)")
+class TeacherTask:
+    """What a Trainer does not know of a run that learns a teacher; train.TokenTask says what each of these is."""
 
+    unit, loss_unit = "sample", "squared error, 1 for a constant"
+    shape = {field.name for field in fields(MLPConfig)} | {"d_in"}
 
-def train(config, progress):
-    rank, local_rank, world = ranks()
-    micro_steps = split_batch(config, world)
-    device = choose_device(config.device, local_rank)
-    dtype = choose_dtype(config.dtype, device)
-    watchdog = init_distributed(device, config.timeout)
-    teacher = Teacher(config, device)
-    Model = partial(MLP, loss=squared_error)
-    run = build(config, device, dtype, world, watchdog.beat, Model, partial(multipliers, config), micro_steps)
+    def __init__(self, config, device):
+        """ConfigError where the batch does not divide."""
+        self.config, self.device, self.teacher = config, device, Teacher(config, device)
+        self.meta = {"teacher": [config.d_in, config.teacher_layers, config.teacher_width, config.teacher_seed]}
+        self.units = config.batch_size
+        self.rank, _, self.world = ranks()
+        _, self.micro_steps = split_batch(config, self.world)
 
-    def inputs(purpose, number, rows, start, stop):
+    def make_model(self):
+        return MLP(self.config, loss=squared_error)
+
+    def make_optimizers(self, model):
+        return make_optimizers(model, self.config, image_lr_multipliers(self.config, model))
+
+    def flops(self, model):
+        return model.flops()
+
+    def passes(self, model, role):
+        return model.passes(role)
+
+    def inputs(self, purpose, number, rows, start, stop):
         """Rows start … stop of so many -> (stop - start, d_in) on the device."""
-        x = rng(config.seed, purpose, number).standard_normal((rows, config.d_in), dtype="float32")
-        return to_device(torch.from_numpy(x[start:stop]), device)
+        x = rng(self.config.seed, purpose, number).standard_normal((rows, self.config.d_in), dtype="float32")
+        return to_device(torch.from_numpy(x[start:stop]), self.device)
 
-    def batch(step):
-        share = config.batch_size // world
-        x = inputs(INPUTS, step, config.batch_size, rank * share, (rank + 1) * share)
-        return [tensor.unflatten(0, (micro_steps, config.micro_batch)) for tensor in (x, teacher(x))]
+    def batch(self, step):
+        """This process's share: x (micro_steps, micro_batch, d_in), y (micro_steps, micro_batch)."""
+        rows = self.config.batch_size
+        share = rows // self.world
+        x = self.inputs(INPUTS, step, rows, self.rank * share, (self.rank + 1) * share)
+        return [tensor.unflatten(0, (self.micro_steps, self.config.micro_batch)) for tensor in (x, self.teacher(x))]
+
+    def prepare(self, x, y):
+        return x, y
 
     @torch.no_grad()
-    def validate():
-        run.fast.eval()
-        size, count = (
-            config.micro_batch,
-            -(-config.eval_inputs // (config.micro_batch * world)),
-        )  # as many on every rank
+    def evaluate(self, trainer):
+        """-> val_loss, the mean squared error."""
+        trainer.fast.eval()
+        size = self.config.micro_batch
+        count = -(-self.config.eval_inputs // (size * self.world))  # as many on every rank
         errors = []
-        for number in range(rank * count, (rank + 1) * count):
-            watchdog.beat()
-            x = inputs(VALIDATION, number, size, 0, size)
-            with run.autocast:
-                y, _ = run.fast(x)
-            errors.append(squared_error(y.float(), teacher(x)).view(1))
-        (total,) = sum_over_ranks(errors, device)
-        run.fast.train()
-        return {"val_loss": total / (count * world)}
+        for number in range(self.rank * count, (self.rank + 1) * count):
+            trainer.watchdog.beat()
+            x = self.inputs(VALIDATION, number, size, 0, size)
+            with trainer.autocast:
+                y, _ = trainer.fast(x)
+            errors.append(squared_error(y.float(), self.teacher(x)).view(1))
+        (total,) = sum_over_ranks(errors, self.device)
+        trainer.fast.train()
+        return {"val_loss": total / (count * self.world)}
 
-    meta = {"teacher": [config.d_in, config.teacher_layers, config.teacher_width, config.teacher_seed]}
-    shape = {field.name for field in fields(MLPConfig)} | {"d_in"}
-    task = Task(
-        batch, validate, meta, unit="sample", units=config.batch_size, flops=run.model.flops(), shape=shape,
-        passes=run.model.passes, loss="squared error, 1 for a constant",
-    )  # fmt: skip
-    fit(config, progress, run, task, device, dtype, watchdog, micro_steps)
+
+def main(argv):
+    config = load_config(RegressionConfig, argv)
+    memory = f"micro_batch={config.micro_batch} inputs: lower micro_batch (batch_size stays)"
+    run_with_progress(train_student, config, memory)
+
+
+def train_student(config, progress):
+    """Train an MLP as config says; every process calls it. progress: runlog.Progress, or Silent."""
+    rank, local_rank, world = ranks()
+    split_batch(config, world)
+    device = choose_device(config.device, local_rank)
+    watchdog = init_distributed(device, config.timeout)
+    trainer = Trainer(config, TeacherTask(config, device), device, watchdog, progress)
+    trainer.run()
     if rank == 0:
-        say_summary(config, progress, device)
+        trainer.say_summary()
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ torchrun --standalone --nproc_per_node=2 -m results.multi_gpu.first_step tensors
 """
 
 import sys
+import types
 
 import torch
 import torch._subclasses.fake_tensor as fake_tensor
@@ -25,14 +26,15 @@ def say(mode, function, arguments, *others):
 fake_tensor.run_fallback_kernel = say
 words = "--structure=dense --n_layer=2 --d_model=64 --n_head=2 --block_size=32 --vocab_size=96 --micro_batch=4"
 words += " --batch_tokens=256 --device=cpu --compile=False --shard=fsdp"
-config = train.load_config(train.Config, words.split())
+config = train.load_config(train.TrainConfig, words.split())
 device = choose_device("cpu")
 watchdog = init_distributed(device, 100)
 with watchdog.paused():
-    run = train.build(config, device, torch.float32, world=2)
+    data = types.SimpleNamespace(meta={})  # none is read
+    run = train.Trainer(config, train.TokenTask(config, device, data), device)
     print(f"{sum(p.numel() for p in run.model.parameters()):,} parameters")
     if sys.argv[1:] == ["tensors"]:
-        for group in run.optimizer.param_groups:
+        for group in run.optimizers.param_groups:
             group["lr"] = torch.tensor(group["lr"])
     run.update(*torch.randint(96, (2, 1, 4, 32)))
 watchdog.stop()

@@ -11,8 +11,8 @@ import torch
 
 from data import TokenData
 from model import GPT
-from optim import make_optimizer, set_lr
-from options import GPTConfig
+from optim import make_optimizers
+from options import GPTConfig, RunConfig
 
 
 def trunk_in_float32(self, idx):
@@ -44,7 +44,7 @@ for parametrization, structure, n_layer, lr in (
             structure=structure, bias=parametrization == "standard",
         )
     )  # fmt: skip
-    optimizer = make_optimizer(model, lr, 0.1)
+    optimizer = make_optimizers(model, RunConfig(lr=lr, weight_decay=0.1))
     for step in range(201):
         if step % 100 == 0:
             batch = data.train_batch(1, step, 16, 0, 16)
@@ -53,7 +53,7 @@ for parametrization, structure, n_layer, lr in (
             print(
                 f"{parametrization} {structure} {n_layer} layers, step {step}: {errors[0]:.2%} float32, {errors[1]:.2%} bfloat16"
             )
-        set_lr(optimizer, lr * min(1, (step + 1) / 50))
+        optimizer.set_lr(lr * min(1, (step + 1) / 50))
         model(*data.train_batch(0, step, 8, 0, 8))[1].backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()

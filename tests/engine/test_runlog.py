@@ -10,13 +10,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from configurator import ConfigError
+from configurator import ConfigError, RunFailed
 from einsum_linear import make_linear
 from engine import runlog
 from lab.structures import measured_rank
 from model import GPT
-from optim import lr_multipliers, make_optimizer
-from options import GPTConfig
+from optim import lr_multipliers, make_optimizers
+from options import GPTConfig, RunConfig
 
 # -- the table
 
@@ -175,7 +175,7 @@ def test_only_a_tied_head_is_marked():
 @pytest.mark.parametrize("name", MODELS)
 def test_learning_rates_are_the_optimizers(name):
     model = make(name)
-    groups = make_optimizer(model, lr=2e-3).param_groups
+    groups = make_optimizers(model, RunConfig(lr=2e-3, weight_decay=0.0)).param_groups
     rate = {id(parameter): group["lr"] for group in groups for parameter in group["params"]}
     for label, row in layer_rows(model):
         for layer in layers_of(model, label):
@@ -340,7 +340,7 @@ def test_in_a_pipe_progress_is_a_line_a_row(standard_output):
     progress.say("a", "b", sep="\n")
     progress.close()
     # 2 seconds a step, of the rows' own figures
-    lines = [runlog.format_row(row, 100, 2 * (100 - row["step"])) for row in rows]
+    lines = [runlog.progress_line(row, 100, 2 * (100 - row["step"])) for row in rows]
     assert stdout.getvalue().splitlines() == [*lines, "a", "b"]
     assert lines[0] == "step  10/100 | loss 3.9000 | 0.1k tokens/s | ETA 03:00"
     assert lines[1] == "step  20/100 | loss 3.8000 | 0.1k tokens/s | MFU 50.0% | ETA 02:40 | val loss 3.5000"
@@ -370,11 +370,11 @@ def test_on_a_terminal_there_is_a_bar_and_messages_stay_whole(standard_output):
     bar = progress.bar
     progress.close()
     progress.row(row_at(40))
-    evaluated = runlog.format_row(row_at(20, mfu=0.25, val_loss=3.0), 40, 40)
+    evaluated = runlog.progress_line(row_at(20, mfu=0.25, val_loss=3.0), 40, 40)
     *above, last, after, end = stdout.screen()
     assert above == ["before", "step  0/40 | val loss 5.0000", evaluated, "first", "second"]
     assert re.fullmatch(r"step 40/40 \|[█#]+\| 100%, loss 3.6000 \| 0.1k tokens/s \| MFU 25.0%", last)
-    assert (after, end) == (runlog.format_row(row_at(40), 40, 0), "") and len(last) <= 100  # closed: a plain line
+    assert (after, end) == (runlog.progress_line(row_at(40), 40, 0), "") and len(last) <= 100  # closed: a plain line
     assert (bar.total, bar.initial, bar.n) == (40, 0, 40)
 
 
@@ -421,8 +421,8 @@ def test_silence(capsys):
 
 
 def test_time_left_beyond_a_day():
-    assert runlog.format_row({"step": 1}, 10, 100 * 3600 + 62).endswith("ETA 100:01:02")
-    assert runlog.format_row({"step": 1}, 10, 62).endswith("ETA 01:02")
+    assert runlog.progress_line({"step": 1}, 10, 100 * 3600 + 62).endswith("ETA 100:01:02")
+    assert runlog.progress_line({"step": 1}, 10, 62).endswith("ETA 01:02")
 
 
 # -- the log
@@ -469,7 +469,7 @@ def test_a_full_disk_is_one_line(tmp_path):
     log = runlog.RunLog(str(tmp_path))
     os.remove(log.path)
     os.symlink("/dev/full", log.path)
-    with pytest.raises(ConfigError) as error:
+    with pytest.raises(RunFailed) as error:
         log.write(row_at(1))
     assert (
         str(error.value) == f"{log.path} cannot be written (No space left on device): make room or give another out_dir"
@@ -480,7 +480,7 @@ def test_a_full_disk_is_one_line(tmp_path):
 def test_a_full_disk_when_the_log_is_opened(tmp_path):
     path = written(tmp_path, [row_at(1)])
     os.symlink("/dev/full", path + ".part")
-    with pytest.raises(ConfigError, match=r"log.jsonl cannot be written \(No space left on device\): make room"):
+    with pytest.raises(RunFailed, match=r"log.jsonl cannot be written \(No space left on device\): make room"):
         runlog.RunLog(str(tmp_path), resume_step=1)
     assert runlog.read_log(path) == [row_at(1)]  # what was there is there
 
@@ -552,7 +552,7 @@ def items(lines):
 
 
 def summarised(rows, tmp_path, max_steps=60, **more):
-    lines = runlog.summary(rows, SimpleNamespace(max_steps=max_steps, out_dir=str(tmp_path)), **more)
+    lines = runlog.summary_of_run(rows, SimpleNamespace(max_steps=max_steps, out_dir=str(tmp_path)), **more)
     assert len(lines) <= 20
     return {name: text.strip() for name, text in items(lines).items()}
 
@@ -581,7 +581,7 @@ def test_the_summary_is_of_the_rows(tmp_path):
 def test_the_summary_says_nothing_that_it_does_not_know(tmp_path):
     rows = [{"step": 5, "tokens": 500, "flops": 10, "seconds": 2.0, "loss": 3.0}]
     assert set(summarised(rows, tmp_path, max_steps=5)) == {"steps", "tokens", "FLOPs", "training", "loss"}
-    assert runlog.summary([], SimpleNamespace(max_steps=5, out_dir="out/x")) == ["out/x: nothing logged"]
+    assert runlog.summary_of_run([], SimpleNamespace(max_steps=5, out_dir="out/x")) == ["out/x: nothing logged"]
 
 
 @pytest.mark.parametrize(

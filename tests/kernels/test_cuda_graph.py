@@ -1,5 +1,7 @@
 """A training step as a CUDA graph, against the same step called. Needs a GPU."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -30,7 +32,7 @@ MODELS = [
 @pytest.mark.parametrize("world", [1, 2])
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
 @pytest.mark.parametrize("words", MODELS, ids=str)
-def test_graph_equals_calls(words, dropout, world, alone):
+def test_graph_equals_calls(words, dropout, world, alone, monkeypatch):
     """Losses and gradient norms of ten steps: two micro-steps each, rates that change, dropout seeded step by step.
 
     With world=2 an update is two graphs and an exchange of gradients between, here in a group of one.
@@ -39,14 +41,20 @@ def test_graph_equals_calls(words, dropout, world, alone):
     for graphs, processes in ((False, 1), (True, world)):
         options = ["--vocab_size=96", "--n_layer=2", "--n_head=2", "--d_model=36", "--block_size=32", "--micro_batch=4"]
         options += ["--batch_tokens=256", f"--dropout={dropout}", f"--cuda_graphs={graphs}", "--compile=False", *words]
-        config = train.load_config(train.Config, options)
-        run = train.build(config, torch.device("cuda", 0), torch.float32, world=processes)
+        config = train.load_config(train.TrainConfig, [*options, "--dtype=float32"])
+        device, data = torch.device("cuda", 0), SimpleNamespace(meta={})
+        task = train.TokenTask(config, device, data)
+        monkeypatch.setenv("WORLD_SIZE", str(processes))
+        run = train.Trainer(config, task, device)
         assert isinstance(run.update, Graphed) == (graphs and world == 1)
+        assert (
+            isinstance(run.run_passes, Graphed) == isinstance(run.step_optimizers, Graphed) == (graphs and world == 2)
+        )
         torch.manual_seed(0)
         batches = torch.randint(96, (10, 2, 2, 4, 32), device="cuda")
         rows = []
         for step, (x, y) in enumerate(batches):
-            train.set_lr(run.optimizer, 1e-4 * (step + 1))
+            run.optimizers.set_lr(1e-4 * (step + 1))
             torch.manual_seed(step)
             rows.append(run.update(x, y))
         results.append(torch.stack(rows))

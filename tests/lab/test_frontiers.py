@@ -522,11 +522,11 @@ def test_parameters_are_those_of_the_model_that_was_trained(options):
     from vision.mlp import MLP
 
     if "vocab_size" in options:
-        Model, config = GPT, train.Config(**options)
+        Model, config = GPT, train.TrainConfig(**options)
     elif "d_in" in options:
-        Model, config = MLP, vision.regression.Config(**options)
+        Model, config = MLP, vision.regression.RegressionConfig(**options)
     else:
-        config = vision.train.Config(**options)
+        config = vision.train.ImageTrainConfig(**options)
         Model = vision.train.MODELS[config.model]
     written = json.loads(json.dumps(asdict(config)))  # as a run's config.json has them
     assert scaling_laws.num_parameters(written) == sum(p.numel() for p in Model(config).parameters())

@@ -79,7 +79,7 @@ def test_the_ends_of_the_numbers_are_structures():
 def test_models_use_up_the_budget():
     config = load_config(search.Config, [*SMALL, "--experts=1,4", "--top_k=1"])
     budget = search.meta_model(config).flops_per_token()
-    dense = train.Config(**search.train_options(config, {"structure": "dense"}))
+    dense = train.TrainConfig(**search.train_options(config, {"structure": "dense"}))
     assert budget == GPT(dense).flops_per_token()
     whole = 3 * budget * config.max_steps * config.batch_tokens
     seen = set()
@@ -88,7 +88,7 @@ def test_models_use_up_the_budget():
             options, figures = search.fit_model(config, point, budget)
         except search.Misfit:
             continue
-        run = train.Config(**search.train_options(config, options))
+        run = train.TrainConfig(**search.train_options(config, options))
         model = GPT(run)
         assert sum(parameter.numel() for parameter in model.parameters()) == figures["parameters"]
         assert model.flops_per_token() <= budget and run.d_model % config.n_head == 0

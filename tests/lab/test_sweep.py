@@ -24,9 +24,12 @@ SWEEPS = os.path.join(ROOT, "config", "sweeps")
 
 # script: (its options, FLOPs of a forward pass on a token, image or sample)
 RUNS_OF = {
-    "train.py": (train.Config, lambda config: GPT(config).flops_per_token()),
-    "vision/train.py": (vision.train.Config, lambda config: vision.train.MODELS[config.model](config).flops()),
-    "vision/regression.py": (vision.regression.Config, lambda config: MLP(config).flops()),
+    "train.py": (train.TrainConfig, lambda config: GPT(config).flops_per_token()),
+    "vision/train.py": (
+        vision.train.ImageTrainConfig,
+        lambda config: vision.train.MODELS[config.model](config).flops(),
+    ),
+    "vision/regression.py": (vision.regression.RegressionConfig, lambda config: MLP(config).flops()),
 }
 
 SWEEP = """

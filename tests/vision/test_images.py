@@ -18,7 +18,7 @@ from PIL import Image
 import vision.data
 from configurator import ConfigError
 from vision.data import Decoded, Held, Images, PixelsConfig, Split, decode, open_splits, parsed, to_square, write_pixels
-from vision.train import Config
+from vision.train import ImageTrainConfig
 
 CPU = torch.device("cpu")
 OPTIONS = dict(image_size=8, channels=3, n_classes=3, d_model=36, device="cpu")
@@ -49,7 +49,7 @@ def write(path, labels, images=None, **how):
 
 
 def split_labels(folder, dataset, say=lambda text: None):
-    splits, _ = open_splits(Config(**OPTIONS, dataset=dataset, data_dir=str(folder)), say)
+    splits, _ = open_splits(ImageTrainConfig(**OPTIONS, dataset=dataset, data_dir=str(folder)), say)
     return {name: split.labels.tolist() for name, split in splits.items()}
 
 
@@ -120,7 +120,7 @@ def test_only_the_first_split_with_labels_is_for_validation(tmp_path):
     os.remove(tmp_path / "test-0.parquet")
     os.remove(tmp_path / "unconstrained-test.parquet")
     with pytest.raises(ConfigError, match="val split has no labels"):
-        config = Config(**OPTIONS, dataset="x", data_dir=str(tmp_path))
+        config = ImageTrainConfig(**OPTIONS, dataset="x", data_dir=str(tmp_path))
         vision.data.check_labels(config, open_splits(config)[0], None)
 
 
@@ -136,7 +136,7 @@ def test_of_the_hubs_splits_one_with_labels_is_for_validation(monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", lambda name: found)
     said = []
     for expected in ([1, 0], None):
-        splits, classes = open_splits(Config(**OPTIONS, dataset="some/where"), said.append)
+        splits, classes = open_splits(ImageTrainConfig(**OPTIONS, dataset="some/where"), said.append)
         assert classes == ["a", "b"] and splits["train"].labels.tolist() == [0, 1, 1]
         if expected:
             assert splits["val"].labels.tolist() == expected and said[-1] == "val: validation of some/where"
@@ -151,7 +151,7 @@ def test_of_the_hubs_splits_one_with_labels_is_for_validation(monkeypatch):
 
 
 def held(folder, say=lambda text: None, **more):
-    config = Config(**OPTIONS, dataset="x", data_dir=str(folder), **more)
+    config = ImageTrainConfig(**OPTIONS, dataset="x", data_dir=str(folder), **more)
     return Held(config, open_splits(config, say)[0], CPU, say)
 
 
@@ -198,7 +198,7 @@ def test_a_damaged_page_is_one_line_with_file_and_rows(tmp_path):
 
 def test_files_that_vanish_are_broken_images(tmp_path):
     folder = class_folders(tmp_path)
-    config = Config(**OPTIONS, dataset="x", data_dir=folder)
+    config = ImageTrainConfig(**OPTIONS, dataset="x", data_dir=folder)
     splits, _ = open_splits(config)
     os.remove(splits["train"].name(1))
     said = []
@@ -212,7 +212,7 @@ def test_a_worker_that_dies_is_one_line(monkeypatch):
     split = Split(np.arange(3), lambda i: os._exit(1), str)
     ended = pytest.raises(ConfigError, match="a process that decodes images ended.*fewer --workers")
     with ended as caught, vision.data.workers_watched():
-        Held(Config(**OPTIONS, workers=1), {"train": split, "val": split}, CPU)
+        Held(ImageTrainConfig(**OPTIONS, workers=1), {"train": split, "val": split}, CPU)
     assert "\n" not in str(caught.value)
 
 
@@ -241,7 +241,7 @@ def test_folders_of_any_layout_users_have(tmp_path):
     image.save(f"{folder}/train/red/d.tiff")
     image.save(f"{folder}/train/loose.png")
     said = []
-    config = Config(**OPTIONS, dataset="x", data_dir=folder)
+    config = ImageTrainConfig(**OPTIONS, dataset="x", data_dir=folder)
     splits, classes = open_splits(config, said.append)
     assert classes == ["blue", "green", "red"]
     data = Held(config, splits, CPU, said.append)
@@ -255,7 +255,7 @@ def test_folders_of_any_layout_users_have(tmp_path):
 def test_a_class_that_one_split_lacks_is_a_note(lacking, other, tmp_path):
     folder = class_folders(tmp_path)
     os.rename(f"{folder}/{lacking}/green", tmp_path / "green")
-    config, said = Config(**OPTIONS, dataset="x", data_dir=folder), []
+    config, said = ImageTrainConfig(**OPTIONS, dataset="x", data_dir=folder), []
     splits, classes = open_splits(config)
     vision.data.check_labels(config, splits, classes, said.append)
     assert classes == ["blue", "green", "red"]
@@ -323,8 +323,8 @@ def test_images_are_upright(format, orientation):
     image = decode(raw, 3)
     assert image.size == (96, 64)
     split = Split(np.array([0]), lambda i: raw, str)
-    small = Decoded(Config(**OPTIONS), split)[0][1]
-    config = Config(**{**OPTIONS, "image_size": 16}, stream=True, eval_resize=16)
+    small = Decoded(ImageTrainConfig(**OPTIONS), split)[0][1]
+    config = ImageTrainConfig(**{**OPTIONS, "image_size": 16}, stream=True, eval_resize=16)
     (streamed, _, _, broken) = Images(config, split, False)[0, 0]
     assert not broken
     for pixels, S in ((small, 8), (streamed, 16)):  # (3, S, S)
@@ -359,10 +359,10 @@ def test_a_thin_image_takes_no_more_memory_than_its_pixels(size, monkeypatch):
 
     monkeypatch.setattr(Image.Image, "resize", resize)
     split = Split(np.array([0]), lambda i: encoded(Image.new("L", size, 7)), str)
-    seen, pixels = Decoded(Config(**{**OPTIONS, "image_size": 224}, stream=False), split)[0]
+    seen, pixels = Decoded(ImageTrainConfig(**{**OPTIONS, "image_size": 224}, stream=False), split)[0]
     assert seen == size and (pixels == 7).all() and largest[0] <= 224**2
     for training in (False, True):
-        config = Config(**{**OPTIONS, "image_size": 224}, stream=True)
+        config = ImageTrainConfig(**{**OPTIONS, "image_size": 224}, stream=True)
         pixels, label, _, broken = Images(config, split, training)[0, 0]
         assert label == 0 and not broken and (pixels == 7).all()
     assert largest[0] <= 224**2
@@ -371,9 +371,9 @@ def test_a_thin_image_takes_no_more_memory_than_its_pixels(size, monkeypatch):
 @pytest.mark.parametrize("size", [(10_000, 10_000), (20_000, 20_000)])  # PIL warns of one, refuses the other
 def test_too_many_pixels_are_a_broken_image(size, recwarn):
     split = Split(np.array([0]), lambda i: bomb(*size), lambda i: "bomb.png")
-    size, reason = Decoded(Config(**OPTIONS), split)[0]
+    size, reason = Decoded(ImageTrainConfig(**OPTIONS), split)[0]
     assert size is None and "decompression bomb" in reason
-    _, label, _, broken = Images(Config(**OPTIONS, stream=True), split, False)[0, 0]
+    _, label, _, broken = Images(ImageTrainConfig(**OPTIONS, stream=True), split, False)[0, 0]
     assert label == -1 and len(broken) == 1 and broken[0].startswith("bomb.png (")
     assert not recwarn.list
 

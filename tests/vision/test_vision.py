@@ -12,7 +12,6 @@ import os
 import re
 import signal
 from dataclasses import asdict, fields
-from functools import partial
 from typing import get_args, get_type_hints
 
 import numpy as np
@@ -39,15 +38,16 @@ from configurator import ConfigError, help_text, load_config
 from conftest import ROOT, losses, read_rows, run_forked, run_script, start_script
 from data import TokenData
 from engine import checkpoint
+from engine.parallel import split_batch
 from kernels.cuda_graph import Graphed
 from model import GPT
-from train import Config as GPTRunConfig
-from train import build
+from optim import Optimizers
+from train import TrainConfig, Trainer
 from vision.augment import OPERATION_NAMES, Augment, erase_boxes, inside, mix_boxes, moved, rand_operation
 from vision.data import Held, Order, Streamed, open_splits, random_box, rng
 from vision.mlp import MLP
-from vision.regression import Config as RegressionConfig
-from vision.train import Config, split_batch
+from vision.regression import RegressionConfig
+from vision.train import ImageTask, ImageTrainConfig
 from vision.vit import ViT, patches
 
 CPU = torch.device("cpu")
@@ -86,7 +86,7 @@ def caches(tmp_path_factory, monkeypatch):
 
 @pytest.mark.parametrize("structure", ["dense", "btt"])
 def test_mlp_is_what_it_says(structure):
-    config = Config(**{**TINY, "structure": structure})
+    config = ImageTrainConfig(**{**TINY, "structure": structure})
     model = randomised(MLP(config))
     x = torch.randn(5, 1, 8, 8)
     order = np.random.default_rng(42).permutation(64)  # the published one
@@ -110,7 +110,7 @@ def test_mlp_is_what_it_says(structure):
 def test_vit_is_what_it_says(structure, pool):
     """Against loops over patches, and attention written out: no mask, a LayerNorm a head, logits times 8 / d_head."""
     options = dict(TINY_VIT, structure=structure, pool=pool, image_size=12, channels=3, bias=structure == "dense")
-    model = randomised(ViT(Config(**options)))
+    model = randomised(ViT(ImageTrainConfig(**options)))
     x = torch.randn(3, 3, 12, 12)
 
     def dense(layer, x):
@@ -146,7 +146,7 @@ def test_vit_is_what_it_says(structure, pool):
 
 @pytest.mark.parametrize("options", [TINY, TINY_VIT, dict(TINY_VIT, pool="mean", patch_size=2, structure="dense")])
 def test_flops_are_those_executed(options):
-    config = Config(**options, overrides={"ffn": {"structure": "low_rank", "rank": 4}})
+    config = ImageTrainConfig(**options, overrides={"ffn": {"structure": "low_rank", "rank": 4}})
     model = vision.train.MODELS[config.model](config)
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         model(torch.randn(7, 1, 8, 8))
@@ -154,14 +154,14 @@ def test_flops_are_those_executed(options):
 
 
 def test_pixels_of_mlps_are_shuffled_unless_asked_not_to():
-    assert Config(**TINY).shuffle_pixels is True and not Config(**TINY_VIT).shuffle_pixels
+    assert ImageTrainConfig(**TINY).shuffle_pixels is True and not ImageTrainConfig(**TINY_VIT).shuffle_pixels
     for name in ("mlp_cifar10", "mlp_cifar100", "quickstart"):
-        assert load_config(Config, [f"vision/config/{name}.py"]).shuffle_pixels is True
-    as_they_are = Config(**TINY, shuffle_pixels=False)
-    assert not hasattr(MLP(as_they_are), "order") and hasattr(MLP(Config(**TINY)), "order")
+        assert load_config(ImageTrainConfig, [f"vision/config/{name}.py"]).shuffle_pixels is True
+    as_they_are = ImageTrainConfig(**TINY, shuffle_pixels=False)
+    assert not hasattr(MLP(as_they_are), "order") and hasattr(MLP(ImageTrainConfig(**TINY)), "order")
     for options in (TINY, TINY_VIT):  # what config.json has of a run makes the same run
-        config = Config(**options)
-        assert asdict(Config(**asdict(config))) == asdict(config)
+        config = ImageTrainConfig(**options)
+        assert asdict(ImageTrainConfig(**asdict(config))) == asdict(config)
 
 
 def test_a_run_with_unshuffled_pixels_resumes_as_it_was(tmp_path, capsys):
@@ -176,24 +176,26 @@ def test_a_run_with_unshuffled_pixels_resumes_as_it_was(tmp_path, capsys):
 
 
 def test_start_at_zero_and_rates_of_the_published_input_layer():
-    config = Config(**{**TINY, "structure": "btt"}, input_lr=0.1)
+    config = ImageTrainConfig(**{**TINY, "structure": "btt"}, input_lr=0.1)
     model = MLP(config)
     x = torch.randn(4, 1, 8, 8)
     assert torch.equal(model(x)[0], torch.zeros(4, 10))
     h = model.input_norm(F.gelu(model.input(x.flatten(1)), approximate="tanh"))
     assert torch.equal(model.blocks[0](h), h)
-    rates = vision.train.multipliers(config, model)
+    rates = vision.train.image_lr_multipliers(config, model)
     # 64 = 8 x 8 -> 36: two cores, of fan-in 8 and 8; a dense layer would have 0.1
     assert rates["input.cores.0"] == pytest.approx(0.1 * 64 / (8 * 2)) and rates["input.bias"] == 0.1
     assert rates["head.weight"] == 64 / 36 and rates["input_norm.weight"] == 1
-    dense = MLP(Config(**{**TINY, "structure": "dense"}, input_lr=0.1))
-    assert vision.train.multipliers(dense.config, dense)["input.weight"] == pytest.approx(0.1)
+    dense = MLP(ImageTrainConfig(**{**TINY, "structure": "dense"}, input_lr=0.1))
+    assert vision.train.image_lr_multipliers(dense.config, dense)["input.weight"] == pytest.approx(0.1)
 
 
 @pytest.mark.parametrize("config_file", ["mlp_cifar10", "mlp_cifar100", "vit_cifar100", "regression", "pixels"])
 def test_ffn_down_learns_at_the_published_rates(config_file):
     """Multipliers of "Compute Better Spent"'s code at width 1024: its base model of width 64 has FFNs of 4 x 64."""
-    cls, model = {"regression": (RegressionConfig, MLP), "pixels": (GPTRunConfig, GPT)}.get(config_file, (Config, None))
+    cls, model = {"regression": (RegressionConfig, MLP), "pixels": (TrainConfig, GPT)}.get(
+        config_file, (ImageTrainConfig, None)
+    )
     for structure, down, up in (("dense", [0.0625], [0.0625]), ("btt", [2.0, 2.0], [1.0, 1.0])):
         config = load_config(cls, [f"vision/config/{config_file}.py", "--d_model=1024", f"--structure={structure}"])
         with torch.device("meta"):
@@ -204,19 +206,17 @@ def test_ffn_down_learns_at_the_published_rates(config_file):
                 value for name, value in rates.items() if f"blocks.2.{role}." in name and not ends_plain(name)
             ] == want
         if model is not GPT:
-            ours = vision.train.multipliers(config, built)
+            ours = vision.train.image_lr_multipliers(config, built)
             assert all(ours[name] == rates[name] for name in rates if not name.startswith("input."))
 
 
-def test_train_py_heeds_the_base_model(char_data, monkeypatch, tmp_path):
-    def build(*args, multipliers_of, **kwargs):
-        raise ConfigError(str(multipliers_of.keywords))
-
-    monkeypatch.setattr(train, "build", build)
+def test_train_py_heeds_the_base_model(char_data, tmp_path):
     options = dict(data_dir=char_data, device="cpu", base_width=64, base_ffn_expansion=4, out_dir=tmp_path, vocab_size=96,
                    d_model=64, n_head=4, block_size=8, micro_batch=2, batch_tokens=16)  # fmt: skip
-    with pytest.raises(ConfigError, match=r"\{'base_width': 64, 'base_ffn_expansion': 4\}"):
-        train.main(words(options))
+    config = load_config(TrainConfig, words(options))
+    trainer = Trainer(config, train.TokenTask(config, CPU, TokenData(char_data, 8)), CPU)
+    assert trainer.optimizers.multipliers == optim.lr_multipliers(trainer.model, 64, 4)
+    assert trainer.optimizers.multipliers != optim.lr_multipliers(trainer.model)
 
 
 def ends_plain(name):
@@ -224,27 +224,29 @@ def ends_plain(name):
 
 
 def test_other_configs_keep_their_rates():
-    for cls, path in ((Config, "vision/config/vit_s32_imagenet.py"), (GPTRunConfig, "config/gpt2_btt.py")):
+    for cls, path in ((ImageTrainConfig, "vision/config/vit_s32_imagenet.py"), (TrainConfig, "config/gpt2_btt.py")):
         assert load_config(cls, [path]).base_ffn_expansion == 1
     with pytest.raises(ConfigError, match="base_ffn_expansion=4 with parametrization='standard'"):
-        GPTRunConfig(parametrization="standard", structure="dense", base_ffn_expansion=4)
+        TrainConfig(parametrization="standard", structure="dense", base_ffn_expansion=4)
 
 
 def test_an_input_layer_of_rate_zero_stays_as_it_is(digits_held):
     _, _, held = digits_held
-    config = Config(**TINY, structure="btt", input_lr=0.0, weight_decay=0.1)
-    _, batch, run = vision.train.start(config, held, CPU, torch.float32, 2)
+    config = ImageTrainConfig(**TINY, structure="btt", input_lr=0.0, weight_decay=0.1)
+    task = ImageTask(config, CPU, held)
+    run = Trainer(config, task, CPU)
     before = {name: parameter.clone() for name, parameter in run.model.named_parameters()}
     for step in range(3):
-        run.update(*batch(step))
+        run.update(*task.batch(step))
     for name, parameter in run.model.named_parameters():
         assert torch.equal(parameter, before[name]) == name.startswith("input."), name
 
 
 NUMBERS = [
     field.name
-    for field in fields(Config)
-    if {int, float} & {get_type_hints(Config)[field.name], *get_args(get_type_hints(Config)[field.name])}
+    for field in fields(ImageTrainConfig)
+    if {int, float}
+    & {get_type_hints(ImageTrainConfig)[field.name], *get_args(get_type_hints(ImageTrainConfig)[field.name])}
 ]
 
 
@@ -252,13 +254,12 @@ NUMBERS = [
 def test_zero_for_any_number_trains_or_is_one_clear_line(name, digits_held):
     _, _, held = digits_held
     try:
-        config = Config(**{**TINY_VIT, "d_head": 18, name: 0})
-        micro_steps = vision.train.split_batch(config, 1)
+        config = ImageTrainConfig(**{**TINY_VIT, "d_head": 18, name: 0})
+        task = ImageTask(config, CPU, held)
     except ConfigError as error:
         assert name in str(error) or name in ("top_k", "num_experts"), error
         return
-    _, batch, run = vision.train.start(config, held, CPU, torch.float32, micro_steps)
-    loss, _, norm = run.update(*batch(0))
+    loss, _, norm = Trainer(config, task, CPU).update(*task.batch(0))
     assert loss.isfinite() and norm.isfinite()
 
 
@@ -266,7 +267,9 @@ def test_zero_for_any_number_trains_or_is_one_clear_line(name, digits_held):
 def test_configs_are_whole(path):
     import train
 
-    kind = {"regression.py": vision.regression.Config, "pixels.py": train.Config}.get(os.path.basename(path), Config)
+    kind = {"regression.py": vision.regression.RegressionConfig, "pixels.py": train.TrainConfig}.get(
+        os.path.basename(path), ImageTrainConfig
+    )
     config = load_config(kind, [path])
     if "imagenet" in path:
         for width in (784, 1936):
@@ -289,7 +292,7 @@ def test_epochs_are_permutations_one_behind_the_other():
 
 @pytest.fixture(scope="module")
 def digits_held():
-    config = Config(**{**TINY, **AUGMENTED})
+    config = ImageTrainConfig(**{**TINY, **AUGMENTED})
     splits, classes = open_splits(config)
     return config, splits, Held(config, splits, CPU)
 
@@ -341,7 +344,7 @@ def test_held_images_become_rgb_and_square(monkeypatch, workers):
         np.array([0, 1, 0, 1, 0, 1]), lambda i: png(images[i]) if i < 3 else b"torn", lambda i: f"image {i}"
     )
     said = []
-    config = Config(**{**TINY, "channels": 3, "n_classes": 2, "workers": workers})
+    config = ImageTrainConfig(**{**TINY, "channels": 3, "n_classes": 2, "workers": workers})
     held = Held(config, {"train": split, "val": split}, CPU, said.append)
     assert held.val.shape == (3, 3, 8, 8) and held.val_labels.tolist() == [0, 1, 0]
     assert held.val[:, :, 4, 4].tolist() == [[7, 7, 7], [1, 2, 3], [9, 8, 7]]
@@ -445,7 +448,7 @@ def test_images_of_no_move_stay_where_they_are_bit_for_bit(monkeypatch):
 
 def test_mixing_against_a_loop():
     """Pairs 2j, 2j + 1: pixels in the box, and labels by the area, weighed; half of the pairs cut, half blended."""
-    config = Config(**{**TINY, "mixup": 0.4, "cutmix": 1.0, "label_smoothing": 0.1})
+    config = ImageTrainConfig(**{**TINY, "mixup": 0.4, "cutmix": 1.0, "label_smoothing": 0.1})
     augment = Augment(config, [0.0], [1 / 255], CPU)  # the pixels stay as they are
     x, y = torch.rand(64, 1, 8, 8) * 255, torch.arange(64) % 10
     got, targets = augment(x, y, augment.draw(0, 64, 0, 64))
@@ -484,7 +487,7 @@ def test_erasing_is_a_rectangle_of_the_mean():
     assert (h * w)[erased].min() / 1024 > 0.01 and (h * w)[erased].max() / 1024 < 0.36
     mask = inside(torch.tensor([[1, 3, 2, 5], [0, 0, 4, 4]]), 6)
     assert mask.sum((1, 2, 3)).tolist() == [6, 0] and mask[0, 0, 1:3, 2:5].all()
-    config = Config(**{**TINY, "random_erasing": 1.0})
+    config = ImageTrainConfig(**{**TINY, "random_erasing": 1.0})
     augment = Augment(config, [0.5], [0.25], CPU)
     x, _ = augment(torch.full((64, 1, 8, 8), 255.0), torch.zeros(64).long(), augment.draw(0, 64, 0, 64))
     assert set(x.unique().tolist()) == {0.0, 2.0}
@@ -509,23 +512,22 @@ def test_remedies_for_batches_work_when_they_are_taken():
     for batch_size, micro_batch, world, mixup in itertools.product((30, 96, 100), (2, 8, 14), (1, 2, 3), (0.0, 0.8)):
         options = dict(TINY, batch_size=batch_size, micro_batch=micro_batch, mixup=mixup)
         try:
-            split_batch(Config(**options), world)
+            split_batch(ImageTrainConfig(**options), world)
         except ConfigError as error:
             for name, value in re.findall(r"(\w+)=(\d+)", str(error).split(": take ")[1]):
-                split_batch(Config(**{**options, name: int(value)}), world)
+                split_batch(ImageTrainConfig(**{**options, name: int(value)}), world)
                 tried += 1
     assert tried > 20
 
 
 def test_an_update_that_prepares_its_batch_equals_one_that_is_given_it(digits_held):
     config, _, held = digits_held
-    augment = Augment(config, held.mean, held.std, CPU)
-    prepare = partial(vision.train.prepare, held, augment, (2, 32))
-    how = dict(Model=MLP, multipliers_of=partial(vision.train.multipliers, config), micro_steps=2)
-    inside_it, before_it = (build(config, CPU, torch.float32, 1, **how, **more) for more in (dict(prepare=prepare), {}))
+    tasks = whole, halved = ImageTask(config, CPU, held), ImageTask(config, CPU, held)
+    prepare, halved.prepare = halved.prepare, lambda x, y: (x, y)
+    inside_it, before_it = (Trainer(config, task, CPU) for task in tasks)
     rows = []
     for step in range(3):
-        batch = (*held.draw(step, 64, 0, 64), augment.draw(step, 64, 0, 64))
+        batch = whole.batch(step)
         rows.append(inside_it.update(*batch))
         assert torch.equal(rows[-1], before_it.update(*prepare(*batch)))
     assert torch.stack(rows)[:, 0].diff().abs().min() > 0
@@ -553,15 +555,15 @@ def test_preparing_a_batch_needs_nothing_of_the_host(digits_held):
     """No shape depends on values, no value is read, nothing is copied from the host."""
     config, splits, _ = digits_held
     held, mode = Held(config, splits, CPU), FakeTensorMode()
-    augment = Augment(config, held.mean, held.std, CPU)
-    batch = (*held.draw(0, 64, 0, 64), augment.draw(0, 64, 0, 64))
-    for owner in (held, augment):
+    task = ImageTask(config, CPU, held)
+    batch = task.batch(0)
+    for owner in (held, task.augment):
         for name, value in vars(owner).items():
             if isinstance(value, torch.Tensor):
                 setattr(owner, name, fake_gpu(value, mode))
     batch = [fake_gpu(tensor, mode) for tensor in batch]
     with mode, OnTheDevice():
-        x, y = vision.train.prepare(held, augment, (2, 32), *batch)
+        x, y = task.prepare(*batch)
     assert x.shape == (2, 32, 1, 8, 8) and y.shape == (2, 32, 10) and x.dtype == y.dtype == torch.float32
     pixels, labels = torch.zeros(64, 1, 8, 8, dtype=torch.uint8), torch.zeros(64).long()
     streamed = [fake_gpu(tensor, mode) for tensor in (pixels, labels, labels)]
@@ -596,14 +598,14 @@ def test_batches_made_in_a_cuda_graph(digits_held):
     config, splits, _ = digits_held
     device = torch.device("cuda", 0)
     data = Held(config, splits, device)
-    augment = Augment(config, data.mean, data.std, device)
+    task = ImageTask(config, device, data)
 
     def images(*batch):
-        return vision.train.prepare(data, augment, (2, 32), *batch)[0]
+        return task.prepare(*batch)[0]
 
     graphed = Graphed(images)
     for step in range(8):
-        batch = (*data.draw(step, 64, 0, 64), augment.draw(step, 64, 0, 64))
+        batch = task.batch(step)
         wrong = (graphed(*batch) - images(*batch)).abs() > 1e-3
         assert wrong.float().mean() < 1e-3  # a value may be just at a step of posterize
 
@@ -622,7 +624,7 @@ def straight(tmp_path_factory):
 def test_a_run_leaves_what_it_should(straight, capsys):
     assert sorted(os.listdir(straight)) == ["ckpt.pt", "ckpt_prev.pt", "config.json", "log.jsonl", "loss.png"]
     rows = read_rows(straight)
-    last, config = rows[-1], Config(**TINY_VIT)
+    last, config = rows[-1], ImageTrainConfig(**TINY_VIT)
     assert [row["step"] for row in rows] == list(range(21))
     assert last["images"] == 20 * 64 and last["flops"] == 3 * 20 * 64 * ViT(config).flops()
     assert last["images_per_second"] > 0 and {"val_loss", "top1", "top5", "grad_norm", "lr"} <= set(last)
@@ -633,7 +635,7 @@ def test_a_run_leaves_what_it_should(straight, capsys):
 
 
 def test_the_evaluation_is_of_all_images_and_of_the_averaged_weights(straight):
-    config = load_config(Config, words(json_options(straight)))
+    config = load_config(ImageTrainConfig, words(json_options(straight)))
     saved = torch.load(f"{straight}/ckpt.pt", weights_only=True)
     model = ViT(config).eval()
     model.load_state_dict({name: saved["optimizer"][name]["ema"] for name in saved["model"]})
@@ -659,15 +661,15 @@ def json_options(out):
 
 def test_the_running_mean_against_a_loop():
     parameter = torch.nn.Parameter(torch.zeros(3))
-    optimizer = torch.optim.AdamW([parameter], lr=0.1)
-    vision.train.keep_average(optimizer, 0.9)
+    optimizer = Optimizers(torch.nn.ParameterList([parameter]), [torch.optim.AdamW([parameter], lr=0.1)], {})
+    optimizer.keep_average(0.9)
     mean = None
     for step in range(5):
         parameter.grad = torch.full((3,), float(step + 1))
         optimizer.step()
         mean = parameter.detach().clone() if mean is None else 0.9 * mean + 0.1 * parameter.detach()
     now = parameter.detach().clone()
-    with vision.train.averaged(optimizer):
+    with optimizer.averaged():
         torch.testing.assert_close(parameter.detach(), mean)
     assert torch.equal(parameter, now)
 
@@ -736,7 +738,7 @@ def test_mixtures_learn_too(options, tmp_path):
         options["model"]
     ]
     assert {f"blocks.{k}.{name}" for k in (0, 1) for name in layers} <= set(row["moe"])
-    config = load_config(Config, words(json_options(tmp_path / "run")))
+    config = load_config(ImageTrainConfig, words(json_options(tmp_path / "run")))
     model = vision.train.MODELS[config.model](config).train()
     logits, loss = model(torch.randn(6, 1, 8, 8), torch.arange(6))
     assert len(model.mixtures.reports) == len(row["moe"])
@@ -758,7 +760,7 @@ def test_regression_learns_and_its_teacher_is_standardised(tmp_path):
     vision.regression.main(words(options))
     val = losses(tmp_path / "run", "val_loss")
     assert val[0] == pytest.approx(1, abs=0.2) and val[60] < 0.4 * val[0]
-    config = load_config(vision.regression.Config, words(options))
+    config = load_config(vision.regression.RegressionConfig, words(options))
     teacher = vision.regression.Teacher(config, CPU)
     x = torch.randn(20_000, 8)
     assert abs(teacher(x).mean()) < 0.1 and teacher(x).std() == pytest.approx(1, abs=0.1)
@@ -840,7 +842,7 @@ def test_a_folder_of_broken_files_is_one_clear_line(folder, tmp_path):
 
 
 def test_streamed_images_against_pil(folder, tmp_path):
-    config = Config(
+    config = ImageTrainConfig(
         **{key: value for key, value in streaming(folder, tmp_path).items() if key != "out_dir"}, eval_resize=40
     )
     splits, classes = open_splits(config)
@@ -874,7 +876,7 @@ def test_decoding_by_torchvision_is_the_same_picture(folder, tmp_path, monkeypat
         vision.data, "decode", lambda raw, C, real=vision.data.decode: by_pil.append(raw[:2]) or real(raw, C)
     )
     for gpu_decode in (False, True):
-        config = Config(**options, gpu_decode=gpu_decode)
+        config = ImageTrainConfig(**options, gpu_decode=gpu_decode)
         data = Streamed(config, open_splits(config)[0], CPU)
         data.workers = 0
         batches.append(data.images(*data.draw(1, 8, 0, 8)))
@@ -1003,7 +1005,7 @@ def test_a_missing_torchvision_is_one_clear_line(folder, tmp_path, monkeypatch):
 
 def error_of(**options):
     with pytest.raises(ConfigError) as caught:
-        vision.train.load_images(Config(**{**TINY, "channels": 3, **options}), CPU, lambda *text: None)
+        vision.train.load_images(ImageTrainConfig(**{**TINY, "channels": 3, **options}), CPU, lambda *text: None)
     message = str(caught.value)
     assert "\n" not in message
     return message
@@ -1051,7 +1053,7 @@ def test_a_hub_out_of_reach_is_one_clear_line():
 
 
 def test_every_option_says_what_it_does():
-    kinds = (Config, vision.regression.Config, vision.data.PixelsConfig)
+    kinds = (ImageTrainConfig, vision.regression.RegressionConfig, vision.data.PixelsConfig)
     lines = [line for kind in kinds for line in help_text(kind).splitlines() if line.startswith("  --")]
     assert len(lines) == sum(len(fields(kind)) for kind in kinds)
     assert [line for line in lines if not re.search(r"=\S.* \w", line)] == []

@@ -1,0 +1,58 @@
+"""How a run that fails ends: with one line that says what to do, on whichever process it happens."""
+
+import signal
+import sys
+import time
+
+import torch
+
+from configurator import ConfigError, OneLineExit, RunFailed
+from engine import checkpoint, runlog
+from engine.compiling import missing_compiler
+from engine.parallel import ranks
+
+
+def run_with_progress(train, config, memory):
+    """Call train(config, progress), with one line where it fails: OneLineExit, or SystemExit(130) of Ctrl-C.
+
+    config  a RunConfig
+    memory  what the memory of a full GPU depends on, and how to need less, in words
+    """
+    progress = runlog.Silent() if ranks()[0] else runlog.Progress(config.max_steps)
+    try:
+        train(config, progress)
+    except OneLineExit as error:
+        speak_for_this_rank(error)
+        raise
+    except torch.OutOfMemoryError:
+        shards = "" if config.shard == "fsdp" else ", --shard=fsdp on several GPUs"
+        checkpoints = "" if config.activation_checkpointing else ", --activation_checkpointing"
+        saved = checkpoint.describe_newest(config.out_dir)
+        error = RunFailed(f"GPU out of memory with {memory}{checkpoints}{shards}. {saved}")
+        speak_for_this_rank(error)
+        raise error from None
+    except Exception as error:
+        missing = missing_compiler(error)
+        if missing is None:
+            raise
+        error = ConfigError(missing)
+        speak_for_this_rank(error)
+        raise error from None
+    except KeyboardInterrupt:  # in training the loop itself ends, and saves
+        progress.say("stopped, outside of training")
+        raise SystemExit(130) from None
+    finally:
+        progress.close()
+
+
+def speak_for_this_rank(error):
+    """Print an error that only this rank may have met: of a OneLineExit's line rank 0 alone says its own.
+
+    Where rank 0 met it too, torchrun ends this process during the wait, and the line is said once. The wait is
+    long enough for a rank 0 that reads its last checkpoint before it ends.
+    """
+    rank = ranks()[0]
+    if rank:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        time.sleep(15)
+        print(f"error: rank {rank}: {error}", file=sys.stderr, flush=True)
