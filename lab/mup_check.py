@@ -464,6 +464,7 @@ class LandscapeConfig(CheckConfig):
     warmup_steps: int | None = None  # of linear warm-up, the rate is constant after them; None: a tenth of the steps
     seeds: int = 1  # runs to average over: seed, seed + 1, ...
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # matrix products; auto: bfloat16 on a GPU that has it
+    without: bool = True  # also with the narrowest model's multipliers at all widths; False: half the runs
     compile: bool = False  # torch.compile, once a width: half a minute each, then steps take a half to a third
 
     on_gpu: ClassVar[dict] = dict(widths=(64, 128, 256, 512), n_layer=3, block_size=256, batch_rows=128, steps=300)
@@ -481,6 +482,11 @@ class LandscapeConfig(CheckConfig):
         if self.warmup_steps < 0 or self.warmup_steps >= self.steps:
             raise ConfigError(f"warmup_steps={self.warmup_steps}: make it at least 0 and less than steps={self.steps}")
 
+    @property
+    def kinds(self):
+        """With muP, and without, where asked for; of a single width both are one."""
+        return ("with", "without") if self.without and len(self.widths) > 1 else ("with",)
+
 
 class Landscape(NamedTuple):
     """Final losses of the runs that are done, each the mean over those seeds that are."""
@@ -495,7 +501,7 @@ def lr_landscape(config, say=print, save=lambda landscape: None):
 
     config  LandscapeConfig
     save    is given a Landscape after every run
-    -> {"with": {width: [loss at each of config.lrs]}, "without": the same, but of a single width}, initial loss.
+    -> {"with": {width: [loss at each of config.lrs]}, "without": the same, of config.kinds}, initial loss.
     A loss is in nats a token, the mean over the last tenth of the steps and over the seeds, nan
     where a run left the finite numbers; the initial one is the mean over widths and seeds before
     the first step. All runs of a seed see the same batches, and those of a width the same weights.
@@ -520,10 +526,10 @@ def lr_landscape(config, say=print, save=lambda landscape: None):
 
     seeds = range(config.seed, config.seed + config.seeds)
     narrow = lr_multipliers(build(models[config.widths[0]], config.seed, device))
-    kinds = ("with", "without")[: len(config.widths)]  # of a single width both are one
+    kinds = config.kinds
     runs = {kind: {width: [[] for _ in config.lrs] for width in config.widths} for kind in kinds}
     initial, done, whole = [], 0, ()
-    total = (2 * len(config.widths) - 1) * len(config.lrs) * len(seeds)
+    total = sum(total_of(width, config) for width in config.widths)
     seconds = {width: seconds_of_run(models[width], data, config, device, autocast) for width in config.widths}
     planned = [seconds[width] for width in config.widths for _ in range(total_of(width, config))]
     less = ", less where torch.compile helps" if config.compile else ""
@@ -547,7 +553,8 @@ def lr_landscape(config, say=print, save=lambda landscape: None):
     for width in config.widths:
         model = build(models[width], config.seed, device)
         # Both ways are one at the narrowest width.
-        ways = {"with": lr_multipliers(model)} | ({} if width == config.widths[0] else {"without": narrow})
+        ways = {"with": lr_multipliers(model), "without": narrow}
+        ways = {kind: ways[kind] for kind in (kinds[:1] if width == config.widths[0] else kinds)}
         compiled = model
         if config.compile:
             order_loops(device)
@@ -579,7 +586,7 @@ def lr_landscape(config, say=print, save=lambda landscape: None):
 
 def total_of(width, config):
     """Number of runs of this width."""
-    return (1 if width == config.widths[0] else 2) * len(config.lrs) * config.seeds
+    return (1 if width == config.widths[0] else len(config.kinds)) * len(config.lrs) * config.seeds
 
 
 def seconds_of_run(shape, data, config, device, autocast):

@@ -33,6 +33,16 @@ def test_multipliers_by_hand():
     assert multipliers["blocks.1.ffn.down.cores.1"] == 768 / (16 * 2 * 2)
 
 
+@pytest.mark.parametrize("moe", ["none", "linear", "ffn"])
+def test_base_ffn_expansion_is_of_ffn_down_alone(moe):
+    model = GPT(GPTConfig(**SMALL, d_model=64, moe=moe, structured_layers=("ffn",)))
+    one, four = (lr_multipliers(model, 64, expansion) for expansion in (1, 4))
+    scaled = {name for name in one if four[name] == 4 * one[name] and one[name] != four[name]}
+    matrices = {name for name, parameter in model.named_parameters() if parameter.dim() > 1}
+    assert scaled == {name for name in matrices if ".ffn.down." in name} and len(scaled) >= 4
+    assert all(four[name] == one[name] for name in one.keys() - scaled)
+
+
 STRUCTURES = [
     dict(structure="dense"),
     dict(structure="btt", rank=2),

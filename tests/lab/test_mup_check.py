@@ -305,6 +305,17 @@ def test_what_is_done_is_written_run_by_run_and_an_estimate_comes_first(char_dat
     assert said[3].startswith("3/6 | width 32") and said[3].endswith("left")
 
 
+def test_the_landscape_of_mup_alone_takes_half_the_runs(char_data):
+    options = dict(
+        widths=(16, 32), lrs=("2**-9", "2**-8"), data_dir=char_data, **{**SMALL, "steps": 2, "warmup_steps": 1}
+    )
+    both, alone = (
+        lr_landscape(LandscapeConfig(structure="dense", without=each, **options), say=lambda *args, **kwargs: None)[0]
+        for each in (True, False)
+    )
+    assert list(alone) == ["with"] and alone["with"] == both["with"] and both["without"][32] != both["with"][32]
+
+
 def test_sizes_of_the_landscape_fit_the_device(monkeypatch):
     small = LandscapeConfig(device="cpu")
     assert (small.widths, small.steps, small.warmup_steps) == ((64, 128, 256), 100, 10)
