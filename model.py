@@ -125,8 +125,7 @@ class Block(nn.Module):
         self.ffn_norm = nn.LayerNorm(config.d_model, bias=config.bias)
         self.ffn = make_ffn(config)
         self.dropout = nn.Dropout(config.dropout)
-        # Depth-muP: the sum of the branches keeps its size when layers are added.
-        self.branch_scale = math.sqrt(3 / config.n_layer) if config.parametrization == "mup" else 1.0
+        self.branch_scale = config.branch_scale
 
     def forward(self, x, cache=None):
         x = self.add(x, self.attn(self.attn_norm(x), cache))

@@ -10,7 +10,16 @@ Spent", ICML 2024, section 3.2):
     dense matrix, router of a mixture           lr · base_width / d_in
     embeddings, norms, biases, gains            lr
 
-so that `lr` is the rate of a dense layer of width 768. A core of a mixture has the fan-in of one
+The rule is right for the product of the cores, of every structure. An example changes a core by at most its rate
+times signs, s_out s_inᵀ in each of its matrices, of spectral norm rate · sqrt(fan_in · fan_out). With rates of
+1/fan_in, and the other cores at their initial norms of sqrt(fan_out/fan_in), the matrix of the layer changes by
+‖ΔW‖ ~ sqrt(d_out/d_in) at any width and rank: the spectral condition (Yang et al., arXiv 2310.17813).
+An input that the core has not lined up with sees less of it: of a random one, sqrt(rank/d_in) is in the rows of a
+low-rank layer, and an entry that serves many places (Kronecker, Tensor-Train, ω > 0) follows their mean. So the change
+of activations falls with the width in the first steps, and no longer once the cores have lined up; rates raised by
+sqrt(d_in/rank), or by the root of the number of places, overshoot then (results/mup).
+
+So `lr` is the rate of a dense layer of width 768. A core of a mixture has the fan-in of one
 expert (moe.Mixture says why). The initial standard deviations are with the layers
 (einsum_linear.init_std). Under parametrization="standard" every multiplier is 1.
 

@@ -48,17 +48,29 @@ class BlockConfig:
     share_router: bool = False  # with moe="linear": q, k and v pick the same experts
     normalize: bool = True  # cap the RMS of each core of structured layers at its initial value
     normalize_dense: bool = False  # that of dense matrices, too: they then stand high learning rates as well
+    depth_exponent: float = 0.5  # mup: branches are scaled by (3 / n_layer) to this power; 1: CompleteP's rule, 0: none
     activation_checkpointing: bool = False  # keep only the blocks' inputs for backward: less memory, 1/3 more FLOPs
 
     roles = ROLES  # of the model's layers
     causal = True  # a position attends to none behind it
     width_options = ("d_model", "d_head")  # that set the widths of layers, in the order in which a remedy names them
 
+    @property
+    def branch_scale(self):
+        """What a residual branch is multiplied by, 1 at 3 layers: with 1 / sqrt(n_layer) the sum of all keeps its size at
+        first, with CompleteP's 1 / n_layer (Dey et al., 2025, arXiv 2505.01618) so does its change."""
+        return (3 / self.n_layer) ** self.depth_exponent if self.parametrization == "mup" else 1.0
+
     def __post_init__(self):
         for name in ("n_layer", "n_head", "d_model", "d_head"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"{name}={value}: make it at least 1")
+        if not 0 <= self.depth_exponent <= 1:
+            raise ConfigError(f"depth_exponent={self.depth_exponent}: make it 0 to 1")
+        if self.parametrization == "standard" and self.depth_exponent != 0.5:
+            why = " with parametrization='standard', whose branches have no scale"
+            raise UnusedOption("depth_exponent", self.depth_exponent, why)
         if not 0 <= self.dropout < 1:
             raise ConfigError(f"dropout={self.dropout}: make it at least 0 and less than 1")
         for option, names in (("structured_layers", self.structured_layers), ("overrides", self.overrides or {})):

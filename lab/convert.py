@@ -41,6 +41,7 @@ class Config(GPTConfig):
     dropout: ClassVar
     bias: ClassVar
     parametrization: ClassVar
+    depth_exponent: ClassVar
 
     vocab_size: int | None = None  # larger than the source's: pad embedding and head; None: the source's
     source: str = ""  # folder of a run, or GPT-2 of Hugging Face: a name on the hub or a folder

@@ -1,20 +1,22 @@
-"""Two checks of structure-aware µP by experiment, each with a picture, a table and rows of JSON.
+"""Checks of structure-aware µP by experiment, each with a table and rows of JSON, those over widths with a picture.
 
     python -m lab.mup_check coords --structures=dense,low_rank,btt --widths=64,128,256,512 --png=coords.png
+    python -m lab.mup_check depth --structures="dense;dense:depth_exponent=1" --n_layers=3,6,12,24
     python -m lab.mup_check lr_landscape --structure=btt --rank=2 --widths=64,128,256 --lrs=2**-12..2**-5
 
-coords         the coordinate check ("Tensor Programs V", arXiv 2203.03466, appendix D): sizes of
-               activations after a few Adam steps, which µP keeps the same at every width
+coords         the coordinate check ("Tensor Programs V", arXiv 2203.03466, appendix D): sizes of activations after
+               a few Adam steps, and of their change, Δh, which µP keeps the same at every width
+depth          Δh of models of one width and several depths, the last block's and the logits'
 lr_landscape   loss against learning rate, a curve a width, whose minimum µP keeps in one place
                ("Compute Better Spent", ICML 2024, figure 2b)
 
-Each is done twice, with the learning-rate multipliers that belong to each width (optim.py), and
+Those over widths are done twice, with the learning-rate multipliers that belong to each width (optim.py), and
 without: the narrowest model's at all widths, which is one rate for all, tuned at one of them.
 Of a single width (--widths=256,) lr_landscape finds the best rate of a structure: both ways are one there.
 
 A structure may carry options of GPTConfig: name:option=value,option=value, and so on. Spaces
 separate the values of a tuple ("einsum:theta=.5 .25 .25 .25 .5 .25 0"), a number may be a fraction
-of the width ("low_rank:rank=width/4"), and ";" separates structures that have options.
+of the width ("low_rank:rank=width/4") or its root (rank=sqrt(width)), and ";" separates structures that have options.
 Where no sizes are given, lr_landscape takes small ones on a CPU. How long it will take is said first, by a step of each
 width; rows of --json are written run by run, the picture width by width.
 """
@@ -33,7 +35,7 @@ from data import TokenData
 from engine.compiling import order_loops
 from engine.device import choose_device, choose_dtype, device_name, write_rows
 from engine.runlog import duration, save_figure, whole_file, writing
-from model import GPT, Block
+from model import GPT, Attention, Block
 from moe import Router
 from optim import lr_multipliers, make_optimizers
 from options import GPTConfig, RunConfig, check_seed
@@ -96,6 +98,8 @@ def parse_structure(text):
 
 def at_width(text, width):
     """A value of a structure's option as load_config reads it: "width/4" -> "16" at 64, "attn ffn" -> "attn,ffn"."""
+    if text == "sqrt(width)":
+        return str(math.isqrt(width))
     if not text.startswith("width"):
         return ",".join(text.split())
     match = re.fullmatch(r"width(?:\s*//?\s*([1-9]\d*))?", text)
@@ -196,12 +200,44 @@ class CoordsConfig(CheckConfig):
             raise ConfigError(f"lr={self.lr}: make it more than 0")
 
 
-# Layer kinds with a line in the picture; the spreads count all layers.
-KINDS = ("attn.q", "attn.proj", "ffn.up", "ffn.down", "block", "lm_head")
+# Kinds of layers with a line in the picture; the spreads count all that is measured.
+KINDS = ("embedding", "attn.q", "attn.logits", "attn.v", "ffn.up", "ffn.down", "router", "block", "lm_head")
 
 
-def activation_sizes(model, multipliers, lr=5e-4, steps=5, batch_rows=8, seed=0):
-    """{name: RMS of its output} of every linear layer and block, after `steps` Adam steps on one random batch.
+@torch.no_grad()
+def coordinates(model, idx):
+    """{name: what it computes} of a batch idx (B, T): embeddings, linear layers, routers' and attention's logits, blocks."""
+    values, hooks = {}, []
+
+    def record(name):
+        def hook(module, args, kwargs, output):
+            if isinstance(module, Attention):
+                q, k = (values.pop(f"{name}.{norm}").double().transpose(1, 2) for norm in ("q_norm", "k_norm"))
+                logits = module.scale * q @ k.transpose(-1, -2)  # (B, nh, T, T)
+                past = torch.ones(logits.shape[-2:], dtype=torch.bool, device=logits.device).tril()
+                values[f"{name}.logits"] = logits[..., past]
+            elif isinstance(module, Router):
+                values[name] = args[0] @ module.weight.T
+            else:
+                values[name] = output.detach()
+                if getattr(module, "router", None) is not None:  # some kernels make its logits on the side
+                    x, after = args[0], kwargs.get("after")
+                    values[f"{name}.router"] = (x if after is None else after(x)) @ module.router.weight.T
+
+        return hook
+
+    for name, module in model.named_modules():
+        norms = name.endswith(("q_norm", "k_norm"))
+        if isinstance(module, (Block, Attention, torch.nn.Embedding)) or hasattr(module, "cores") or norms:
+            hooks.append(module.register_forward_hook(record(name), with_kwargs=True))
+    model(idx)
+    for hook in hooks:
+        hook.remove()
+    return values
+
+
+def coordinates_after(model, multipliers, lr=5e-4, steps=5, batch_rows=8, seed=0):
+    """What `coordinates` lists, after `steps` Adam steps on one random batch -> {name: (RMS, RMS of its change since step 0)}.
 
     multipliers  {parameter name: its learning rate / lr}, as optim.lr_multipliers makes them
     """
@@ -209,52 +245,50 @@ def activation_sizes(model, multipliers, lr=5e-4, steps=5, batch_rows=8, seed=0)
     shape = (batch_rows, model.config.block_size + 1)
     idx = torch.randint(model.config.vocab_size, shape, generator=torch.Generator().manual_seed(seed + 1))
     idx = idx.to(next(model.parameters()).device)
+    first = coordinates(model, idx[:, :-1])
     for _ in range(steps):
         _, loss = model(idx[:, :-1], idx[:, 1:])
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-    sizes = {}
 
-    def record(name):
-        def hook(module, args, output):
-            sizes[name] = output.detach().square().mean().sqrt().item()
+    def rms(tensor):
+        return tensor.square().mean().sqrt().item()
 
-        return hook
+    return {name: (rms(h), rms(h - first[name])) for name, h in coordinates(model, idx[:, :-1]).items()}
 
-    for name, module in model.named_modules():
-        if isinstance(module, Block) or (hasattr(module, "cores") and not isinstance(module, Router)):
-            module.register_forward_hook(record(name))
-    with torch.no_grad():
-        model(idx[:, :-1])
-    return sizes
+
+WHAT = ("rms", "change")  # of what coordinates_after gives
 
 
 def coordinate_check(structure, config):
-    """Activation sizes over the widths, averaged over the seeds.
+    """Sizes of what a model computes, and of its change in training, over the widths; averages over the seeds.
 
     structure  a Structure;  config  CoordsConfig
-    -> {"with": {name of layer: [RMS at each of config.widths]}, "without": the same with the
-    multipliers of the narrowest model at all widths}
+    -> {"rms" | "change": {"with": {name: [RMS at each of config.widths]}, "without": the same with the multipliers of the
+    narrowest model at all widths}}
     """
     device, models = choose_device(config.device), config.models(structure, config.vocab_size)
     narrow = lr_multipliers(build(models[config.widths[0]], config.seed, device))
-    sizes = {}
+    measured = {what: {"with": {}, "without": {}} for what in WHAT}
     for kind in ("with", "without"):
-        at_widths = []  # {name: RMS} a width
         for width in config.widths:
             runs = []
             for seed in range(config.seed, config.seed + config.seeds):
                 model = build(models[width], seed, device)
                 multipliers = lr_multipliers(model) if kind == "with" else narrow
-                runs.append(activation_sizes(model, multipliers, config.lr, config.steps, config.batch_rows, seed))
-            at_widths.append({name: sum(run[name] for run in runs) / len(runs) for name in runs[0]})
-        sizes[kind] = {name: [size[name] for size in at_widths] for name in at_widths[0]}
-    return sizes
+                runs.append(coordinates_after(model, multipliers, config.lr, config.steps, config.batch_rows, seed))
+            for name in runs[0]:
+                for what, values in zip(WHAT, zip(*(run[name] for run in runs))):
+                    measured[what][kind].setdefault(name, []).append(sum(values) / len(values))
+    return measured
 
 
 def largest_spread(sizes):
-    """{name: [RMS a width]} -> the largest ratio, over the layers, of the largest RMS to the smallest."""
+    """{name: [RMS a width]} -> the largest ratio, over the layers, of the largest RMS to the smallest.
+
+    Of sizes leave out attention's logits: under muP they begin at 8 / sqrt(d_head), and only their change keeps its size.
+    """
 
     def spread(values):
         if not all(map(math.isfinite, values)):
@@ -266,7 +300,19 @@ def largest_spread(sizes):
 
 def kind_of(name):
     """The kind of a layer or block by its name in the model: "blocks.1.ffn.up" -> "ffn.up", "blocks.1" -> "block"."""
-    return re.sub(r"^blocks\.\d+\.?", "", name) or "block"
+    kind = re.sub(r"^blocks\.\d+\.?", "", name) or "block"
+    return "router" if kind.endswith("router") else "embedding" if kind == "token_embedding" else kind
+
+
+def spreads_of(measured):
+    """What coordinate_check gives -> {what: {kind: largest spread}}"""
+    return {
+        what: {
+            kind: largest_spread({n: v for n, v in of.items() if what == "change" or not n.endswith("logits")})
+            for kind, of in kinds.items()
+        }
+        for what, kinds in measured.items()
+    }
 
 
 def coords(config):
@@ -275,31 +321,33 @@ def coords(config):
     for structure in structures:
         config.models(structure, config.vocab_size)
     column = max(len(str(structure)) for structure in structures)
-    print(f"largest spread of activations over widths {', '.join(map(str, config.widths))}, {config.steps} steps")
-    print(f"{'structure':<{column}}  with muP  without")
+    print(f"largest spread over widths {', '.join(map(str, config.widths))} after {config.steps} steps:")
+    print(f"{'':<{column}}  of activations     of their change")
+    print(f"{'structure':<{column}}  with muP  without  with muP  without")
     for structure in structures:
-        sizes = results[str(structure)] = coordinate_check(structure, config)
-        spreads = [largest_spread(sizes[kind]) for kind in ("with", "without")]
-        print(f"{structure!s:<{column}}  {spreads[0]:8.2f}  {spreads[1]:7.2f}", flush=True)
+        measured = results[str(structure)] = coordinate_check(structure, config)
+        spreads = [spreads_of(measured)[what][kind] for what in WHAT for kind in ("with", "without")]
+        print(f"{structure!s:<{column}}", *(f"{spread:8.2f}" for spread in spreads), flush=True)
     if config.png:
-        draw_coords(results, config.widths, config.png)
+        draw_coords({label: measured["change"] for label, measured in results.items()}, config.widths, config.png)
     if config.json:
         settings = ("steps", "lr", "seed", "seeds", "n_layer", "n_head", "block_size", "batch_rows", "vocab_size")
         rows = [
             {
-                "what": "coordinate check", "structure": label, "multipliers": kind, "widths": config.widths,
+                "what": f"coordinate check: {what}", "structure": label, "multipliers": kind, "widths": config.widths,
                 **{name: getattr(config, name) for name in settings},
-                "largest_spread": _finite(largest_spread(sizes[kind])),
-                "rms": {name: list(map(_finite, values)) for name, values in sizes[kind].items()},
+                "largest_spread": _finite(spreads_of(measured)[what][kind]),
+                "rms": {name: list(map(_finite, values)) for name, values in measured[what][kind].items()},
             }
-            for label, sizes in results.items()
+            for label, measured in results.items()
+            for what in WHAT
             for kind in ("with", "without")
         ]  # fmt: skip
         save_rows(config.json, rows, device)
 
 
 def draw_coords(results, widths, path):
-    """results  {label: what coordinate_check returns}; a row of two panels each, RMS against width."""
+    """results  {label: changes, as of coordinate_check}; a row of two panels each, RMS against width."""
     plt = _pyplot()
     figure, grid = plt.subplots(
         len(results), 2, figsize=(8.5, 2.7 * len(results) + 0.7), sharex=True, sharey="row", squeeze=False,
@@ -310,6 +358,8 @@ def draw_coords(results, widths, path):
         for kind, axes in zip(("with", "without"), axes_of_row):
             for at, layer_kind in enumerate(KINDS):
                 layers = [values for name, values in sizes[kind].items() if kind_of(name) == layer_kind]
+                if not layers:  # a router, of a model without
+                    continue
                 mean = [sum(values) / len(values) for values in zip(*layers)]  # over depth
                 axes.plot(widths, mean, marker="o", ms=3.5, lw=1.5, color=f"C{at}", label=layer_kind)
             spread = largest_spread(sizes[kind])
@@ -317,12 +367,80 @@ def draw_coords(results, widths, path):
             axes.set_yscale("log")
             _width_axis(axes, widths)
             axes.grid(alpha=0.3)
-        axes_of_row[0].set_ylabel("RMS of output")
+        axes_of_row[0].set_ylabel("RMS of the change")
     for axes in grid[-1]:
         axes.set_xlabel("width")
     handles, labels = grid[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(KINDS), fontsize=9, frameon=False)
     _save(figure, path)
+
+
+# ---------------------------------------------------------------------------------------
+# Depth
+
+
+@dataclass
+class DepthConfig(CheckConfig):
+    n_layer: ClassVar[int] = 1  # of which there are several
+    widths: ClassVar[tuple] = (64,)
+    least_widths: ClassVar[int] = 1
+    structures: str = "dense;dense:depth_exponent=1"  # with their options
+    n_layers: tuple = (3, 6, 12, 24)  # depths of the models to compare
+    width: int = 64  # d_model of all
+    lr: float = 5e-4  # base learning rate
+    vocab_size: int = 96  # tokens are random
+    png: ClassVar[None] = None
+
+    def __post_init__(self):
+        self.widths = (self.width,)
+        super().__post_init__()
+        if len(set(self.n_layers)) < 2 or not all(isinstance(n, int) and n > 0 for n in self.n_layers):
+            raise ConfigError(f"n_layers={self.n_layers}: give two whole numbers or more, 3,6,12, say")
+        if self.lr <= 0:
+            raise ConfigError(f"lr={self.lr}: make it more than 0")
+        self.n_layers = tuple(sorted(set(self.n_layers)))
+
+
+def depth_check(structure, config):
+    """{"block" | "lm_head" | …: [RMS of the change at each of config.n_layers]}: of the last block, of the head, and means
+    over depth of what every block has; averages over the seeds."""
+    device, changes = choose_device(config.device), {}
+    for n_layer in config.n_layers:
+        shape = dict(n_layer=n_layer, n_head=config.n_head, block_size=config.block_size, vocab_size=config.vocab_size)
+        at_depth = {}
+        for seed in range(config.seed, config.seed + config.seeds):
+            model = build(structure.config(config.width, **shape), seed, device)
+            run = coordinates_after(model, lr_multipliers(model), config.lr, config.steps, config.batch_rows, seed)
+            for name, (_, change) in run.items():
+                if kind_of(name) != "block" or name == f"blocks.{n_layer - 1}":
+                    at_depth.setdefault(kind_of(name), []).append(change)
+        for kind, values in at_depth.items():
+            changes.setdefault(kind, []).append(sum(values) / len(values))
+    return changes
+
+
+def depth(config):
+    rows, device = [], choose_device(config.device)
+    structures = parse_structures(config.structures)
+    column = max(len(str(structure)) for structure in structures)
+    print(
+        f"change after {config.steps} steps at {', '.join(map(str, config.n_layers))} layers of width {config.width}:"
+    )
+    for structure in structures:
+        changes = depth_check(structure, config)
+        for kind in ("block", "lm_head"):
+            name = {"block": "last block"}.get(kind, kind)
+            print(f"{structure!s:<{column}}  {name:<10}", *(f"{value:8.3f}" for value in changes[kind]), flush=True)
+        settings = ("steps", "lr", "seed", "seeds", "width", "n_head", "block_size", "batch_rows", "vocab_size")
+        rows.append(
+            {
+                "what": "change over depths", "structure": str(structure), "n_layers": config.n_layers,
+                **{name: getattr(config, name) for name in settings},
+                "change": {kind: list(map(_finite, values)) for kind, values in changes.items()},
+            }
+        )  # fmt: skip
+    if config.json:
+        save_rows(config.json, rows, device)
 
 
 # ---------------------------------------------------------------------------------------
@@ -346,6 +464,7 @@ class LandscapeConfig(CheckConfig):
     warmup_steps: int | None = None  # of linear warm-up, the rate is constant after them; None: a tenth of the steps
     seeds: int = 1  # runs to average over: seed, seed + 1, ...
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # matrix products; auto: bfloat16 on a GPU that has it
+    without: bool = True  # also with the narrowest model's multipliers at all widths; False: half the runs
     compile: bool = False  # torch.compile, once a width: half a minute each, then steps take a half to a third
 
     on_gpu: ClassVar[dict] = dict(widths=(64, 128, 256, 512), n_layer=3, block_size=256, batch_rows=128, steps=300)
@@ -363,6 +482,11 @@ class LandscapeConfig(CheckConfig):
         if self.warmup_steps < 0 or self.warmup_steps >= self.steps:
             raise ConfigError(f"warmup_steps={self.warmup_steps}: make it at least 0 and less than steps={self.steps}")
 
+    @property
+    def kinds(self):
+        """With muP, and without, where asked for; of a single width both are one."""
+        return ("with", "without") if self.without and len(self.widths) > 1 else ("with",)
+
 
 class Landscape(NamedTuple):
     """Final losses of the runs that are done, each the mean over those seeds that are."""
@@ -377,7 +501,7 @@ def lr_landscape(config, say=print, save=lambda landscape: None):
 
     config  LandscapeConfig
     save    is given a Landscape after every run
-    -> {"with": {width: [loss at each of config.lrs]}, "without": the same, but of a single width}, initial loss.
+    -> {"with": {width: [loss at each of config.lrs]}, "without": the same, of config.kinds}, initial loss.
     A loss is in nats a token, the mean over the last tenth of the steps and over the seeds, nan
     where a run left the finite numbers; the initial one is the mean over widths and seeds before
     the first step. All runs of a seed see the same batches, and those of a width the same weights.
@@ -402,10 +526,10 @@ def lr_landscape(config, say=print, save=lambda landscape: None):
 
     seeds = range(config.seed, config.seed + config.seeds)
     narrow = lr_multipliers(build(models[config.widths[0]], config.seed, device))
-    kinds = ("with", "without")[: len(config.widths)]  # of a single width both are one
+    kinds = config.kinds
     runs = {kind: {width: [[] for _ in config.lrs] for width in config.widths} for kind in kinds}
     initial, done, whole = [], 0, ()
-    total = (2 * len(config.widths) - 1) * len(config.lrs) * len(seeds)
+    total = sum(total_of(width, config) for width in config.widths)
     seconds = {width: seconds_of_run(models[width], data, config, device, autocast) for width in config.widths}
     planned = [seconds[width] for width in config.widths for _ in range(total_of(width, config))]
     less = ", less where torch.compile helps" if config.compile else ""
@@ -429,7 +553,8 @@ def lr_landscape(config, say=print, save=lambda landscape: None):
     for width in config.widths:
         model = build(models[width], config.seed, device)
         # Both ways are one at the narrowest width.
-        ways = {"with": lr_multipliers(model)} | ({} if width == config.widths[0] else {"without": narrow})
+        ways = {"with": lr_multipliers(model), "without": narrow}
+        ways = {kind: ways[kind] for kind in (kinds[:1] if width == config.widths[0] else kinds)}
         compiled = model
         if config.compile:
             order_loops(device)
@@ -461,7 +586,7 @@ def lr_landscape(config, say=print, save=lambda landscape: None):
 
 def total_of(width, config):
     """Number of runs of this width."""
-    return (1 if width == config.widths[0] else 2) * len(config.lrs) * config.seeds
+    return (1 if width == config.widths[0] else len(config.kinds)) * len(config.lrs) * config.seeds
 
 
 def seconds_of_run(shape, data, config, device, autocast):
@@ -635,7 +760,11 @@ def save_rows(path, rows, device):
 
 
 def main(argv):
-    commands = {"coords": (CoordsConfig, coords), "lr_landscape": (LandscapeConfig, landscape)}
+    commands = {
+        "coords": (CoordsConfig, coords),
+        "depth": (DepthConfig, depth),
+        "lr_landscape": (LandscapeConfig, landscape),
+    }
     Config, command = choose_command(argv, commands, "lab.mup_check", "say which check", __doc__)
     config = load_config(Config, argv[1:])
     for option in ("png", "json"):  # before the work, not after it

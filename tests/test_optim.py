@@ -1,4 +1,6 @@
-"""Structure-aware muP: multipliers by hand, and a coordinate check over four widths."""
+"""Structure-aware muP: multipliers by hand, the size of an update of the product, and a coordinate check over widths."""
+
+import math
 
 import pytest
 import torch
@@ -7,7 +9,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
-from lab.mup_check import CoordsConfig, coordinate_check, largest_spread, parse_structure
+from einsum_linear import make_linear
+from lab.mup_check import CoordsConfig, coordinate_check, coordinates_after, parse_structure, spreads_of
 from model import GPT
 from optim import lr_multipliers, make_optimizers
 from options import GPTConfig, RunConfig
@@ -28,6 +31,68 @@ def test_multipliers_by_hand():
     assert multipliers["blocks.0.ffn.up.cores.0"] == 768 / (8 * 2)
     assert multipliers["blocks.0.ffn.up.cores.1"] == 768 / (8 * 2 * 2)
     assert multipliers["blocks.1.ffn.down.cores.1"] == 768 / (16 * 2 * 2)
+
+
+@pytest.mark.parametrize("moe", ["none", "linear", "ffn"])
+def test_base_ffn_expansion_is_of_ffn_down_alone(moe):
+    model = GPT(GPTConfig(**SMALL, d_model=64, moe=moe, structured_layers=("ffn",)))
+    one, four = (lr_multipliers(model, 64, expansion) for expansion in (1, 4))
+    scaled = {name for name in one if four[name] == 4 * one[name] and one[name] != four[name]}
+    matrices = {name for name, parameter in model.named_parameters() if parameter.dim() > 1}
+    assert scaled == {name for name in matrices if ".ffn.down." in name} and len(scaled) >= 4
+    assert all(four[name] == one[name] for name in one.keys() - scaled)
+
+
+STRUCTURES = [
+    dict(structure="dense"),
+    dict(structure="btt", rank=2),
+    dict(structure="monarch", num_blocks=4),
+    dict(structure="low_rank", rank="root"),
+    dict(structure="kronecker"),
+    dict(structure="tt", rank=4),
+    dict(structure="einsum", theta=(0.5, 0.25, 0.25, 0.25, 0.5, 0.25, 0)),
+]
+
+
+@pytest.mark.parametrize("options", STRUCTURES, ids=lambda options: options["structure"])
+@pytest.mark.parametrize("shape", [(1, 1), (1, 4), (4, 1)], ids=["square", "up", "down"])
+def test_an_update_of_a_core_changes_the_matrix_by_the_same_share_at_every_width(options, shape):
+    """The spectral condition on the product: ‖ΔW‖ = lr · 768 · sqrt(d_out/d_in), up to a constant of the structure."""
+    torch.manual_seed(0)
+    norms = []  # of ΔW over sqrt(d_out/d_in), for each core, at each width
+    for d in (64, 256, 512):
+        d_in, d_out = (d // 4 * 4 * side // max(shape) for side in shape)
+        rank = {"rank": math.isqrt(d_in)} if options.get("rank") == "root" else {}
+        layer = make_linear(d_in, d_out, normalize=False, **{**options, **rank})
+        at_width = []
+        for core, fan_in in zip(layer.cores, getattr(layer, "fan_ins", [d_in])):
+            before, (fan_out, batch) = core.detach().clone(), (core.shape[-1], core.shape[:-2])
+            if core.dim() == 2:  # (d_out, d_in)
+                fan_out = d_out
+            signs = torch.randn(*batch, fan_in, 1).sign() * torch.randn(*batch, 1, fan_out).sign()
+            with torch.no_grad():
+                core.copy_((signs if core.dim() == 3 else signs.T) / (fan_in * len(layer.cores)))
+                at_width.append(torch.linalg.matrix_norm(layer.materialize(), 2).item() * math.sqrt(d_in / d_out))
+                core.copy_(before)
+        norms.append(at_width)
+    for of_core in zip(*norms):
+        assert max(of_core) < 1.8 * min(of_core)  # 8 times the width
+        assert min(of_core) > 0.2 and max(of_core) < 1.3
+
+
+def test_what_shrinks_with_the_width_is_the_first_steps_of_low_rank_layers():
+    """Of rank sqrt(d): after 5 steps the wide one's branches have changed less, after 25 they have caught up."""
+    ratios = []
+    for steps in (5, 25):
+        changes = []
+        for width in (32, 256):
+            options = dict(structure="low_rank", rank=math.isqrt(width), structured_layers=("attn", "ffn"))
+            torch.manual_seed(0)
+            model = GPT(GPTConfig(**{**SMALL, "block_size": 16}, d_model=width, **options))
+            run = coordinates_after(model, lr_multipliers(model), steps=steps)
+            changes.append(sum(run[f"blocks.{layer}.ffn.down"][1] for layer in (0, 1)))
+        ratios.append(changes[1] / changes[0])
+    assert ratios[0] < 0.55 and ratios[1] > 0.75
 
 
 def test_standard_has_no_multipliers():
@@ -70,10 +135,11 @@ def test_weight_decay_takes_lr_times_decay_off_every_matrix():
 )
 def test_coordinate_check(structure):
     """Activations keep their size over the widths; with one rate for all widths, the narrowest's, they do not."""
-    sizes = coordinate_check(parse_structure(structure), CoordsConfig(widths=(64, 128, 256, 512), steps=5, seeds=1))
-    assert {"blocks.0", "blocks.1.attn.k", "blocks.1.ffn.down", "lm_head"} < set(sizes["with"])
-    assert largest_spread(sizes["with"]) < 2
-    assert largest_spread(sizes["without"]) > 3
+    measured = coordinate_check(parse_structure(structure), CoordsConfig(widths=(64, 128, 256, 512), steps=5, seeds=1))
+    assert {"blocks.0", "blocks.1.attn.k", "blocks.1.ffn.down", "lm_head"} < set(measured["rms"]["with"])
+    spreads = spreads_of(measured)
+    assert spreads["rms"]["with"] < 2 and spreads["change"]["with"] < 2.8  # of which the logits' is the largest
+    assert spreads["rms"]["without"] > 3 and spreads["change"]["without"] > 3.3
 
 
 def test_rates_are_tensors_only_where_a_graph_reads_them():

@@ -24,7 +24,7 @@ class MLPBlock(nn.Module):
         self.norm = nn.LayerNorm(config.d_model, bias=config.bias)
         self.ffn = make_ffn(config)
         self.dropout = nn.Dropout(config.dropout)
-        self.branch_scale = (3 / config.n_layer) ** 0.5  # depth-muP, as in model.Block
+        self.branch_scale = config.branch_scale
 
     def forward(self, x):
         return x + self.branch_scale * self.dropout(self.ffn(self.norm(x)))

@@ -1,14 +1,14 @@
 # GPT-2 with its full vocabulary: BTT of rank 4 in every layer, the LM head too, against dense layers, on OpenWebText
 # ("Compute Better Spent: Replacing Dense Layers with Structured Matrices", ICML 2024, section 5).
 #   python prepare_owt.py
-#   python -m lab.sweep config/sweeps/gpt2_owt.py           # as published: 7 runs of 147B tokens, 1,500 hours of an H100
+#   python -m lab.sweep config/sweeps/gpt2_owt.py           # the published sizes and length: 7 runs of 147B tokens, 1,500 hours of an H100
 #   python -m lab.sweep config/sweeps/gpt2_owt.py --commands | sed "s/^[^ ]*/torchrun --standalone --nproc_per_node=8/" | sh
 #   python prepare_owt.py --source=linux_source --out_dir=data/linux_gpt2                         # text of yours
 #   python -m lab.sweep config/sweeps/gpt2_owt.py --small   # 8 runs of 33M tokens, 12 minutes of an H100
 # Times are estimates. The line with sed gives every run the 8 GPUs of a host.
 common = dict(
     data_dir="data/owt_gpt2", n_layer=12, d_head=64, block_size=512, batch_tokens=480 * 512, micro_batch=30,
-    max_steps=600_000, warmup_steps=2000, lr=2e-3, weight_decay=0.0, eval_interval=2500, log_interval=100,
+    max_steps=600_000, warmup_steps=2000, lr=2e-3, weight_decay=0.0, depth_exponent=0.0, eval_interval=2500, log_interval=100,
 )  # fmt: skip
 
 runs = [dict(structure="dense", d_model=d, n_head=d // 64) for d in (384, 512, 768)]

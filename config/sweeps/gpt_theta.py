@@ -2,7 +2,7 @@
 # ("Searching for Efficient Linear Layers over a Continuous Space of Structured Matrices", NeurIPS 2024, section 4).
 # A constant rate, so that every validation of a run is a point of its own.
 #   python prepare_owt.py --tokenizer=char96
-#   python -m lab.sweep config/sweeps/gpt_theta.py           # as published: 284 runs of 6.6B tokens, 1,600 hours of an H100
+#   python -m lab.sweep config/sweeps/gpt_theta.py           # published sizes, length: 284 runs of 6.6B tokens, 1,600 hours of an H100
 #   python prepare_owt.py --source=linux_source --tokenizer=char96 --out_dir=data/linux_char96    # text of yours
 #   python -m lab.sweep config/sweeps/gpt_theta.py --small   # 37 runs of 33M tokens, 16 minutes of an H100 with --jobs=5
 # Times are estimates. Out come table.md, fit.json and pictures in out/sweeps/gpt_theta_small/fit. Other text of 96

@@ -2,7 +2,7 @@
 # dense layers; 8 and 16 experts, 2 of them a token ("Searching for Efficient Linear Layers over a Continuous Space of
 # Structured Matrices", NeurIPS 2024, section 5). OpenWebText as 96 characters, a constant rate.
 #   python prepare_owt.py --tokenizer=char96
-#   python -m lab.sweep config/sweeps/moe.py                   # as published: 60 runs of 6.6B tokens, 160 hours of an H100
+#   python -m lab.sweep config/sweeps/moe.py                   # published sizes, length: 60 runs of 6.6B tokens, 160 hours of an H100
 #   python prepare_owt.py --source=linux_source --tokenizer=char96 --out_dir=data/linux_char96      # text of yours
 #   python -m lab.sweep config/sweeps/moe.py --small           # 21 runs of 33M tokens, 12 minutes of an H100
 # Times are estimates.

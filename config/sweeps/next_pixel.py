@@ -1,7 +1,7 @@
 # Next-pixel prediction on CIFAR-5M, images of 8 x 8 x 3 as 192 tokens, by GPTs of several structures ("Searching for
 # Efficient Linear Layers over a Continuous Space of Structured Matrices", NeurIPS 2024, section 4). Two epochs.
 #   python -m vision.data --dataset=cifar5m --data_dir=NPZ_FOLDER --out_dir=data/cifar5m_pixels
-#   python -m lab.sweep config/sweeps/next_pixel.py           # as published: 41 runs of 1.9B tokens, 6 hours of an H100
+#   python -m lab.sweep config/sweeps/next_pixel.py           # the published sizes and length: 41 runs of 1.9B tokens, 6 hours of an H100
 #   python -m vision.data --dataset=cifar10
 #   python -m lab.sweep config/sweeps/next_pixel.py --small   # CIFAR-10, 28 runs of 37M tokens, 17 minutes of an H100
 # Times are estimates.

@@ -1,6 +1,6 @@
 # Regression on a random ReLU network by residual MLPs of several structures, one pass over its data ("Searching for
 # Efficient Linear Layers over a Continuous Space of Structured Matrices", NeurIPS 2024, section 4). No data needed.
-#   python -m lab.sweep config/sweeps/regression.py           # as published: 144 runs of 1M updates, 1,300 hours of an H100
+#   python -m lab.sweep config/sweeps/regression.py           # published sizes, length: 144 runs of 1M updates, 1,300 hours of an H100
 #   python -m lab.sweep config/sweeps/regression.py --small   # 28 runs of 4,000 updates, 22 minutes of an H100
 # Times are estimates.
 import runpy

@@ -2,7 +2,7 @@
 # ("Compute Better Spent: Replacing Dense Layers with Structured Matrices", ICML 2024, section 5). The claim: BTT
 # reaches a lower training loss for the same compute. Error and training loss, against FLOPs and against seconds, in one
 # picture: out/sweeps/vit_cifar_small/fit/reached.png.
-#   python -m lab.sweep config/sweeps/vit_cifar.py           # as published: 41 runs of 200 epochs, 3 hours of an H100
+#   python -m lab.sweep config/sweeps/vit_cifar.py           # the published sizes and length: 41 runs of 200 epochs, 3 hours of an H100
 #   python -m lab.sweep config/sweeps/vit_cifar.py --small   # CIFAR-10, 27 runs of 20 epochs, 9 minutes of an H100 with --jobs=6
 # Times are estimates. The images come from the hub; a local copy: --common="--data_dir=FOLDER_OF_PARQUET".
 script = "vision/train.py"

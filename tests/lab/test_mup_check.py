@@ -13,16 +13,23 @@ from configurator import ConfigError
 from lab import mup_check
 from lab.mup_check import (
     CoordsConfig,
+    DepthConfig,
     LandscapeConfig,
     best_lrs,
     coordinate_check,
+    coordinates,
+    depth_check,
     draw_landscape,
+    kind_of,
     largest_spread,
     lr_landscape,
     parse_lrs,
     parse_structure,
     parse_structures,
+    spreads_of,
 )
+from model import GPT
+from options import GPTConfig
 
 # -- structures and rates as text
 
@@ -42,6 +49,7 @@ def test_options_may_be_fractions_of_the_width_and_tuples():
     assert [low_rank.config(width, n_head=2).rank for width in (64, 128)] == [16, 32]
     assert low_rank.config(64, n_head=2).structured_layers == ("attn", "ffn")
     assert parse_structure("low_rank:rank=width").config(64, n_head=2).rank == 64
+    assert parse_structure("low_rank:rank=sqrt(width)").config(128, n_head=2).rank == 11
     einsum = parse_structure("einsum:theta=.5 .25 .25 .25 .5 .25 0").config(64, n_head=2)
     assert einsum.theta == (0.5, 0.25, 0.25, 0.25, 0.5, 0.25, 0)
 
@@ -102,11 +110,11 @@ def test_mistakes_of_the_landscape(char_data, tmp_path):
         lr_landscape(LandscapeConfig(vocab_size=64, block_size=32, data_dir=char_data))
     with pytest.raises(ConfigError, match="data_dir"):
         lr_landscape(LandscapeConfig(data_dir=str(tmp_path)))
-    with pytest.raises(ConfigError, match="coords or lr_landscape"):
+    with pytest.raises(ConfigError, match="coords or depth or lr_landscape"):
         mup_check.main(["cords"])
 
 
-# -- the coordinate check; tests/test_mup.py holds dense, low-rank and BTT to it
+# -- the coordinate check; tests/test_optim.py holds dense, low-rank and BTT to it
 
 
 def test_spread_counts_the_worst_layer():
@@ -117,11 +125,74 @@ def test_spread_counts_the_worst_layer():
 
 def test_coordinate_check_holds_for_a_structure_without_a_name():
     structure = parse_structure("einsum:theta=.5 .25 .25 .25 .5 .25 0,structured_layers=attn ffn")
-    sizes = coordinate_check(structure, CoordsConfig(widths=(64, 256), seeds=2))
-    assert largest_spread(sizes["with"]) < 2
-    assert largest_spread(sizes["without"]) > 3
-    for name, values in sizes["with"].items():
-        assert values[0] == sizes["without"][name][0]  # the narrowest is the same either way
+    measured = coordinate_check(structure, CoordsConfig(widths=(64, 256), seeds=2))
+    assert spreads_of(measured)["rms"]["with"] < 2
+    assert largest_spread(measured["rms"]["without"]) > 3
+    for what in ("rms", "change"):
+        for name, values in measured[what]["with"].items():
+            assert values[0] == measured[what]["without"][name][0]  # the narrowest is the same either way
+
+
+@pytest.mark.parametrize("structure", ["dense", "btt:rank=2", "btt:rank=2,moe=linear,num_experts=4"])
+def test_updates_keep_their_size_with_mup_only(structure):
+    """The change of every kind of layer, of attention's logits and routers'; blocks' and head's come from all of it."""
+    measured = coordinate_check(parse_structure(structure), CoordsConfig(widths=(32, 128), seeds=2, block_size=16))
+    kinds = {kind_of(name) for name in measured["change"]["with"]}
+    assert kinds > {"embedding", "attn.q", "attn.k", "attn.v", "attn.logits", "ffn.up", "ffn.down", "block", "lm_head"}
+    assert ("router" in kinds) == ("moe" in structure)
+    ends = {
+        name: values for name, values in measured["change"]["with"].items() if kind_of(name) in ("block", "lm_head")
+    }
+    assert largest_spread(ends) < 1.6
+    assert spreads_of(measured)["change"]["with"] < (4 if "moe" in structure else 2.2)
+    if structure == "dense":
+        assert spreads_of(measured)["change"]["without"] > 2.7
+
+
+def test_coordinates_are_what_the_layers_compute():
+    torch.manual_seed(0)
+    config = GPTConfig(block_size=6, vocab_size=12, n_layer=2, n_head=2, d_model=16, moe="linear", num_experts=4)
+    model, idx = GPT(config), torch.randint(12, (3, 6))
+    values = coordinates(model, idx)
+    block = model.blocks[1]
+    x = block.attn_norm(values["blocks.0"])
+    torch.testing.assert_close(values["blocks.1.attn.q"], block.attn.q(x))
+    torch.testing.assert_close(values["blocks.1.attn.q.router"], x @ block.attn.q.router.weight.T)
+    up = torch.nn.functional.gelu(values["blocks.1.ffn.up"], approximate="tanh")
+    torch.testing.assert_close(values["blocks.1.ffn.down.router"], up @ block.ffn.down.router.weight.T)
+    q, k = (
+        norm(values[f"blocks.1.attn.{name}"].view(3, 6, 2, 8))
+        for norm, name in ((block.attn.q_norm, "q"), (block.attn.k_norm, "k"))
+    )
+    logits = torch.stack(
+        [(q[:, t] * k[:, s]).sum(-1) for t in range(6) for s in range(t + 1)], -1
+    )  # (B, nh, pairs), scale 8 / 8
+    torch.testing.assert_close(values["blocks.1.attn.logits"], logits.double(), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(values["lm_head"], model(idx)[0])
+    torch.testing.assert_close(values["token_embedding"], model.token_embedding.weight[idx])
+
+
+def test_the_change_keeps_its_size_over_depth_with_completep_only(capsys, tmp_path):
+    config = DepthConfig(n_layers=(3, 24), width=32, block_size=16, seeds=1, steps=10, device="cpu")
+    usual, complete = (depth_check(parse_structure(f"dense:depth_exponent={e}"), config)["block"] for e in (0.5, 1))
+    assert usual[0] == complete[0]  # the same model at 3 layers
+    assert usual[1] > 1.15 * usual[0] and complete[1] < 1.05 * complete[0]
+    path = tmp_path / "depth.json"
+    mup_check.main(["depth", "--structures=btt", "--n_layers=2,3", "--width=16", "--steps=1", f"--json={path}"])
+    (row,) = json.loads(path.read_text())
+    assert row["n_layers"] == [2, 3] and len(row["change"]["block"]) == 2 and "last block" in capsys.readouterr().out
+    with pytest.raises(ConfigError, match="n_layers"):
+        DepthConfig(n_layers=(3,))
+
+
+def test_branches_are_scaled_by_the_depth():
+    def scale(**options):
+        return GPT(GPTConfig(block_size=4, vocab_size=8, n_head=1, d_model=4, **options)).blocks[0].branch_scale
+
+    assert [scale(n_layer=12, depth_exponent=exponent) for exponent in (0, 0.5, 1)] == [1, 0.5, 0.25]
+    assert scale(n_layer=12, parametrization="standard", structure="dense") == 1
+    with pytest.raises(ConfigError, match="depth_exponent=1.0 with parametrization='standard'"):
+        GPTConfig(parametrization="standard", depth_exponent=1.0)
 
 
 def test_coords_writes_its_picture_and_rows(tmp_path, capsys):
@@ -131,9 +202,12 @@ def test_coords_writes_its_picture_and_rows(tmp_path, capsys):
         + [f"--{name}={path}" for name, path in files.items()]
     )
     rows = json.loads(files["json"].read_text())
-    assert [(row["structure"], row["multipliers"]) for row in rows] == [
-        ("dense", "with"), ("dense", "without"), ("btt, rank=2", "with"), ("btt, rank=2", "without"),
-    ]  # fmt: skip
+    assert [(row["structure"], row["what"], row["multipliers"]) for row in rows] == [
+        (structure, f"coordinate check: {what}", kind)
+        for structure in ("dense", "btt, rank=2")
+        for what in ("rms", "change")
+        for kind in ("with", "without")
+    ]
     assert rows[0]["torch"] == torch.__version__ and rows[0]["device"] and rows[0]["widths"] == [16, 32]
     assert rows[0]["largest_spread"] >= 1 and len(rows[0]["rms"]["blocks.1.ffn.up"]) == 2
     assert files["png"].read_bytes()[:4] == b"\x89PNG"
@@ -229,6 +303,17 @@ def test_what_is_done_is_written_run_by_run_and_an_estimate_comes_first(char_dat
     said = capsys.readouterr().out.splitlines()
     assert said[0].startswith("6 runs of 3 steps on ") and ": about " in said[0]
     assert said[3].startswith("3/6 | width 32") and said[3].endswith("left")
+
+
+def test_the_landscape_of_mup_alone_takes_half_the_runs(char_data):
+    options = dict(
+        widths=(16, 32), lrs=("2**-9", "2**-8"), data_dir=char_data, **{**SMALL, "steps": 2, "warmup_steps": 1}
+    )
+    both, alone = (
+        lr_landscape(LandscapeConfig(structure="dense", without=each, **options), say=lambda *args, **kwargs: None)[0]
+        for each in (True, False)
+    )
+    assert list(alone) == ["with"] and alone["with"] == both["with"] and both["without"][32] != both["with"][32]
 
 
 def test_sizes_of_the_landscape_fit_the_device(monkeypatch):

@@ -226,6 +226,10 @@ def ends_plain(name):
 def test_other_configs_keep_their_rates():
     for cls, path in ((ImageTrainConfig, "vision/config/vit_s32_imagenet.py"), (TrainConfig, "config/gpt2_btt.py")):
         assert load_config(cls, [path]).base_ffn_expansion == 1
+    imagenet = load_config(
+        ImageTrainConfig, ["vision/config/vit_s32_imagenet.py"]
+    )  # as published: no depth-muP, Adam's betas
+    assert (imagenet.branch_scale, imagenet.beta2, imagenet.base_width) == (1, 0.95, 256)
     with pytest.raises(ConfigError, match="base_ffn_expansion=4 with parametrization='standard'"):
         TrainConfig(parametrization="standard", structure="dense", base_ffn_expansion=4)
 

@@ -11,6 +11,7 @@ patch_size = 32  # --patch_size=16 for ViT-S/16
 n_layer = 12
 n_head = 4
 d_model = 784
+depth_exponent = 0.0  # branches are not scaled by the depth there
 structure = "btt"
 rank = 1
 
@@ -24,6 +25,7 @@ warmup_steps = 5 * 1_281_167 // 3072
 lr = 2e-3  # of a dense layer of width 256, and of biases, norms and embeddings
 base_width = 256
 weight_decay = 0.05
+beta2 = 0.95
 grad_clip = 1.0
 eval_interval = 2000
 log_interval = 50
