@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import torch
 
-from kernels.common import pow2, whole_rows
+from kernels.common import pow2, takes_kernels, whole_rows
 
 try:
     import triton
@@ -64,6 +64,11 @@ if triton is not None:
             mine = picked & (slot == j)
             tl.store(index + n * K + j, tl.sum(tl.where(mine, e[None, :], 0), 1).to(tl.int64), n < N)
             tl.store(gate + n * K + j, tl.sum(tl.where(mine, weight, 0.0), 1), n < N)
+
+
+def way_for(x, num_experts):
+    """How a router is computed for x (..., d): "kernel", by the op `route`, or "torch"."""
+    return "kernel" if takes_kernels(x) and num_experts <= 128 else "torch"
 
 
 @torch.library.custom_op("nanoeinsum::route", mutates_args=())
