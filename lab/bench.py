@@ -17,7 +17,6 @@
 import gc
 import json
 import os
-import shlex
 import tempfile
 import time
 from dataclasses import dataclass
@@ -28,7 +27,7 @@ import torch
 import torch.distributed as dist
 
 import train
-from configurator import as_script, choose_command, load_config
+from configurator import as_script, choose_command, load_config, split_configs
 from data import CharTokenizer, TokenData
 from engine.device import choose_device, choose_dtype, device_name, peak_flops, to_device
 from engine.heartbeat import init_distributed
@@ -138,8 +137,7 @@ class ImageBench(Bench):
 def bench_step(argv, Config=StepConfig, make_bench=TokenBench):
     config = load_config(Config, argv)
     configs = [(argv, config)]
-    for text in filter(None, config.against.split(";")):
-        words = shlex.split(text)
+    for words in split_configs("against", config.against):
         configs.append((words, load_config(Config, [f"--steps={config.steps}", f"--parts={config.parts}", *words])))
     rank, local_rank, world = ranks()
     device = choose_device(config.device, local_rank)

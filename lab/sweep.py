@@ -17,7 +17,6 @@ so side by side on a GPU, and train one after the other, so that their seconds a
 by side, and the fit leaves seconds out.
 """
 
-import ast
 import json
 import os
 import runpy
@@ -29,7 +28,7 @@ import time
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from configurator import ConfigError, as_script, load_config
+from configurator import ConfigError, as_script, load_config, split_options, split_words
 from engine.runlog import read_log
 
 
@@ -52,7 +51,7 @@ class Sweep(NamedTuple):
     runs: dict  # {name of a run: its options, out_dir included}
     script: str  # what they are runs of
     configs: list  # its config files
-    fit: str | None  # options of lab.scaling_laws fit
+    fit: list | None  # options of lab.scaling_laws fit
 
 
 SMALL = ("runs", "common", "config", "fit")  # names that a file's `small` may have
@@ -81,7 +80,7 @@ def read_sweep(path, small=False, common="", out=None):
     script = values.get("script", "train.py")
     if not os.path.isfile(script):
         raise ConfigError(f"{path}: script={script!r} is no file here: give train.py, vision/train.py or another")
-    added = parse_options(common)
+    added = split_options("common", common)
     for key in added:
         if key == "out_dir" or any(key in run for run in runs):
             remedy = "give --out" if key == "out_dir" else f"change it in {path}"
@@ -92,7 +91,8 @@ def read_sweep(path, small=False, common="", out=None):
         if name in named:
             raise ConfigError(f"{path}: two runs are the same, {name}: leave one out, or give them different seeds")
         named[name] = {**values.get("common", {}), **run, **added, "out_dir": os.path.join(out, name)}
-    return Sweep(named, script, shlex.split(values.get("config", "")), values.get("fit"))
+    configs, fit_options = split_words(f"{path}: config", values.get("config", "")), values.get("fit")
+    return Sweep(named, script, configs, None if fit_options is None else split_words(f"{path}: fit", fit_options))
 
 
 def small_version(path, values):
@@ -104,20 +104,6 @@ def small_version(path, values):
         if key not in SMALL:
             raise ConfigError(f"{path}: small has {key!r}, which is unknown: it may have {', '.join(SMALL)}")
     return {**values, **small, "common": {**values.get("common", {}), **small.get("common", {})}}
-
-
-def parse_options(text):
-    """'--key=value …' -> {key: value}; a value that is no Python literal is text."""
-    options = {}
-    for word in shlex.split(text):
-        key, equals, value = word.removeprefix("--").partition("=")
-        if not (word.startswith("--") and equals):
-            raise ConfigError(f"common={text!r}: {word!r} is no option, write each as --key=value")
-        try:
-            options[key] = ast.literal_eval(value)
-        except (ValueError, SyntaxError):
-            options[key] = value
-    return options
 
 
 def run_names(runs):
@@ -263,16 +249,17 @@ def main(argv):
     if sweep.fit is not None and left:
         print(f"{left} of the sweep's {len(sweep.runs)} runs are left: the fit follows when all are finished")
     elif sweep.fit is not None:
-        raise SystemExit(fit(sweep, folder))
+        raise SystemExit(fit_runs(sweep, folder))
 
 
-def fit(sweep, folder):
-    """lab.scaling_laws fit of all runs -> its exit status."""
-    words = [options["out_dir"] for options in sweep.runs.values()] + [f"--out={os.path.join(folder, 'fit')}"]
+def fit_runs(sweep, folder):
+    """lab.scaling_laws fit of all runs -> its exit status. The config files may define the runs' structures."""
+    words = [*sweep.configs, *(options["out_dir"] for options in sweep.runs.values())]
+    words.append(f"--out={os.path.join(folder, 'fit')}")
     if os.path.exists(os.path.join(folder, SHARED)):
         print(f"note: runs shared the CPU ({folder}/{SHARED}): no fit of their seconds", flush=True)
         words.append("--costs=flops,parameters")
-    return subprocess.run([sys.executable, "-m", "lab.scaling_laws", "fit", *words, *shlex.split(sweep.fit)]).returncode
+    return subprocess.run([sys.executable, "-m", "lab.scaling_laws", "fit", *words, *sweep.fit]).returncode
 
 
 if __name__ == "__main__":
