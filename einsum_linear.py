@@ -24,25 +24,27 @@ if __name__ == "__main__":  # the command, whose own file answers mistakes befor
 
     raise SystemExit(structures.run())
 
+import inspect
 import math
 from contextlib import contextmanager
 
 import torch
 from torch import nn
 
+from configurator import ConfigError
 from kernels.btt import BTTSizes, btt, btt_joined, joins, two_products
 from theta import ChainSizes, Sizes, factor_sizes, layer_sizes, multiplications, taxonomy  # noqa: F401
 
 
 class Dense(nn.Linear):
-    """A plain matrix, with the interface of CoreLinear."""
+    """A plain matrix, with the interface of CoreLinear but for `product`: its forward is torch's."""
 
     def __init__(self, d_in, d_out, bias=False, zero_init=False):
         self.zero_init = zero_init
         super().__init__(d_in, d_out, bias=bias)
 
     def reset_parameters(self):
-        self.init_std = [init_std(self.in_features, self.out_features)]
+        self.fan_ins, self.init_std = [self.in_features], [init_std(self.in_features, self.out_features)]
         draw(self.weight, 0.0 if self.zero_init else self.init_std[0])
         if self.bias is not None:
             nn.init.zeros_(self.bias)
@@ -56,13 +58,16 @@ class Dense(nn.Linear):
         return 2 * self.in_features * self.out_features
 
     def forward(self, x, after=None):
+        """x (..., d_in) -> W after(x) + bias, (..., d_out). after: an elementwise function, or None."""
         return super().forward(x if after is None else after(x))
 
     def materialize(self):
+        """The matrix W, (d_out, d_in)."""
         return self.weight
 
     @torch.no_grad()
     def load_dense(self, W):
+        """Copy W (d_out, d_in)."""
         self.weight.copy_(W)
 
 
@@ -427,9 +432,8 @@ def init_std(fan_in, fan_out):
 
 
 def make_linear(
-    d_in, d_out, structure="btt", theta=None, rank=1, num_blocks=None, bias=False, num_cores=2,
-    heads_in=None, heads_out=None, normalize=True, gain=True, zero_init=False,
-):  # fmt: skip
+    d_in, d_out, structure="btt", theta=None, bias=False, normalize=True, gain=True, zero_init=False, **options
+):
     """A d_in -> d_out linear layer of the named structure.
 
     structure  "dense"
@@ -439,17 +443,37 @@ def make_linear(
                "monarch"    block-diagonal, permute, block-diagonal; `num_blocks`, or None for near √d
                "btt"        Block Tensor-Train of `num_cores` cores: every √d_out × √d_in block has the given `rank`
                "einsum"     any `theta`; its ρ sets the rank
-    heads_out  number of heads that the output is made of, heads_in the input: blocks of a BTT or Monarch then are heads
+               or any other in theta.STRUCTURES
+    options    of the structure: rank, num_blocks, num_cores, … as theta.STRUCTURES has them. heads_out is the number of
+               heads that the output is made of, heads_in of the input: blocks of a BTT or Monarch then are heads
     normalize, gain and zero_init are as in CoreLinear.
-    Raises ConfigError, also for an option that the structure does not heed.
+    Raises ConfigError, also for an option that the structure does not read.
     """
-    sizes = layer_sizes(
-        d_in, d_out, structure, theta=theta, rank=rank, num_blocks=num_blocks, num_cores=num_cores,
-        heads_in=heads_in, heads_out=heads_out,
-    )  # fmt: skip
+    sizes = layer_sizes(d_in, d_out, structure, theta=theta, **options)
     if sizes is None:
         return Dense(d_in, d_out, bias=bias, zero_init=zero_init)
     kwargs = dict(bias=bias, normalize=normalize, gain=gain, zero_init=zero_init)
     if isinstance(sizes, Sizes):
         return EinsumLinear(sizes, **kwargs)
-    return ChainLinear(*sizes, **kwargs) if isinstance(sizes, ChainSizes) else sizes(**kwargs)
+    if isinstance(sizes, ChainSizes):
+        return ChainLinear(*sizes, **kwargs)
+    layer = sizes(**kwargs)
+    check_layer(layer, structure)
+    return layer
+
+
+def check_layer(layer, structure):
+    """ConfigError where a layer of a user's own is not one that a model can use; lab.convert asks for more."""
+    kind = type(layer).__name__
+    if not isinstance(layer, (CoreLinear, Dense)):
+        raise ConfigError(
+            f"structure={structure!r}: {kind} is no CoreLinear: derive it from einsum_linear.CoreLinear, "
+            "whose docstring lists what a structure adds"
+        )
+    if not hasattr(layer, "flops_per_token"):
+        raise ConfigError(f"structure={structure!r}: {kind} has no flops_per_token: set it to 2 × its multiplications")
+    if "after" not in inspect.signature(layer.forward).parameters:
+        raise ConfigError(
+            f"structure={structure!r}: {kind}.forward takes no `after`, the function that an FFN applies to its input: "
+            "write forward(self, x, after=None), or leave forward out and write product(self, x)"
+        )

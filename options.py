@@ -11,16 +11,15 @@ import copy
 import difflib
 import itertools
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Literal
 
 from configurator import ConfigError, UnusedOption
-from theta import SizeError, check_mixture, layer_sizes
+from theta import ALIGNMENT, STRUCTURES, SizeError, all_options, check_mixture, find_structure, layer_sizes
 
 # What `structured_layers` and `overrides` may name, one by one or as a group ("attn" is the four attn.* roles).
 ROLES = ("embed", "attn.q", "attn.k", "attn.v", "attn.proj", "ffn.up", "ffn.down", "lm_head")
 BASE_WIDTH = 768  # width of which `lr` is a dense layer's rate
-OVERRIDABLE = ("structure", "theta", "rank", "num_blocks", "num_cores", "bias", "normalize")  # of make_linear's options
 
 
 @dataclass
@@ -34,11 +33,12 @@ class BlockConfig:
     dropout: float = 0.0  # probability, on embeddings, attention and residual branches
     bias: bool = False  # biases in linear layers and norms (GPT-2: True)
     parametrization: Literal["mup", "standard"] = "mup"  # structure-aware muP, or plain GPT-2's init, rates, tied head
-    structure: str = "btt"  # of the structured layers: dense, low_rank, kronecker, tt, monarch, btt, einsum
+    structure: str = "btt"  # of structured layers: dense, low_rank, kronecker, tt, monarch, btt, einsum, or your own
     theta: tuple | None = None  # with structure="einsum": seven exponents (alpha beta gamma delta epsilon phi rho)
     rank: int = 1  # of low_rank, tt and btt
     num_blocks: int | None = None  # of monarch; None: near the square root of the width
     num_cores: int = 2  # of tt and btt
+    structure_options: dict | None = None  # of a structure of your own: {"bands": 4} (theta.Structure)
     align_heads: bool = False  # with btt and monarch: blocks of q, k, v and of proj's input are heads
     structured_layers: tuple = ("attn", "ffn", "lm_head")  # or embed, attn.q .k .v .proj, ffn.up .down
     overrides: dict | None = None  # by layer: {"attn.q": "dense", "ffn": {"structure": "btt", "rank": 4}}
@@ -68,10 +68,15 @@ class BlockConfig:
                     raise ConfigError(f"{option}: unknown layer {name!r}, {remedy}")
         for name, override in (self.overrides or {}).items():
             options = {"structure": override} if isinstance(override, str) else override
-            if not isinstance(options, dict) or not options.keys() <= set(OVERRIDABLE):
+            of_structures = [name for name in all_options() if name not in ALIGNMENT]
+            overridable = ("structure", *of_structures, "bias", "normalize")
+            if not isinstance(options, dict) or not options.keys() <= set(overridable):
+                if isinstance(options, dict):
+                    find_structure(options.get("structure", self.structure))  # whose options may be these
                 raise ConfigError(
-                    f"overrides: {name}={override!r}: give a structure, or a dict of {', '.join(OVERRIDABLE)}"
+                    f"overrides: {name}={override!r}: give a structure, or a dict of {', '.join(overridable)}"
                 )
+        self._check_structure_options()
         if self.d_head is None and self.d_model % self.n_head:
             raise ConfigError(
                 f"n_head={self.n_head} does not divide d_model={self.d_model}: take {self._heads_that_fit()}"
@@ -81,6 +86,17 @@ class BlockConfig:
             remedy = "leave it out, or make one of them btt or monarch"
             raise UnusedOption("align_heads", True, " with dense q, k, v and proj", remedy)
         self._check_mixtures()
+
+    def _check_structure_options(self):
+        if not self.structure_options:
+            return
+        for name in self.structure_options:
+            if name in STRUCTURE_FIELDS or name in ALIGNMENT:
+                remedy = f"--{name}" if name in STRUCTURE_FIELDS else "--align_heads"
+                raise ConfigError(f"structure_options: {name} is an option itself, give {remedy}")
+            if name not in find_structure(self.structure).options:
+                why = f" with structure={self.structure!r}, which has no {name}"
+                raise UnusedOption("structure_options", self.structure_options, why)
 
     def layer_widths(self):
         """{role: (d_in, d_out)} of the model's layers."""
@@ -122,11 +138,12 @@ class BlockConfig:
             if covering is not None and ("structure" in covering[1] or error.option in covering[1]):
                 name, override = covering
                 changes = {"overrides": {**self.overrides, name: {**override, error.option: value}}}
-            else:
+            elif error.option in STRUCTURE_FIELDS or error.option not in all_options():
                 changes = {error.option: value}
+            else:
+                changes = {"structure_options": {**(self.structure_options or {}), error.option: value}}
             if self._fits(**changes):
-                up_to = f"{error.option} <= {value}" if error.option == "rank" else f"{error.option}={value}"
-                return f"overrides={changes['overrides']}" if "overrides" in changes else up_to
+                return f"rank <= {value}" if "rank" in changes else ", ".join(f"{k}={v}" for k, v in changes.items())
         dense = {name: "dense" for name in self.layer_widths() if not self._fits_layer(name)}
         return f"overrides={ {**(self.overrides or {}), **dense} }"
 
@@ -235,7 +252,8 @@ class BlockConfig:
 
     def layer_options(self, role):
         """make_linear's options for the layer that plays `role`: an override, else the structure, else dense."""
-        ours = {name: getattr(self, name) for name in ("structure", "theta", "rank", "num_blocks", "num_cores")}
+        ours = {name: getattr(self, name) for name in STRUCTURE_FIELDS if name != "structure_options"}
+        ours.update(self.structure_options or {})
         if covering := self._override_of(role):
             options = dict(covering[1])
             if "structure" not in options:
@@ -247,11 +265,29 @@ class BlockConfig:
         if options["structure"] != "dense":
             options.setdefault("normalize", self.normalize)
             if self.align_heads and role.startswith("attn."):
-                if options["structure"] not in ("btt", "monarch"):
-                    why = f" with structure={options['structure']!r}: only btt and monarch have blocks to align"
+                if not ALIGNMENT.keys() <= find_structure(options["structure"]).options.keys():
+                    others = " and ".join(
+                        key for key, each in STRUCTURES.items() if ALIGNMENT.keys() <= each.options.keys()
+                    )
+                    why = f" with structure={options['structure']!r}: only {others} have blocks to align"
                     raise UnusedOption("align_heads", True, why)
                 options["heads_in" if role == "attn.proj" else "heads_out"] = self.n_head
         return options
+
+
+# {field: default} of those that say which structure: what lab.search chooses, and what names lab.scaling_laws' groups.
+STRUCTURE_FIELDS = {
+    field.name: field.default
+    for field in fields(BlockConfig)
+    if field.name in ("structure", *all_options(), "structure_options")
+}
+
+
+def as_fields(options):
+    """A structure and its options, {"structure": "banded", "bands": 4}, as fields of BlockConfig."""
+    own = {name: value for name, value in options.items() if name not in STRUCTURE_FIELDS}
+    mine = {name: value for name, value in options.items() if name in STRUCTURE_FIELDS}
+    return {**mine, "structure_options": own} if own else mine
 
 
 @dataclass

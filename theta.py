@@ -10,12 +10,14 @@ Seven exponents θ = (θα θβ θγ θδ θε θφ θρ) give the sizes, d_α =
 NeurIPS 2024, section 3). einsum_linear.py makes layers of the sizes. This file needs no torch, so that options are
 checked before torch is imported.
 
-To add a structure, write a function (d_in, d_out, options) that returns its sizes, and name it in STRUCTURES.
+To add a structure, write a function (d_in, d_out, options) that returns its sizes, and enter it in STRUCTURES with the
+options that it reads; here, or in a file of your own that stands before the config files (Structure says how).
 In code a b g = α β γ, d e f = δ ε φ, r = ρ.
 """
 
 import difflib
 import math
+from collections.abc import Callable
 from functools import cache
 from typing import NamedTuple
 
@@ -276,8 +278,37 @@ def num_parameters(sizes):
 
 
 # ---------------------------------------------------------------------------------------
-# Named structures: functions (d_in, d_out, options) -> Sizes, ChainSizes, or None for a plain matrix. A structure of
-# your own may also return a function of make_linear's bias, normalize, gain and zero_init that makes its layer.
+# Named structures
+
+
+class Structure(NamedTuple):
+    """A named structure, all that the project knows of it.
+
+    function  (d_in, d_out, options) -> Sizes, ChainSizes, or None for a plain matrix. It may also return a function of
+              make_linear's bias, normalize, gain and zero_init that makes the layer, a CoreLinear as a rule
+              (einsum_linear.py). options: {name: value}, of every structure's options.
+    options   {name: default} of those that it reads. An option that several structures read has one default.
+    theta     θ of a square layer of rank 1, which gives its place in the taxonomy; None where it has no such place
+
+    The options may be given in `overrides`. One that is a field of options.BlockConfig, as `rank` is, is an option of
+    the command line, too; any other is given in `structure_options`. Say in my_structures.py:
+
+        import theta
+
+        def banded(d_in, d_out, options):
+            return theta.Sizes(…)  # of options["bands"]
+
+        theta.STRUCTURES["banded"] = theta.Structure(banded, options={"bands": 4})
+
+    and name that file first, wherever config files are read:
+
+        python train.py my_structures.py config/quickstart.py --structure=banded --structure_options="{'bands': 8}"
+    """
+
+    function: Callable
+    options: dict = {}
+    theta: tuple | None = None
+
 
 LOW_RANK = (1, 0, 0, 0, 1, 0, 0)
 KRONECKER = TENSOR_TRAIN = (0.5, 0.5, 0, 0.5, 0.5, 0, 0)
@@ -390,35 +421,59 @@ def _makes(function, *arguments):
     return True
 
 
-# name: (function, the options that it heeds)
+ALIGNMENT = {"heads_in": None, "heads_out": None}  # set by options.BlockConfig.align_heads, not by name
+
 STRUCTURES = {
-    "dense": (dense, ()),
-    "low_rank": (low_rank, ("rank",)),
-    "kronecker": (kronecker, ()),
-    "tt": (tt, ("rank", "num_cores")),
-    "monarch": (monarch, ("num_blocks", "heads_in", "heads_out")),
-    "btt": (btt, ("rank", "num_cores", "heads_in", "heads_out")),
-    "einsum": (einsum, ("theta",)),
+    "dense": Structure(dense, theta=NAMED_THETAS["dense"]),
+    "low_rank": Structure(low_rank, {"rank": 1}, LOW_RANK),
+    "kronecker": Structure(kronecker, theta=KRONECKER),
+    "tt": Structure(tt, {"rank": 1, "num_cores": 2}, TENSOR_TRAIN),
+    "monarch": Structure(monarch, {"num_blocks": None, **ALIGNMENT}, BTT),
+    "btt": Structure(btt, {"rank": 1, "num_cores": 2, **ALIGNMENT}, BTT),
+    "einsum": Structure(einsum, {"theta": None}),
 }
-DEFAULTS = {"theta": None, "rank": 1, "num_blocks": None, "num_cores": 2, "heads_in": None, "heads_out": None}
+
+
+def all_options():
+    """{option: default} of all structures that there are."""
+    defaults = {}
+    for structure, (_, options, _) in STRUCTURES.items():
+        for name, default in options.items():
+            if defaults.setdefault(name, default) != default:
+                raise ConfigError(
+                    f"structure {structure!r} has {name}={default!r} by default, others {defaults[name]!r}: "
+                    "take that, or another name"
+                )
+    return defaults
+
+
+def find_structure(name):
+    """The Structure of this name, or ConfigError."""
+    if name not in STRUCTURES:
+        near = difflib.get_close_matches(str(name), STRUCTURES, n=1)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise ConfigError(
+            f"structure={name!r} is unknown: {hint}choose one of {', '.join(STRUCTURES)}, "
+            "or give the file that adds it among the config files, my_structures.py say"
+        )
+    return STRUCTURES[name]
 
 
 def layer_sizes(d_in, d_out, structure="btt", **options):
     """Sizes of a d_in -> d_out layer of a named structure: Sizes, ChainSizes, None of a dense one (or what your own returns).
 
-    options: those of DEFAULTS, as einsum_linear.make_linear describes them. Raises ConfigError where they do not
-    make a layer, and UnusedOption for one that the structure does not heed.
+    options: of any structure; those that are not given have their defaults. Raises ConfigError where they do not
+    make a layer, and UnusedOption for one that the structure does not read.
     """
-    if structure not in STRUCTURES:
-        near = difflib.get_close_matches(str(structure), STRUCTURES, n=1)
-        hint = f"did you mean {near[0]!r}? " if near else ""
-        raise ConfigError(f"structure={structure!r} is unknown: {hint}choose one of {', '.join(STRUCTURES)}")
-    function, heeded = STRUCTURES[structure]
-    options = {**DEFAULTS, **options}
+    function, heeded, _ = find_structure(structure)
+    defaults = all_options()
+    options = {**defaults, **options}
     for name, value in options.items():
-        if value != DEFAULTS[name] and name not in heeded:
-            others = ", ".join(key for key, (_, names) in STRUCTURES.items() if name in names)
-            remedy = f"make it {DEFAULTS[name]}, or take {others}"
+        if name not in defaults:
+            raise ConfigError(f"{name}={value!r} is no structure's option: leave it out")
+        if value != defaults[name] and name not in heeded:
+            others = ", ".join(key for key, other in STRUCTURES.items() if name in other.options)
+            remedy = f"make it {defaults[name]}, or take {others}"
             raise UnusedOption(name, value, f" with structure={structure!r}, which has none", remedy)
     for name, least in (("rank", 1), ("num_cores", 2), ("d_in", 1), ("d_out", 1)):
         value = {**options, "d_in": d_in, "d_out": d_out}[name]

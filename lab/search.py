@@ -4,14 +4,16 @@
     python -m lab.search                                                           # on a CPU a small one, of minutes
     python -m lab.search config/quickstart.py --storage=postgresql://me@host/db …                    # and on other machines
     python -m lab.search --report                                                  # table and picture of what there is
+    python -m lab.search my_structures.py config/quickstart.py --choices="{'structure': 'banded', 'bands': (1, 2, 4)}"
 
 The space is that of "Searching for Efficient Linear Layers over a Continuous Space of Structured Matrices" (NeurIPS
-2024, arXiv 2410.02117, section 3). The budget is what the dense model of width d_model costs in max_steps. A trial
-draws a θ, takes the width that makes as many FLOPs a token of it, and trains by train.py for as many steps as use up
-the budget; it ends early where its validation loss lags behind (successive halving). What is searched (structure,
-theta, rank, …) takes the place of what a config file says of it. All other options are train.py's and mean what they
-mean there; `seed` is also that of the search. On a CPU, without a config file, it is the small search of SMALL below. How
-long all will take is said first, by the speed of the dense model here, and again with every trial.
+2024, arXiv 2410.02117, section 3); with `choices` it is options of named structures instead. The budget is what the
+dense model of width d_model costs in max_steps. A trial draws a point, takes the width that makes as many FLOPs a token
+of it, and trains by train.py for as many steps as use up the budget; it ends early where its validation loss lags behind
+(successive halving). What is searched (structure, theta, rank, …) takes the place of what a config file says of it. All
+other options are train.py's and mean what they mean there; `seed` is also that of the search. A file that adds
+structures of your own (theta.Structure) must set no options. On a CPU, without a config file, it is the small search of
+SMALL below. How long all will take is said first, by the speed of the dense model here, and again with every trial.
 
 The storage has everything about a trial but its log, which is in out/trial_N. The same command goes on, up to `trials`
 trials; one that was interrupted or killed is tried again, from its checkpoint. Commands with the same storage search
@@ -40,7 +42,7 @@ from typing import Literal, NamedTuple
 import torch
 
 import train
-from configurator import ConfigError, as_script, load_config
+from configurator import ConfigError, as_script, load_config, read_config_file
 from data import TokenData
 from engine.checkpoint import PLACES
 from engine.device import choose_device, choose_dtype, device_name
@@ -49,9 +51,9 @@ from lab.search_report import dotted, report
 from lab.sweep import gpus_to_use
 from model import GPT
 from optim import make_optimizer
-from options import GPTConfig, check_top_k
+from options import STRUCTURE_FIELDS, GPTConfig, as_fields, check_top_k
 from prepare_owt import prepare_default
-from theta import BTT, canonical, factor_sizes, taxonomy
+from theta import ALIGNMENT, BTT, Sizes, all_options, canonical, factor_sizes, find_structure, layer_sizes, taxonomy
 
 try:
     import optuna
@@ -65,8 +67,8 @@ warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning
 
 # Options of train.py that are the trials' own, and what they are before a trial sets them.
 OWNED = {
-    "structure": "dense", "theta": None, "rank": 1, "num_blocks": None, "num_cores": 2, "align_heads": False,
-    "moe": "none", "num_experts": 8, "out_dir": "out/run", "resume": False, "sample_tokens": 0,
+    **STRUCTURE_FIELDS, "structure": "dense", "align_heads": False, "moe": "none", "num_experts": 8,
+    "out_dir": "out/run", "resume": False, "sample_tokens": 0,
 }  # fmt: skip
 WITHOUT_EXPERTS = {"top_k": 2, "share_router": False, "eval_top_k": None}  # as train.py wants them where there are none
 # Options that may change when a search goes on, or from machine to machine: losses do not depend on them.
@@ -96,6 +98,7 @@ class Config(train.Config):
     prune: int = 3  # at evaluations 1, 3, 9, … one trial in so many goes on; 0: all train to their end
     max_width: int | None = None  # of a trial's model; None: 8 times d_model
     max_rank: float = 1.0  # largest exponent of the rank index
+    choices: dict | None = None  # in place of theta, values of options: {"structure": "btt", "rank": (1, 2, 4)}
     experts: tuple | int = 1  # numbers of experts to choose from, 1 for none: 1,4,8; with experts beta = delta = 0
     jobs: int = 1  # trials at a time on every GPU, or on the CPU
     gpus: int | None = None  # GPUs to use; None: all there are, or that CUDA_VISIBLE_DEVICES names
@@ -119,6 +122,17 @@ class Config(train.Config):
         train.at_least(0, self, "max_rank", *(["gpus"] if self.gpus is not None else []))
         if self.max_rank > 1:
             raise ConfigError(f"max_rank={self.max_rank}: make it at most 1, the exponent of full rank")
+        if self.choices is not None:
+            known = ("structure", *all_options().keys() - ALIGNMENT)
+            for name, values in self.choices.items():
+                if name not in known:
+                    raise ConfigError(f"choices: {name!r} is no option of a structure, choose from {', '.join(known)}")
+                if values in ((), []):
+                    raise ConfigError(f"choices: {name} has no values: give some")
+            for name in listed(self.choices.get("structure", ())):
+                find_structure(name)
+            if "structure" not in self.choices:
+                raise ConfigError(f"choices={self.choices}: say of which structure, {{'structure': 'btt', …}}")
         if self.prune < 0 or self.prune == 1:
             raise ConfigError(f"prune={self.prune}: make it 2 or more, or 0 for none")
         if self.max_width < self.d_model:
@@ -136,8 +150,30 @@ class Config(train.Config):
 
 
 class Point(NamedTuple):
-    theta: tuple  # seven exponents, of three decimals: what the table shows is what was trained
+    theta: (
+        tuple | None
+    )  # seven exponents, of three decimals: what the table shows is what was trained; None with choices
     experts: int  # 1: no mixture
+    chosen: dict = {}  # with choices: a structure and its options
+
+    def layer_options(self):
+        """A structure and its options, as theta.layer_sizes takes them."""
+        return self.chosen or {"structure": "einsum", "theta": self.theta}
+
+    def label(self):
+        """What it is, in words."""
+        return chosen_label(self.chosen) if self.chosen else f"theta={self.theta}"
+
+
+def chosen_label(chosen):
+    """{"structure": "banded", "bands": 4} -> "banded, bands=4"."""
+    others = (f"{name}={value}" for name, value in chosen.items() if name != "structure")
+    return ", ".join([chosen["structure"], *others])
+
+
+def listed(values):
+    """Values to choose from, one alone as a tuple of it."""
+    return tuple(values) if isinstance(values, (tuple, list)) else (values,)
 
 
 class Space(NamedTuple):
@@ -150,12 +186,17 @@ class Space(NamedTuple):
 
     max_rank: float = 1.0
     experts: tuple = (1,)
+    choices: dict = {}  # {option of a structure: values to choose from}, in place of θ
 
     def draw(self, trial):
         """The Point of an optuna trial."""
+        if self.choices:
+            options = {key: self.draw_one(trial, key, listed(values)) for key, values in self.choices.items()}
+            heeded = find_structure(options["structure"]).options
+            chosen = {key: value for key, value in options.items() if key == "structure" or key in heeded}
+            return Point(None, self.draw_one(trial, "experts", self.experts), chosen)
         u = {key: trial.suggest_float(key, 0, 1) for key in ("input", "input_split", "output", "output_split", "rank")}
-        which = trial.suggest_float("experts", 0, 1) if len(self.experts) > 1 else 0
-        experts = self.experts[min(int(which * len(self.experts)), len(self.experts) - 1)]
+        experts = self.draw_one(trial, "experts", self.experts)
         if experts > 1:  # they are rank slices of a BTT
             u["input_split"] = u["output_split"] = 0
         s, t = math.sqrt(u["input"]), math.sqrt(u["output"])
@@ -163,6 +204,11 @@ class Space(NamedTuple):
         a, e = round(s - b, 3), round(t - d, 3)
         r = u["rank"] * min(self.max_rank, max(min(a, e), min(b, d)))
         return Point((a, b, abs(round(1 - a - b, 3)), d, e, abs(round(1 - d - e, 3)), round(r, 3)), experts)
+
+    def draw_one(self, trial, name, values):
+        """One of the values; neighbours in the list are neighbours for the sampler."""
+        which = trial.suggest_float(name, 0, 1) if len(values) > 1 else 0
+        return values[min(int(which * len(values)), len(values) - 1)]
 
 
 def make_sampler(kind, seed):
@@ -306,7 +352,7 @@ def fit_model(config, point, budget):
     discrete a little is left over, and makes more steps. Misfit where that is half of the budget or more: of a
     structure so cheap that max_width does not use it up, or a θ without sizes near it at the widths that would.
     """
-    options = {"structure": "einsum", "theta": point.theta}
+    options = as_fields(point.layer_options())
     if point.experts > 1:
         options.update(moe="linear", num_experts=point.experts)
     best, most, may_fit, why = None, budget / 2, config.max_width, ""
@@ -314,7 +360,7 @@ def fit_model(config, point, budget):
         if width > may_fit or 210**20 % (width // config.n_head):  # the latter: it has a prime factor above 7
             continue
         try:
-            sizes = factor_sizes(width, width, point.theta)
+            sizes = layer_sizes(width, width, **point.layer_options())
             model = meta_model(config, **options, d_model=width)
         except ConfigError as error:
             why = f"; {error}"
@@ -328,7 +374,7 @@ def fit_model(config, point, budget):
             break
     if best is None:
         raise Misfit(
-            f"theta={point.theta}: no width up to max_width={config.max_width} uses half to all of the budget{why}"
+            f"{point.label()}: no width up to max_width={config.max_width} uses half to all of the budget{why}"
         )
     width, sizes, model = best
     steps = round(config.max_steps * budget / most)
@@ -336,11 +382,12 @@ def fit_model(config, point, budget):
     shapes = [tuple(core.shape) for module in model.modules() if hasattr(module, "cores") for core in module.cores]
     omega, psi, nu = place_of(sizes)
     figures = {
-        "theta": point.theta, "experts": point.experts, "sizes": sizes, "structure": name_of(sizes), "omega": omega,
-        "psi": psi, "nu": nu, "d_model": width, "parameters": sum(each.numel() for each in model.parameters()),
+        "theta": point.theta, "experts": point.experts, "sizes": sizes if isinstance(sizes, Sizes) else None,
+        "structure": chosen_label(point.chosen) if point.chosen else name_of(sizes), "omega": omega, "psi": psi, "nu": nu,
+        "d_model": width, "parameters": sum(each.numel() for each in model.parameters()),
         "steps": steps, "flops": 3 * most * steps * config.batch_tokens,
         # Of different θ the sizes may be the same: what tells models apart.
-        "key": hashlib.sha256(repr((width, point.experts, shapes)).encode()).hexdigest()[:16],
+        "key": hashlib.sha256(repr((width, point.experts, shapes, *point.chosen.items())).encode()).hexdigest()[:16],
     }  # fmt: skip
     return options, figures
 
@@ -366,7 +413,14 @@ def evaluations(config):
 
 
 def place_of(sizes):
-    """(ω, ψ, ν) of a d -> d layer by its sizes, as they are, and not by θ, whose small exponents make sizes of 1."""
+    """(ω, ψ, ν) of a d -> d layer by its sizes, as they are, and not by θ, whose small exponents make sizes of 1.
+
+    None each of what has no seven sizes: three cores and more, and layers of your own.
+    """
+    if sizes is None:  # dense
+        return 0.0, 1.0, 1.0
+    if not isinstance(sizes, Sizes):
+        return None, None, None
     d = math.prod(sizes[:3])
     return tuple(abs(round(value, 4)) for value in taxonomy([math.log(size, max(2, d)) for size in sizes]))
 
@@ -389,8 +443,8 @@ def name_of(sizes):
 # A trial, by train.py
 
 
-def training(study, config):
-    """The objective; a slot is the number of a GPU, or None."""
+def training(study, config, files=()):
+    """The objective; a slot is the number of a GPU, or None. files: those that add structures."""
     budget = meta_model(config).flops_per_token()
     on_gpu = config.device != "cpu" and torch.cuda.is_available()
     where = {"device": device_name(torch.device("cuda" if on_gpu else "cpu")), "torch": torch.__version__}
@@ -399,15 +453,15 @@ def training(study, config):
         options, figures = fit_model(config, point, budget)
         for twin in study.get_trials(deepcopy=False, states=(*ENDED, TrialState.RUNNING)):
             if twin.user_attrs.get("model", {}).get("key") == figures["key"] and twin.number != trial.number:
-                raise Misfit(f"theta={point.theta} makes the model of trial {twin.number}")
+                raise Misfit(f"{point.label()} makes the model of trial {twin.number}")
         before = trial.user_attrs.get("folder")
         folder = before or os.path.join(config.out, f"trial_{trial.number}")
         options = train_options(config, options)
-        again = shlex.join(["python", "train.py", *words(options)])
+        again = shlex.join(["python", "train.py", *files, *words(options)])
         trial.set_user_attr("folder", folder)
         trial.set_user_attr("model", {**figures, **where, "command": again})
         options.update(out_dir=folder, resume=before is not None)
-        return (yield from run_training(options, folder, slot, evaluations(config)))
+        return (yield from run_training(options, folder, slot, evaluations(config), files))
 
     return objective
 
@@ -424,7 +478,7 @@ def words(options):
     return [f"--{key}={value}" for key, value in options.items() if value != defaults[key]]
 
 
-def run_training(options, folder, slot, evaluations):
+def run_training(options, folder, slot, evaluations, files=()):
     """Train in a process of its own -> final loss; yields (evaluation, loss) of its log, None while nothing is new."""
     env = {**os.environ, **({} if slot is None else {"CUDA_VISIBLE_DEVICES": slot})}
     with writing(folder, "give another --out"):
@@ -434,7 +488,7 @@ def run_training(options, folder, slot, evaluations):
         while not lock(output):  # by a run that has outlived its search: it is waited for, and not joined by a second
             yield None
         process = subprocess.Popen(
-            [sys.executable, "-m", "train", *words(options)], stdout=output, stderr=output, env=env
+            [sys.executable, "-m", "train", *files, *words(options)], stdout=output, stderr=output, env=env
         )
     steps, every, seen, interrupted = options["max_steps"], options["eval_interval"], 0, True
     try:
@@ -620,8 +674,12 @@ def progress(study, trials):
         elif trial.state == TrialState.PRUNED:
             what = f"ended early, at evaluation {max(curve)} with {curve[max(curve)]:.4f}"
         experts = f", {model['experts']} experts" if model["experts"] > 1 else ""
-        where = "ω {omega:.2f} ψ {psi:.2f} ν {nu:.2f}, width {d_model}".format(**model)
-        words = [f"{len(ended)}/{trials} trial {trial.number}: {what}", f"θ {dotted(model['theta'])}{experts}, {where}"]
+        where = "ω {omega:.2f} ψ {psi:.2f} ν {nu:.2f}, ".format(**model) if model["nu"] is not None else ""
+        which = f"θ {dotted(model['theta'])}" if model["theta"] else model["structure"]
+        words = [
+            f"{len(ended)}/{trials} trial {trial.number}: {what}",
+            f"{which}{experts}, {where}width {model['d_model']}",
+        ]
         whole = [(each.value, each.number) for each in ended if each.state == TrialState.COMPLETE]
         if whole:
             words.append("best {:.4f} of trial {}".format(*min(whole)))
@@ -648,6 +706,10 @@ def make_rows(study):
     return rows
 
 
+def config_files(argv):
+    return [word for word in argv if word.endswith(".py") and not word.startswith("--")]
+
+
 def main(argv):
     for word in argv:
         option = word[2:].partition("=")[0]
@@ -656,7 +718,7 @@ def main(argv):
     config = load_config(Config, argv)
     if not config.report:
         on_cpu = choose_device(config.device).type == "cpu"  # one that is not there is said here, and once
-        if on_cpu and not any(word.endswith(".py") and not word.startswith("--") for word in argv):
+        if on_cpu and not config_files(argv):
             print("on a CPU, without a config file: python -m lab.search", *SMALL, *argv, flush=True)
             config = load_config(Config, [*SMALL, *argv])
     study = open_study(config)
@@ -666,7 +728,11 @@ def main(argv):
         slots = (gpus_to_use(0 if config.device == "cpu" else config.gpus) or [None]) * config.jobs
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # ended as by Ctrl-C
         try:
-            space, say = Space(config.max_rank, config.experts), progress(study, config.trials)
+            space = Space(config.max_rank, config.experts, config.choices or {})
+            say, files = (
+                progress(study, config.trials),
+                [file for file in config_files(argv) if not read_config_file(file)],
+            )
             left = config.trials - len(study.get_trials(deepcopy=False, states=ENDED))
             if left > 0:
                 took = duration(estimate(config, slots) * left / config.trials)
@@ -676,7 +742,7 @@ def main(argv):
                     f"{left} trials of at most {study.user_attrs['budget']['flops']:.3g} FLOPs: about {took}",
                     flush=True,
                 )
-            search(study, space, training(study, config), config.trials, config.sampler, config.seed, slots, say)
+            search(study, space, training(study, config, files), config.trials, config.sampler, config.seed, slots, say)
         except KeyboardInterrupt:
             raise SystemExit("stopped: the same command resumes, with --report it shows what there is") from None
         except (optuna.exceptions.StorageInternalError, SQLAlchemyError) as error:

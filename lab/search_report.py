@@ -29,7 +29,9 @@ def report(rows, budget, out):
 
 
 def dotted(seven):
-    """Such as 0.5 0 0.5 · 0 0.5 0.5 · 0."""
+    """Such as 0.5 0 0.5 · 0 0.5 0.5 · 0; "" of None."""
+    if seven is None:
+        return ""
     shown = [f"{each:g}" for each in seven]
     return " · ".join((" ".join(shown[:3]), " ".join(shown[3:6]), shown[6]))
 
@@ -50,10 +52,19 @@ COLUMNS = {
     "val loss": lambda row: f"{row['loss']:.4f}", "trial": lambda row: row["trial"],
     "θ = α β γ · δ ε φ · ρ": lambda row: dotted(row["theta"]), "sizes of d → d": lambda row: dotted(row["sizes"]),
     "structure": lambda row: row["structure"], "experts": lambda row: row["experts"] if row["experts"] > 1 else "",
-    "ω": lambda row: f"{row['omega']:.2f}", "ψ": lambda row: f"{row['psi']:.2f}", "ν": lambda row: f"{row['nu']:.2f}",
+    "ω": lambda row: two_digits(row["omega"]), "ψ": lambda row: two_digits(row["psi"]), "ν": lambda row: two_digits(row["nu"]),
     "d": lambda row: row["d_model"], "parameters": lambda row: short(row["parameters"]),
     "steps": lambda row: row["steps"],
 }  # fmt: skip
+
+
+def two_digits(value):
+    return "" if value is None else f"{value:.2f}"
+
+
+def placed(rows):
+    """Those that have a place in the taxonomy: not three cores and more, nor layers of a user's own."""
+    return [row for row in rows if row["nu"] is not None]
 
 
 def table(rows, budget, most=15):
@@ -67,6 +78,7 @@ def table(rows, budget, most=15):
     yield from ("", f"| | {' | '.join(COLUMNS)} |", "|" + "---|" * (1 + len(COLUMNS)))
     for i, row in enumerate(best[:most], 1):
         yield f"| {' | '.join(str(cell) for cell in (i, *(column(row) for column in COLUMNS.values())))} |"
+    scored = placed(scored)
     losses = [row["losses"][at] for row in scored]
     correlations = {name[0]: rank_correlation([row[key] for row in scored], losses) for key, name in AXES.items()}
     shown = (f"{name} {'constant' if math.isnan(value) else f'{value:+.2f}'}" for name, value in correlations.items())
@@ -82,7 +94,7 @@ def rank_correlation(x, y):
     for values in (x, y):
         _, index, counts = np.unique(values, return_inverse=True, return_counts=True)
         ranks.append((np.cumsum(counts) - (counts - 1) / 2)[index])
-    return math.nan if any(np.ptp(each) == 0 for each in ranks) else float(np.corrcoef(*ranks)[0, 1])
+    return math.nan if len(x) == 0 or any(np.ptp(each) == 0 for each in ranks) else float(np.corrcoef(*ranks)[0, 1])
 
 
 def by_place(rows, axes):
@@ -110,6 +122,7 @@ def draw(rows, budget):
     best, (at, scored) = ranked(rows), comparable(rows, budget)
     losses = np.array([row["losses"][at] for row in scored])
     colour = {"cmap": "viridis", "vmin": losses.min(), "vmax": np.quantile(losses, 0.9)}
+    scored = placed(scored)
     figure, panels = plt.subplots(2, 2, figsize=(13, 10), layout="constrained")
     for panel, axes in zip(panels.flat, (("omega", "psi"), ("omega", "nu"), ("psi", "nu"))):
         best_here = {row["trial"]: str(number) for number, row in enumerate(best[:3], 1)}
@@ -126,7 +139,8 @@ def draw(rows, budget):
         panel.set(xlabel=AXES[axes[0]], ylabel=AXES[axes[1]])
         panel.margins(0.08)
     label = f"validation loss at evaluation {at} of {budget['evaluations']} (nats a token)"
-    figure.colorbar(points, ax=panels, label=label, extend="max", aspect=40)
+    if scored:
+        figure.colorbar(points, ax=panels, label=label, extend="max", aspect=40)
     panel, whole = panels[1, 1], sorted(best, key=lambda row: row["trial"])
     if whole:
         trials, ends = [row["trial"] for row in whole], [row["loss"] for row in whole]

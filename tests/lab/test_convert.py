@@ -304,7 +304,7 @@ def own(lacks):
 
         return make
 
-    return function, ()
+    return theta.Structure(function)
 
 
 def test_a_structure_without_load_dense_or_materialize_is_one_line(monkeypatch, tmp_path):

@@ -49,17 +49,17 @@ def draws(space, number, kind="random", study=None):
 @pytest.mark.parametrize("space", [search.Space(), search.Space(max_rank=0.25), search.Space(experts=(1, 4, 8))])
 def test_points_are_structures_each_met_once_and_none_dearer_than_dense(space):
     points = list(draws(space, 300))
-    for theta, experts in points:
+    for theta, experts, _ in points:
         a, b, _, d, e, _, r = check_theta(theta)
         assert a >= b and r <= space.max_rank
         assert taxonomy(theta)[2] <= 1 + 0.002  # three decimals
         assert experts in space.experts and (experts == 1 or b == d == 0)
         assert all(exponent == round(exponent, 3) for exponent in theta)
-    assert {experts for _, experts in points} == set(space.experts)
+    assert {point.experts for point in points} == set(space.experts)
 
 
 def test_points_are_uniform_on_the_triangles():
-    thetas = np.array([theta for theta, _ in draws(search.Space(), 2000)])
+    thetas = np.array([point.theta for point in draws(search.Space(), 2000)])
     folded = np.sort(thetas[:, :2])  # α and β as a point of the whole triangle, but for their order
     for three in (np.column_stack((folded, thetas[:, 2])), thetas[:, 3:6]):
         # of a uniform point each exponent is above 1/2 with probability 1/4, and its mean is 1/3
@@ -238,7 +238,7 @@ def test_failures_do_not_count_but_too_many_end_the_search():
         search.search(optuna.create_study(), search.Space(), fails(lambda n: True), 4, "random")
     assert len(calls) == search.FAILURES
     with pytest.raises(ConfigError, match="50 points in a row have no new model of this budget"):
-        seen = {factor_sizes(D, D, theta) for theta, _ in draws(search.Space(), 1)}
+        seen = {factor_sizes(D, D, point.theta) for point in draws(search.Space(), 1)}
         study.sampler = optuna.samplers.RandomSampler(seed=0)
 
         class Same(search.Space):
