@@ -3,7 +3,7 @@
     python train.py config/quickstart.py --lr=1e-3 --schedule constant --compile
 
 Every option is a field of one dataclass. Its type is its annotation, its default
-is its value, and the comment behind it is what `--help` prints. Config files hold
+is its value, and the comment after it is what `--help` prints. Config files hold
 plain Python assignments (`batch_tokens = 8 * 1024`); later files win over earlier
 ones, and the command line wins over all files. Functions and classes in a config file are
 no options: one may add a structure of your own (theta.Structure).
@@ -65,7 +65,7 @@ def as_script(main):
 
 
 def choose_command(argv, commands, script, question, doc):
-    """commands[argv[0]], of a script that has several; SystemExit behind its `doc` for --help, ConfigError of no such one."""
+    """commands[argv[0]], of a script that has several; after printing `doc` SystemExit for --help; ConfigError where there is none such."""
     if argv[:1] in (["--help"], ["-h"]):
         print(f"{doc.strip()}\n\n--help behind a command prints its options.")
         raise SystemExit(0)
@@ -128,7 +128,7 @@ def help_text(Config):
 
 
 def _field_comments(Config):
-    """{field name: comment behind it}, of the dataclass and those it inherits from."""
+    """{field name: comment after it}, of the dataclass and those it inherits from."""
     comments = {}
     for cls in reversed(Config.__mro__):
         if not dataclasses.is_dataclass(cls):
@@ -154,7 +154,7 @@ def _split_argv(argv, fields, hints, Config):
         key, equals, text = word[2:].partition("=")
         if not equals:
             _check_key(key, fields, Config=Config)
-            if hints[key] is bool or bool in typing.get_args(hints[key]):  # bare, or with its value behind it
+            if hints[key] is bool or bool in typing.get_args(hints[key]):  # bare, or followed by its value
                 text = rest.pop(0) if rest and rest[0].lower() in ("true", "false", "none") else "True"
             elif not rest or (rest[0].startswith("--") and hints[key] is not str):
                 raise ConfigError(f"--{key} needs a value: --{key}={fields[key].default!r}, say")

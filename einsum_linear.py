@@ -22,7 +22,7 @@ In code a b g = α β γ, d e f = δ ε φ, r = ρ and n is the number of tokens
 if __name__ == "__main__":  # the command, whose own file answers mistakes before torch is imported
     from lab import structures
 
-    raise SystemExit(structures.run())
+    raise SystemExit(structures.run_command())
 
 import inspect
 import math
@@ -162,7 +162,9 @@ def multiplied_out(model):
     try:
         with torch.no_grad():
             for layer in layers:
-                layer.matrix = layer.materialize().contiguous()  # as a dense layer's lies: the same kernels
+                layer.matrix = (
+                    layer.materialize().contiguous()
+                )  # laid out as a dense layer's weight, for the same kernels
         yield
     finally:
         for layer in layers:
@@ -337,7 +339,7 @@ class ChainLinear(CoreLinear):
         """A good approximation of W (d_out, d_in): core by core by SVD, then alternating least squares.
 
         Given the others, the best core k solves W = L · G_k · R for every value of (i_k, j_k), and
-        of the batch in a BTT, where L joins the cores before it and R those behind: G_k = L⁺ W R⁺.
+        of the batch in a BTT, where L joins the cores before it and R those after it: G_k = L⁺ W R⁺.
         """
         c = len(self.in_sizes)
         i_ids, j_ids, r_ids = list(range(c)), list(range(c, 2 * c)), list(range(2 * c, 3 * c + 1))
@@ -386,7 +388,7 @@ class ChainLinear(CoreLinear):
             else:
                 matrices = rest.permute(0, 1, 3, 4, 2, 5).reshape(done, i * r * j, I * J)
             if k == c - 1:
-                U, V = matrices, torch.ones(())  # nothing lies behind: what is left is the core
+                U, V = matrices, torch.ones(())  # no core is left after this one: it is the remainder
             else:
                 U, S, V = torch.linalg.svd(matrices, full_matrices=False)
                 U, V = U[..., :r_next], S[..., :r_next, None] * V[..., :r_next, :]

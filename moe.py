@@ -108,7 +108,7 @@ def pick(logits, k):
     """The k largest of each row of (n, E) logits -> (n, k) int64.
 
     Ties are broken fairly: row i looks at the experts in the order i, i + 1, … (mod E), so that equal logits,
-    among which topk would always find the same ones, go to all experts in turn.
+    for which topk would always pick the same experts, reach all experts in turn.
     """
     n, E = logits.shape
     turn = (torch.arange(n, device=logits.device)[:, None] + torch.arange(E, device=logits.device)) % E
@@ -150,7 +150,7 @@ class Mixtures:
             router.routing = None  # it holds the graph of the batch
         if loss is None:
             return None
-        reports = report(routings)
+        reports = router_reports(routings)
         self.reports, self.cross_entropy = reports.detach(), loss.detach()
         return loss + auxiliary_loss(reports)
 
@@ -192,8 +192,8 @@ class Mixtures:
         }
 
 
-def report(routings):
-    """Routings of R routers, n tokens each -> their reports, (R, 4 + 2 E). All at once: apart, each takes 20 small kernels.
+def router_reports(routings):
+    """Routings of R routers, n tokens each -> their reports, (R, 4 + 2 E). All at once: one by one, each would take 20 small kernels.
 
     The load balance (Fedus et al., "Switch Transformers", JMLR 2022, eq. 4) is E · Σ_e load_e · p_e with the mean
     probability p_e under the softmax of all logits, 1 where both are even. The z-loss (Zoph et al., "ST-MoE", 2022,
@@ -224,7 +224,7 @@ def with_auxiliary_loss(model, loss):
 
 
 def set_top_k(model, top_k, option="top_k"):
-    """From now on pick so many experts a token, in all mixtures of the model: another number than in training, say.
+    """Let all mixtures of the model pick top_k experts for each token from now on, as many as in training or not.
 
     option: what a ConfigError calls it.
     """
@@ -261,7 +261,7 @@ def checkpoint_routed(function, x, **kwargs):
 
 
 class Mixture(CoreLinear):
-    """A linear layer of num_experts matrices, of which each token has top_k. The experts share bias, RMS cap and gains.
+    """A linear layer of num_experts matrices, of which top_k are picked for each token. The experts share bias, RMS cap and gains.
 
     What an expert's share in the layer means for initialisation and learning rates (structure-aware µP, einsum_linear
     and mup). A token sees the k picked experts side by side: one layer of k · r ranks for a BTT, whose second core is
@@ -395,7 +395,7 @@ def make_mixture(d_in, d_out, num_experts, top_k, routed=True, mixed=True, **opt
 
 
 def mix_together(router, layers, x):
-    """[layer(x) for layer in layers], mixtures of which a token has the same experts in all."""
+    """[layer(x) for layer in layers], mixtures that share a router: a token is sent to the same experts in all of them."""
     index, gate = router(x)
     return [layer.mix(x, index, gate) for layer in layers]
 

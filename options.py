@@ -1,4 +1,4 @@
-"""Options of a model and of a run: what a field means stands behind it, what goes together is checked below it.
+"""Options of a model and of a run: the comment after a field says what it means; what goes together is checked below.
 
     BlockConfig   a stack of blocks and the structures in it, of any model
     GPTConfig     a GPT (model.py)
@@ -44,13 +44,13 @@ class BlockConfig:
     overrides: dict | None = None  # by layer: {"attn.q": "dense", "ffn": {"structure": "btt", "rank": 4}}
     moe: Literal["none", "linear", "ffn"] = "none"  # mixtures: each structured layer of attn and ffn, or whole FFNs
     num_experts: int = 8  # of a mixture; `rank` is the rank of one
-    top_k: int = 2  # experts that a token has; of 1, routers learn from the auxiliary loss alone
+    top_k: int = 2  # experts picked for each token; with 1, routers learn from the auxiliary loss alone
     share_router: bool = False  # with moe="linear": q, k and v pick the same experts
     normalize: bool = True  # cap the RMS of each core at its initial value
     activation_checkpointing: bool = False  # keep only the blocks' inputs for backward: less memory, 1/3 more FLOPs
 
     roles = ROLES  # of the model's layers
-    causal = True  # a position attends to none behind it
+    causal = True  # a position attends to none after it
     width_options = ("d_model", "d_head")  # that set the widths of layers, in the order in which a remedy names them
 
     def __post_init__(self):
@@ -292,6 +292,8 @@ def as_fields(options):
 
 @dataclass
 class GPTConfig(BlockConfig):
+    """Options of a GPT (model.py)."""
+
     block_size: int = 1024  # context length, tokens
     vocab_size: int = 50304  # at least the data's; GPT-2's 50257 rounded up to a width that factors
     d_embed: int | None = None  # width of the token embedding, which the layer "embed" brings to d_model; None: d_model
@@ -317,6 +319,7 @@ class GPTConfig(BlockConfig):
 
 
 def check_top_k(name, top_k, num_experts):
+    """ConfigError where top_k is not between 1 and num_experts; name: what the option is called."""
     if not 1 <= top_k <= num_experts:
         raise ConfigError(f"{name}={top_k} of num_experts={num_experts}: make it at least 1 and at most {num_experts}")
 
@@ -341,9 +344,9 @@ class RunConfig:
     max_steps: int = 10_000  # updates in all
     micro_batch: int = 16  # sequences, or images, a process takes at a time; the rest of its batch is accumulated
     eval_interval: int = 500  # steps between evaluations, each followed by a checkpoint
-    eval_top_k: int | None = None  # experts that a token of a mixture has in evaluation; None: top_k
+    eval_top_k: int | None = None  # experts picked for each token in evaluation; None: top_k
     save: bool = True  # False: no checkpoints, log and picture only
-    save_minutes: float = 0.0  # save after so many minutes, too; 0: after evaluations alone, and at SIGUSR1
+    save_minutes: float = 0.0  # also save every so often, in minutes; 0: after evaluations alone, and at SIGUSR1
     keep_every: int = 0  # steps between checkpoints that stay, ckpt_step500.pt; 0: the newest two alone
     keep_best: bool = False  # the checkpoint of the lowest validation loss stays, ckpt_best.pt
     log_interval: int = 10  # steps between lines on the screen and in log.jsonl
@@ -356,7 +359,7 @@ class RunConfig:
     beta2: float = 0.95  # Adam's
     grad_clip: float = 1.0  # largest norm of the gradient; 0: no limit
     init_from: str = ""  # weights to start from: another run's out_dir, a checkpoint, or nanoGPT's ckpt.pt
-    resume: bool = False  # go on from out_dir's newest checkpoint, if there is one; torchrun's restarts always do
+    resume: bool = False  # continue from out_dir's newest checkpoint, if there is one; torchrun's restarts always do
     wandb: bool = False  # log to Weights & Biases too (WANDB_MODE=offline works)
     wandb_project: str = "nanoeinsum"  # its project there
 
@@ -407,11 +410,13 @@ class RunConfig:
 
 
 def check_seed(name, value):
+    """ConfigError where torch and numpy do not take the seed; name: what the option is called."""
     if not 0 <= value < 2**63:
         raise ConfigError(f"{name}={value}: make it at least 0 and less than 2^63")
 
 
 def at_least(least, config, *names):
+    """ConfigError where one of the named options of config is less than `least`."""
     for name in names:
         if getattr(config, name) < least:
             raise ConfigError(f"{name}={getattr(config, name)}: make it at least {least}")

@@ -162,8 +162,10 @@ def _best_sizes(d_in, d_out, theta, rank):
         largest = next(k / 100 for k in range(100, -1, -1) if round(narrow ** (k / 100)) <= most)
         raise ConfigError(f"{problem}: take rho <= {largest:g}, theta={show_theta((*theta[:6], largest))}")
     promised = promised_rank(d_in, d_out, theta, rank)
-    hold = [(max(0, promised - rank_of(sizes)), near, sizes) for near, sizes in pairs if rho <= blocks_rank(sizes)]
-    return min(hold)[2]
+    candidates = [
+        (max(0, promised - rank_of(sizes)), near, sizes) for near, sizes in pairs if rho <= blocks_rank(sizes)
+    ]
+    return min(candidates)[2]
 
 
 def promised_rank(d_in, d_out, theta, rank=None):
@@ -190,7 +192,7 @@ def rank_of(sizes):
     ins, outs, r, c = *sizes[:3], len(sizes.in_sizes)
     if sizes.blocks:  # what core k passes on: j_1 … j_k, i_{k+1} … i_c and the rank index
         return min(math.prod(outs[:k]) * math.prod(ins[k:]) * (r if 0 < k < c else 1) for k in range(c + 1))
-    before, behind = 1, 1  # least cut so far, with the last core before it, or behind it
+    before, behind = 1, 1  # least cut so far, with the last core before it or after it
     for k, (i, j) in enumerate(zip(ins, outs)):
         across = r if k else 1
         before, behind = min(before, behind * across) * j, min(behind, before * across) * i
@@ -330,6 +332,7 @@ NAMED_THETAS = {
 
 
 def dense(d_in, d_out, options):
+    """A plain matrix."""
     return None
 
 
@@ -406,9 +409,9 @@ def chain_sizes(d_in, d_out, options, blocks):
     if rank > (limit := most(outputs[0][1])):
         problem = f"rank {rank} is beyond a {d_in} -> {d_out} {'btt' if blocks else 'tt'} of {cores} cores"
         raise SizeError("rank", problem, range(limit, 0, -1), f"take rank <= {limit}")
-    hold = [(far, sizes) for far, sizes in outputs if rank <= most(sizes)]
-    lost = [-rank_of(ChainSizes(in_sizes, sizes, rank, blocks)) for _, sizes in hold]
-    _, _, out_sizes = min((less, far, sizes) for less, (far, sizes) in zip(lost, hold))
+    possible = [(far, sizes) for far, sizes in outputs if rank <= most(sizes)]
+    lost = [-rank_of(ChainSizes(in_sizes, sizes, rank, blocks)) for _, sizes in possible]
+    _, _, out_sizes = min((less, far, sizes) for less, (far, sizes) in zip(lost, possible))
     return ChainSizes(in_sizes, out_sizes, rank, blocks)
 
 
@@ -482,7 +485,7 @@ def layer_sizes(d_in, d_out, structure="btt", **options):
     most = max(2, min(d_in, d_out).bit_length() - 1)
     if options["num_cores"] > most:
         works = [c for c in range(most, 1, -1) if _makes(function, d_in, d_out, {**options, "num_cores": c})]
-        problem = f"num_cores={options['num_cores']}: {d_in} and {d_out} have no factors for so many"
+        problem = f"num_cores={options['num_cores']}: {d_in} and {d_out} cannot be split into that many factors"
         raise SizeError("num_cores", problem, works, f"take {works[0]} at most" if works else "take other widths")
     for name, width in (("heads_out", d_out), ("heads_in", d_in)):
         if options[name] and (options["num_cores"] > 2 or options["num_blocks"] or width % options[name] or width == 1):

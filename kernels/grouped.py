@@ -153,7 +153,7 @@ TILE = 64  # rows of one expert that are multiplied at a time
 def tiles(m, ends):
     """Rows in tiles of one expert each -> expert of every tile (T,), place of every row (m,) in the T · TILE rows of all.
 
-    An expert's last tile may not be full: of m rows there are never more than m / TILE + E tiles, and so many are taken.
+    An expert's last tile may not be full: m rows never need more than m / TILE + E tiles, and that is how many are made.
     """
     E, T = len(ends), m // TILE + len(ends)
     counts = ends.diff(prepend=ends.new_zeros(1))
@@ -171,7 +171,7 @@ def _tiled(x, T, place):
 
 
 def products_by_tiles(x, W, ends):
-    """Without a look at the ends: a matrix is copied for every tile that it multiplies."""
+    """Without reading the ends: a matrix is copied for every tile that it multiplies."""
     expert, place = tiles(x.shape[1], ends)
     y = _tiled(x, len(expert), place) @ W[:, expert]  # (b, T, TILE, q)
     return y.flatten(1, 2)[:, place]

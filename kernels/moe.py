@@ -7,7 +7,7 @@ the slices in S, with its gates between the two cores:
 
 Tokens with the same set share all weights. So tokens are sorted by set: of E = 8 experts there are 28 sets of 2. A tile
 of them is a plain BTT of rank 2, every token is in one tile, and nothing is added up between experts in memory. The
-four kernels are those of btt.py's staged way, with rows gathered and scattered. Shapes depend on no data: there is
+four kernels are those of btt.py's staged method, with rows gathered and scattered. Shapes depend on no data: there is
 room for a partly filled tile a set. Gradients of the gates come from the z before the gate, nothing is divided by it.
 Sums are float32 in a fixed order. A low-rank matrix is a BTT of one block (g = f = 1), too large for one program: it has
 kernels of its own, which go through it in parts.
@@ -29,7 +29,7 @@ except ImportError:
 
 MOST_WIDTH = 512  # of α and ε: tiles of x and dy fit in shared memory
 MOST_SUMS = 32_768  # of a core's gradient, float32, that a program can hold
-MOST_REGISTERS = {4: 128, 3: 168, 2: None}  # of a thread, for so many programs of 4 warps on a multiprocessor
+MOST_REGISTERS = {4: 128, 3: 168, 2: None}  # of a thread, by the number of programs of 4 warps on a multiprocessor
 
 
 def way_for(x, sizes, num_experts, k, own_router):

@@ -147,6 +147,7 @@ class Tables(NamedTuple):
 
 @functools.cache
 def set_tables(num_experts, k, device):
+    """The Tables of all sets of k experts, on the device."""
     sets = sorted(itertools.combinations(range(num_experts), k), key=lambda s: s[::-1])
     # The number of {e_0 < e_1 < …} is C(e_0, 1) + C(e_1, 2) + …, the combinatorial number system.
     addends = [[math.comb(e, i + 1) for e in range(num_experts)] for i in range(k)]
@@ -209,12 +210,12 @@ if triton is not None:
 
 
 def make_plan(index, gate, num_experts, tokens):
-    """Plan for index (n, k), each row ascending, with gates (n, k), in tiles of so many tokens."""
+    """Plan for index (n, k), each row ascending, with gates (n, k), in tiles of `tokens` tokens."""
     return Plan(*torch.ops.nanoeinsum.mixture_plan(index, gate.detach(), num_experts, tokens))
 
 
 def tile_tokens(n, n_sets):
-    """Tokens in a tile: fewer where a set has not many."""
+    """Tokens in a tile: fewer where a set has few."""
     return 64 if n >= 64 * n_sets else 32
 
 

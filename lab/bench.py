@@ -339,7 +339,7 @@ class SampleBenchConfig(GPTConfig):
 
 @torch.no_grad()
 def bench_sample(argv):
-    """Tokens a second after `context` tokens: with the cache, and by reading the whole text anew for every token."""
+    """Tokens a second after `context` tokens: with the cache, and by reading the whole text again for every token."""
     config = load_config(SampleBenchConfig, argv)
     device = choose_device(config.device)
     dtype = choose_dtype(config.dtype, device)
@@ -411,7 +411,7 @@ def bench_data(argv):
     config = load_config(DataConfig, argv)
     tokenizer, rows = CharTokenizer(), []
 
-    def report(what, amount, unit, elapsed):
+    def add_row(what, amount, unit, elapsed):
         rows.append(
             {"what": what, "amount": amount, "unit": unit, "seconds": elapsed, f"{unit}_per_second": amount / elapsed}
         )
@@ -420,7 +420,7 @@ def bench_data(argv):
     texts = [open(path, encoding="utf-8", errors="replace").read() for path in stdlib_files()]
     texts = texts * max(1, config.megabytes * 10**6 // sum(map(len, texts)))
     size = sum(len(text.encode()) for text in texts) / 1e6
-    report(
+    add_row(
         "character encoder, one process",
         size,
         "MB",
@@ -432,12 +432,12 @@ def bench_data(argv):
             file.writelines(text for text in texts if tokenizer.encode_document(text) is not None)
         start = time.perf_counter()
         prepare(PrepareConfig(source=path, tokenizer="char96", out_dir=out))
-        report(
+        add_row(
             "prepare_owt.py, disk to disk, one process", os.path.getsize(path) / 1e6, "MB", time.perf_counter() - start
         )
         data, count = TokenData(out, config.block_size), config.batch_tokens // config.block_size
         batch = seconds(lambda: [data.train_batch(0, step, count, 0, count) for step in range(20)]) / 20
-        report(f"training batch, {count} x {config.block_size}", count * config.block_size, "tokens", batch)
+        add_row(f"training batch, {count} x {config.block_size}", count * config.block_size, "tokens", batch)
     if config.json:
         save_rows(config.json, rows, torch.device("cpu"))
 
@@ -446,7 +446,7 @@ def bench_images(argv):
     """Images a second as vision/train.py gets them, of one process: the first batches, which start workers, do not count."""
     from vision.train import Augment, load_images
     from vision.train import Config as VisionConfig
-    from vision.train import prepare as made
+    from vision.train import prepare as prepare_images
 
     @dataclass
     class ImagesConfig(VisionConfig):
@@ -466,7 +466,7 @@ def bench_images(argv):
 
     ways = {
         "loaded": (which, lambda *drawn: data.images(*drawn)[0]),
-        "loaded and augmented": (which_and_how, lambda *drawn: made(data, augment, (1, -1), *drawn)[0]),
+        "loaded and augmented": (which_and_how, lambda *drawn: prepare_images(data, augment, (1, -1), *drawn)[0]),
     }
     for what, (draw, function) in ways.items():
         timed = Graphed(function) if device.type == "cuda" else function  # an update has it in its graph

@@ -15,7 +15,7 @@ other options are train.py's and mean what they mean there; `seed` is also that 
 structures of your own (theta.Structure) must set no options. On a CPU, without a config file, it is the small search of
 SMALL below. How long all will take is said first, by the speed of the dense model here, and again with every trial.
 
-The storage has everything about a trial but its log, which is in out/trial_N. The same command goes on, up to `trials`
+The storage has everything about a trial but its log, which is in out/trial_N. The same command continues, up to `trials`
 trials; one that was interrupted or killed is tried again, from its checkpoint. Commands with the same storage search
 together, from any number of machines; SQLite serves one.
 """
@@ -47,7 +47,7 @@ from data import TokenData
 from engine.checkpoint import PLACES
 from engine.device import choose_device, choose_dtype, device_name
 from engine.runlog import duration, read_log, writing
-from lab.search_report import dotted, report
+from lab.search_report import dotted, write_report
 from lab.sweep import gpus_to_use
 from model import GPT
 from optim import make_optimizer
@@ -71,7 +71,7 @@ OWNED = {
     "out_dir": "out/run", "resume": False, "sample_tokens": 0,
 }  # fmt: skip
 WITHOUT_EXPERTS = {"top_k": 2, "share_router": False, "eval_top_k": None}  # as train.py wants them where there are none
-# Options that may change when a search goes on, or from machine to machine: losses do not depend on them.
+# Options that may change when a search continues, or from machine to machine: losses do not depend on them.
 FREE = (
     "trials", "out", "storage", "study", "sampler", "prune", "jobs", "gpus", "report", "data_dir", "device", "compile",
     "cuda_graphs", "timeout", "bucket_mb", "micro_batch", "save", "save_minutes", "keep_every", "keep_best", "log_interval",
@@ -89,13 +89,13 @@ ENDED = (TrialState.COMPLETE, TrialState.PRUNED)
 
 
 @dataclass
-class Config(train.Config):
+class SearchConfig(train.Config):
     trials: int = 60  # trials in all, of all machines, that end: those that end early count, failed ones do not
     out: str = "out/search"  # folder of the trials, table.md, search.json and search.png
     storage: str | None = None  # URL of a database that several machines share; None: sqlite:///OUT/search.db
     study: str = "search"  # the search's name in the storage
     sampler: Literal["tpe", "cmaes", "random"] = "tpe"  # what draws the points
-    prune: int = 3  # at evaluations 1, 3, 9, … one trial in so many goes on; 0: all train to their end
+    prune: int = 3  # at evaluations 1, 3, 9, … one trial in this many continues; 0: all train to their end
     max_width: int | None = None  # of a trial's model; None: 8 times d_model
     max_rank: float = 1.0  # largest exponent of the rank index
     choices: dict | None = None  # in place of theta, values of options: {"structure": "btt", "rank": (1, 2, 4)}
@@ -223,7 +223,7 @@ def make_sampler(kind, seed):
 # The search
 
 
-class Failed(Exception):
+class RunFailed(Exception):
     """A run that failed."""
 
 
@@ -232,11 +232,11 @@ class Misfit(Exception):
 
 
 def search(study, space, objective, trials, sampler="tpe", seed=0, slots=(None,), say=lambda trial: None):
-    """Draw points and run the objective on them until so many trials of the study have ended, on whatever machine.
+    """Draw points and run the objective on them until `trials` trials of the study have ended, on whatever machine.
 
     objective(trial, point, slot)  a generator, so that one thread has several at a time: it yields (evaluation, loss),
         evaluations counted from 1, or None while there is nothing new, and returns the final loss. It may raise
-        Failed and Misfit. Closed, or thrown an optuna.TrialPruned, it ends what it runs.
+        RunFailed and Misfit. Closed, or thrown an optuna.TrialPruned, it ends what it runs.
     slots                          one for every trial at a time, to tell its objective where to run
     say(frozen trial)              is called for each that ends
     Raises ConfigError after too many failures in a row. Interrupted, it leaves its running trials to be tried again.
@@ -245,14 +245,14 @@ def search(study, space, objective, trials, sampler="tpe", seed=0, slots=(None,)
     try:
         while True:
             if free:
-                recover(study, running)
+                recover_trials(study, running)
                 left = trials - len(study.get_trials(deepcopy=False, states=ENDED))
                 if left <= 0 and not running:
                     return
                 left -= len(study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)))
                 for _ in range(min(left, len(free))):
                     trial = study.ask()
-                    beat(trial)
+                    sign_of_life(trial)
                     # Optuna draws when the space asks. Seeded by the trial's number no two draw the same, whoever
                     # goes on; where the sampler comes back to what it knows, chance finds something new.
                     kind = sampler if misfits < 5 else "random"
@@ -262,10 +262,10 @@ def search(study, space, objective, trials, sampler="tpe", seed=0, slots=(None,)
             if time.monotonic() - beaten > STALE / 5:
                 beaten = time.monotonic()
                 for trial, _, _ in running.values():
-                    beat(trial)
+                    sign_of_life(trial)
             idle = True
             for number, (trial, run, slot) in list(running.items()):
-                news, ended, error = advance(study, trial, run)
+                news, ended, error = advance_trial(study, trial, run)
                 idle = idle and not news
                 if ended is None:
                     continue
@@ -273,7 +273,7 @@ def search(study, space, objective, trials, sampler="tpe", seed=0, slots=(None,)
                 free.append(slot)
                 say(ended)
                 misfits = misfits + 1 if isinstance(error, Misfit) else 0
-                failures = failures + isinstance(error, Failed) if error else 0
+                failures = failures + isinstance(error, RunFailed) if error else 0
                 if misfits == MISFITS:
                     raise ConfigError(f"{misfits} points in a row have no new model of this budget, the last: {error}")
                 if failures == FAILURES:
@@ -283,11 +283,11 @@ def search(study, space, objective, trials, sampler="tpe", seed=0, slots=(None,)
     finally:
         for trial, run, _ in running.values():
             run.close()
-            put_back(study, trial)
+            put_back_trial(study, trial)
 
 
-def advance(study, trial, run):
-    """Let a trial go on to its next evaluation -> whether there was news, the frozen trial if it ended, its error."""
+def advance_trial(study, trial, run):
+    """Let a trial continue to its next evaluation -> whether there was news, the frozen trial if it ended, its error."""
     try:
         news = next(run)
         if news is not None:
@@ -300,7 +300,7 @@ def advance(study, trial, run):
         return True, study.tell(trial, done.value, skip_if_finished=True), None
     except optuna.TrialPruned:
         return True, study.tell(trial, state=TrialState.PRUNED, skip_if_finished=True), None
-    except (Failed, Misfit) as error:
+    except (RunFailed, Misfit) as error:
         trial.set_user_attr("reason", str(error))
         return True, study.tell(trial, state=TrialState.FAIL, skip_if_finished=True), error
     except optuna.exceptions.UpdateFinishedTrialError:  # another machine, which heard nothing of this one, has taken it
@@ -308,12 +308,12 @@ def advance(study, trial, run):
         return True, study.trials[trial.number], None
 
 
-def beat(trial):
+def sign_of_life(trial):
     """A sign of life."""
     trial.set_user_attr("owner", {"host": socket.gethostname(), "pid": os.getpid(), "time": time.time()})
 
 
-def recover(study, running):
+def recover_trials(study, running):
     """Put back the trials whose search is gone: no such process on this machine, or long without a sign of life."""
     for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
         owner = trial.user_attrs.get("owner") or {"host": None, "time": trial.datetime_start.timestamp()}
@@ -321,7 +321,7 @@ def recover(study, running):
         if owner["host"] == socket.gethostname():
             gone = trial.number not in running if owner["pid"] == os.getpid() else not is_alive(owner["pid"])
         if gone:
-            put_back(study, trial)
+            put_back_trial(study, trial)
 
 
 def is_alive(pid):
@@ -334,7 +334,7 @@ def is_alive(pid):
     return True
 
 
-def put_back(study, trial):
+def put_back_trial(study, trial):
     """A trial that did not end: as a failed one without a reason, and its point in the queue again, with its folder."""
     with suppress(ValueError, optuna.exceptions.UpdateFinishedTrialError):  # another machine was faster
         study.tell(trial.number, state=TrialState.FAIL)
@@ -380,7 +380,7 @@ def fit_model(config, point, budget):
     steps = round(config.max_steps * budget / most)
     options.update(d_model=width, max_steps=steps, eval_interval=math.ceil(steps / evaluations(config)))
     shapes = [tuple(core.shape) for module in model.modules() if hasattr(module, "cores") for core in module.cores]
-    omega, psi, nu = place_of(sizes)
+    omega, psi, nu = place_of_sizes(sizes)
     figures = {
         "theta": point.theta, "experts": point.experts, "sizes": sizes if isinstance(sizes, Sizes) else None,
         "structure": chosen_label(point.chosen) if point.chosen else name_of(sizes), "omega": omega, "psi": psi, "nu": nu,
@@ -412,7 +412,7 @@ def evaluations(config):
     return max(1, round(config.max_steps / config.eval_interval))
 
 
-def place_of(sizes):
+def place_of_sizes(sizes):
     """(ω, ψ, ν) of a d -> d layer by its sizes, as they are, and not by θ, whose small exponents make sizes of 1.
 
     None each of what has no seven sizes: three cores and more, and layers of your own.
@@ -443,7 +443,7 @@ def name_of(sizes):
 # A trial, by train.py
 
 
-def training(study, config, files=()):
+def make_objective(study, config, files=()):
     """The objective; a slot is the number of a GPU, or None. files: those that add structures."""
     budget = meta_model(config).flops_per_token()
     on_gpu = config.device != "cpu" and torch.cuda.is_available()
@@ -457,7 +457,7 @@ def training(study, config, files=()):
         before = trial.user_attrs.get("folder")
         folder = before or os.path.join(config.out, f"trial_{trial.number}")
         options = train_options(config, options)
-        again = shlex.join(["python", "train.py", *files, *words(options)])
+        again = shlex.join(["python", "train.py", *files, *changed_words(options)])
         trial.set_user_attr("folder", folder)
         trial.set_user_attr("model", {**figures, **where, "command": again})
         options.update(out_dir=folder, resume=before is not None)
@@ -472,7 +472,7 @@ def train_options(config, options):
     return ours | OWNED | ({} if "moe" in options else WITHOUT_EXPERTS) | options
 
 
-def words(options):
+def changed_words(options):
     """Those that are not the default, as arguments of train.py."""
     defaults = {field.name: field.default for field in fields(train.Config)}
     return [f"--{key}={value}" for key, value in options.items() if value != defaults[key]]
@@ -485,10 +485,12 @@ def run_training(options, folder, slot, evaluations, files=()):
         os.makedirs(folder, exist_ok=True)
         output = open(os.path.join(folder, "train.log"), "a")
     with output:
-        while not lock(output):  # by a run that has outlived its search: it is waited for, and not joined by a second
+        while not lock_file(
+            output
+        ):  # by a run that has outlived its search: it is waited for, and not joined by a second
             yield None
         process = subprocess.Popen(
-            [sys.executable, "-m", "train", *files, *words(options)], stdout=output, stderr=output, env=env
+            [sys.executable, "-m", "train", *files, *changed_words(options)], stdout=output, stderr=output, env=env
         )
     steps, every, seen, interrupted = options["max_steps"], options["eval_interval"], 0, True
     try:
@@ -508,22 +510,22 @@ def run_training(options, folder, slot, evaluations, files=()):
         if process.returncode != 0 or not rows or rows[-1]["step"] < steps:
             with open(output.name, errors="replace") as file:
                 last = ([line.strip() for line in file if line.strip()] or ["nothing was said"])[-1]
-            raise Failed(f"{last.removeprefix('error: ')[:300]} ({output.name})")
+            raise RunFailed(f"{last.removeprefix('error: ')[:300]} ({output.name})")
         if not math.isfinite(rows[-1]["val_loss"]):
-            raise Failed(f"validation loss {rows[-1]['val_loss']} ({output.name})")
+            raise RunFailed(f"validation loss {rows[-1]['val_loss']} ({output.name})")
         return rows[-1]["val_loss"]
     except optuna.TrialPruned:
         interrupted = False
         raise
     finally:
-        stop(process)
-        if not interrupted:  # only what was interrupted goes on
+        stop_process(process)
+        if not interrupted:  # only what was interrupted is continued
             for place in PLACES:
                 with suppress(FileNotFoundError):
                     os.remove(os.path.join(folder, place))
 
 
-def lock(file):
+def lock_file(file):
     """Whether the file is ours now, and the processes' that we give it to, until the last of them ends."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -532,7 +534,7 @@ def lock(file):
     return True
 
 
-def stop(process):
+def stop_process(process):
     if process.poll() is None:
         process.send_signal(signal.SIGINT)  # it saves and ends
         try:
@@ -547,7 +549,7 @@ def stop(process):
 
 
 def open_study(config):
-    """The optuna study of the search: a new one, or one of the same settings that goes on."""
+    """The optuna study of the search: a new one, or one of the same settings, which continues."""
     file = os.path.join(os.path.abspath(config.out), "search.db")
     if config.report and config.storage is None and not os.path.exists(file):
         raise ConfigError(f"{file} does not exist: give the --out or --storage of a search")
@@ -585,7 +587,7 @@ def make_study(config, url):
     except Exception as error:  # of many kinds: databases have their own
         raise ConfigError(f"storage={shown} cannot be used, {first_line(error)}: give another") from None
     owned = (*FREE, *OWNED)
-    settings = {field.name: getattr(config, field.name) for field in fields(Config) if field.name not in owned}
+    settings = {field.name: getattr(config, field.name) for field in fields(SearchConfig) if field.name not in owned}
     settings = json.loads(json.dumps(settings))  # tuples are lists there
     before = study.user_attrs.get("settings")
     if before is None:
@@ -715,12 +717,12 @@ def main(argv):
         option = word[2:].partition("=")[0]
         if word.startswith("--") and option in OWNED:
             raise ConfigError(f"--{option} is every trial's own: leave it out (--out and --experts are the search's)")
-    config = load_config(Config, argv)
+    config = load_config(SearchConfig, argv)
     if not config.report:
         on_cpu = choose_device(config.device).type == "cpu"  # one that is not there is said here, and once
         if on_cpu and not config_files(argv):
             print("on a CPU, without a config file: python -m lab.search", *SMALL, *argv, flush=True)
-            config = load_config(Config, [*SMALL, *argv])
+            config = load_config(SearchConfig, [*SMALL, *argv])
     study = open_study(config)
     if not config.report:
         prepare_default(config.data_dir)
@@ -742,12 +744,21 @@ def main(argv):
                     f"{left} trials of at most {study.user_attrs['budget']['flops']:.3g} FLOPs: about {took}",
                     flush=True,
                 )
-            search(study, space, training(study, config, files), config.trials, config.sampler, config.seed, slots, say)
+            search(
+                study,
+                space,
+                make_objective(study, config, files),
+                config.trials,
+                config.sampler,
+                config.seed,
+                slots,
+                say,
+            )
         except KeyboardInterrupt:
             raise SystemExit("stopped: the same command resumes, with --report it shows what there is") from None
         except (optuna.exceptions.StorageInternalError, SQLAlchemyError) as error:
-            raise ConfigError(f"the storage failed: {first_line(error)}; the same command goes on") from None
-    report(make_rows(study), study.user_attrs["budget"], config.out)
+            raise ConfigError(f"the storage failed: {first_line(error)}; the same command resumes the search") from None
+    write_report(make_rows(study), study.user_attrs["budget"], config.out)
 
 
 if __name__ == "__main__":

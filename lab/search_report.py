@@ -10,7 +10,7 @@ from engine.device import write_rows
 from engine.runlog import save_figure, short, whole_file, writing
 
 
-def report(rows, budget, out):
+def write_report(rows, budget, out):
     """Print the best structures; write table.md, search.json and search.png to the folder `out`.
 
     rows: a dict for each trial, as of search.make_rows; budget: of each, {"flops", "evaluations"}.
@@ -18,13 +18,13 @@ def report(rows, budget, out):
     if not any(row["losses"] for row in rows):
         print("no trial has a loss yet: there is nothing to report")
         return
-    lines = list(table(rows, budget))
+    lines = list(table_of_trials(rows, budget))
     with writing(out, "give another --out"):
         with whole_file(os.path.join(out, "table.md")) as part, open(part, "w") as file:
             file.write("\n".join(lines) + "\n")
         with whole_file(os.path.join(out, "search.json")) as part:
             write_rows(part, rows, torch.device("cpu"))  # rows have their own device
-    save_figure(draw(rows, budget), os.path.join(out, "search.png"), "give another --out")
+    save_figure(draw_search(rows, budget), os.path.join(out, "search.png"), "give another --out")
     print("", *lines, "", f"written: {out}/table.md, search.json, search.png", sep="\n")
 
 
@@ -67,7 +67,7 @@ def placed(rows):
     return [row for row in rows if row["nu"] is not None]
 
 
-def table(rows, budget, most=15):
+def table_of_trials(rows, budget, most=15):
     """Lines of Markdown: what was done, the best, and how the loss goes with ω, ψ and ν."""
     best, (at, scored) = ranked(rows), comparable(rows, budget)
     early, failed = (sum(row["state"] == state for row in rows) for state in ("pruned", "fail"))
@@ -112,7 +112,7 @@ def by_place(rows, axes):
     return sorted(places, key=len, reverse=True)
 
 
-def draw(rows, budget):
+def draw_search(rows, budget):
     """A figure: what was tried in (ω, ψ, ν), coloured by loss, and the best so far."""
     import matplotlib
 

@@ -145,7 +145,8 @@ def test_help_lists_every_option_with_default_and_comment(capsys):
 
 @pytest.mark.parametrize(
     "where",
-    ["train", "prepare_owt", "sample", "lab.convert", "lab.search", "lab.sweep", "lab.structures", "lab.mup_check.CoordsConfig",
+    ["train", "prepare_owt", "sample", "lab.convert.ConvertConfig", "lab.search.SearchConfig",
+     "lab.sweep.SweepConfig", "lab.structures.StructuresConfig", "lab.mup_check.CoordsConfig",
      "lab.mup_check.LandscapeConfig", "lab.scaling_laws.PlotConfig", "lab.scaling_laws.FitConfig", "lab.bench.StepConfig",
      "lab.bench.SampleBenchConfig", "lab.bench.DataConfig", "lab.bench_layers.LayersConfig", "lab.bench_layers.MixturesConfig"],
 )  # fmt: skip
@@ -175,7 +176,7 @@ def test_a_config_file_may_define_functions_and_classes_which_are_no_options(con
         "import math\nfrom math import pi\ndef f(): return g()\ndef g(): return pi\nclass C: made = f()\nlr = f()\n"
     )
     assert read_config_file(path) == {"pi": 3.141592653589793, "lr": 3.141592653589793}
-    function = sys.modules[next(name for name in sys.modules if name.endswith("config_py") and "config_file" in name)].f
+    function = sys.modules["config_file_" + re.sub(r"\W", "_", path)].f
     assert function() and importlib.import_module(function.__module__).f is function  # as torch.compile looks it up
 
 

@@ -224,7 +224,7 @@ def test_reports_by_hand():
     index = torch.tensor([[0, 2], [1, 0]])
     gate = logits.gather(1, index).softmax(dim=1)
     other = (index.flip(1), gate.flip(1).detach(), 2 * logits)  # a router beside it, which changes nothing
-    row = moe.report([(index, gate.detach(), logits), other])[0]
+    row = moe.router_reports([(index, gate.detach(), logits), other])[0]
     p, g = logits.detach().softmax(dim=1), gate.detach()
     load = [2 / 4, 1 / 4, 1 / 4]
     balance = 3 * sum(f * mean for f, mean in zip(load, p.mean(dim=0).tolist()))

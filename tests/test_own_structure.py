@@ -128,7 +128,7 @@ def test_a_sweep_gives_the_file_to_its_runs_and_to_the_fit(own_file, tmp_path, m
     )
     plan, called = sweep.read_sweep(str(path)), []
     assert list(plan.runs) == ["structure_optionsbands.2", "structure_optionsbands.3"]
-    words = sweep.command(plan, "structure_optionsbands.3")
+    words = sweep.command_of(plan, "structure_optionsbands.3")
     assert load_config(train.Config, words[3:]).structure_options == {"bands": 3}
     monkeypatch.setattr(
         sweep.subprocess, "run", lambda words: called.append(words) or type("Done", (), {"returncode": 0})
@@ -157,7 +157,7 @@ def test_it_is_searched(own_file, tiny, tmp_path, monkeypatch):
         ("{'structure': 'banded', 'bands': ()}", "bands has no values"),
     ):
         with pytest.raises(ConfigError, match=message):
-            load_config(search.Config, [own_file, *tiny[:1], f"--choices={wrong}"])
+            load_config(search.SearchConfig, [own_file, *tiny[:1], f"--choices={wrong}"])
 
 
 def test_options_that_do_not_go_with_it_are_one_line(own_file):

@@ -121,7 +121,7 @@ def test_mistakes_are_found_before_the_work(monkeypatch, bench, words, message):
         LandscapeConfig,
         PlotConfig,
         FitConfig,
-        sweep.Config,
+        sweep.SweepConfig,
     ],
 )
 def test_names_of_files_and_folders_may_look_like_numbers(Config):

@@ -99,7 +99,7 @@ def test_ctrl_c_twice_leaves_nothing_running_and_the_same_command_goes_on(path, 
         said, _ = process.communicate(timeout=120)
     finally:
         process.kill()
-    assert process.returncode == 1 and "stopped: the same command goes on" in said and "Traceback" not in said
+    assert process.returncode == 1 and "stopped: the same command resumes" in said and "Traceback" not in said
     steps = [row["step"] for row in read_rows(log.parent)]
     train_log = (log.parent / "train.log").read_text()
     assert "Traceback" not in train_log and 0 < steps[-1] < 100_000, train_log
@@ -217,7 +217,7 @@ def test_finished_runs_of_other_options_are_spoken_of(tmp_path, capsys):
     for steps, data in ((5, "a"), (6, "b")):
         leave_behind(tmp_path / f"max_steps{steps}", steps, max_steps=steps, data_dir=data, theta=[0.5, 0], out_dir="x")
     sweep.main([path, f"--out={tmp_path}", "--gpus=0"])
-    note = "note: 1 of these had other options, max_steps5 data_dir='a', not 'b': another --out does them anew"
+    note = "note: 1 of these had other options, max_steps5 data_dir='a', not 'b': another --out trains them again"
     assert capsys.readouterr().out.splitlines() == ["2 runs, 2 of them finished; 1 at a time", note]
 
 
@@ -303,7 +303,7 @@ def test_sweeps_of_the_project_can_be_run(file, small):
     fit = load_config(scaling_laws.FitConfig, shlex.split(chosen.fit))
     paid = {}
     for name in chosen.runs:
-        _, script, *words = sweep.command(chosen, name)
+        _, script, *words = sweep.command_of(chosen, name)
         config = load_config(Config, words)  # sizes that do not factor are found here
         if small:
             with torch.device("meta"):
