@@ -51,7 +51,7 @@ class Sweep(NamedTuple):
     runs: dict  # {name of a run: its options, out_dir included}
     script: str  # what they are runs of
     configs: list  # its config files
-    fit: list | None  # options of lab.scaling_laws fit
+    fit: str | None  # options of lab.scaling_laws fit
 
 
 SMALL = ("runs", "common", "config", "fit")  # names that a file's `small` may have
@@ -91,8 +91,7 @@ def read_sweep(path, small=False, common="", out=None):
         if name in named:
             raise ConfigError(f"{path}: two runs are the same, {name}: leave one out, or give them different seeds")
         named[name] = {**values.get("common", {}), **run, **added, "out_dir": os.path.join(out, name)}
-    configs, fit_options = split_words(f"{path}: config", values.get("config", "")), values.get("fit")
-    return Sweep(named, script, configs, None if fit_options is None else split_words(f"{path}: fit", fit_options))
+    return Sweep(named, script, split_words(f"{path}: config", values.get("config", "")), values.get("fit"))
 
 
 def small_version(path, values):
@@ -260,7 +259,7 @@ def fit_runs(sweep, folder):
     if os.path.exists(os.path.join(folder, SHARED)):
         print(f"note: runs shared the CPU ({folder}/{SHARED}): no fit of their seconds", flush=True)
         words.append("--costs=flops,parameters")
-    return subprocess.run([sys.executable, "-m", "lab.scaling_laws", "fit", *words, *sweep.fit]).returncode
+    return subprocess.run([sys.executable, "-m", "lab.scaling_laws", "fit", *words, *split_words("fit", sweep.fit)]).returncode
 
 
 if __name__ == "__main__":

@@ -65,7 +65,7 @@ def test_runs_then_fit_and_then_nothing_is_left(path, tmp_path, capsys):
     before = log.read_bytes()
     sweep.main([*words[1:], "--commands"])
     left = capsys.readouterr().out.splitlines()
-    assert len(left) == 2 and all("train.py" in line and "--resume" in line for line in left)
+    assert len(left) == 2 and all("-m train" in line and "--resume" in line for line in left)
     done = run_forked(*words)
     assert done.returncode == 0 and "3 runs, 1 of them finished; 2 at a time" in done.stdout, done.stdout + done.stderr
     assert log.read_bytes() == before
@@ -170,7 +170,7 @@ def test_options_for_all_runs(tmp_path, capsys):
     assert "--d_model=128" in line and "--max_steps=7" in line and "'--data_dir=data/a b'" in line
     for text, message in (
         ("data/mine", "'data/mine' is no option, write each as --key=value"),
-        ("--save", "'--save' is no option"),
+        ("--save 'x", "close the quotes"),
         ("--d_model=8", "d_model is made run by run: change it in"),
         ("--out_dir=x", "out_dir is made run by run: give --out"),
     ):
@@ -233,7 +233,7 @@ def test_gpus_are_those_that_are_named(tmp_path, monkeypatch):
     with pytest.raises(ConfigError, match="gpus=3, but 2 are here or named by CUDA_VISIBLE_DEVICES"):
         sweep.gpus_to_use(3)
     look = "import os, sys; open(sys.argv[-1].split('=')[1] + '/gpu', 'w').write(os.environ['CUDA_VISIBLE_DEVICES'])"
-    monkeypatch.setattr(sweep, "command", lambda sweep, name: [sys.executable, "-c", look, f"--to={tmp_path}/{name}"])
+    monkeypatch.setattr(sweep, "command_of", lambda sweep, name: [sys.executable, "-c", look, f"--to={tmp_path}/{name}"])
     runs = {name: {"out_dir": str(tmp_path / name)} for name in ("a", "b")}
     assert not sweep.run_all(list(runs), sweep.Sweep(runs, "", [], None), sweep.gpus_to_use())
     assert [(tmp_path / name / "gpu").read_text() for name in runs] == ["3", "1"]
