@@ -259,7 +259,9 @@ def fit_runs(sweep, folder):
     if os.path.exists(os.path.join(folder, SHARED)):
         print(f"note: runs shared the CPU ({folder}/{SHARED}): no fit of their seconds", flush=True)
         words.append("--costs=flops,parameters")
-    return subprocess.run([sys.executable, "-m", "lab.scaling_laws", "fit", *words, *split_words("fit", sweep.fit)]).returncode
+    return subprocess.run(
+        [sys.executable, "-m", "lab.scaling_laws", "fit", *words, *split_words("fit", sweep.fit)]
+    ).returncode
 
 
 if __name__ == "__main__":

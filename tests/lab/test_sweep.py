@@ -233,7 +233,9 @@ def test_gpus_are_those_that_are_named(tmp_path, monkeypatch):
     with pytest.raises(ConfigError, match="gpus=3, but 2 are here or named by CUDA_VISIBLE_DEVICES"):
         sweep.gpus_to_use(3)
     look = "import os, sys; open(sys.argv[-1].split('=')[1] + '/gpu', 'w').write(os.environ['CUDA_VISIBLE_DEVICES'])"
-    monkeypatch.setattr(sweep, "command_of", lambda sweep, name: [sys.executable, "-c", look, f"--to={tmp_path}/{name}"])
+    monkeypatch.setattr(
+        sweep, "command_of", lambda sweep, name: [sys.executable, "-c", look, f"--to={tmp_path}/{name}"]
+    )
     runs = {name: {"out_dir": str(tmp_path / name)} for name in ("a", "b")}
     assert not sweep.run_all(list(runs), sweep.Sweep(runs, "", [], None), sweep.gpus_to_use())
     assert [(tmp_path / name / "gpu").read_text() for name in runs] == ["3", "1"]
@@ -303,7 +305,7 @@ def test_sweeps_of_the_project_can_be_run(file, small):
     fit = load_config(scaling_laws.FitConfig, shlex.split(chosen.fit))
     paid = {}
     for name in chosen.runs:
-        _, script, *words = sweep.command_of(chosen, name)
+        _, _, script, *words = sweep.command_of(chosen, name)  # python -m script
         config = load_config(Config, words)  # sizes that do not factor are found here
         if small:
             with torch.device("meta"):
