@@ -3,9 +3,10 @@
     python train.py config/quickstart.py --lr=1e-3 --schedule constant --compile
 
 Every option is a field of one dataclass. Its type is its annotation, its default
-is its value, and the comment behind it is what `--help` prints. Config files hold
+is its value, and the comment after it is what `--help` prints. Config files hold
 plain Python assignments (`batch_tokens = 8 * 1024`); later files win over earlier
-ones, and the command line wins over all files.
+ones, and the command line wins over all files. Functions and classes in a config file are
+no options: one may add a structure of your own (theta.Structure).
 """
 
 import ast
@@ -13,7 +14,8 @@ import dataclasses
 import difflib
 import inspect
 import os
-import runpy
+import re
+import shlex
 import sys
 import types
 import typing
@@ -73,7 +75,7 @@ def as_script(main):
 
 
 def choose_command(argv, commands, script, question, doc):
-    """commands[argv[0]], of a script that has several; SystemExit behind its `doc` for --help, ConfigError of no such one."""
+    """commands[argv[0]], of a script that has several; after printing `doc` SystemExit for --help; ConfigError where there is none such."""
     if argv[:1] in (["--help"], ["-h"]):
         print(f"{doc.strip()}\n\n--help behind a command prints its options.")
         raise SystemExit(0)
@@ -102,7 +104,7 @@ def load_config(Config, argv):
     files, flags = _split_argv(argv, fields, hints, Config)
     values = {}
     for path in files:
-        for key, value in _read_config_file(path).items():
+        for key, value in read_config_file(path).items():
             values[key] = _checked(key, value, fields, hints, where=f"{path}: ", Config=Config)
     from_files = set(values) - {key for key, _ in flags}
     for key, text in flags:
@@ -136,7 +138,7 @@ def help_text(Config):
 
 
 def _field_comments(Config):
-    """{field name: comment behind it}, of the dataclass and those it inherits from."""
+    """{field name: comment after it}, of the dataclass and those it inherits from."""
     comments = {}
     for cls in reversed(Config.__mro__):
         if not dataclasses.is_dataclass(cls):
@@ -162,7 +164,7 @@ def _split_argv(argv, fields, hints, Config):
         key, equals, text = word[2:].partition("=")
         if not equals:
             _check_key(key, fields, Config=Config)
-            if hints[key] is bool or bool in typing.get_args(hints[key]):  # bare, or with its value behind it
+            if hints[key] is bool or bool in typing.get_args(hints[key]):  # bare, or followed by its value
                 text = rest.pop(0) if rest and rest[0].lower() in ("true", "false", "none") else "True"
             elif not rest or (rest[0].startswith("--") and hints[key] is not str):
                 raise ConfigError(f"--{key} needs a value: --{key}={fields[key].default!r}, say")
@@ -175,18 +177,69 @@ def _split_argv(argv, fields, hints, Config):
     return files, flags
 
 
-def _read_config_file(path):
+def read_config_file(path):
+    """Run a config file -> {name: value} of what it assigns, but for modules, functions, classes and _names.
+
+    It is a module while the program runs: torch.compile finds the names that a layer defined in it uses.
+    """
     if not os.path.isfile(path):
         raise ConfigError(f"config file {path} does not exist")
+    module = types.ModuleType("config_file_" + re.sub(r"\W", "_", path))
+    module.__file__ = path
+    sys.modules[module.__name__] = module
     try:
-        names = runpy.run_path(path)
+        with open(path, encoding="utf-8") as file:
+            exec(compile(file.read(), path, "exec"), vars(module))
     except Exception as error:
         raise ConfigError(f"config file {path} does not run: {type(error).__name__}: {error}") from error
     return {
         key: value
-        for key, value in names.items()
-        if not key.startswith("_") and not isinstance(value, types.ModuleType)
+        for key, value in vars(module).items()
+        if not key.startswith("_") and not isinstance(value, types.ModuleType) and not callable(value)
     }
+
+
+# ---------------------------------------------------------------------------------------
+# Options inside an option: words as on a command line, such as --against="config/gpt2_dense.py --rank=2; …"
+
+
+def split_words(option, text):
+    """The words of `text`, as a shell splits them; `option` is what a ConfigError calls it."""
+    return sum(split_configs(option, text, separator=""), [])
+
+
+def split_configs(option, text, separator=";"):
+    """Words of several configs, ';' between: "config/a.py --rank=2; config/b.py" -> [["config/a.py", "--rank=2"], …].
+
+    As a shell reads them: quotes hold a word together, ';' inside them separates nothing. Empty configs are left out.
+    """
+    reader = shlex.shlex(text, posix=True, punctuation_chars=separator)
+    reader.whitespace_split, reader.commenters = True, ""
+    try:
+        words = list(reader)
+    except ValueError as error:
+        raise ConfigError(f"{option}={text!r}: {str(error).lower()}, close the quotes") from None
+    configs = [[]]
+    for word in words:
+        if separator and set(word) == {separator}:
+            configs.append([])
+        else:
+            configs[-1].append(word)
+    return [config for config in configs if config]
+
+
+def split_options(option, text):
+    """'--key=value --key value --flag' -> {key: value}; a value that is no Python literal is text, a flag is True."""
+    options, words = {}, split_words(option, text)
+    while words:
+        word = words.pop(0)
+        key, equals, value = word.removeprefix("--").partition("=")
+        if not word.startswith("--") or not key:
+            raise ConfigError(f"{option}={text!r}: {word!r} is no option, write each as --key=value")
+        if not equals:
+            value = words.pop(0) if words and not words[0].startswith("--") else "True"
+        options[key] = _parse(value, object)
+    return options
 
 
 def _check_key(key, fields, where="--", Config=None):

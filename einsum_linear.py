@@ -22,20 +22,25 @@ In code a b g = α β γ, d e f = δ ε φ, r = ρ and n is the number of tokens
 if __name__ == "__main__":  # the command, whose own file answers mistakes before torch is imported
     from lab import structures
 
-    raise SystemExit(structures.run())
+    raise SystemExit(structures.run_command())
 
+import inspect
 import math
 from contextlib import contextmanager
 
 import torch
 from torch import nn
 
+from configurator import ConfigError
 from kernels.btt import BTTSizes, btt, btt_joined, joins, two_products
 from theta import ChainSizes, Sizes, factor_sizes, layer_sizes, multiplications, taxonomy  # noqa: F401
 
 
 class Dense(nn.Linear):
-    """A plain matrix, with the interface of CoreLinear: `normalize` caps its RMS and gives it a gain, as a core's there."""
+    """A plain matrix, with the interface of CoreLinear but for `product`: its forward is torch's.
+
+    `normalize` caps its RMS and gives it a gain, as those of a core there.
+    """
 
     def __init__(self, d_in, d_out, bias=False, zero_init=False, normalize=False, gain=True):
         self.zero_init = zero_init
@@ -45,7 +50,7 @@ class Dense(nn.Linear):
         self.matrix = None  # what forward uses inside multiplied_out
 
     def reset_parameters(self):
-        self.init_std = [init_std(self.in_features, self.out_features)]
+        self.fan_ins, self.init_std = [self.in_features], [init_std(self.in_features, self.out_features)]
         draw(self.weight, 0.0 if self.zero_init else self.init_std[0])
         if self.bias is not None:
             nn.init.zeros_(self.bias)
@@ -59,16 +64,19 @@ class Dense(nn.Linear):
         return 2 * self.in_features * self.out_features
 
     def forward(self, x, after=None):
+        """x (..., d_in) -> W after(x) + bias, (..., d_out). after: an elementwise function, or None."""
         W = self.materialize() if self.matrix is None else self.matrix
         return nn.functional.linear(x if after is None else after(x), W, self.bias)
 
     def materialize(self):
+        """The matrix W, (d_out, d_in)."""
         if not self.normalize:
             return self.weight
         return self.weight * ((1 if self.gains is None else self.gains) / _excess(self.weight, self.init_std[0]))
 
     @torch.no_grad()
     def load_dense(self, W):
+        """Copy W (d_out, d_in)."""
         self.weight.copy_(W)
         if self.gains is not None:
             self.gains.fill_(_excess(self.weight, self.init_std[0]))
@@ -167,7 +175,9 @@ def multiplied_out(model):
     try:
         with torch.no_grad():
             for layer in layers:
-                layer.matrix = layer.materialize().contiguous()  # as a dense layer's lies: the same kernels
+                layer.matrix = (
+                    layer.materialize().contiguous()
+                )  # laid out as a dense layer's weight, for the same kernels
         yield
     finally:
         for layer in layers:
@@ -342,7 +352,7 @@ class ChainLinear(CoreLinear):
         """A good approximation of W (d_out, d_in): core by core by SVD, then alternating least squares.
 
         Given the others, the best core k solves W = L · G_k · R for every value of (i_k, j_k), and
-        of the batch in a BTT, where L joins the cores before it and R those behind: G_k = L⁺ W R⁺.
+        of the batch in a BTT, where L joins the cores before it and R those after it: G_k = L⁺ W R⁺.
         """
         c = len(self.in_sizes)
         i_ids, j_ids, r_ids = list(range(c)), list(range(c, 2 * c)), list(range(2 * c, 3 * c + 1))
@@ -391,7 +401,7 @@ class ChainLinear(CoreLinear):
             else:
                 matrices = rest.permute(0, 1, 3, 4, 2, 5).reshape(done, i * r * j, I * J)
             if k == c - 1:
-                U, V = matrices, torch.ones(())  # nothing lies behind: what is left is the core
+                U, V = matrices, torch.ones(())  # no core is left after this one: it is the remainder
             else:
                 U, S, V = torch.linalg.svd(matrices, full_matrices=False)
                 U, V = U[..., :r_next], S[..., :r_next, None] * V[..., :r_next, :]
@@ -437,9 +447,8 @@ def init_std(fan_in, fan_out):
 
 
 def make_linear(
-    d_in, d_out, structure="btt", theta=None, rank=1, num_blocks=None, bias=False, num_cores=2,
-    heads_in=None, heads_out=None, normalize=None, gain=True, zero_init=False,
-):  # fmt: skip
+    d_in, d_out, structure="btt", theta=None, bias=False, normalize=None, gain=True, zero_init=False, **options
+):
     """A d_in -> d_out linear layer of the named structure.
 
     structure  "dense"
@@ -449,18 +458,38 @@ def make_linear(
                "monarch"    block-diagonal, permute, block-diagonal; `num_blocks`, or None for near √d
                "btt"        Block Tensor-Train of `num_cores` cores: every √d_out × √d_in block has the given `rank`
                "einsum"     any `theta`; its ρ sets the rank
-    heads_out  number of heads that the output is made of, heads_in the input: blocks of a BTT or Monarch then are heads
+               or any other in theta.STRUCTURES
+    options    of the structure: rank, num_blocks, num_cores, … as theta.STRUCTURES has them. heads_out is the number of
+               heads that the output is made of, heads_in of the input: blocks of a BTT or Monarch then are heads
     normalize, gain and zero_init are as in CoreLinear; normalize=None caps all but dense matrices.
-    Raises ConfigError, also for an option that the structure does not heed.
+    Raises ConfigError, also for an option that the structure does not read.
     """
-    sizes = layer_sizes(
-        d_in, d_out, structure, theta=theta, rank=rank, num_blocks=num_blocks, num_cores=num_cores,
-        heads_in=heads_in, heads_out=heads_out,
-    )  # fmt: skip
+    sizes = layer_sizes(d_in, d_out, structure, theta=theta, **options)
     normalize = sizes is not None if normalize is None else normalize
     if sizes is None:
         return Dense(d_in, d_out, bias=bias, zero_init=zero_init, normalize=normalize, gain=gain)
     kwargs = dict(bias=bias, normalize=normalize, gain=gain, zero_init=zero_init)
     if isinstance(sizes, Sizes):
         return EinsumLinear(sizes, **kwargs)
-    return ChainLinear(*sizes, **kwargs) if isinstance(sizes, ChainSizes) else sizes(**kwargs)
+    if isinstance(sizes, ChainSizes):
+        return ChainLinear(*sizes, **kwargs)
+    layer = sizes(**kwargs)
+    check_layer(layer, structure)
+    return layer
+
+
+def check_layer(layer, structure):
+    """ConfigError where a layer of a user's own is not one that a model can use; lab.convert asks for more."""
+    kind = type(layer).__name__
+    if not isinstance(layer, (CoreLinear, Dense)):
+        raise ConfigError(
+            f"structure={structure!r}: {kind} is no CoreLinear: derive it from einsum_linear.CoreLinear, "
+            "whose docstring lists what a structure adds"
+        )
+    if not hasattr(layer, "flops_per_token"):
+        raise ConfigError(f"structure={structure!r}: {kind} has no flops_per_token: set it to 2 × its multiplications")
+    if "after" not in inspect.signature(layer.forward).parameters:
+        raise ConfigError(
+            f"structure={structure!r}: {kind}.forward takes no `after`, the function that an FFN applies to its input: "
+            "write forward(self, x, after=None), or leave forward out and write product(self, x)"
+        )

@@ -225,7 +225,7 @@ class GPT(nn.Module):
         temperature 0 takes the likeliest token. top_k keeps the k likeliest, top_p the likeliest
         whose probabilities add up to p. vocab_size: only ids below it are drawn, which a tokenizer knows
         of a rounded-up vocabulary. Keys and values are cached; when the context is full,
-        its later half is read anew and generation goes on from there. On a GPU structured layers
+        its later half is read again and generation continues from there. On a GPU structured layers
         are multiplied out meanwhile, and the step of one token is a CUDA graph.
         """
         was_training = self.training
@@ -283,7 +283,7 @@ class GPT(nn.Module):
         for key, value in {**wanted, "n_inner": c.n_inner and 4 * c.n_embd}.items():
             if getattr(c, key) != value:
                 raise ConfigError(
-                    f"{name} has {key}={getattr(c, key)}, which this GPT-2 has not (it has {value}): take another model"
+                    f"{name} has {key}={getattr(c, key)}, but this GPT-2 needs {value}: take another model"
                 )
         model = cls(
             GPTConfig(

@@ -27,10 +27,11 @@ from torch.utils.checkpoint import checkpoint
 
 from configurator import ConfigError
 from einsum_linear import CoreLinear, Dense, init_std, make_linear
+from kernels import routing
 from kernels.btt import BTTSizes
-from kernels.common import compute_dtype, gelu, takes_kernels
+from kernels.common import compute_dtype, gelu
 from kernels.grouped import Collect, Spread, btt_experts, btt_moe, dense_experts, dense_moe, sort_by_expert
-from kernels.moe import routed_btt_mixture, router_fits
+from kernels.moe import btt_mixture, routed_btt_mixture, way_for
 from options import check_top_k
 from theta import check_mixture
 
@@ -87,7 +88,7 @@ class Router(nn.Module):
 
     def route(self, x):
         """x (n, d_in) -> index, gate, logits"""
-        if takes_kernels(x) and self.out_features <= 128:
+        if routing.way_for(x, self.out_features) == "kernel":
             logits, index, gate = torch.ops.nanoeinsum.route(
                 x.to(compute_dtype(x)), self.weight.float(), self.bias, self.top_k
             )
@@ -107,7 +108,7 @@ def pick(logits, k):
     """The k largest of each row of (n, E) logits -> (n, k) int64.
 
     Ties are broken fairly: row i looks at the experts in the order i, i + 1, … (mod E), so that equal logits,
-    among which topk would always find the same ones, go to all experts in turn.
+    for which topk would always pick the same experts, reach all experts in turn.
     """
     n, E = logits.shape
     turn = (torch.arange(n, device=logits.device)[:, None] + torch.arange(E, device=logits.device)) % E
@@ -149,7 +150,7 @@ class Mixtures:
             router.routing = None  # it holds the graph of the batch
         if loss is None:
             return None
-        reports = report(routings)
+        reports = router_reports(routings)
         self.reports, self.cross_entropy = reports.detach(), loss.detach()
         return loss + auxiliary_loss(reports)
 
@@ -191,8 +192,8 @@ class Mixtures:
         }
 
 
-def report(routings):
-    """Routings of R routers, n tokens each -> their reports, (R, 4 + 2 E). All at once: apart, each takes 20 small kernels.
+def router_reports(routings):
+    """Routings of R routers, n tokens each -> their reports, (R, 4 + 2 E). All at once: one by one, each would take 20 small kernels.
 
     The load balance (Fedus et al., "Switch Transformers", JMLR 2022, eq. 4) is E · Σ_e load_e · p_e with the mean
     probability p_e under the softmax of all logits, 1 where both are even. The z-loss (Zoph et al., "ST-MoE", 2022,
@@ -223,7 +224,7 @@ def with_auxiliary_loss(model, loss):
 
 
 def set_top_k(model, top_k, option="top_k"):
-    """From now on pick so many experts a token, in all mixtures of the model: another number than in training, say.
+    """Let all mixtures of the model pick top_k experts for each token from now on, as many as in training or not.
 
     option: what a ConfigError calls it.
     """
@@ -260,7 +261,7 @@ def checkpoint_routed(function, x, **kwargs):
 
 
 class Mixture(CoreLinear):
-    """A linear layer of num_experts matrices, of which each token has top_k. The experts share bias, RMS cap and gains.
+    """A linear layer of num_experts matrices, of which top_k are picked for each token. The experts share bias, RMS cap and gains.
 
     What an expert's share in the layer means for initialisation and learning rates (structure-aware µP, einsum_linear
     and mup). A token sees the k picked experts side by side: one layer of k · r ranks for a BTT, whose second core is
@@ -276,6 +277,9 @@ class Mixture(CoreLinear):
     an expert are mixed by nobody, and start as one expert alone (active=1).
 
     x (..., d_in) -> (..., d_out), by a router of its own; or, where `mix` gets index and gate from elsewhere, router is None.
+
+    The interface is CoreLinear's, but for what depends on the experts that a token picked: product(x, index, gate) and
+    materialize(gate). There is no load_dense: no matrix has experts to find. In addition: experts(rows, ends, gate).
     """
 
     def __init__(self, d_in, d_out, num_experts, top_k, routed, shapes, **kwargs):
@@ -312,9 +316,13 @@ class BTTMixture(Mixture):
         a, _, g, _, e, f, r = self.sizes
         return 2 * self.top_k * g * r * f * (a + e)
 
-    def forward(self, x, after=None):
+    def way_for(self, x):
+        """The name of what computes it for x, of kernels.moe.way_for."""
         a, _, g, _, e, f, r = self.sizes
-        if not (takes_kernels(x) and router_fits(BTTSizes(g, a, f, e, r), self.num_experts, self.top_k)):
+        return way_for(x, BTTSizes(g, a, f, e, r), self.num_experts, self.top_k, self.router is not None)
+
+    def forward(self, x, after=None):
+        if self.way_for(x) != "routed":
             return super().forward(x, after)
         # The kernels that make the gradients of x make the router's and the GELU's, too.
         dtype, router = compute_dtype(x), self.router
@@ -326,10 +334,14 @@ class BTTMixture(Mixture):
         return self.finish(y, x)
 
     def product(self, x, index, gate):
-        return btt_moe(x, *self.effective_cores(), index, gate, self.num_experts)
+        A, B = self.effective_cores()
+        if self.way_for(x) == "grouped":
+            return btt_moe(x, A, B, index, gate, self.num_experts)
+        dtype = compute_dtype(x)
+        return btt_mixture(x.to(dtype), A.to(dtype), B.to(dtype), index, gate, self.num_experts)
 
     def experts(self, x, ends, gate=None):
-        """Sorted rows (m, d_in) -> (m, d_out), without bias."""
+        """Rows sorted by expert (m, d_in), where each expert's end (E,), gates (m,) -> (m, d_out), without bias."""
         return btt_experts(x, *self.effective_cores(), ends, gate)
 
     def materialize(self, gate):
@@ -358,7 +370,7 @@ class DenseMixture(Mixture):
         return dense_moe(x, *self.effective_cores(), index, gate)
 
     def experts(self, x, ends, gate=None):
-        """Sorted rows (m, d_in) -> (m, d_out), without bias."""
+        """Rows sorted by expert (m, d_in), where each expert's end (E,), gates (m,) -> (m, d_out), without bias."""
         return dense_experts(x, *self.effective_cores(), ends, gate)
 
     def materialize(self, gate):
@@ -383,7 +395,7 @@ def make_mixture(d_in, d_out, num_experts, top_k, routed=True, mixed=True, **opt
 
 
 def mix_together(router, layers, x):
-    """[layer(x) for layer in layers], mixtures of which a token has the same experts in all."""
+    """[layer(x) for layer in layers], mixtures that share a router: a token is sent to the same experts in all of them."""
     index, gate = router(x)
     return [layer.mix(x, index, gate) for layer in layers]
 

@@ -1,4 +1,4 @@
-"""Options of a model and of a run: what a field means stands behind it, what goes together is checked below it.
+"""Options of a model and of a run: the comment after a field says what it means; what goes together is checked below.
 
     BlockConfig   a stack of blocks and the structures in it, of any model
     GPTConfig     a GPT (model.py)
@@ -11,16 +11,15 @@ import copy
 import difflib
 import itertools
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Literal
 
 from configurator import ConfigError, UnusedOption
-from theta import SizeError, check_mixture, layer_sizes
+from theta import ALIGNMENT, STRUCTURES, SizeError, all_options, check_mixture, find_structure, layer_sizes
 
 # What `structured_layers` and `overrides` may name, one by one or as a group ("attn" is the four attn.* roles).
 ROLES = ("embed", "attn.q", "attn.k", "attn.v", "attn.proj", "ffn.up", "ffn.down", "lm_head")
 BASE_WIDTH = 768  # width of which `lr` is a dense layer's rate
-OVERRIDABLE = ("structure", "theta", "rank", "num_blocks", "num_cores", "bias", "normalize")  # of make_linear's options
 
 
 @dataclass
@@ -34,17 +33,18 @@ class BlockConfig:
     dropout: float = 0.0  # probability, on embeddings, attention and residual branches
     bias: bool = False  # biases in linear layers and norms (GPT-2: True)
     parametrization: Literal["mup", "standard"] = "mup"  # structure-aware muP, or plain GPT-2's init, rates, tied head
-    structure: str = "btt"  # of the structured layers: dense, low_rank, kronecker, tt, monarch, btt, einsum
+    structure: str = "btt"  # of structured layers: dense, low_rank, kronecker, tt, monarch, btt, einsum, or your own
     theta: tuple | None = None  # with structure="einsum": seven exponents (alpha beta gamma delta epsilon phi rho)
     rank: int = 1  # of low_rank, tt and btt
     num_blocks: int | None = None  # of monarch; None: near the square root of the width
     num_cores: int = 2  # of tt and btt
+    structure_options: dict | None = None  # of a structure of your own: {"bands": 4} (theta.Structure)
     align_heads: bool = False  # with btt and monarch: blocks of q, k, v and of proj's input are heads
     structured_layers: tuple = ("attn", "ffn", "lm_head")  # or embed, attn.q .k .v .proj, ffn.up .down
     overrides: dict | None = None  # by layer: {"attn.q": "dense", "ffn": {"structure": "btt", "rank": 4}}
     moe: Literal["none", "linear", "ffn"] = "none"  # mixtures: each structured layer of attn and ffn, or whole FFNs
     num_experts: int = 8  # of a mixture; `rank` is the rank of one
-    top_k: int = 2  # experts that a token has; of 1, routers learn from the auxiliary loss alone
+    top_k: int = 2  # experts picked for each token; with 1, routers learn from the auxiliary loss alone
     share_router: bool = False  # with moe="linear": q, k and v pick the same experts
     normalize: bool = True  # cap the RMS of each core of structured layers at its initial value
     normalize_dense: bool = False  # that of dense matrices, too: they then stand high learning rates as well
@@ -52,7 +52,7 @@ class BlockConfig:
     activation_checkpointing: bool = False  # keep only the blocks' inputs for backward: less memory, 1/3 more FLOPs
 
     roles = ROLES  # of the model's layers
-    causal = True  # a position attends to none behind it
+    causal = True  # a position attends to none after it
     width_options = ("d_model", "d_head")  # that set the widths of layers, in the order in which a remedy names them
 
     @property
@@ -81,10 +81,15 @@ class BlockConfig:
                     raise ConfigError(f"{option}: unknown layer {name!r}, {remedy}")
         for name, override in (self.overrides or {}).items():
             options = {"structure": override} if isinstance(override, str) else override
-            if not isinstance(options, dict) or not options.keys() <= set(OVERRIDABLE):
+            of_structures = [name for name in all_options() if name not in ALIGNMENT]
+            overridable = ("structure", *of_structures, "bias", "normalize")
+            if not isinstance(options, dict) or not options.keys() <= set(overridable):
+                if isinstance(options, dict):
+                    find_structure(options.get("structure", self.structure))  # whose options may be these
                 raise ConfigError(
-                    f"overrides: {name}={override!r}: give a structure, or a dict of {', '.join(OVERRIDABLE)}"
+                    f"overrides: {name}={override!r}: give a structure, or a dict of {', '.join(overridable)}"
                 )
+        self._check_structure_options()
         if self.d_head is None and self.d_model % self.n_head:
             raise ConfigError(
                 f"n_head={self.n_head} does not divide d_model={self.d_model}: take {self._heads_that_fit()}"
@@ -108,6 +113,17 @@ class BlockConfig:
                 "the RMS cap of dense layers is for their initial size under muP, not for GPT-2's 0.02: "
                 f"leave out normalize_dense={self.normalize_dense} and overrides of it, or take parametrization='mup'"
             )
+
+    def _check_structure_options(self):
+        if not self.structure_options:
+            return
+        for name in self.structure_options:
+            if name in STRUCTURE_FIELDS or name in ALIGNMENT:
+                remedy = f"--{name}" if name in STRUCTURE_FIELDS else "--align_heads"
+                raise ConfigError(f"structure_options: {name} is an option itself, give {remedy}")
+            if name not in find_structure(self.structure).options:
+                why = f" with structure={self.structure!r}, which has no {name}"
+                raise UnusedOption("structure_options", self.structure_options, why)
 
     def layer_widths(self):
         """{role: (d_in, d_out)} of the model's layers."""
@@ -149,11 +165,12 @@ class BlockConfig:
             if covering is not None and ("structure" in covering[1] or error.option in covering[1]):
                 name, override = covering
                 changes = {"overrides": {**self.overrides, name: {**override, error.option: value}}}
-            else:
+            elif error.option in STRUCTURE_FIELDS or error.option not in all_options():
                 changes = {error.option: value}
+            else:
+                changes = {"structure_options": {**(self.structure_options or {}), error.option: value}}
             if self._fits(**changes):
-                up_to = f"{error.option} <= {value}" if error.option == "rank" else f"{error.option}={value}"
-                return f"overrides={changes['overrides']}" if "overrides" in changes else up_to
+                return f"rank <= {value}" if "rank" in changes else ", ".join(f"{k}={v}" for k, v in changes.items())
         dense = {name: "dense" for name in self.layer_widths() if not self._fits_layer(name)}
         return f"overrides={ {**(self.overrides or {}), **dense} }"
 
@@ -262,7 +279,8 @@ class BlockConfig:
 
     def layer_options(self, role):
         """make_linear's options for the layer that plays `role`: an override, else the structure, else dense."""
-        ours = {name: getattr(self, name) for name in ("structure", "theta", "rank", "num_blocks", "num_cores")}
+        ours = {name: getattr(self, name) for name in STRUCTURE_FIELDS if name != "structure_options"}
+        ours.update(self.structure_options or {})
         if covering := self._override_of(role):
             options = dict(covering[1])
             if "structure" not in options:
@@ -276,15 +294,35 @@ class BlockConfig:
         else:
             options.setdefault("normalize", self.normalize)
             if self.align_heads and role.startswith("attn."):
-                if options["structure"] not in ("btt", "monarch"):
-                    why = f" with structure={options['structure']!r}: only btt and monarch have blocks to align"
+                if not ALIGNMENT.keys() <= find_structure(options["structure"]).options.keys():
+                    others = " and ".join(
+                        key for key, each in STRUCTURES.items() if ALIGNMENT.keys() <= each.options.keys()
+                    )
+                    why = f" with structure={options['structure']!r}: only {others} have blocks to align"
                     raise UnusedOption("align_heads", True, why)
                 options["heads_in" if role == "attn.proj" else "heads_out"] = self.n_head
         return options
 
 
+# {field: default} of those that say which structure: what lab.search chooses, and what names lab.scaling_laws' groups.
+STRUCTURE_FIELDS = {
+    field.name: field.default
+    for field in fields(BlockConfig)
+    if field.name in ("structure", *all_options(), "structure_options")
+}
+
+
+def as_fields(options):
+    """A structure and its options, {"structure": "banded", "bands": 4}, as fields of BlockConfig."""
+    own = {name: value for name, value in options.items() if name not in STRUCTURE_FIELDS}
+    mine = {name: value for name, value in options.items() if name in STRUCTURE_FIELDS}
+    return {**mine, "structure_options": own} if own else mine
+
+
 @dataclass
 class GPTConfig(BlockConfig):
+    """Options of a GPT (model.py)."""
+
     block_size: int = 1024  # context length, tokens
     vocab_size: int = 50304  # at least the data's; GPT-2's 50257 rounded up to a width that factors
     d_embed: int | None = None  # width of the token embedding, which the layer "embed" brings to d_model; None: d_model
@@ -310,6 +348,7 @@ class GPTConfig(BlockConfig):
 
 
 def check_top_k(name, top_k, num_experts):
+    """ConfigError where top_k is not between 1 and num_experts; name: what the option is called."""
     if not 1 <= top_k <= num_experts:
         raise ConfigError(f"{name}={top_k} of num_experts={num_experts}: make it at least 1 and at most {num_experts}")
 
@@ -334,9 +373,9 @@ class RunConfig:
     max_steps: int = 10_000  # updates in all
     micro_batch: int = 16  # sequences, or images, a process takes at a time; the rest of its batch is accumulated
     eval_interval: int = 500  # steps between evaluations, each followed by a checkpoint
-    eval_top_k: int | None = None  # experts that a token of a mixture has in evaluation; None: top_k
+    eval_top_k: int | None = None  # experts picked for each token in evaluation; None: top_k
     save: bool = True  # False: no checkpoints, log and picture only
-    save_minutes: float = 0.0  # save after so many minutes, too; 0: after evaluations alone, and at SIGUSR1
+    save_minutes: float = 0.0  # also save every so often, in minutes; 0: after evaluations alone, and at SIGUSR1
     keep_every: int = 0  # steps between checkpoints that stay, ckpt_step500.pt; 0: the newest two alone
     keep_best: bool = False  # the checkpoint of the lowest validation loss stays, ckpt_best.pt
     log_interval: int = 10  # steps between lines on the screen and in log.jsonl
@@ -351,7 +390,7 @@ class RunConfig:
     beta2: float = 0.95  # Adam's
     grad_clip: float = 1.0  # largest norm of the gradient; 0: no limit
     init_from: str = ""  # weights to start from: another run's out_dir, a checkpoint, or nanoGPT's ckpt.pt
-    resume: bool = False  # go on from out_dir's newest checkpoint, if there is one; torchrun's restarts always do
+    resume: bool = False  # continue from out_dir's newest checkpoint, if there is one; torchrun's restarts always do
     wandb: bool = False  # log to Weights & Biases too (WANDB_MODE=offline works)
     wandb_project: str = "nanoeinsum"  # its project there
 
@@ -372,7 +411,8 @@ class RunConfig:
         at_least(0, self, "weight_decay", "grad_clip")
         at_least(1, self, "base_width", "base_ffn_expansion")
         for name, default in (("base_width", BASE_WIDTH), ("base_ffn_expansion", 1)):
-            if self.parametrization == "standard" and getattr(self, name) != default:
+            standard = getattr(self, "parametrization", "mup") == "standard"  # a run alone has none
+            if standard and getattr(self, name) != default:
                 why = " with parametrization='standard', where all parameters learn at lr"
                 raise UnusedOption(name, getattr(self, name), why)
         if self.eval_top_k is not None:
@@ -407,11 +447,13 @@ class RunConfig:
 
 
 def check_seed(name, value):
+    """ConfigError where torch and numpy do not take the seed; name: what the option is called."""
     if not 0 <= value < 2**63:
         raise ConfigError(f"{name}={value}: make it at least 0 and less than 2^63")
 
 
 def at_least(least, config, *names):
+    """ConfigError where one of the named options of config is less than `least`."""
     for name in names:
         if getattr(config, name) < least:
             raise ConfigError(f"{name}={getattr(config, name)}: make it at least {least}")

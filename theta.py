@@ -10,12 +10,14 @@ Seven exponents θ = (θα θβ θγ θδ θε θφ θρ) give the sizes, d_α =
 NeurIPS 2024, section 3). einsum_linear.py makes layers of the sizes. This file needs no torch, so that options are
 checked before torch is imported.
 
-To add a structure, write a function (d_in, d_out, options) that returns its sizes, and name it in STRUCTURES.
+To add a structure, write a function (d_in, d_out, options) that returns its sizes, and enter it in STRUCTURES with the
+options that it reads; here, or in a file of your own that stands before the config files (Structure says how).
 In code a b g = α β γ, d e f = δ ε φ, r = ρ.
 """
 
 import difflib
 import math
+from collections.abc import Callable
 from functools import cache
 from typing import NamedTuple
 
@@ -160,8 +162,10 @@ def _best_sizes(d_in, d_out, theta, rank):
         largest = next(k / 100 for k in range(100, -1, -1) if round(narrow ** (k / 100)) <= most)
         raise ConfigError(f"{problem}: take rho <= {largest:g}, theta={show_theta((*theta[:6], largest))}")
     promised = promised_rank(d_in, d_out, theta, rank)
-    hold = [(max(0, promised - rank_of(sizes)), near, sizes) for near, sizes in pairs if rho <= blocks_rank(sizes)]
-    return min(hold)[2]
+    candidates = [
+        (max(0, promised - rank_of(sizes)), near, sizes) for near, sizes in pairs if rho <= blocks_rank(sizes)
+    ]
+    return min(candidates)[2]
 
 
 def promised_rank(d_in, d_out, theta, rank=None):
@@ -188,7 +192,7 @@ def rank_of(sizes):
     ins, outs, r, c = *sizes[:3], len(sizes.in_sizes)
     if sizes.blocks:  # what core k passes on: j_1 … j_k, i_{k+1} … i_c and the rank index
         return min(math.prod(outs[:k]) * math.prod(ins[k:]) * (r if 0 < k < c else 1) for k in range(c + 1))
-    before, behind = 1, 1  # least cut so far, with the last core before it, or behind it
+    before, behind = 1, 1  # least cut so far, with the last core before it or after it
     for k, (i, j) in enumerate(zip(ins, outs)):
         across = r if k else 1
         before, behind = min(before, behind * across) * j, min(behind, before * across) * i
@@ -276,8 +280,37 @@ def num_parameters(sizes):
 
 
 # ---------------------------------------------------------------------------------------
-# Named structures: functions (d_in, d_out, options) -> Sizes, ChainSizes, or None for a plain matrix. A structure of
-# your own may also return a function of make_linear's bias, normalize, gain and zero_init that makes its layer.
+# Named structures
+
+
+class Structure(NamedTuple):
+    """A named structure, all that the project knows of it.
+
+    function  (d_in, d_out, options) -> Sizes, ChainSizes, or None for a plain matrix. It may also return a function of
+              make_linear's bias, normalize, gain and zero_init that makes the layer, a CoreLinear as a rule
+              (einsum_linear.py). options: {name: value}, of every structure's options.
+    options   {name: default} of those that it reads. An option that several structures read has one default.
+    theta     θ of a square layer of rank 1, which gives its place in the taxonomy; None where it has no such place
+
+    The options may be given in `overrides`. One that is a field of options.BlockConfig, as `rank` is, is an option of
+    the command line, too; any other is given in `structure_options`. Say in my_structures.py:
+
+        import theta
+
+        def banded(d_in, d_out, options):
+            return theta.Sizes(…)  # of options["bands"]
+
+        theta.STRUCTURES["banded"] = theta.Structure(banded, options={"bands": 4})
+
+    and name that file first, wherever config files are read:
+
+        python train.py my_structures.py config/quickstart.py --structure=banded --structure_options="{'bands': 8}"
+    """
+
+    function: Callable
+    options: dict = {}
+    theta: tuple | None = None
+
 
 LOW_RANK = (1, 0, 0, 0, 1, 0, 0)
 KRONECKER = TENSOR_TRAIN = (0.5, 0.5, 0, 0.5, 0.5, 0, 0)
@@ -299,6 +332,7 @@ NAMED_THETAS = {
 
 
 def dense(d_in, d_out, options):
+    """A plain matrix."""
     return None
 
 
@@ -375,9 +409,9 @@ def chain_sizes(d_in, d_out, options, blocks):
     if rank > (limit := most(outputs[0][1])):
         problem = f"rank {rank} is beyond a {d_in} -> {d_out} {'btt' if blocks else 'tt'} of {cores} cores"
         raise SizeError("rank", problem, range(limit, 0, -1), f"take rank <= {limit}")
-    hold = [(far, sizes) for far, sizes in outputs if rank <= most(sizes)]
-    lost = [-rank_of(ChainSizes(in_sizes, sizes, rank, blocks)) for _, sizes in hold]
-    _, _, out_sizes = min((less, far, sizes) for less, (far, sizes) in zip(lost, hold))
+    possible = [(far, sizes) for far, sizes in outputs if rank <= most(sizes)]
+    lost = [-rank_of(ChainSizes(in_sizes, sizes, rank, blocks)) for _, sizes in possible]
+    _, _, out_sizes = min((less, far, sizes) for less, (far, sizes) in zip(lost, possible))
     return ChainSizes(in_sizes, out_sizes, rank, blocks)
 
 
@@ -390,35 +424,59 @@ def _makes(function, *arguments):
     return True
 
 
-# name: (function, the options that it heeds)
+ALIGNMENT = {"heads_in": None, "heads_out": None}  # set by options.BlockConfig.align_heads, not by name
+
 STRUCTURES = {
-    "dense": (dense, ()),
-    "low_rank": (low_rank, ("rank",)),
-    "kronecker": (kronecker, ()),
-    "tt": (tt, ("rank", "num_cores")),
-    "monarch": (monarch, ("num_blocks", "heads_in", "heads_out")),
-    "btt": (btt, ("rank", "num_cores", "heads_in", "heads_out")),
-    "einsum": (einsum, ("theta",)),
+    "dense": Structure(dense, theta=NAMED_THETAS["dense"]),
+    "low_rank": Structure(low_rank, {"rank": 1}, LOW_RANK),
+    "kronecker": Structure(kronecker, theta=KRONECKER),
+    "tt": Structure(tt, {"rank": 1, "num_cores": 2}, TENSOR_TRAIN),
+    "monarch": Structure(monarch, {"num_blocks": None, **ALIGNMENT}, BTT),
+    "btt": Structure(btt, {"rank": 1, "num_cores": 2, **ALIGNMENT}, BTT),
+    "einsum": Structure(einsum, {"theta": None}),
 }
-DEFAULTS = {"theta": None, "rank": 1, "num_blocks": None, "num_cores": 2, "heads_in": None, "heads_out": None}
+
+
+def all_options():
+    """{option: default} of all structures that there are."""
+    defaults = {}
+    for structure, (_, options, _) in STRUCTURES.items():
+        for name, default in options.items():
+            if defaults.setdefault(name, default) != default:
+                raise ConfigError(
+                    f"structure {structure!r} has {name}={default!r} by default, others {defaults[name]!r}: "
+                    "take that, or another name"
+                )
+    return defaults
+
+
+def find_structure(name):
+    """The Structure of this name, or ConfigError."""
+    if name not in STRUCTURES:
+        near = difflib.get_close_matches(str(name), STRUCTURES, n=1)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise ConfigError(
+            f"structure={name!r} is unknown: {hint}choose one of {', '.join(STRUCTURES)}, "
+            "or give the file that adds it among the config files, my_structures.py say"
+        )
+    return STRUCTURES[name]
 
 
 def layer_sizes(d_in, d_out, structure="btt", **options):
     """Sizes of a d_in -> d_out layer of a named structure: Sizes, ChainSizes, None of a dense one (or what your own returns).
 
-    options: those of DEFAULTS, as einsum_linear.make_linear describes them. Raises ConfigError where they do not
-    make a layer, and UnusedOption for one that the structure does not heed.
+    options: of any structure; those that are not given have their defaults. Raises ConfigError where they do not
+    make a layer, and UnusedOption for one that the structure does not read.
     """
-    if structure not in STRUCTURES:
-        near = difflib.get_close_matches(str(structure), STRUCTURES, n=1)
-        hint = f"did you mean {near[0]!r}? " if near else ""
-        raise ConfigError(f"structure={structure!r} is unknown: {hint}choose one of {', '.join(STRUCTURES)}")
-    function, heeded = STRUCTURES[structure]
-    options = {**DEFAULTS, **options}
+    function, heeded, _ = find_structure(structure)
+    defaults = all_options()
+    options = {**defaults, **options}
     for name, value in options.items():
-        if value != DEFAULTS[name] and name not in heeded:
-            others = ", ".join(key for key, (_, names) in STRUCTURES.items() if name in names)
-            remedy = f"make it {DEFAULTS[name]}, or take {others}"
+        if name not in defaults:
+            raise ConfigError(f"{name}={value!r} is no structure's option: leave it out")
+        if value != defaults[name] and name not in heeded:
+            others = ", ".join(key for key, other in STRUCTURES.items() if name in other.options)
+            remedy = f"make it {defaults[name]}, or take {others}"
             raise UnusedOption(name, value, f" with structure={structure!r}, which has none", remedy)
     for name, least in (("rank", 1), ("num_cores", 2), ("d_in", 1), ("d_out", 1)):
         value = {**options, "d_in": d_in, "d_out": d_out}[name]
@@ -427,7 +485,7 @@ def layer_sizes(d_in, d_out, structure="btt", **options):
     most = max(2, min(d_in, d_out).bit_length() - 1)
     if options["num_cores"] > most:
         works = [c for c in range(most, 1, -1) if _makes(function, d_in, d_out, {**options, "num_cores": c})]
-        problem = f"num_cores={options['num_cores']}: {d_in} and {d_out} have no factors for so many"
+        problem = f"num_cores={options['num_cores']}: {d_in} and {d_out} cannot be split into that many factors"
         raise SizeError("num_cores", problem, works, f"take {works[0]} at most" if works else "take other widths")
     for name, width in (("heads_out", d_out), ("heads_in", d_in)):
         if options[name] and (options["num_cores"] > 2 or options["num_blocks"] or width % options[name] or width == 1):

@@ -38,15 +38,12 @@ def choose_cuda_graphs(config, device, dtype, world):
     return not against if config.cuda_graphs is None else config.cuda_graphs
 
 
-def order_loops(device, kernel=None):
-    """Have the kernels that torch.compile makes for the device wait after loops that store -> whether they did not.
-
-    kernel: the class of torch's that writes them, TritonKernel; another one in tests.
-    """
+def order_loops(device):
+    """Have the kernels that torch.compile makes for the device wait after loops that store -> whether they did not."""
     if device.type != "cuda":
         return False
-    if kernel is None:
-        from torch._inductor.codegen.triton import TritonKernel as kernel
+    from torch._inductor.codegen.triton import TritonKernel as kernel  # which writes them
+
     if "invalidated_stores" in inspect.getsource(kernel.load) or hasattr(kernel.codegen_body, "barriers"):
         return False
     write_body = kernel.codegen_body

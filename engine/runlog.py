@@ -17,7 +17,7 @@ import sys
 from contextlib import contextmanager, suppress
 
 from configurator import ConfigError, RunFailed
-from theta import Sizes, rank_of
+from theta import ChainSizes, Sizes, rank_of
 
 # ---------------------------------------------------------------------------------------
 # The log
@@ -187,7 +187,7 @@ def _rank(layer):
     sizes, full = getattr(layer, "sizes", None), min(layer.in_features, layer.out_features)
     if isinstance(sizes, Sizes):
         sizes = sizes._replace(rho=sizes.rho * getattr(layer, "top_k", 1))
-    rank = full if sizes is None else rank_of(sizes)
+    rank = rank_of(sizes) if isinstance(sizes, (Sizes, ChainSizes)) else full
     return "" if rank == full else f"{rank:,} of {full:,}"
 
 

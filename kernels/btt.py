@@ -5,8 +5,8 @@ A BTT is two block-diagonal products with a permutation between them (rows n are
     z[n, g, r, f] = Σ_a x[n, g, a] · A[g, a, (r f)]        y[n, f, e] = Σ_{g r} z[n, g, r, f] · B[f, (g r), e]
 
 It needs few FLOPs, so that time goes where the bytes go: z, and copies of it in another order, are what
-makes it slower than a dense product when it is written as two calls of torch.bmm. btt() has four ways,
-and takes the one that a model of their cost expects to be the fastest (results/kernels.md):
+makes it slower than a dense product when it is written as two calls of torch.bmm. btt() has four methods,
+and takes the one that a cost model expects to be the fastest (results/kernels.md):
 
     fused   one kernel forward, one backward; z never leaves the chip. Where both cores fit on a multiprocessor
     staged  a kernel a product; z crosses device memory once, transposed, so that both sides read whole rows of it
@@ -161,6 +161,8 @@ def btt_joined(x, cores):
 
 
 class BTTSizes(NamedTuple):
+    """Sizes of a BTT of two cores, A (g, a, r·f) and B (f, g·r, e)."""
+
     g: int  # γ, blocks of the input
     a: int  # α, width of such a block
     f: int  # φ, blocks of the output
@@ -174,14 +176,14 @@ BANDWIDTH, FLOP_RATE = 2.6e12, 650e12
 
 
 def way_for(x, sizes):
-    """The way that btt takes for x (..., g·a)."""
+    """The method that btt takes for x (..., g·a): "fused", "staged", "dense" or "torch"."""
     if takes_kernels(x):
         return choose_way(x.numel() // (sizes.g * sizes.a), sizes)
     return "torch"
 
 
 def choose_way(n, sizes):
-    """The way with the least expected time, forward and backward. n: number of tokens."""
+    """The method with the least expected time, forward and backward. n: number of tokens."""
     if n == 0:
         return "torch"
     if fused_blocks(sizes) is not None and n >= 16 * 64:
@@ -253,14 +255,14 @@ if triton is not None:
 
     @triton.jit
     def _core_a(g, a, rf, G: tl.constexpr, AL: tl.constexpr, F: tl.constexpr, R: tl.constexpr, FB: tl.constexpr):
-        """Where the tile (g, (r f), a) of core A lies, transposed, and its mask; f < FB runs faster than r."""
+        """Addresses of the tile (g, (r f), a) of core A, transposed, and its mask; f < FB runs faster than r."""
         r, f = rf // FB, rf % FB
         offsets = (g[:, None, None] * AL + a[None, None, :]) * (R * F) + (r * F + f)[None, :, None]
         return offsets, (g[:, None, None] < G) & (a[None, None, :] < AL) & ((r < R) & (f < F))[None, :, None]
 
     @triton.jit
     def _core_b(f, gr, e, G: tl.constexpr, EL: tl.constexpr, F: tl.constexpr, R: tl.constexpr, RB: tl.constexpr):
-        """Where the tile (f, (g r), e) of core B lies, and its mask; r < RB runs faster than g."""
+        """Addresses of the tile (f, (g r), e) of core B, and its mask; r < RB runs faster than g."""
         g, r = gr // RB, gr % RB
         offsets = (f[:, None, None] * (G * R) + (g * R + r)[None, :, None]) * EL + e[None, None, :]
         return offsets, (f[:, None, None] < F) & ((g < G) & (r < R))[None, :, None] & (e[None, None, :] < EL)
@@ -298,7 +300,8 @@ if triton is not None:
     ):  # fmt: skip
         """All three gradients. For a block of γ everything is local: x and dx of it, dA of it, its rows of dB; only dy is read by all.
 
-        A program has one such block and every so-manieth tile of tokens; its sums dA and dB go to a part of their own.
+        A program has one such block and every n-th tile of tokens, n being the number of parts; it writes its sums dA and
+        dB to its own part.
         """
         part = tl.program_id(0) // G_BLOCKS
         g0 = (tl.program_id(0) % G_BLOCKS) * GB
@@ -405,8 +408,8 @@ btt_fused.register_autograd(_fused_gradients, setup_context=_fused_setup)
 
 # ---------------------------------------------------------------------------------------
 # Staged: z in device memory as (g, r, f, n), tokens last. The first product writes it and the second reads it by
-# whole rows; every operand is then what Hopper's matrix units take as it lies. A program has one core's block and
-# every so-manieth tile of tokens.
+# whole rows; every operand is then in the layout that Hopper's matrix units read. A program has one core's block and
+# every n-th tile of tokens, n being the number of parts.
 
 MAX_WIDTH = 256  # of α and ε: sums of a tile stay in registers
 

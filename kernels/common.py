@@ -45,17 +45,19 @@ SHARED_MEMORY = 232_448  # bytes that a block may have on a Hopper GPU, which th
 
 @torch.compiler.assume_constant_result
 def _has_room(index):
-    """Whether a block of this GPU may have so much: of H100, H200 and B200, not of A100 or of GPUs for games."""
+    """Whether a block of this GPU may have that much: true of H100, H200 and B200, not of A100 or of GPUs for games."""
     properties = torch.cuda.get_device_properties(index)
     room = getattr(properties, "shared_memory_per_block_optin", None)  # older torch does not say
     return properties.major in (9, 10) if room is None else room >= SHARED_MEMORY
 
 
 def pow2(n, least=1):
+    """The smallest power of 2 that is at least n and `least`."""
     return max(least, 1 << (n - 1).bit_length())
 
 
 def multiprocessors(tensor):
+    """How many the tensor's GPU has; 2 in the interpreter."""
     return torch.cuda.get_device_properties(tensor.device).multi_processor_count if tensor.is_cuda else 2
 
 
@@ -65,6 +67,7 @@ def whole_rows(x):
 
 
 def row_stride_of_z(n):
+    """Elements between the rows of a transposed z of n tokens, 16 bits each."""
     return -(-n // 64) * 64  # rows of z begin at a multiple of 128 bytes
 
 

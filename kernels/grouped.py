@@ -9,9 +9,7 @@ Shapes: n tokens, k experts a token, m = n · k rows of a token and an expert, E
 import torch
 import torch.nn.functional as F
 
-from kernels.btt import BTTSizes
-from kernels.common import compute_dtype, takes_kernels
-from kernels.moe import btt_mixture, fits
+from kernels.common import compute_dtype
 
 
 def sort_by_expert(index, num_experts):
@@ -62,17 +60,15 @@ def grouped_products(x: torch.Tensor, W: torch.Tensor, ends: torch.Tensor) -> to
 
     x (b, m, p) with rows sorted by expert, W (b, E, p, q), of one dtype; ends (E,) int64 -> (b, m, q)
     """
-    if not x.is_cuda:
-        return products_by_loop(x, W, ends)
-    return products_by_library(x, W, ends) if library_takes(x, W) else products_by_tiles(x, W, ends)
+    products = {"loop": products_by_loop, "library": products_by_library, "tiles": products_by_tiles}
+    return products[way_for(x, W)](x, W, ends)
 
 
 @torch.library.custom_op("nanoeinsum::grouped_gradients", mutates_args=())
 def grouped_gradients(x: torch.Tensor, dy: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
     """The gradient of W: dW[b, e] = Σ over e's rows of x[b, i]ᵀ dy[b, i], 0 where it has none. -> (b, E, p, q)"""
-    if not x.is_cuda:
-        return gradients_by_loop(x, dy, ends)
-    return gradients_by_library(x, dy, ends) if library_takes(x, dy) else gradients_by_tiles(x, dy, ends)
+    gradients = {"loop": gradients_by_loop, "library": gradients_by_library, "tiles": gradients_by_tiles}
+    return gradients[way_for(x, dy)](x, dy, ends)
 
 
 @grouped_products.register_fake
@@ -116,13 +112,21 @@ def gradients_by_loop(x, dy, ends):
     return dW
 
 
-def library_takes(*operands):
-    """Whether torch's grouped GEMM does without a look at the ends: bfloat16 from Hopper on, widths of 16 bytes."""
-    return (
+def way_for(*operands):
+    """How the products of these tensors are computed:
+
+    "loop"     expert by expert, on a CPU
+    "library"  by torch's grouped GEMM, where that does not read the ends: bfloat16 from Hopper on, widths of 16 bytes
+    "tiles"    on other GPUs
+    """
+    if not operands[0].is_cuda:
+        return "loop"
+    by_library = (
         hasattr(F, "grouped_mm")
         and torch.cuda.get_device_capability(operands[0].device) >= (9, 0)
         and all(tensor.dtype == torch.bfloat16 and tensor.shape[-1] % 8 == 0 for tensor in operands)
     )
+    return "library" if by_library else "tiles"
 
 
 def _offsets(ends, b, m):
@@ -149,7 +153,7 @@ TILE = 64  # rows of one expert that are multiplied at a time
 def tiles(m, ends):
     """Rows in tiles of one expert each -> expert of every tile (T,), place of every row (m,) in the T · TILE rows of all.
 
-    An expert's last tile may not be full: of m rows there are never more than m / TILE + E tiles, and so many are taken.
+    An expert's last tile may not be full: m rows never need more than m / TILE + E tiles, and that is how many are made.
     """
     E, T = len(ends), m // TILE + len(ends)
     counts = ends.diff(prepend=ends.new_zeros(1))
@@ -167,7 +171,7 @@ def _tiled(x, T, place):
 
 
 def products_by_tiles(x, W, ends):
-    """Without a look at the ends: a matrix is copied for every tile that it multiplies."""
+    """Without reading the ends: a matrix is copied for every tile that it multiplies."""
     expert, place = tiles(x.shape[1], ends)
     y = _tiled(x, len(expert), place) @ W[:, expert]  # (b, T, TILE, q)
     return y.flatten(1, 2)[:, place]
@@ -189,12 +193,8 @@ def btt_moe(x, A, B, index, gate, num_experts):
 
     x (n, g·a), A (g, a, E·r·f), B (f, g·E·r, e), index (n, k) int64, gate (n, k) -> (n, f·e), in x's dtype or autocast's.
     """
-    (g, a, _), (f, gEr, e), dtype = A.shape, B.shape, compute_dtype(x)
-    sizes = BTTSizes(g, a, f, e, gEr // (g * num_experts))
-    if takes_kernels(x) and fits(sizes, num_experts, index.shape[1]):
-        return btt_mixture(x.to(dtype), A.to(dtype), B.to(dtype), index, gate, num_experts)
     order, inverse, ends = sort_by_expert(index, num_experts)
-    rows = Spread.apply(x.to(dtype), order, inverse)
+    rows = Spread.apply(x.to(compute_dtype(x)), order, inverse)
     return Collect.apply(btt_experts(rows, A, B, ends, gate.flatten()[order]), order, inverse, len(x))
 
 

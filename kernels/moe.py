@@ -7,7 +7,7 @@ the slices in S, with its gates between the two cores:
 
 Tokens with the same set share all weights. So tokens are sorted by set: of E = 8 experts there are 28 sets of 2. A tile
 of them is a plain BTT of rank 2, every token is in one tile, and nothing is added up between experts in memory. The
-four kernels are those of btt.py's staged way, with rows gathered and scattered. Shapes depend on no data: there is
+four kernels are those of btt.py's staged method, with rows gathered and scattered. Shapes depend on no data: there is
 room for a partly filled tile a set. Gradients of the gates come from the z before the gate, nothing is divided by it.
 Sums are float32 in a fixed order. A low-rank matrix is a BTT of one block (g = f = 1), too large for one program: it has
 kernels of its own, which go through it in parts.
@@ -18,7 +18,7 @@ import math
 
 import torch
 
-from kernels.common import MAX_ROWS, multiprocessors, pow2, row_stride_of_z, whole_rows
+from kernels.common import MAX_ROWS, multiprocessors, pow2, row_stride_of_z, takes_kernels, whole_rows
 from kernels.routing import MOST_SETS, Plan, make_plan, route_rows, set_tables, tile_tokens
 
 try:
@@ -29,11 +29,25 @@ except ImportError:
 
 MOST_WIDTH = 512  # of α and ε: tiles of x and dy fit in shared memory
 MOST_SUMS = 32_768  # of a core's gradient, float32, that a program can hold
-MOST_REGISTERS = {4: 128, 3: 168, 2: None}  # of a thread, for so many programs of 4 warps on a multiprocessor
+MOST_REGISTERS = {4: 128, 3: 168, 2: None}  # of a thread, by the number of programs of 4 warps on a multiprocessor
 
 
-def fits(sizes, num_experts, k):
-    """Whether the kernels take a layer of kernels.BTTSizes, r being the rank of one expert."""
+def way_for(x, sizes, num_experts, k, own_router):
+    """How a mixture of BTTs, top k of num_experts, is computed for x (..., g·a):
+
+    "routed"   by the kernels of this file, which make the router's gradient, too: of a router that no other layer has
+    "picked"   by the kernels of this file, of index and gate: btt_mixture
+    "grouped"  expert by expert, anywhere: grouped.btt_moe
+
+    sizes: kernels.btt.BTTSizes, r being the rank of one expert. own_router: whether the layer has a router of its own.
+    """
+    if not (takes_kernels(x) and kernels_fit(sizes, num_experts, k)):
+        return "grouped"
+    return "routed" if own_router and router_fits(sizes, num_experts) else "picked"
+
+
+def kernels_fit(sizes, num_experts, k):
+    """Whether the kernels have room for a layer: for all sets of k experts, and for its cores or parts of them."""
     g, a, f, e, r = sizes
     rows = pow2(k * r) * max(pow2(g), pow2(f))
     in_one_program = rows <= MAX_ROWS and rows * pow2(max(a, e)) <= MOST_SUMS and max(a, e) <= MOST_WIDTH
@@ -44,7 +58,7 @@ def btt_mixture(x, A, B, index, gate, num_experts):
     """y of the experts that each token picked, weighed by their gates.
 
     x (n, g·a), A (g, a, E·r·f) with columns (expert, rank, f), B (f, g·E·r, e) with rows (g, expert, rank), all of one
-    16-bit dtype; index (n, k) int64, no expert twice in a row; gate (n, k) -> y (n, f·e). See `fits`.
+    16-bit dtype; index (n, k) int64, no expert twice in a row; gate (n, k) -> y (n, f·e). For layers of way_for "picked".
     """
     index, ascending = index.sort(dim=1)
     gate = gate.gather(1, ascending).float()
@@ -61,15 +75,16 @@ def routed_btt_mixture(x, W, bias, A, B, k, after_gelu=False):
 
     Of x, or of gelu(x), which the kernels make of what they read.
     W (E, g·a) float32, bias (E,) as of routing.route. The router's gradient is made where that of x is, which is then
-    written once. gate has no gradient of its own: a loss of the router is one of its logits. See `router_fits`.
+    written once. gate has no gradient of its own: a loss of the router is one of its logits. For layers of
+    way_for "routed".
     """
     y, logits, index, gate, *_ = torch.ops.nanoeinsum.routed_btt_mixture(x, W, bias, A, B, k, after_gelu)
     return y, index, gate, logits
 
 
-def router_fits(sizes, num_experts, k):
-    """Whether routed_btt_mixture takes a layer: its kernels hold a block of the router's matrix, too."""
-    return fits(sizes, num_experts, k) and num_experts <= 16 and not sizes.g == sizes.f == 1
+def router_fits(sizes, num_experts):
+    """Whether kernels that fit a layer have room for a block of the router's matrix, too."""
+    return num_experts <= 16 and not sizes.g == sizes.f == 1
 
 
 if triton is not None:

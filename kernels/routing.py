@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import torch
 
-from kernels.common import pow2, whole_rows
+from kernels.common import pow2, takes_kernels, whole_rows
 
 try:
     import triton
@@ -64,6 +64,11 @@ if triton is not None:
             mine = picked & (slot == j)
             tl.store(index + n * K + j, tl.sum(tl.where(mine, e[None, :], 0), 1).to(tl.int64), n < N)
             tl.store(gate + n * K + j, tl.sum(tl.where(mine, weight, 0.0), 1), n < N)
+
+
+def way_for(x, num_experts):
+    """How a router is computed for x (..., d): "kernel", by the op `route`, or "torch"."""
+    return "kernel" if takes_kernels(x) and num_experts <= 128 else "torch"
 
 
 @torch.library.custom_op("nanoeinsum::route", mutates_args=())
@@ -142,6 +147,7 @@ class Tables(NamedTuple):
 
 @functools.cache
 def set_tables(num_experts, k, device):
+    """The Tables of all sets of k experts, on the device."""
     sets = sorted(itertools.combinations(range(num_experts), k), key=lambda s: s[::-1])
     # The number of {e_0 < e_1 < …} is C(e_0, 1) + C(e_1, 2) + …, the combinatorial number system.
     addends = [[math.comb(e, i + 1) for e in range(num_experts)] for i in range(k)]
@@ -204,12 +210,12 @@ if triton is not None:
 
 
 def make_plan(index, gate, num_experts, tokens):
-    """Plan for index (n, k), each row ascending, with gates (n, k), in tiles of so many tokens."""
+    """Plan for index (n, k), each row ascending, with gates (n, k), in tiles of `tokens` tokens."""
     return Plan(*torch.ops.nanoeinsum.mixture_plan(index, gate.detach(), num_experts, tokens))
 
 
 def tile_tokens(n, n_sets):
-    """Tokens in a tile: fewer where a set has not many."""
+    """Tokens in a tile: fewer where a set has few."""
     return 64 if n >= 64 * n_sets else 32
 
 

@@ -17,7 +17,6 @@
 import gc
 import json
 import os
-import shlex
 import tempfile
 import time
 from dataclasses import dataclass
@@ -28,7 +27,7 @@ import torch
 import torch.distributed as dist
 
 import train
-from configurator import as_script, choose_command, load_config
+from configurator import as_script, choose_command, load_config, split_configs
 from data import CharTokenizer, TokenData
 from engine.device import choose_device, choose_dtype, device_name, peak_flops
 from engine.heartbeat import init_distributed
@@ -126,8 +125,7 @@ class ImageBench(Bench):
 def bench_step(argv, Config=StepConfig, make_bench=TokenBench):
     config = load_config(Config, argv)
     configs = [(argv, config)]
-    for text in filter(None, config.against.split(";")):
-        words = shlex.split(text)
+    for words in split_configs("against", config.against):
         configs.append((words, load_config(Config, [f"--steps={config.steps}", f"--parts={config.parts}", *words])))
     rank, local_rank, world = ranks()
     device = choose_device(config.device, local_rank)
@@ -330,7 +328,7 @@ class SampleBenchConfig(GPTConfig):
 
 @torch.no_grad()
 def bench_sample(argv):
-    """Tokens a second after `context` tokens: with the cache, and by reading the whole text anew for every token."""
+    """Tokens a second after `context` tokens: with the cache, and by reading the whole text again for every token."""
     config = load_config(SampleBenchConfig, argv)
     device = choose_device(config.device)
     dtype = choose_dtype(config.dtype, device)
@@ -402,7 +400,7 @@ def bench_data(argv):
     config = load_config(DataConfig, argv)
     tokenizer, rows = CharTokenizer(), []
 
-    def report(what, amount, unit, elapsed):
+    def add_row(what, amount, unit, elapsed):
         rows.append(
             {"what": what, "amount": amount, "unit": unit, "seconds": elapsed, f"{unit}_per_second": amount / elapsed}
         )
@@ -411,7 +409,7 @@ def bench_data(argv):
     texts = [open(path, encoding="utf-8", errors="replace").read() for path in stdlib_files()]
     texts = texts * max(1, config.megabytes * 10**6 // sum(map(len, texts)))
     size = sum(len(text.encode()) for text in texts) / 1e6
-    report(
+    add_row(
         "character encoder, one process",
         size,
         "MB",
@@ -423,12 +421,12 @@ def bench_data(argv):
             file.writelines(text for text in texts if tokenizer.encode_document(text) is not None)
         start = time.perf_counter()
         prepare(PrepareConfig(source=path, tokenizer="char96", out_dir=out))
-        report(
+        add_row(
             "prepare_owt.py, disk to disk, one process", os.path.getsize(path) / 1e6, "MB", time.perf_counter() - start
         )
         data, count = TokenData(out, config.block_size), config.batch_tokens // config.block_size
         batch = seconds(lambda: [data.train_batch(0, step, count, 0, count) for step in range(20)]) / 20
-        report(f"training batch, {count} x {config.block_size}", count * config.block_size, "tokens", batch)
+        add_row(f"training batch, {count} x {config.block_size}", count * config.block_size, "tokens", batch)
     if config.json:
         save_rows(config.json, rows, torch.device("cpu"))
 

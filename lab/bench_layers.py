@@ -1,9 +1,9 @@
 """One structured layer, or one mixture, against a dense layer: `python -m lab.bench layers`, `python -m lab.bench mixtures`.
 
 For every layer and number of tokens: milliseconds forward, and forward with backward, of cuBLAS's dense product, of
-the plain torch.bmm path, and of each way that kernels.btt has; the floor, below which no kernel can be on this GPU;
+the plain torch.bmm path, and of each method of kernels.btt; the floor, which no kernel can beat on this GPU;
 the error of each against float64. Of a mixture the same with its router, beside the layer of its top_k experts alone and
-the way in which it was published, which computes all experts. On a GPU calls are recorded in a CUDA graph, so that
+the published method, which computes all experts. On a GPU calls are recorded in a CUDA graph, so that
 launches are not timed. Where no sizes are given, those for a CPU are small.
 """
 
@@ -47,6 +47,7 @@ TOKENS = {"cuda": (2048, 32_768, 262_144), "cpu": (2048,)}
 
 
 def bench_layers(argv):
+    """The command `lab.bench layers`."""
     config = load_config(LayersConfig, argv)
     if config.draw:
         draw_layers(rows_of_layers(config.draw), config.png or "layers.png")
@@ -115,6 +116,7 @@ def rows_of_layers(path):
 
 
 def save_rows(path, rows, device):
+    """Write rows, with device and versions, as JSON; ConfigError where `path` (of --json) cannot be written."""
     with writing(path, "give another --json"), whole_file(path) as part:
         write_rows(part, rows, device)
 
@@ -273,6 +275,7 @@ MIXTURES = {  # by device
 
 
 def bench_mixtures(argv):
+    """The command `lab.bench mixtures`."""
     config = load_config(MixturesConfig, argv)
     device = choose_device(config.device)
     dtype = choose_dtype(config.dtype, device)

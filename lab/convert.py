@@ -28,7 +28,7 @@ from sample import load_model
 
 
 @dataclass
-class Config(GPTConfig):
+class ConvertConfig(GPTConfig):
     """GPTConfig's options that say how a matrix is structured, and those of the conversion."""
 
     # What fixes the function that is approximated is the source's: a ClassVar is no option.
@@ -117,7 +117,7 @@ def linear_layers(model, needs):
 def convert(model, config):
     """A dense GPT -> (the structured GPT that `config` asks for, {layer: relative error}).
 
-    config  Config; its fields replace those of the same name in the model's GPTConfig
+    config  ConvertConfig; its fields replace those of the same name in the model's GPTConfig
     error   ||W - W'||_F / ||W||_F, 0 for a layer that stays dense. Queries and keys under muP are
             compared up to a scale: the RMS cap leaves them none, and their LayerNorm undoes it.
     """
@@ -164,25 +164,35 @@ def make_target(shape, config):
     if config.vocab_size is None:
         options["vocab_size"] = shape.vocab_size
     elif config.vocab_size < shape.vocab_size:
-        enough = next((size for size in wider(shape.vocab_size) if fits({**options, "vocab_size": size})), None)
+        enough = next(
+            (size for size in wider_vocabularies(shape.vocab_size) if makes_a_model({**options, "vocab_size": size})),
+            None,
+        )
         remedy = f"rows are only added, --vocab_size={enough} say" if enough else "leave it out"
         raise ConfigError(f"vocab_size={config.vocab_size} is less than the source's {shape.vocab_size}: {remedy}")
     try:
         return GPT(GPTConfig(**options))
     except ConfigError as error:
-        padded = next((size for size in wider(options["vocab_size"]) if fits({**options, "vocab_size": size})), None)
+        padded = next(
+            (
+                size
+                for size in wider_vocabularies(options["vocab_size"])
+                if makes_a_model({**options, "vocab_size": size})
+            ),
+            None,
+        )
         if padded is None:
             raise
         raise ConfigError(f"{error}; or pad the vocabulary to a width that factors, --vocab_size={padded}") from None
 
 
-def wider(vocab_size):
+def wider_vocabularies(vocab_size):
     """Sizes to pad a vocabulary to: multiples of 64, which matrix products like, then any that is near."""
     first = -(-vocab_size // 64) * 64
     return (*range(first, first + 8 * 64, 64), *range(vocab_size, vocab_size + 64))
 
 
-def fits(options):
+def makes_a_model(options):
     try:
         with torch.device("meta"):
             GPT(GPTConfig(**options))
@@ -242,7 +252,7 @@ def export(model, folder, source, meta):
     if c.parametrization != "standard":
         raise ConfigError(
             f"source={source} has parametrization={c.parametrization!r}, whose LayerNorm on queries and keys Hugging Face's "
-            "GPT-2 has not: export a model trained with --parametrization=standard"
+            "GPT-2 does not have: export a model trained with --parametrization=standard"
         )
     if c.head_size * c.n_head != c.d_model:
         raise ConfigError(
@@ -312,7 +322,7 @@ def count(module):
 
 
 def main(argv):
-    config = load_config(Config, argv)
+    config = load_config(ConvertConfig, argv)
     source, meta = load_source(config.source)
     if config.export:
         export(source, config.export, config.source, meta)

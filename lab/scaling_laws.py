@@ -4,6 +4,7 @@
     python -m lab.scaling_laws plot out/*/log.jsonl --key=val_loss --png=validation.png
     python -m lab.scaling_laws plot out/a out/b --labels="rank 1,rank 4"
     python -m lab.scaling_laws fit out/sweep/* --out=out/sweep_fit         # runs of several structures, each at several sizes
+    python -m lab.scaling_laws fit my_structures.py out/sweep/*            # of structures that a file of your own defines
 
 plot    loss against steps, tokens, FLOPs and seconds of training in one picture, and a table
 fit     frontiers and power laws of every structure, and the compute multipliers against dense: table, pictures, JSON
@@ -20,10 +21,12 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from configurator import ConfigError, as_script, choose_command, load_config
+from configurator import ConfigError, as_script, choose_command, load_config, read_config_file
 from engine.runlog import median_of, read_log, save_figure, short
 from lab import frontiers
 from lab.frontiers import Run
+from options import STRUCTURE_FIELDS, BlockConfig, GPTConfig
+from theta import canonical, find_structure, taxonomy
 
 
 @dataclass
@@ -269,7 +272,7 @@ class FitConfig:
     out: str = "out/fit"  # folder for table.md, fit.json and the pictures
     reference: str = "dense"  # the group that the others are compared with
     by: tuple = (  # options of a run that make its group, where they are not the default
-        "structure", "theta", "rank", "num_blocks", "num_cores", "align_heads", "overrides", "moe", "num_experts", "top_k",
+        *STRUCTURE_FIELDS, "align_heads", "overrides", "moe", "num_experts", "top_k",
     )  # fmt: skip
     loss: Literal["val_loss", "loss", "error"] = "val_loss"  # of validation, of training, or 1 - top-1 of images
     points: Literal["all", "final"] = "all"  # of a run: validations after the warm-up, or, for a decayed rate, the last
@@ -300,6 +303,9 @@ class Log(NamedTuple):
 def fit(argv):
     """The command: everything about the runs in `argv`, in one folder."""
     words = [word for word in argv if not word.startswith("--")]
+    for file in [word for word in words if word.endswith(".py")]:  # which may define the runs' structures
+        words.remove(file)
+        read_config_file(file)
     words = [word for word in words if not os.path.exists(os.path.join(word, "fit.json"))]  # an earlier fit's
     config = load_config(FitConfig, [word for word in argv if word.startswith("--")])
     paths = list(dict.fromkeys(log_path(word) for word in words))
@@ -387,19 +393,19 @@ def group_name(options, by):
 
     A structure by its θ has the name of its family before it, a mixture its experts: "btt, linear MoE, 2 of 8".
     """
-    from options import BlockConfig  # here, since torch takes seconds to import and plot does without
-
     defaults = json.loads(json.dumps({field.name: field.default for field in fields(BlockConfig)}))  # as in config.json
     for name in by:
         if name not in options and name not in defaults:
             raise ConfigError(f"by: {name!r} is no option of these runs")
     value = {name: options.get(name, defaults.get(name)) for name in {**defaults, **dict.fromkeys(by)}}
     parts = [str(value["structure"])] if "structure" in by else []
-    shown = {"structure", "theta", "moe", "num_experts", "top_k"}  # in words of their own
+    shown = {"structure", "theta", "structure_options", "moe", "num_experts", "top_k"}  # in words of their own
     if "theta" in by and value["theta"]:
         parts = [f"{family(value['theta'])} ({' '.join(f'{each:g}' for each in value['theta'])})"]
     if "moe" in by and value["moe"] != "none":
         parts.append(f"{value['moe']} MoE, {value['top_k']} of {value['num_experts']}")
+    if "structure_options" in by and value["structure_options"]:
+        parts += [f"{name}={each}" for name, each in value["structure_options"].items()]
     for name in by:
         if name not in shown and value[name] != defaults.get(name):
             parts.append(name if value[name] is True else f"{name}={value[name]}")
@@ -408,8 +414,6 @@ def group_name(options, by):
 
 def family(theta):
     """The name of the structures that θ is one of, by the indices that it has not (README, "The structures")."""
-    from theta import canonical, taxonomy
-
     _, b, c, d, _, f, rho = canonical(theta)
     if b == d == 0:
         if c == f == 0:
@@ -455,10 +459,9 @@ def measured(rows, at, measure):
 
 def num_parameters(options):
     """Of the run's model, by what its config.json holds."""
-    import torch
+    import torch  # here, since it takes seconds to import and plot does without
 
     from model import GPT
-    from options import GPTConfig
 
     if "vocab_size" in options:
         Model, Config = GPT, GPTConfig
@@ -479,30 +482,20 @@ def num_parameters(options):
 def place_of(options):
     """(ω, ψ, ν) of a run's structure, a fixed rank or number of blocks as the power of d_model that it is there.
 
-    None of a mixture, of three cores and more, and of a structure of the user's own.
+    None of a mixture, of three cores and more, and of a structure that has no θ.
     """
     if options.get("moe", "none") != "none" or (options.get("num_cores") or 2) > 2:
         return None
-    from theta import NAMED_THETAS, taxonomy
-
-    names = {
-        "low_rank": "low-rank",
-        "kronecker": "Kronecker",
-        "tt": "TT",
-        "btt": "BTT",
-        "monarch": "Monarch",
-        "dense": "dense",
-    }
-    if options["structure"] not in ("einsum", *names):
-        return None
     if options["structure"] == "einsum":
         return taxonomy(options["theta"])
+    structure = find_structure(options["structure"])
+    if structure.theta is None:
+        return None
     if options.get("num_blocks"):  # of Monarch: each block passes d / b² values to every other
         b = math.log(options["num_blocks"]) / math.log(options["d_model"])
         return taxonomy((1 - b, 0, b, 0, 1 - b, b, 1 - 2 * b))
-    theta = next(theta for name, theta in NAMED_THETAS.items() if name.startswith(names[options["structure"]]))
-    rank = math.log(options.get("rank") or 1) / math.log(options["d_model"])
-    return taxonomy((*theta[:6], 0 if options["structure"] == "dense" else min(1.0, rank)))
+    rank = options.get("rank") or 1 if "rank" in structure.options else 1
+    return taxonomy((*structure.theta[:6], min(1.0, math.log(rank) / math.log(options["d_model"]))))
 
 
 def axis(measure, unit):

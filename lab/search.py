@@ -4,16 +4,18 @@
     python -m lab.search                                                           # on a CPU a small one, of minutes
     python -m lab.search config/quickstart.py --storage=postgresql://me@host/db …                    # and on other machines
     python -m lab.search --report                                                  # table and picture of what there is
+    python -m lab.search my_structures.py config/quickstart.py --choices="{'structure': 'banded', 'bands': (1, 2, 4)}"
 
 The space is that of "Searching for Efficient Linear Layers over a Continuous Space of Structured Matrices" (NeurIPS
-2024, arXiv 2410.02117, section 3). The budget is what the dense model of width d_model costs in max_steps. A trial
-draws a θ, takes the width that makes as many FLOPs a token of it, and trains by train.py for as many steps as use up
-the budget; it ends early where its validation loss lags behind (successive halving). What is searched (structure,
-theta, rank, …) takes the place of what a config file says of it. All other options are train.py's and mean what they
-mean there; `seed` is also that of the search. On a CPU, without a config file, it is the small search of SMALL below. How
-long all will take is said first, by the speed of the dense model here, and again with every trial.
+2024, arXiv 2410.02117, section 3); with `choices` it is options of named structures instead. The budget is what the
+dense model of width d_model costs in max_steps. A trial draws a point, takes the width that makes as many FLOPs a token
+of it, and trains by train.py for as many steps as use up the budget; it ends early where its validation loss lags behind
+(successive halving). What is searched (structure, theta, rank, …) takes the place of what a config file says of it. All
+other options are train.py's and mean what they mean there; `seed` is also that of the search. A file that adds
+structures of your own (theta.Structure) must set no options. On a CPU, without a config file, it is the small search of
+SMALL below. How long all will take is said first, by the speed of the dense model here, and again with every trial.
 
-The storage has everything about a trial but its log, which is in out/trial_N. The same command goes on, up to `trials`
+The storage has everything about a trial but its log, which is in out/trial_N. The same command continues, up to `trials`
 trials; one that was interrupted or killed is tried again, from its checkpoint. Commands with the same storage search
 together, from any number of machines; SQLite serves one.
 """
@@ -40,18 +42,18 @@ from typing import Literal, NamedTuple
 import torch
 
 import train
-from configurator import ConfigError, as_script, load_config
+from configurator import ConfigError, as_script, load_config, read_config_file
 from data import TokenData
 from engine.checkpoint import PLACES
 from engine.device import choose_device, choose_dtype, device_name
 from engine.runlog import duration, read_log, writing
-from lab.search_report import dotted, report
+from lab.search_report import dotted, write_report
 from lab.sweep import gpus_to_use
 from model import GPT
 from optim import make_optimizers
-from options import GPTConfig, check_top_k
+from options import STRUCTURE_FIELDS, GPTConfig, as_fields, check_top_k
 from prepare_owt import prepare_default
-from theta import BTT, canonical, factor_sizes, taxonomy
+from theta import ALIGNMENT, BTT, Sizes, all_options, canonical, factor_sizes, find_structure, layer_sizes, taxonomy
 
 try:
     import optuna
@@ -65,11 +67,11 @@ warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning
 
 # Options of train.py that are the trials' own, and what they are before a trial sets them.
 OWNED = {
-    "structure": "dense", "theta": None, "rank": 1, "num_blocks": None, "num_cores": 2, "align_heads": False,
-    "moe": "none", "num_experts": 8, "out_dir": "out/run", "resume": False, "sample_tokens": 0,
+    **STRUCTURE_FIELDS, "structure": "dense", "align_heads": False, "moe": "none", "num_experts": 8,
+    "out_dir": "out/run", "resume": False, "sample_tokens": 0,
 }  # fmt: skip
 WITHOUT_EXPERTS = {"top_k": 2, "share_router": False, "eval_top_k": None}  # as train.py wants them where there are none
-# Options that may change when a search goes on, or from machine to machine: losses do not depend on them.
+# Options that may change when a search continues, or from machine to machine: losses do not depend on them.
 FREE = (
     "trials", "out", "storage", "study", "sampler", "prune", "jobs", "gpus", "report", "data_dir", "device", "compile",
     "cuda_graphs", "timeout", "bucket_mb", "micro_batch", "save", "save_minutes", "keep_every", "keep_best", "log_interval",
@@ -87,15 +89,16 @@ ENDED = (TrialState.COMPLETE, TrialState.PRUNED)
 
 
 @dataclass
-class Config(train.TrainConfig):
+class SearchConfig(train.TrainConfig):
     trials: int = 60  # trials in all, of all machines, that end: those that end early count, failed ones do not
     out: str = "out/search"  # folder of the trials, table.md, search.json and search.png
     storage: str | None = None  # URL of a database that several machines share; None: sqlite:///OUT/search.db
     study: str = "search"  # the search's name in the storage
     sampler: Literal["tpe", "cmaes", "random"] = "tpe"  # what draws the points
-    prune: int = 3  # at evaluations 1, 3, 9, … one trial in so many goes on; 0: all train to their end
+    prune: int = 3  # at evaluations 1, 3, 9, … one trial in this many continues; 0: all train to their end
     max_width: int | None = None  # of a trial's model; None: 8 times d_model
     max_rank: float = 1.0  # largest exponent of the rank index
+    choices: dict | None = None  # in place of theta, values of options: {"structure": "btt", "rank": (1, 2, 4)}
     experts: tuple | int = 1  # numbers of experts to choose from, 1 for none: 1,4,8; with experts beta = delta = 0
     jobs: int = 1  # trials at a time on every GPU, or on the CPU
     gpus: int | None = None  # GPUs to use; None: all there are, or that CUDA_VISIBLE_DEVICES names
@@ -119,6 +122,17 @@ class Config(train.TrainConfig):
         train.at_least(0, self, "max_rank", *(["gpus"] if self.gpus is not None else []))
         if self.max_rank > 1:
             raise ConfigError(f"max_rank={self.max_rank}: make it at most 1, the exponent of full rank")
+        if self.choices is not None:
+            known = ("structure", *all_options().keys() - ALIGNMENT)
+            for name, values in self.choices.items():
+                if name not in known:
+                    raise ConfigError(f"choices: {name!r} is no option of a structure, choose from {', '.join(known)}")
+                if values in ((), []):
+                    raise ConfigError(f"choices: {name} has no values: give some")
+            for name in listed(self.choices.get("structure", ())):
+                find_structure(name)
+            if "structure" not in self.choices:
+                raise ConfigError(f"choices={self.choices}: say of which structure, {{'structure': 'btt', …}}")
         if self.prune < 0 or self.prune == 1:
             raise ConfigError(f"prune={self.prune}: make it 2 or more, or 0 for none")
         if self.max_width < self.d_model:
@@ -136,8 +150,30 @@ class Config(train.TrainConfig):
 
 
 class Point(NamedTuple):
-    theta: tuple  # seven exponents, of three decimals: what the table shows is what was trained
+    theta: (
+        tuple | None
+    )  # seven exponents, of three decimals: what the table shows is what was trained; None with choices
     experts: int  # 1: no mixture
+    chosen: dict = {}  # with choices: a structure and its options
+
+    def layer_options(self):
+        """A structure and its options, as theta.layer_sizes takes them."""
+        return self.chosen or {"structure": "einsum", "theta": self.theta}
+
+    def label(self):
+        """What it is, in words."""
+        return chosen_label(self.chosen) if self.chosen else f"theta={self.theta}"
+
+
+def chosen_label(chosen):
+    """{"structure": "banded", "bands": 4} -> "banded, bands=4"."""
+    others = (f"{name}={value}" for name, value in chosen.items() if name != "structure")
+    return ", ".join([chosen["structure"], *others])
+
+
+def listed(values):
+    """Values to choose from, one alone as a tuple of it."""
+    return tuple(values) if isinstance(values, (tuple, list)) else (values,)
 
 
 class Space(NamedTuple):
@@ -150,12 +186,17 @@ class Space(NamedTuple):
 
     max_rank: float = 1.0
     experts: tuple = (1,)
+    choices: dict = {}  # {option of a structure: values to choose from}, in place of θ
 
     def draw(self, trial):
         """The Point of an optuna trial."""
+        if self.choices:
+            options = {key: self.draw_one(trial, key, listed(values)) for key, values in self.choices.items()}
+            heeded = find_structure(options["structure"]).options
+            chosen = {key: value for key, value in options.items() if key == "structure" or key in heeded}
+            return Point(None, self.draw_one(trial, "experts", self.experts), chosen)
         u = {key: trial.suggest_float(key, 0, 1) for key in ("input", "input_split", "output", "output_split", "rank")}
-        which = trial.suggest_float("experts", 0, 1) if len(self.experts) > 1 else 0
-        experts = self.experts[min(int(which * len(self.experts)), len(self.experts) - 1)]
+        experts = self.draw_one(trial, "experts", self.experts)
         if experts > 1:  # they are rank slices of a BTT
             u["input_split"] = u["output_split"] = 0
         s, t = math.sqrt(u["input"]), math.sqrt(u["output"])
@@ -163,6 +204,11 @@ class Space(NamedTuple):
         a, e = round(s - b, 3), round(t - d, 3)
         r = u["rank"] * min(self.max_rank, max(min(a, e), min(b, d)))
         return Point((a, b, abs(round(1 - a - b, 3)), d, e, abs(round(1 - d - e, 3)), round(r, 3)), experts)
+
+    def draw_one(self, trial, name, values):
+        """One of the values; neighbours in the list are neighbours for the sampler."""
+        which = trial.suggest_float(name, 0, 1) if len(values) > 1 else 0
+        return values[min(int(which * len(values)), len(values) - 1)]
 
 
 def make_sampler(kind, seed):
@@ -177,7 +223,7 @@ def make_sampler(kind, seed):
 # The search
 
 
-class Failed(Exception):
+class TrialFailed(Exception):
     """A run that failed."""
 
 
@@ -186,11 +232,11 @@ class Misfit(Exception):
 
 
 def search(study, space, objective, trials, sampler="tpe", seed=0, slots=(None,), say=lambda trial: None):
-    """Draw points and run the objective on them until so many trials of the study have ended, on whatever machine.
+    """Draw points and run the objective on them until `trials` trials of the study have ended, on whatever machine.
 
     objective(trial, point, slot)  a generator, so that one thread has several at a time: it yields (evaluation, loss),
         evaluations counted from 1, or None while there is nothing new, and returns the final loss. It may raise
-        Failed and Misfit. Closed, or thrown an optuna.TrialPruned, it ends what it runs.
+        TrialFailed and Misfit. Closed, or thrown an optuna.TrialPruned, it ends what it runs.
     slots                          one for every trial at a time, to tell its objective where to run
     say(frozen trial)              is called for each that ends
     Raises ConfigError after too many failures in a row. Interrupted, it leaves its running trials to be tried again.
@@ -199,14 +245,14 @@ def search(study, space, objective, trials, sampler="tpe", seed=0, slots=(None,)
     try:
         while True:
             if free:
-                recover(study, running)
+                recover_trials(study, running)
                 left = trials - len(study.get_trials(deepcopy=False, states=ENDED))
                 if left <= 0 and not running:
                     return
                 left -= len(study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)))
                 for _ in range(min(left, len(free))):
                     trial = study.ask()
-                    beat(trial)
+                    sign_of_life(trial)
                     # Optuna draws when the space asks. Seeded by the trial's number no two draw the same, whoever
                     # goes on; where the sampler comes back to what it knows, chance finds something new.
                     kind = sampler if misfits < 5 else "random"
@@ -216,10 +262,10 @@ def search(study, space, objective, trials, sampler="tpe", seed=0, slots=(None,)
             if time.monotonic() - beaten > STALE / 5:
                 beaten = time.monotonic()
                 for trial, _, _ in running.values():
-                    beat(trial)
+                    sign_of_life(trial)
             idle = True
             for number, (trial, run, slot) in list(running.items()):
-                news, ended, error = advance(study, trial, run)
+                news, ended, error = advance_trial(study, trial, run)
                 idle = idle and not news
                 if ended is None:
                     continue
@@ -227,7 +273,7 @@ def search(study, space, objective, trials, sampler="tpe", seed=0, slots=(None,)
                 free.append(slot)
                 say(ended)
                 misfits = misfits + 1 if isinstance(error, Misfit) else 0
-                failures = failures + isinstance(error, Failed) if error else 0
+                failures = failures + isinstance(error, TrialFailed) if error else 0
                 if misfits == MISFITS:
                     raise ConfigError(f"{misfits} points in a row have no new model of this budget, the last: {error}")
                 if failures == FAILURES:
@@ -237,11 +283,11 @@ def search(study, space, objective, trials, sampler="tpe", seed=0, slots=(None,)
     finally:
         for trial, run, _ in running.values():
             run.close()
-            put_back(study, trial)
+            put_back_trial(study, trial)
 
 
-def advance(study, trial, run):
-    """Let a trial go on to its next evaluation -> whether there was news, the frozen trial if it ended, its error."""
+def advance_trial(study, trial, run):
+    """Let a trial continue to its next evaluation -> whether there was news, the frozen trial if it ended, its error."""
     try:
         news = next(run)
         if news is not None:
@@ -254,7 +300,7 @@ def advance(study, trial, run):
         return True, study.tell(trial, done.value, skip_if_finished=True), None
     except optuna.TrialPruned:
         return True, study.tell(trial, state=TrialState.PRUNED, skip_if_finished=True), None
-    except (Failed, Misfit) as error:
+    except (TrialFailed, Misfit) as error:
         trial.set_user_attr("reason", str(error))
         return True, study.tell(trial, state=TrialState.FAIL, skip_if_finished=True), error
     except optuna.exceptions.UpdateFinishedTrialError:  # another machine, which heard nothing of this one, has taken it
@@ -262,12 +308,12 @@ def advance(study, trial, run):
         return True, study.trials[trial.number], None
 
 
-def beat(trial):
+def sign_of_life(trial):
     """A sign of life."""
     trial.set_user_attr("owner", {"host": socket.gethostname(), "pid": os.getpid(), "time": time.time()})
 
 
-def recover(study, running):
+def recover_trials(study, running):
     """Put back the trials whose search is gone: no such process on this machine, or long without a sign of life."""
     for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
         owner = trial.user_attrs.get("owner") or {"host": None, "time": trial.datetime_start.timestamp()}
@@ -275,7 +321,7 @@ def recover(study, running):
         if owner["host"] == socket.gethostname():
             gone = trial.number not in running if owner["pid"] == os.getpid() else not is_alive(owner["pid"])
         if gone:
-            put_back(study, trial)
+            put_back_trial(study, trial)
 
 
 def is_alive(pid):
@@ -288,7 +334,7 @@ def is_alive(pid):
     return True
 
 
-def put_back(study, trial):
+def put_back_trial(study, trial):
     """A trial that did not end: as a failed one without a reason, and its point in the queue again, with its folder."""
     with suppress(ValueError, optuna.exceptions.UpdateFinishedTrialError):  # another machine was faster
         study.tell(trial.number, state=TrialState.FAIL)
@@ -306,7 +352,7 @@ def fit_model(config, point, budget):
     discrete a little is left over, and makes more steps. Misfit where that is half of the budget or more: of a
     structure so cheap that max_width does not use it up, or a θ without sizes near it at the widths that would.
     """
-    options = {"structure": "einsum", "theta": point.theta}
+    options = as_fields(point.layer_options())
     if point.experts > 1:
         options.update(moe="linear", num_experts=point.experts)
     best, most, may_fit, why = None, budget / 2, config.max_width, ""
@@ -314,7 +360,7 @@ def fit_model(config, point, budget):
         if width > may_fit or 210**20 % (width // config.n_head):  # the latter: it has a prime factor above 7
             continue
         try:
-            sizes = factor_sizes(width, width, point.theta)
+            sizes = layer_sizes(width, width, **point.layer_options())
             model = meta_model(config, **options, d_model=width)
         except ConfigError as error:
             why = f"; {error}"
@@ -328,19 +374,20 @@ def fit_model(config, point, budget):
             break
     if best is None:
         raise Misfit(
-            f"theta={point.theta}: no width up to max_width={config.max_width} uses half to all of the budget{why}"
+            f"{point.label()}: no width up to max_width={config.max_width} uses half to all of the budget{why}"
         )
     width, sizes, model = best
     steps = round(config.max_steps * budget / most)
     options.update(d_model=width, max_steps=steps, eval_interval=math.ceil(steps / evaluations(config)))
     shapes = [tuple(core.shape) for module in model.modules() if hasattr(module, "cores") for core in module.cores]
-    omega, psi, nu = place_of(sizes)
+    omega, psi, nu = place_of_sizes(sizes)
     figures = {
-        "theta": point.theta, "experts": point.experts, "sizes": sizes, "structure": name_of(sizes), "omega": omega,
-        "psi": psi, "nu": nu, "d_model": width, "parameters": sum(each.numel() for each in model.parameters()),
+        "theta": point.theta, "experts": point.experts, "sizes": sizes if isinstance(sizes, Sizes) else None,
+        "structure": chosen_label(point.chosen) if point.chosen else name_of(sizes), "omega": omega, "psi": psi, "nu": nu,
+        "d_model": width, "parameters": sum(each.numel() for each in model.parameters()),
         "steps": steps, "flops": 3 * most * steps * config.batch_tokens,
         # Of different θ the sizes may be the same: what tells models apart.
-        "key": hashlib.sha256(repr((width, point.experts, shapes)).encode()).hexdigest()[:16],
+        "key": hashlib.sha256(repr((width, point.experts, shapes, *point.chosen.items())).encode()).hexdigest()[:16],
     }  # fmt: skip
     return options, figures
 
@@ -365,8 +412,15 @@ def evaluations(config):
     return max(1, round(config.max_steps / config.eval_interval))
 
 
-def place_of(sizes):
-    """(ω, ψ, ν) of a d -> d layer by its sizes, as they are, and not by θ, whose small exponents make sizes of 1."""
+def place_of_sizes(sizes):
+    """(ω, ψ, ν) of a d -> d layer by its sizes, as they are, and not by θ, whose small exponents make sizes of 1.
+
+    None each of what has no seven sizes: three cores and more, and layers of your own.
+    """
+    if sizes is None:  # dense
+        return 0.0, 1.0, 1.0
+    if not isinstance(sizes, Sizes):
+        return None, None, None
     d = math.prod(sizes[:3])
     return tuple(abs(round(value, 4)) for value in taxonomy([math.log(size, max(2, d)) for size in sizes]))
 
@@ -389,8 +443,8 @@ def name_of(sizes):
 # A trial, by train.py
 
 
-def training(study, config):
-    """The objective; a slot is the number of a GPU, or None."""
+def make_objective(study, config, files=()):
+    """The objective; a slot is the number of a GPU, or None. files: those that add structures."""
     budget = meta_model(config).flops_per_token()
     on_gpu = config.device != "cpu" and torch.cuda.is_available()
     where = {"device": device_name(torch.device("cuda" if on_gpu else "cpu")), "torch": torch.__version__}
@@ -399,15 +453,15 @@ def training(study, config):
         options, figures = fit_model(config, point, budget)
         for twin in study.get_trials(deepcopy=False, states=(*ENDED, TrialState.RUNNING)):
             if twin.user_attrs.get("model", {}).get("key") == figures["key"] and twin.number != trial.number:
-                raise Misfit(f"theta={point.theta} makes the model of trial {twin.number}")
+                raise Misfit(f"{point.label()} makes the model of trial {twin.number}")
         before = trial.user_attrs.get("folder")
         folder = before or os.path.join(config.out, f"trial_{trial.number}")
         options = train_options(config, options)
-        again = shlex.join(["python", "train.py", *words(options)])
+        again = shlex.join(["python", "train.py", *files, *changed_words(options)])
         trial.set_user_attr("folder", folder)
         trial.set_user_attr("model", {**figures, **where, "command": again})
         options.update(out_dir=folder, resume=before is not None)
-        return (yield from run_training(options, folder, slot, evaluations(config)))
+        return (yield from run_training(options, folder, slot, evaluations(config), files))
 
     return objective
 
@@ -418,23 +472,25 @@ def train_options(config, options):
     return ours | OWNED | ({} if "moe" in options else WITHOUT_EXPERTS) | options
 
 
-def words(options):
+def changed_words(options):
     """Those that are not the default, as arguments of train.py."""
     defaults = {field.name: field.default for field in fields(train.TrainConfig)}
     return [f"--{key}={value}" for key, value in options.items() if value != defaults[key]]
 
 
-def run_training(options, folder, slot, evaluations):
+def run_training(options, folder, slot, evaluations, files=()):
     """Train in a process of its own -> final loss; yields (evaluation, loss) of its log, None while nothing is new."""
     env = {**os.environ, **({} if slot is None else {"CUDA_VISIBLE_DEVICES": slot})}
     with writing(folder, "give another --out"):
         os.makedirs(folder, exist_ok=True)
         output = open(os.path.join(folder, "train.log"), "a")
     with output:
-        while not lock(output):  # by a run that has outlived its search: it is waited for, and not joined by a second
+        while not lock_file(
+            output
+        ):  # by a run that has outlived its search: it is waited for, and not joined by a second
             yield None
         process = subprocess.Popen(
-            [sys.executable, "-m", "train", *words(options)], stdout=output, stderr=output, env=env
+            [sys.executable, "-m", "train", *files, *changed_words(options)], stdout=output, stderr=output, env=env
         )
     steps, every, seen, interrupted = options["max_steps"], options["eval_interval"], 0, True
     try:
@@ -454,22 +510,22 @@ def run_training(options, folder, slot, evaluations):
         if process.returncode != 0 or not rows or rows[-1]["step"] < steps:
             with open(output.name, errors="replace") as file:
                 last = ([line.strip() for line in file if line.strip()] or ["nothing was said"])[-1]
-            raise Failed(f"{last.removeprefix('error: ')[:300]} ({output.name})")
+            raise TrialFailed(f"{last.removeprefix('error: ')[:300]} ({output.name})")
         if not math.isfinite(rows[-1]["val_loss"]):
-            raise Failed(f"validation loss {rows[-1]['val_loss']} ({output.name})")
+            raise TrialFailed(f"validation loss {rows[-1]['val_loss']} ({output.name})")
         return rows[-1]["val_loss"]
     except optuna.TrialPruned:
         interrupted = False
         raise
     finally:
-        stop(process)
-        if not interrupted:  # only what was interrupted goes on
+        stop_process(process)
+        if not interrupted:  # only what was interrupted is continued
             for place in PLACES:
                 with suppress(FileNotFoundError):
                     os.remove(os.path.join(folder, place))
 
 
-def lock(file):
+def lock_file(file):
     """Whether the file is ours now, and the processes' that we give it to, until the last of them ends."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -478,7 +534,7 @@ def lock(file):
     return True
 
 
-def stop(process):
+def stop_process(process):
     if process.poll() is None:
         process.send_signal(signal.SIGINT)  # it saves and ends
         try:
@@ -493,7 +549,7 @@ def stop(process):
 
 
 def open_study(config):
-    """The optuna study of the search: a new one, or one of the same settings that goes on."""
+    """The optuna study of the search: a new one, or one of the same settings, which continues."""
     file = os.path.join(os.path.abspath(config.out), "search.db")
     if config.report and config.storage is None and not os.path.exists(file):
         raise ConfigError(f"{file} does not exist: give the --out or --storage of a search")
@@ -531,7 +587,7 @@ def make_study(config, url):
     except Exception as error:  # of many kinds: databases have their own
         raise ConfigError(f"storage={shown} cannot be used, {first_line(error)}: give another") from None
     owned = (*FREE, *OWNED)
-    settings = {field.name: getattr(config, field.name) for field in fields(Config) if field.name not in owned}
+    settings = {field.name: getattr(config, field.name) for field in fields(SearchConfig) if field.name not in owned}
     settings = json.loads(json.dumps(settings))  # tuples are lists there
     before = study.user_attrs.get("settings")
     if before is None:
@@ -620,8 +676,12 @@ def progress(study, trials):
         elif trial.state == TrialState.PRUNED:
             what = f"ended early, at evaluation {max(curve)} with {curve[max(curve)]:.4f}"
         experts = f", {model['experts']} experts" if model["experts"] > 1 else ""
-        where = "ω {omega:.2f} ψ {psi:.2f} ν {nu:.2f}, width {d_model}".format(**model)
-        words = [f"{len(ended)}/{trials} trial {trial.number}: {what}", f"θ {dotted(model['theta'])}{experts}, {where}"]
+        where = "ω {omega:.2f} ψ {psi:.2f} ν {nu:.2f}, ".format(**model) if model["nu"] is not None else ""
+        which = f"θ {dotted(model['theta'])}" if model["theta"] else model["structure"]
+        words = [
+            f"{len(ended)}/{trials} trial {trial.number}: {what}",
+            f"{which}{experts}, {where}width {model['d_model']}",
+        ]
         whole = [(each.value, each.number) for each in ended if each.state == TrialState.COMPLETE]
         if whole:
             words.append("best {:.4f} of trial {}".format(*min(whole)))
@@ -648,17 +708,21 @@ def make_rows(study):
     return rows
 
 
+def config_files(argv):
+    return [word for word in argv if word.endswith(".py") and not word.startswith("--")]
+
+
 def main(argv):
     for word in argv:
         option = word[2:].partition("=")[0]
         if word.startswith("--") and option in OWNED:
             raise ConfigError(f"--{option} is every trial's own: leave it out (--out and --experts are the search's)")
-    config = load_config(Config, argv)
+    config = load_config(SearchConfig, argv)
     if not config.report:
         on_cpu = choose_device(config.device).type == "cpu"  # one that is not there is said here, and once
-        if on_cpu and not any(word.endswith(".py") and not word.startswith("--") for word in argv):
+        if on_cpu and not config_files(argv):
             print("on a CPU, without a config file: python -m lab.search", *SMALL, *argv, flush=True)
-            config = load_config(Config, [*SMALL, *argv])
+            config = load_config(SearchConfig, [*SMALL, *argv])
     study = open_study(config)
     if not config.report:
         prepare_default(config.data_dir)
@@ -666,7 +730,11 @@ def main(argv):
         slots = (gpus_to_use(0 if config.device == "cpu" else config.gpus) or [None]) * config.jobs
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # ended as by Ctrl-C
         try:
-            space, say = Space(config.max_rank, config.experts), progress(study, config.trials)
+            space = Space(config.max_rank, config.experts, config.choices or {})
+            say, files = (
+                progress(study, config.trials),
+                [file for file in config_files(argv) if not read_config_file(file)],
+            )
             left = config.trials - len(study.get_trials(deepcopy=False, states=ENDED))
             if left > 0:
                 took = duration(estimate(config, slots) * left / config.trials)
@@ -676,12 +744,21 @@ def main(argv):
                     f"{left} trials of at most {study.user_attrs['budget']['flops']:.3g} FLOPs: about {took}",
                     flush=True,
                 )
-            search(study, space, training(study, config), config.trials, config.sampler, config.seed, slots, say)
+            search(
+                study,
+                space,
+                make_objective(study, config, files),
+                config.trials,
+                config.sampler,
+                config.seed,
+                slots,
+                say,
+            )
         except KeyboardInterrupt:
             raise SystemExit("stopped: the same command resumes, with --report it shows what there is") from None
         except (optuna.exceptions.StorageInternalError, SQLAlchemyError) as error:
-            raise ConfigError(f"the storage failed: {first_line(error)}; the same command goes on") from None
-    report(make_rows(study), study.user_attrs["budget"], config.out)
+            raise ConfigError(f"the storage failed: {first_line(error)}; the same command resumes the search") from None
+    write_report(make_rows(study), study.user_attrs["budget"], config.out)
 
 
 if __name__ == "__main__":

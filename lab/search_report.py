@@ -10,7 +10,7 @@ from engine.device import write_rows
 from engine.runlog import save_figure, short, whole_file, writing
 
 
-def report(rows, budget, out):
+def write_report(rows, budget, out):
     """Print the best structures; write table.md, search.json and search.png to the folder `out`.
 
     rows: a dict for each trial, as of search.make_rows; budget: of each, {"flops", "evaluations"}.
@@ -18,18 +18,20 @@ def report(rows, budget, out):
     if not any(row["losses"] for row in rows):
         print("no trial has a loss yet: there is nothing to report")
         return
-    lines = list(table(rows, budget))
+    lines = list(table_of_trials(rows, budget))
     with writing(out, "give another --out"):
         with whole_file(os.path.join(out, "table.md")) as part, open(part, "w") as file:
             file.write("\n".join(lines) + "\n")
         with whole_file(os.path.join(out, "search.json")) as part:
             write_rows(part, rows, torch.device("cpu"))  # rows have their own device
-    save_figure(draw(rows, budget), os.path.join(out, "search.png"), "give another --out")
+    save_figure(draw_search(rows, budget), os.path.join(out, "search.png"), "give another --out")
     print("", *lines, "", f"written: {out}/table.md, search.json, search.png", sep="\n")
 
 
 def dotted(seven):
-    """Such as 0.5 0 0.5 · 0 0.5 0.5 · 0."""
+    """Such as 0.5 0 0.5 · 0 0.5 0.5 · 0; "" of None."""
+    if seven is None:
+        return ""
     shown = [f"{each:g}" for each in seven]
     return " · ".join((" ".join(shown[:3]), " ".join(shown[3:6]), shown[6]))
 
@@ -50,13 +52,22 @@ COLUMNS = {
     "val loss": lambda row: f"{row['loss']:.4f}", "trial": lambda row: row["trial"],
     "θ = α β γ · δ ε φ · ρ": lambda row: dotted(row["theta"]), "sizes of d → d": lambda row: dotted(row["sizes"]),
     "structure": lambda row: row["structure"], "experts": lambda row: row["experts"] if row["experts"] > 1 else "",
-    "ω": lambda row: f"{row['omega']:.2f}", "ψ": lambda row: f"{row['psi']:.2f}", "ν": lambda row: f"{row['nu']:.2f}",
+    "ω": lambda row: two_digits(row["omega"]), "ψ": lambda row: two_digits(row["psi"]), "ν": lambda row: two_digits(row["nu"]),
     "d": lambda row: row["d_model"], "parameters": lambda row: short(row["parameters"]),
     "steps": lambda row: row["steps"],
 }  # fmt: skip
 
 
-def table(rows, budget, most=15):
+def two_digits(value):
+    return "" if value is None else f"{value:.2f}"
+
+
+def placed(rows):
+    """Those that have a place in the taxonomy: not three cores and more, nor layers of a user's own."""
+    return [row for row in rows if row["nu"] is not None]
+
+
+def table_of_trials(rows, budget, most=15):
     """Lines of Markdown: what was done, the best, and how the loss goes with ω, ψ and ν."""
     best, (at, scored) = ranked(rows), comparable(rows, budget)
     early, failed = (sum(row["state"] == state for row in rows) for state in ("pruned", "fail"))
@@ -67,6 +78,7 @@ def table(rows, budget, most=15):
     yield from ("", f"| | {' | '.join(COLUMNS)} |", "|" + "---|" * (1 + len(COLUMNS)))
     for i, row in enumerate(best[:most], 1):
         yield f"| {' | '.join(str(cell) for cell in (i, *(column(row) for column in COLUMNS.values())))} |"
+    scored = placed(scored)
     losses = [row["losses"][at] for row in scored]
     correlations = {name[0]: rank_correlation([row[key] for row in scored], losses) for key, name in AXES.items()}
     shown = (f"{name} {'constant' if math.isnan(value) else f'{value:+.2f}'}" for name, value in correlations.items())
@@ -82,7 +94,7 @@ def rank_correlation(x, y):
     for values in (x, y):
         _, index, counts = np.unique(values, return_inverse=True, return_counts=True)
         ranks.append((np.cumsum(counts) - (counts - 1) / 2)[index])
-    return math.nan if any(np.ptp(each) == 0 for each in ranks) else float(np.corrcoef(*ranks)[0, 1])
+    return math.nan if len(x) == 0 or any(np.ptp(each) == 0 for each in ranks) else float(np.corrcoef(*ranks)[0, 1])
 
 
 def by_place(rows, axes):
@@ -100,7 +112,7 @@ def by_place(rows, axes):
     return sorted(places, key=len, reverse=True)
 
 
-def draw(rows, budget):
+def draw_search(rows, budget):
     """A figure: what was tried in (ω, ψ, ν), coloured by loss, and the best so far."""
     import matplotlib
 
@@ -110,6 +122,7 @@ def draw(rows, budget):
     best, (at, scored) = ranked(rows), comparable(rows, budget)
     losses = np.array([row["losses"][at] for row in scored])
     colour = {"cmap": "viridis", "vmin": losses.min(), "vmax": np.quantile(losses, 0.9)}
+    scored = placed(scored)
     figure, panels = plt.subplots(2, 2, figsize=(13, 10), layout="constrained")
     for panel, axes in zip(panels.flat, (("omega", "psi"), ("omega", "nu"), ("psi", "nu"))):
         best_here = {row["trial"]: str(number) for number, row in enumerate(best[:3], 1)}
@@ -126,7 +139,8 @@ def draw(rows, budget):
         panel.set(xlabel=AXES[axes[0]], ylabel=AXES[axes[1]])
         panel.margins(0.08)
     label = f"validation loss at evaluation {at} of {budget['evaluations']} (nats a token)"
-    figure.colorbar(points, ax=panels, label=label, extend="max", aspect=40)
+    if scored:
+        figure.colorbar(points, ax=panels, label=label, extend="max", aspect=40)
     panel, whole = panels[1, 1], sorted(best, key=lambda row: row["trial"])
     if whole:
         trials, ends = [row["trial"] for row in whole], [row["loss"] for row in whole]

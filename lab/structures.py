@@ -14,7 +14,7 @@ from theta import NAMED_THETAS, check_theta, factor_sizes, multiplications, num_
 
 
 @dataclass
-class Config:
+class StructuresConfig:
     d_in: int = 1024  # width of the input
     d_out: int = 1024  # width of the output
     theta: tuple | None = None  # seven exponents (alpha beta gamma delta epsilon phi rho); None: the named structures
@@ -132,7 +132,7 @@ def plot_taxonomy(png):
 
 
 def main(argv):
-    config = load_config(Config, argv)
+    config = load_config(StructuresConfig, argv)
     if config.plot:
         path = "taxonomy.png" if config.plot is True else config.plot
         try:
@@ -148,6 +148,6 @@ def main(argv):
         print("\n".join(describe_theta(config.d_in, config.d_out, config.theta)))
 
 
-def run():
+def run_command():
     """The command of einsum_linear.py."""
     as_script(main)

@@ -11,13 +11,12 @@ files that come first; `script`, "vision/train.py" say; `fit`, options of `lab.s
 runs are finished; and `small`, a dict of these names: its `common` is laid over the other, the rest stands instead.
 
 Runs go in the order of the list. A run's folder is out/sweeps/NAME/ (NAME_small/ of the small version) and what tells
-it apart. A run is finished when its log has its last step; one that was interrupted goes on from its checkpoint. So the
+it apart. A run is finished when its log has its last step; one that was interrupted resumes from its checkpoint. So the
 same command again does what is left. Small runs take longer to start and compile than to train: with --jobs several do
 so side by side on a GPU, and train one after the other, so that their seconds are their own. On a CPU they train side
 by side, and the fit leaves seconds out.
 """
 
-import ast
 import json
 import os
 import runpy
@@ -29,12 +28,12 @@ import time
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from configurator import ConfigError, as_script, load_config
+from configurator import ConfigError, as_script, load_config, split_options, split_words
 from engine.runlog import read_log
 
 
 @dataclass
-class Config:
+class SweepConfig:
     small: bool = False  # the sweep file's small version
     common: str = ""  # options for all runs, laid over the file's: --common="--data_dir=data/mine --max_steps=500"
     jobs: int = 1  # runs at a time on every GPU, of which one trains and the others start; or on the CPU
@@ -81,7 +80,7 @@ def read_sweep(path, small=False, common="", out=None):
     script = values.get("script", "train.py")
     if not os.path.isfile(script):
         raise ConfigError(f"{path}: script={script!r} is no file here: give train.py, vision/train.py or another")
-    added = parse_options(common)
+    added = split_options("common", common)
     for key in added:
         if key == "out_dir" or any(key in run for run in runs):
             remedy = "give --out" if key == "out_dir" else f"change it in {path}"
@@ -92,7 +91,7 @@ def read_sweep(path, small=False, common="", out=None):
         if name in named:
             raise ConfigError(f"{path}: two runs are the same, {name}: leave one out, or give them different seeds")
         named[name] = {**values.get("common", {}), **run, **added, "out_dir": os.path.join(out, name)}
-    return Sweep(named, script, shlex.split(values.get("config", "")), values.get("fit"))
+    return Sweep(named, script, split_words(f"{path}: config", values.get("config", "")), values.get("fit"))
 
 
 def small_version(path, values):
@@ -104,20 +103,6 @@ def small_version(path, values):
         if key not in SMALL:
             raise ConfigError(f"{path}: small has {key!r}, which is unknown: it may have {', '.join(SMALL)}")
     return {**values, **small, "common": {**values.get("common", {}), **small.get("common", {})}}
-
-
-def parse_options(text):
-    """'--key=value …' -> {key: value}; a value that is no Python literal is text."""
-    options = {}
-    for word in shlex.split(text):
-        key, equals, value = word.removeprefix("--").partition("=")
-        if not (word.startswith("--") and equals):
-            raise ConfigError(f"common={text!r}: {word!r} is no option, write each as --key=value")
-        try:
-            options[key] = ast.literal_eval(value)
-        except (ValueError, SyntaxError):
-            options[key] = value
-    return options
 
 
 def run_names(runs):
@@ -136,7 +121,8 @@ def _word(key, value):
     return "".join(character if character.isalnum() or character in "._-" else "-" for character in text)
 
 
-def command(sweep, name):
+def command_of(sweep, name):
+    """The words that start a run of the sweep, or resume it."""
     words = [f"--{key}={value}" for key, value in sweep.runs[name].items()]
     return [sys.executable, "-m", module_of(sweep.script), *sweep.configs, *words, "--resume"]
 
@@ -144,11 +130,11 @@ def command(sweep, name):
 def is_finished(options):
     """Whether the run's log has its last step: that of the options, else that of the config.json it wrote."""
     rows = read_log(os.path.join(options["out_dir"], "log.jsonl"))
-    last = options.get("max_steps") or written(options).get("max_steps")
+    last = options.get("max_steps") or options_written(options).get("max_steps")
     return bool(rows) and isinstance(last, (int, float)) and rows[-1]["step"] >= last
 
 
-def written(options):
+def options_written(options):
     """The options that the run in this folder had, {} where it did not say."""
     try:
         with open(os.path.join(options["out_dir"], "config.json")) as file:
@@ -162,12 +148,12 @@ def say_what_differs(runs):
     """Finished runs stay as they are: say so of those that had other options than they would have now."""
     others = []
     for name, options in runs.items():
-        had, wants = written(options), json.loads(json.dumps(options))
+        had, wants = options_written(options), json.loads(json.dumps(options))
         had = {key: had.get(key, wants[key]) for key in wants if key != "out_dir"}
         keys = [key for key in had if had[key] != wants[key] and str(had[key]) != str(wants[key])]  # --data_dir=2024
         others += [f"{name} {keys[0]}={had[keys[0]]!r}, not {wants[keys[0]]!r}"] if keys else []
     if others:
-        print(f"note: {len(others)} of these had other options, {others[0]}: another --out does them anew")
+        print(f"note: {len(others)} of these had other options, {others[0]}: another --out trains them again")
 
 
 def gpus_to_use(most=None):
@@ -207,7 +193,7 @@ def run_all(todo, sweep, slots):
                     turn = os.path.join(os.path.dirname(folder), f"gpu{slot}.turn")
                     env |= {"CUDA_VISIBLE_DEVICES": slot, "GPU_TURN": turn}
                 with open(os.path.join(folder, "train.log"), "a") as log:
-                    process = subprocess.Popen(command(sweep, name), stdout=log, stderr=subprocess.STDOUT, env=env)
+                    process = subprocess.Popen(command_of(sweep, name), stdout=log, stderr=subprocess.STDOUT, env=env)
                 running[name] = process, slot, time.monotonic()
             time.sleep(0.1)
             for name, (process, slot, start) in list(running.items()):
@@ -229,13 +215,13 @@ def run_all(todo, sweep, slots):
             process.send_signal(signal.SIGINT)  # each saves and ends
         for process, _, _ in running.values():
             process.wait()
-        raise SystemExit("stopped: the same command goes on") from None
+        raise SystemExit("stopped: the same command resumes") from None
     return failed
 
 
 def main(argv):
     files = [word for word in argv if word.endswith(".py") and not word.startswith("--")]
-    config = load_config(Config, [word for word in argv if word not in files])
+    config = load_config(SweepConfig, [word for word in argv if word not in files])
     if len(files) != 1:
         raise ConfigError("lab.sweep: give one sweep file, such as config/sweeps/quickstart.py")
     sweep = read_sweep(files[0], config.small, config.common, config.out)
@@ -244,7 +230,7 @@ def main(argv):
         raise ConfigError(f"only={config.only!r} is in no run's name, such as {next(iter(sweep.runs))}")
     todo = [name for name in chosen if not is_finished(sweep.runs[name])]
     if config.commands:
-        print(*(shlex.join(command(sweep, name)) for name in todo), sep="\n")
+        print(*(shlex.join(command_of(sweep, name)) for name in todo), sep="\n")
         return
     gpus = gpus_to_use(config.gpus)
     slots = (gpus or [None]) * config.jobs
@@ -263,16 +249,19 @@ def main(argv):
     if sweep.fit is not None and left:
         print(f"{left} of the sweep's {len(sweep.runs)} runs are left: the fit follows when all are finished")
     elif sweep.fit is not None:
-        raise SystemExit(fit(sweep, folder))
+        raise SystemExit(fit_runs(sweep, folder))
 
 
-def fit(sweep, folder):
-    """lab.scaling_laws fit of all runs -> its exit status."""
-    words = [options["out_dir"] for options in sweep.runs.values()] + [f"--out={os.path.join(folder, 'fit')}"]
+def fit_runs(sweep, folder):
+    """lab.scaling_laws fit of all runs -> its exit status. The config files may define the runs' structures."""
+    words = [*sweep.configs, *(options["out_dir"] for options in sweep.runs.values())]
+    words.append(f"--out={os.path.join(folder, 'fit')}")
     if os.path.exists(os.path.join(folder, SHARED)):
         print(f"note: runs shared the CPU ({folder}/{SHARED}): no fit of their seconds", flush=True)
         words.append("--costs=flops,parameters")
-    return subprocess.run([sys.executable, "-m", "lab.scaling_laws", "fit", *words, *shlex.split(sweep.fit)]).returncode
+    return subprocess.run(
+        [sys.executable, "-m", "lab.scaling_laws", "fit", *words, *split_words("fit", sweep.fit)]
+    ).returncode
 
 
 if __name__ == "__main__":

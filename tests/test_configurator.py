@@ -9,7 +9,17 @@ from typing import Literal
 
 import pytest
 
-from configurator import ConfigError, RunFailed, UnusedOption, as_script, help_text, load_config
+from configurator import (
+    ConfigError,
+    RunFailed,
+    UnusedOption,
+    as_script,
+    help_text,
+    load_config,
+    read_config_file,
+    split_configs,
+    split_options,
+)
 from conftest import ROOT
 
 
@@ -146,7 +156,8 @@ def test_help_lists_every_option_with_default_and_comment(capsys):
 @pytest.mark.parametrize(
     "where",
     ["train.TrainConfig", "vision.train.ImageTrainConfig", "vision.regression.RegressionConfig",
-     "prepare_owt", "sample", "lab.convert", "lab.search", "lab.sweep", "lab.structures", "lab.mup_check.CoordsConfig",
+     "prepare_owt", "sample", "lab.convert.ConvertConfig", "lab.search.SearchConfig",
+     "lab.sweep.SweepConfig", "lab.structures.StructuresConfig", "lab.mup_check.CoordsConfig",
      "lab.mup_check.LandscapeConfig", "lab.scaling_laws.PlotConfig", "lab.scaling_laws.FitConfig", "lab.bench.StepConfig",
      "lab.bench.SampleBenchConfig", "lab.bench.DataConfig", "lab.bench_layers.LayersConfig", "lab.bench_layers.MixturesConfig"],
 )  # fmt: skip
@@ -169,6 +180,36 @@ def test_ctrl_c_that_nobody_caught_is_one_line(capsys):
     with pytest.raises(SystemExit) as end:
         as_script(interrupted)
     assert end.value.code == 130 and capsys.readouterr().err == "stopped\n"
+
+
+def test_a_config_file_may_define_functions_and_classes_which_are_no_options(config_file):
+    path = config_file(
+        "import math\nfrom math import pi\ndef f(): return g()\ndef g(): return pi\nclass C: made = f()\nlr = f()\n"
+    )
+    assert read_config_file(path) == {"pi": 3.141592653589793, "lr": 3.141592653589793}
+    function = sys.modules["config_file_" + re.sub(r"\W", "_", path)].f
+    assert function() and importlib.import_module(function.__module__).f is function  # as torch.compile looks it up
+
+
+@pytest.mark.parametrize(
+    "text, configs",
+    [
+        ("", []),
+        ("config/a.py --rank=2;config/b.py", [["config/a.py", "--rank=2"], ["config/b.py"]]),
+        (" --a='x;y' ; ;--t \".5 0\" #;", [["--a=x;y"], ["--t", ".5 0", "#"]]),
+        ("--overrides=\"{'ffn': 'btt'}\"", [["--overrides={'ffn': 'btt'}"]]),
+    ],
+)
+def test_several_configs_in_one_option_are_split_as_a_shell_splits_them(text, configs):
+    assert split_configs("against", text) == configs
+
+
+def test_options_in_one_option():
+    got = split_options("common", "--a=1 --b 2.5 --c --d='x y' --e=None --f=2024-05 --g='{\"h\": 1}'")
+    assert got == {"a": 1, "b": 2.5, "c": True, "d": "x y", "e": None, "f": "2024-05", "g": {"h": 1}}
+    for text, message in (("a=1", "'a=1' is no option, write each as --key=value"), ("--a='1", "close the quotes")):
+        with pytest.raises(ConfigError, match=f"common=.*{message}"):
+            split_options("common", text)
 
 
 @dataclass

@@ -19,6 +19,7 @@ from data import CharTokenizer
 from einsum_linear import make_linear
 from engine import checkpoint, runlog
 from kernels import btt as btt_kernels
+from kernels import grouped
 from kernels.common import gelu
 from lab import convert
 from lab.mup_check import CoordsConfig, coordinate_check, largest_spread, parse_structure
@@ -144,9 +145,9 @@ def test_nothing_is_computed_for_experts_that_are_not_picked():
         x, W, ends = torch.randn(3, 50, 8), torch.randn(3, E_, 8, 5), torch.randint(51, (E_,)).sort().values
         ends[-1] = 50
         with FlopCounterMode(display=False) as counter:
-            moe.products_by_loop(x, W, ends)
+            grouped.products_by_loop(x, W, ends)
         assert counter.get_total_flops() == 2 * 3 * 50 * 8 * 5
-        assert moe.tiles(50, ends)[0].shape == (50 // moe.TILE + E_,)
+        assert grouped.tiles(50, ends)[0].shape == (50 // grouped.TILE + E_,)
 
 
 @pytest.mark.parametrize("counts", [(70, 0, 64, 1), (0, 0, 0, 3), (1, 0, 0, 0), (128, 64, 0, 65)], ids=str)
@@ -154,11 +155,13 @@ def test_tiles_equal_the_loop(counts):
     """The way of GPUs that have no grouped GEMM for these shapes. Its sizes depend on the number of rows alone."""
     m, ends = sum(counts), torch.tensor(counts).cumsum(0)
     x, dy, W = torch.randn(3, m, 5).double(), torch.randn(3, m, 6).double(), torch.randn(3, E, 5, 6).double()
-    torch.testing.assert_close(moe.products_by_tiles(x, W, ends), moe.products_by_loop(x, W, ends))
-    torch.testing.assert_close(moe.gradients_by_tiles(x, dy, ends), moe.gradients_by_loop(x, dy, ends))
-    expert, place = moe.tiles(m, ends)
-    assert len(expert) == m // moe.TILE + E and len(place.unique()) == m and place.max() < len(expert) * moe.TILE
-    assert (expert[place // moe.TILE] == torch.repeat_interleave(torch.tensor(counts))).all()
+    torch.testing.assert_close(grouped.products_by_tiles(x, W, ends), grouped.products_by_loop(x, W, ends))
+    torch.testing.assert_close(grouped.gradients_by_tiles(x, dy, ends), grouped.gradients_by_loop(x, dy, ends))
+    expert, place = grouped.tiles(m, ends)
+    assert (
+        len(expert) == m // grouped.TILE + E and len(place.unique()) == m and place.max() < len(expert) * grouped.TILE
+    )
+    assert (expert[place // grouped.TILE] == torch.repeat_interleave(torch.tensor(counts))).all()
 
 
 def test_rows_are_sorted_by_expert():
@@ -221,7 +224,7 @@ def test_reports_by_hand():
     index = torch.tensor([[0, 2], [1, 0]])
     gate = logits.gather(1, index).softmax(dim=1)
     other = (index.flip(1), gate.flip(1).detach(), 2 * logits)  # a router beside it, which changes nothing
-    row = moe.report([(index, gate.detach(), logits), other])[0]
+    row = moe.router_reports([(index, gate.detach(), logits), other])[0]
     p, g = logits.detach().softmax(dim=1), gate.detach()
     load = [2 / 4, 1 / 4, 1 / 4]
     balance = 3 * sum(f * mean for f, mean in zip(load, p.mean(dim=0).tolist()))

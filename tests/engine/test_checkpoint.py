@@ -204,8 +204,8 @@ def test_cores_of_other_sizes_are_refused_in_a_line_that_says_why(tmp_path, monk
     old = {(128, 128): Sizes(8, 16, 1, 16, 8, 1, 1)}
     with monkeypatch.context() as patch:
         now = theta.STRUCTURES["kronecker"]
-        earlier = lambda d_in, d_out, options: old.get((d_in, d_out)) or now[0](d_in, d_out, options)  # noqa: E731
-        patch.setitem(theta.STRUCTURES, "kronecker", (earlier, now[1]))
+        earlier = lambda d_in, d_out, options: old.get((d_in, d_out)) or now.function(d_in, d_out, options)  # noqa: E731
+        patch.setitem(theta.STRUCTURES, "kronecker", now._replace(function=earlier))
         model = GPT(GPTConfig(**options))
     assert rank_of(model.blocks[0].attn.q.sizes) == 64
     state = {"model": model.state_dict(), "optimizer": {}, "step": 1, "config": options, "meta": {}}

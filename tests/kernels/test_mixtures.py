@@ -6,10 +6,11 @@ import pytest
 import torch
 
 from conftest import run_interpreted
+from kernels import common
 from kernels import moe as moe_kernels
 from kernels import routing as route_kernels
 from kernels.btt import BTTSizes
-from kernels.moe import btt_mixture, fits, routed_btt_mixture, router_fits
+from kernels.moe import btt_mixture, kernels_fit, routed_btt_mixture, router_fits, way_for
 from kernels.routing import make_plan, route, set_tables
 from moe import Router, pick
 
@@ -135,13 +136,26 @@ def check_plan(n, num_experts, k, tokens):
     assert (plan.token[plan.set_tiles[-1] * tokens :] == -1).all()
 
 
+def test_one_function_says_how_a_mixture_is_computed(monkeypatch):
+    sizes, low_rank = layer_sizes(1024, 1024, 1), BTTSizes(1, 1024, 1, 1024, 128)
+    half = torch.empty(4, 1024, dtype=torch.bfloat16)
+    assert way_for(half, sizes, 8, 2, own_router=True) == "grouped"  # on a CPU
+    monkeypatch.setattr(common, "runs_triton", lambda x: True)  # as on a GPU
+    assert way_for(half, sizes, 8, 2, own_router=True) == "routed"
+    assert way_for(half, sizes, 8, 2, own_router=False) == "picked"
+    assert way_for(half, low_rank, 8, 2, own_router=True) == "picked"  # its kernels have no room for the router
+    assert way_for(half, sizes, 17, 1, own_router=True) == "picked"
+    assert way_for(half, sizes, 64, 4, own_router=True) == "grouped"
+    assert way_for(half.float(), sizes, 8, 2, own_router=True) == "grouped"
+
+
 def test_which_layers_fit():
-    assert fits(layer_sizes(1024, 1024, 1), 8, 2) and fits(layer_sizes(4096, 4096, 1), 16, 2)
-    assert not fits(layer_sizes(1024, 1024, 1), 64, 4)  # too many sets of experts
-    assert not fits(layer_sizes(4096, 4096, 4), 8, 2)  # too many rows of z
-    assert not fits(BTTSizes(4, 4096, 4, 256, 8), 8, 2)  # too much of a core for a program
-    assert not fits(BTTSizes(2, 1024, 2, 1024, 1), 8, 2)  # too wide tiles of x and dy
-    assert fits(BTTSizes(1, 4096, 1, 4096, 512), 8, 2)  # low rank goes through it in parts
+    assert kernels_fit(layer_sizes(1024, 1024, 1), 8, 2) and kernels_fit(layer_sizes(4096, 4096, 1), 16, 2)
+    assert not kernels_fit(layer_sizes(1024, 1024, 1), 64, 4)  # too many sets of experts
+    assert not kernels_fit(layer_sizes(4096, 4096, 4), 8, 2)  # too many rows of z
+    assert not kernels_fit(BTTSizes(4, 4096, 4, 256, 8), 8, 2)  # too much of a core for a program
+    assert not kernels_fit(BTTSizes(2, 1024, 2, 1024, 1), 8, 2)  # too wide tiles of x and dy
+    assert kernels_fit(BTTSizes(1, 4096, 1, 4096, 512), 8, 2)  # low rank goes through it in parts
 
 
 def test_kernels_in_the_interpreter():
@@ -295,7 +309,7 @@ def test_errors_on_a_gpu(sizes, num_experts, k, n):
     inputs = (*example(sizes, n, num_experts, k, torch.bfloat16, "cuda"), num_experts)
     assert max(errors(*inputs)) <= 5e-3
     assert all(torch.equal(a, b) for a, b in zip(results(*inputs), results(*inputs)))
-    if router_fits(sizes, num_experts, k):
+    if kernels_fit(sizes, num_experts, k) and router_fits(sizes, num_experts):
         for after_gelu in (False, True):
             found = routed_errors(sizes, n, num_experts, k, torch.bfloat16, "cuda", after_gelu=after_gelu)
             assert max(found) <= 5e-3

@@ -121,7 +121,7 @@ def test_mistakes_are_found_before_the_work(monkeypatch, bench, words, message):
         LandscapeConfig,
         PlotConfig,
         FitConfig,
-        sweep.Config,
+        sweep.SweepConfig,
     ],
 )
 def test_names_of_files_and_folders_may_look_like_numbers(Config):
@@ -141,8 +141,8 @@ def test_sizes_fit_the_device(monkeypatch, capsys, tmp_path):
             raise KeyboardInterrupt
         return [{"layer": f"{d_in}-{d_out}:{rank}"}]
 
-    monkeypatch.setattr("bench_layers.time_layer", time_layer)
-    monkeypatch.setattr("bench_layers.format_row", str)
+    monkeypatch.setattr("lab.bench_layers.time_layer", time_layer)
+    monkeypatch.setattr("lab.bench_layers.format_row", str)
     with pytest.raises(KeyboardInterrupt):
         bench_layers(["--device=cpu", f"--json={tmp_path}/rows.json"])
     assert seen == [(256, 256, 1, 2048), (512, 512, 1, 2048), (512, 512, 4, 2048)]

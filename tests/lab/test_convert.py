@@ -42,7 +42,7 @@ def save_run(folder, **options):
     """A checkpoint of ours of a random model, as train.py would leave it -> the model."""
     model = randomised(GPT(GPTConfig(**{**SHAPE, **options})))
     meta = dict(tokenizer="char96", vocab_size=96, dtype="uint8")
-    convert.save_converted(model, meta, load_config(convert.Config, ["--source=chance", f"--out_dir={folder}"]))
+    convert.save_converted(model, meta, load_config(convert.ConvertConfig, ["--source=chance", f"--out_dir={folder}"]))
     return model
 
 
@@ -206,7 +206,7 @@ def test_full_rank_computes_the_same(parametrization, bias, idx, tmp_path):
     with torch.no_grad():
         source.blocks[0].attn.q.weight *= 20  # far beyond the cap
     argv = [f"--source={tmp_path / 'dense'}", "--out_dir=none", "--structure=low_rank", "--rank=36"]
-    target, errors = convert.convert(source, load_config(convert.Config, argv))
+    target, errors = convert.convert(source, load_config(convert.ConvertConfig, argv))
     assert max(errors.values()) < 1e-5 and not hasattr(target.lm_head, "weight")
     with torch.no_grad():
         torch.testing.assert_close(target(idx)[0], source(idx)[0], atol=1e-3, rtol=1e-3)
@@ -272,7 +272,7 @@ def test_padded_vocabulary_keeps_logits_and_costs_little(idx, tmp_path, capsys):
         source.final_norm.bias += 5
         source.token_embedding.weight -= 1  # the tied head's: about -180 to every logit
     argv = [f"--source={tmp_path / 'dense'}", "--out_dir=none", "--structure=dense", "--vocab_size=108"]
-    target, _ = convert.convert(source, load_config(convert.Config, argv))
+    target, _ = convert.convert(source, load_config(convert.ConvertConfig, argv))
     with torch.no_grad():
         (ours, loss), (theirs, before) = target(idx, idx.roll(-1, 1)), source(idx, idx.roll(-1, 1))
     assert theirs.max() < -100 and ours.shape == (3, 32, 108)
@@ -293,7 +293,7 @@ def test_padded_vocabulary_keeps_logits_and_costs_little(idx, tmp_path, capsys):
 
 def test_the_vocabulary_of_gpt2_is_padded_to_a_width_that_factors():
     model = GPT(GPTConfig(**{**SHAPE, "vocab_size": 50257}, structure="dense"))
-    config = load_config(convert.Config, ["--source=new", "--out_dir=none", "--structure=btt"])
+    config = load_config(convert.ConvertConfig, ["--source=new", "--out_dir=none", "--structure=btt"])
     with pytest.raises(ConfigError, match="--vocab_size=50304$"):
         convert.make_target(model.config, config)
 
@@ -321,7 +321,7 @@ def own(lacks):
 
         return make
 
-    return function, ()
+    return theta.Structure(function)
 
 
 def test_a_structure_without_load_dense_or_materialize_is_one_line(monkeypatch, tmp_path):
@@ -343,7 +343,7 @@ def test_a_structure_without_load_dense_or_materialize_is_one_line(monkeypatch, 
 def test_a_zero_head_stays_zero(tmp_path, idx):
     model = GPT(GPTConfig(**SHAPE, structure="dense"))  # muP: zero at the start
     argv = ["--source=new", "--out_dir=none", "--structure=low_rank", "--rank=2"]
-    target, errors = convert.convert(model.eval(), load_config(convert.Config, argv))
+    target, errors = convert.convert(model.eval(), load_config(convert.ConvertConfig, argv))
     assert errors["lm_head"] == 0 and not target(idx)[0].any()
 
 

@@ -221,7 +221,7 @@ def edit_json(path, **changes):
 
 
 def test_a_structure_of_the_users_own_is_a_group_without_a_place(tmp_path, monkeypatch):
-    monkeypatch.setitem(theta.STRUCTURES, "mine", theta.STRUCTURES["btt"])
+    monkeypatch.setitem(theta.STRUCTURES, "mine", theta.STRUCTURES["btt"]._replace(theta=None))
     runs = write_runs(tmp_path, sizes=2)
     for i in range(2):
         edit_json(tmp_path / f"btt{i}" / "config.json", structure="mine", knob={"a": None})

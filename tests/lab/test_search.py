@@ -49,17 +49,17 @@ def draws(space, number, kind="random", study=None):
 @pytest.mark.parametrize("space", [search.Space(), search.Space(max_rank=0.25), search.Space(experts=(1, 4, 8))])
 def test_points_are_structures_each_met_once_and_none_dearer_than_dense(space):
     points = list(draws(space, 300))
-    for theta, experts in points:
+    for theta, experts, _ in points:
         a, b, _, d, e, _, r = check_theta(theta)
         assert a >= b and r <= space.max_rank
         assert taxonomy(theta)[2] <= 1 + 0.002  # three decimals
         assert experts in space.experts and (experts == 1 or b == d == 0)
         assert all(exponent == round(exponent, 3) for exponent in theta)
-    assert {experts for _, experts in points} == set(space.experts)
+    assert {point.experts for point in points} == set(space.experts)
 
 
 def test_points_are_uniform_on_the_triangles():
-    thetas = np.array([theta for theta, _ in draws(search.Space(), 2000)])
+    thetas = np.array([point.theta for point in draws(search.Space(), 2000)])
     folded = np.sort(thetas[:, :2])  # α and β as a point of the whole triangle, but for their order
     for three in (np.column_stack((folded, thetas[:, 2])), thetas[:, 3:6]):
         # of a uniform point each exponent is above 1/2 with probability 1/4, and its mean is 1/3
@@ -77,7 +77,7 @@ def test_the_ends_of_the_numbers_are_structures():
 
 
 def test_models_use_up_the_budget():
-    config = load_config(search.Config, [*SMALL, "--experts=1,4", "--top_k=1"])
+    config = load_config(search.SearchConfig, [*SMALL, "--experts=1,4", "--top_k=1"])
     budget = search.meta_model(config).flops_per_token()
     dense = train.TrainConfig(**search.train_options(config, {"structure": "dense"}))
     assert budget == GPT(dense).flops_per_token()
@@ -103,7 +103,7 @@ def test_models_use_up_the_budget():
 
 
 def test_what_the_budget_has_no_model_for_is_a_misfit():
-    config = load_config(search.Config, [*SMALL, "--max_width=64"])
+    config = load_config(search.SearchConfig, [*SMALL, "--max_width=64"])
     budget = search.meta_model(config).flops_per_token()
     with pytest.raises(search.Misfit, match="max_width=64 uses half to all"):
         search.fit_model(config, search.Point((0.5, 0.5, 0, 0.5, 0.5, 0, 0), 1), budget)  # far too cheap at width 64
@@ -112,7 +112,7 @@ def test_what_the_budget_has_no_model_for_is_a_misfit():
 def test_sizes_have_the_place_and_the_name_of_their_structure():
     named = {name: factor_sizes(4096, 4096, theta) for name, theta in NAMED_THETAS.items()}
     for name, sizes in named.items():
-        assert search.place_of(sizes) == pytest.approx(taxonomy(NAMED_THETAS[name]), abs=1e-4), name
+        assert search.place_of_sizes(sizes) == pytest.approx(taxonomy(NAMED_THETAS[name]), abs=1e-4), name
     assert [search.name_of(sizes) for sizes in named.values()] == [
         "low-rank, rank 64", "low-rank, rank 512", "Kronecker", "TT, rank 8", "BTT, rank 1", "BTT, rank 8",
         "BTT family, rank 1", "BTT family, rank 1", "", "dense",
@@ -129,7 +129,7 @@ D = 4096
 
 def made_up_loss(sizes):
     """A scaling law: with the FLOPs of a dense D × D layer the width is D^(2 / (1 + ν)); sharing and low rank cost."""
-    omega, psi, nu = search.place_of(sizes)
+    omega, psi, nu = search.place_of_sizes(sizes)
     return 1.5 + 3 * (D ** (2 / (1 + nu))) ** -0.12 + omega + (1 - psi)
 
 
@@ -223,7 +223,7 @@ def test_failures_do_not_count_but_too_many_end_the_search():
         def objective(trial, point, slot):
             calls.append(trial.number)
             if bad(len(calls)):
-                raise search.Failed("it blew up")
+                raise search.TrialFailed("it blew up")
             yield None
             return 1.0
 
@@ -238,7 +238,7 @@ def test_failures_do_not_count_but_too_many_end_the_search():
         search.search(optuna.create_study(), search.Space(), fails(lambda n: True), 4, "random")
     assert len(calls) == search.FAILURES
     with pytest.raises(ConfigError, match="50 points in a row have no new model of this budget"):
-        seen = {factor_sizes(D, D, theta) for theta, _ in draws(search.Space(), 1)}
+        seen = {factor_sizes(D, D, point.theta) for point in draws(search.Space(), 1)}
         study.sampler = optuna.samplers.RandomSampler(seed=0)
 
         class Same(search.Space):
@@ -294,7 +294,7 @@ def test_only_trials_whose_search_is_gone_are_taken_over(monkeypatch):
         search.Space().draw(trial)
         if owner:
             trial.set_user_attr("owner", owner)
-    search.recover(study, running={})
+    search.recover_trials(study, running={})
     states = [trial.state.name for trial in study.trials]
     assert states[:6] == ["FAIL" if taken else "RUNNING" for _, taken in owners.values()]
     assert states[6:] == ["WAITING"] * 3
@@ -305,7 +305,7 @@ def test_a_trial_that_another_machine_took_is_let_go():
 
     def objective(trial, point, slot):
         if trial.number == 0:
-            study.tell(0, state=optuna.trial.TrialState.FAIL)  # as by put_back of another machine
+            study.tell(0, state=optuna.trial.TrialState.FAIL)  # as by put_back_trial of another machine
         yield 1, 1.0
         return 1.0
 
@@ -325,7 +325,7 @@ def test_rank_correlation():
 
 @pytest.mark.parametrize("pruner", [None, halving()])
 def test_report(tmp_path, capsys, pruner):
-    config = load_config(search.Config, [*SMALL, "--experts=1,4", "--n_layer=1"])
+    config = load_config(search.SearchConfig, [*SMALL, "--experts=1,4", "--n_layer=1"])
     budget = search.meta_model(config).flops_per_token()
     study = optuna.create_study(pruner=pruner or optuna.pruners.NopPruner())
     study.set_user_attr("budget", {"flops": 1e13, "evaluations": 3})
@@ -334,7 +334,7 @@ def test_report(tmp_path, capsys, pruner):
         _, figures = search.fit_model(config, point, budget)
         trial.set_user_attr("model", {**figures, "command": "python train.py", "device": "some GPU", "torch": "2"})
         if trial.number == 3:
-            raise search.Failed("it blew up")
+            raise search.TrialFailed("it blew up")
         for evaluation in (1, 2):
             yield evaluation, 1 + figures["omega"] + 1 / evaluation
         return 1 + figures["omega"]
@@ -344,7 +344,7 @@ def test_report(tmp_path, capsys, pruner):
     shown = capsys.readouterr().out.strip().split("\n")
     assert len(shown) == 10 and sum("FAILED: it blew up" in line for line in shown) == 1
     assert shown[-1].startswith("9/9 trial") and "left" in shown[-2]
-    search_report.report(search.make_rows(study), study.user_attrs["budget"], str(tmp_path))
+    search_report.write_report(search.make_rows(study), study.user_attrs["budget"], str(tmp_path))
     assert "| 1 | 1.0000 |" in capsys.readouterr().out
     text = (tmp_path / "table.md").read_text()
     listed = [float(line.split("|")[2]) for line in text.split("\n") if line.startswith("| ") and "loss" not in line]
@@ -369,7 +369,7 @@ def open_at_once(barrier, words, path):
     barrier.wait()
     with open(path, "w") as file:
         try:
-            study = search.open_study(load_config(search.Config, words))
+            study = search.open_study(load_config(search.SearchConfig, words))
             file.write(json.dumps([study._study_id, study.user_attrs["settings"]["lr"]]))
         except ConfigError as error:
             file.write(str(error))
@@ -387,7 +387,9 @@ def test_searches_that_start_together_on_a_new_database_share_it(tmp_path, stora
         processes[-1].start()
     for process in processes:
         process.join(60)
-    assert {(tmp_path / f"{i}.txt").read_text() for i in range(4)} == {f"[1, {load_config(search.Config, SMALL).lr}]"}
+    assert {(tmp_path / f"{i}.txt").read_text() for i in range(4)} == {
+        f"[1, {load_config(search.SearchConfig, SMALL).lr}]"
+    }
 
 
 def test_a_storage_that_cannot_be_opened_is_not_tried_again(monkeypatch):
@@ -417,7 +419,7 @@ def test_on_a_cpu_a_search_without_a_config_file_is_small_and_says_how_long(tmp_
 
 def test_what_halving_leaves_is_the_share_of_all_steps_that_is_trained():
     """Of 9 evaluations all trials do the first, a third two more, a ninth the other six."""
-    config = load_config(search.Config, [*SMALL, "--max_steps=900", "--eval_interval=100"])
+    config = load_config(search.SearchConfig, [*SMALL, "--max_steps=900", "--eval_interval=100"])
     assert search.share_trained(config) == pytest.approx((1 + 2 / 3 + 6 / 9) / 9)
     config.prune = 0
     assert search.share_trained(config) == 1
@@ -425,17 +427,17 @@ def test_what_halving_leaves_is_the_share_of_all_steps_that_is_trained():
 
 def test_what_a_refusal_offers_works(tmp_path):
     """Another study in the same folder is refused for its trials: only another folder is offered."""
-    first = load_config(search.Config, [*SMALL, f"--out={tmp_path}/a"])
+    first = load_config(search.SearchConfig, [*SMALL, f"--out={tmp_path}/a"])
     search.open_study(first)
     (tmp_path / "a" / "trial_0").mkdir()
     other = [*SMALL, "--lr=0.01"]
     with pytest.raises(ConfigError, match="make it that, or give another --out$"):
-        search.open_study(load_config(search.Config, [*other, f"--out={tmp_path}/a"]))
-    search.open_study(load_config(search.Config, [*other, f"--out={tmp_path}/b"]))
+        search.open_study(load_config(search.SearchConfig, [*other, f"--out={tmp_path}/a"]))
+    search.open_study(load_config(search.SearchConfig, [*other, f"--out={tmp_path}/b"]))
     shared = f"--storage=sqlite:///{tmp_path}/a/search.db"
     with pytest.raises(ConfigError, match="make it that, or give another --study and another --out$"):
-        search.open_study(load_config(search.Config, [*other, f"--out={tmp_path}/c", shared]))
-    search.open_study(load_config(search.Config, [*other, f"--out={tmp_path}/c", shared, "--study=other"]))
+        search.open_study(load_config(search.SearchConfig, [*other, f"--out={tmp_path}/c", shared]))
+    search.open_study(load_config(search.SearchConfig, [*other, f"--out={tmp_path}/c", shared, "--study=other"]))
 
 
 def test_places_of_the_picture():
@@ -450,15 +452,15 @@ def test_places_of_the_picture():
 
 def test_a_run_that_fails_and_one_that_outlived_its_search(tmp_path):
     folder = tmp_path / "trial_0"
-    config = load_config(search.Config, [*SMALL, "--data_dir=nowhere"])
+    config = load_config(search.SearchConfig, [*SMALL, "--data_dir=nowhere"])
     options = search.train_options(config, {"structure": "dense", "out_dir": str(folder)})
     folder.mkdir()
     held = open(folder / "train.log", "a")
-    assert search.lock(held)
+    assert search.lock_file(held)
     run = search.run_training(options, str(folder), None, 3)
     assert next(run) is None and next(run) is None and (folder / "train.log").read_text() == ""  # waits for the other
     held.close()
-    with pytest.raises(search.Failed, match=r"nowhere.*trial_0/train.log\)"):
+    with pytest.raises(search.TrialFailed, match=r"nowhere.*trial_0/train.log\)"):
         while next(run) is None:
             time.sleep(0.05)
 

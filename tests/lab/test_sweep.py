@@ -68,7 +68,7 @@ def test_runs_then_fit_and_then_nothing_is_left(path, tmp_path, capsys):
     before = log.read_bytes()
     sweep.main([*words[1:], "--commands"])
     left = capsys.readouterr().out.splitlines()
-    assert len(left) == 2 and all("train.py" in line and "--resume" in line for line in left)
+    assert len(left) == 2 and all("-m train" in line and "--resume" in line for line in left)
     done = run_forked(*words)
     assert done.returncode == 0 and "3 runs, 1 of them finished; 2 at a time" in done.stdout, done.stdout + done.stderr
     assert log.read_bytes() == before
@@ -102,7 +102,7 @@ def test_ctrl_c_twice_leaves_nothing_running_and_the_same_command_goes_on(path, 
         said, _ = process.communicate(timeout=120)
     finally:
         process.kill()
-    assert process.returncode == 1 and "stopped: the same command goes on" in said and "Traceback" not in said
+    assert process.returncode == 1 and "stopped: the same command resumes" in said and "Traceback" not in said
     steps = [row["step"] for row in read_rows(log.parent)]
     train_log = (log.parent / "train.log").read_text()
     assert "Traceback" not in train_log and 0 < steps[-1] < 100_000, train_log
@@ -173,7 +173,7 @@ def test_options_for_all_runs(tmp_path, capsys):
     assert "--d_model=128" in line and "--max_steps=7" in line and "'--data_dir=data/a b'" in line
     for text, message in (
         ("data/mine", "'data/mine' is no option, write each as --key=value"),
-        ("--save", "'--save' is no option"),
+        ("--save 'x", "close the quotes"),
         ("--d_model=8", "d_model is made run by run: change it in"),
         ("--out_dir=x", "out_dir is made run by run: give --out"),
     ):
@@ -220,7 +220,7 @@ def test_finished_runs_of_other_options_are_spoken_of(tmp_path, capsys):
     for steps, data in ((5, "a"), (6, "b")):
         leave_behind(tmp_path / f"max_steps{steps}", steps, max_steps=steps, data_dir=data, theta=[0.5, 0], out_dir="x")
     sweep.main([path, f"--out={tmp_path}", "--gpus=0"])
-    note = "note: 1 of these had other options, max_steps5 data_dir='a', not 'b': another --out does them anew"
+    note = "note: 1 of these had other options, max_steps5 data_dir='a', not 'b': another --out trains them again"
     assert capsys.readouterr().out.splitlines() == ["2 runs, 2 of them finished; 1 at a time", note]
 
 
@@ -236,7 +236,9 @@ def test_gpus_are_those_that_are_named(tmp_path, monkeypatch):
     with pytest.raises(ConfigError, match="gpus=3, but 2 are here or named by CUDA_VISIBLE_DEVICES"):
         sweep.gpus_to_use(3)
     look = "import os, sys; open(sys.argv[-1].split('=')[1] + '/gpu', 'w').write(os.environ['CUDA_VISIBLE_DEVICES'])"
-    monkeypatch.setattr(sweep, "command", lambda sweep, name: [sys.executable, "-c", look, f"--to={tmp_path}/{name}"])
+    monkeypatch.setattr(
+        sweep, "command_of", lambda sweep, name: [sys.executable, "-c", look, f"--to={tmp_path}/{name}"]
+    )
     runs = {name: {"out_dir": str(tmp_path / name)} for name in ("a", "b")}
     assert not sweep.run_all(list(runs), sweep.Sweep(runs, "", [], None), sweep.gpus_to_use())
     assert [(tmp_path / name / "gpu").read_text() for name in runs] == ["3", "1"]
@@ -306,7 +308,7 @@ def test_sweeps_of_the_project_can_be_run(file, small):
     fit = load_config(scaling_laws.FitConfig, shlex.split(chosen.fit))
     paid = {}
     for name in chosen.runs:
-        _, script, *words = sweep.command(chosen, name)
+        _, _, script, *words = sweep.command_of(chosen, name)  # python -m script
         config = load_config(Config, words)  # sizes that do not factor are found here
         if small:
             with torch.device("meta"):
