@@ -451,8 +451,8 @@ def with_interval(value, ends, form):
 
 
 def short_end(end, form):
-    """An end of an interval; far from 1, where its digits say nothing, with two of them."""
-    return form.format(end) if end < 1000 else f"{end:.1e}"
+    """An end of an interval; where it is so far from 1 that the form shows no digits, or too many, two digits."""
+    return form.format(end) if end == 0 or 0.005 <= end < 1000 else f"{end:.0e}"
 
 
 def draw_frontiers(runs, figures, cost, measure, colour, title, label=None):
@@ -553,6 +553,10 @@ def draw_multipliers(by_cost, reference, colour):
                 panel.fill_between(c, low, high, color=colour[name], alpha=0.15, lw=0)
             panel.plot(c, ratio, "o-", color=colour[name], ms=4, lw=1.2, label=name)
         panel.set(xscale="log", yscale="log", xlabel=COSTS[cost], title=f"by {COSTS[cost]}")
+        low, high = panel.dataLim.intervaly
+        every = [ratio for entry in figures.values() if entry["multiplier"] for ratio in entry["multiplier_at"]]
+        if every:  # of bands wider than tenfold only that much
+            panel.set_ylim(max(low, min(every) / 10) / 1.1, min(high, max(every) * 10) * 1.1)
         _label_log_axis(panel.xaxis)
         _label_log_axis(panel.yaxis)
         panel.grid(alpha=0.3, which="both")

@@ -321,7 +321,7 @@ def fit(argv):
                 raise ConfigError(f"{log.path} has validations without {cost}: leave the run out{remedy}")
         if (run.loss <= 0).any():
             raise ConfigError(f"{run.name}: {MEASURES[config.loss][0]} of 0 has no logarithm: take another --loss")
-    places = {log.group: log.place for log in logs}
+    places = {log.group: log.place for log in logs}  # that of its largest size, where it depends on the width
     figures = {cost: frontiers.analyse(runs, config.reference, cost, config.samples) for cost in config.costs}
     try:
         os.makedirs(config.out, exist_ok=True)
@@ -526,7 +526,10 @@ def summary(logs, runs, config, measure):
     groups = len({log.group for log in logs})
     what = "every validation after the warm-up" if config.points == "all" else "the last validation"
     yield f"{len(logs)} runs of {groups} groups, {measure} at {what} of each."
-    yield "Intervals, nominally 90%, are of other seeds, where all sizes have several; else of the sizes' spread around a power law."
+    yield (
+        "Intervals say how far figures would lie off with other seeds (nominally 90%): by their seeds, where sizes have "
+        "several, else by how far sizes scatter around their power law."
+    )
     settings, spread = frontiers.spread_of_seeds(runs)
     if settings:
         yield f"{settings} settings have several seeds, whose last losses differ by {spread:.2%} (standard deviation)."

@@ -262,6 +262,12 @@ def test_multipliers_are_taken_at_the_points_of_both_frontiers():
     np.testing.assert_allclose(ratio[both], [80 / 10, 20 / 100 ** (np.log(4 / 2.5) / np.log(4))])
 
 
+def test_ends_of_intervals_show_digits():
+    shown = frontiers.with_interval(0.5, (0.0004, 25_000.0), "{:.2f}")
+    assert shown == "0.50 [4e-04, 2e+04]"
+    assert frontiers.with_interval(1.5, (0.0, 2.0), "{:.2f}") == "1.50 [0.00, 2.00]"
+
+
 # -- the command
 
 
