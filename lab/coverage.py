@@ -30,7 +30,7 @@ class Config:
     out: str = "results/scaling"  # folder for coverage.md and coverage.json
     sweeps: int = 200  # synthetic sweeps a design
     samples: int = 256  # draws of seeds behind every interval, as in lab.scaling_laws
-    processes: int = 2
+    processes: int = 2  # sweeps at a time
 
     def __post_init__(self):
         for name in ("sweeps", "samples", "processes"):
@@ -159,14 +159,17 @@ def main(argv):
     what = (
         f"Share of nominal 90% intervals that hold the truth, in {config.sweeps} synthetic sweeps a design, "
         f"{config.samples} draws an interval: `python -m lab.coverage`, {time.monotonic() - began:.0f} s on "
-        f"{config.processes} cores of a CPU, {versions}. The width is the median of the multiplier's upper end ÷ its lower."
+        f"{config.processes} cores of a CPU, {versions}. The width is the median of the multiplier's upper end ÷ its lower; "
+        f"bands are intervals at single losses."
     )
     os.makedirs(config.out, exist_ok=True)
     with open(os.path.join(config.out, "coverage.md"), "w") as file:
         file.write("\n".join([what, "", *table(rows), ""]))
     with open(os.path.join(config.out, "coverage.json"), "w") as file:
         json.dump(
-            {**asdict(config), "versions": versions, "designs": [{**d._asdict(), **f} for d, f in rows]}, file, indent=1
+            {**asdict(config), "versions": versions, "designs": [{"design": d._asdict(), "held": f} for d, f in rows]},
+            file,
+            indent=1,
         )
         file.write("\n")
     print(f"written: {config.out}/coverage.md, coverage.json")

@@ -136,7 +136,8 @@ def test_help_lists_every_option_with_default_and_comment(capsys):
 
 @pytest.mark.parametrize(
     "where",
-    ["train", "prepare_owt", "sample", "lab.convert", "lab.search", "lab.sweep", "lab.structures", "lab.mup_check.CoordsConfig",
+    ["train", "prepare_owt", "sample", "lab.convert", "lab.search", "lab.sweep", "lab.coverage", "lab.structures",
+     "lab.mup_check.CoordsConfig",
      "lab.mup_check.LandscapeConfig", "lab.scaling_laws.PlotConfig", "lab.scaling_laws.FitConfig", "lab.bench.StepConfig",
      "lab.bench.SampleBenchConfig", "lab.bench.DataConfig", "lab.bench_layers.LayersConfig", "lab.bench_layers.MixturesConfig"],
 )  # fmt: skip
