@@ -8,8 +8,11 @@ section 5): the least loss for the compute. It follows a power law
 
     L = L∞ + (C / C0)^-a
 
-whose parameters come with the range of a bootstrap over runs. The compute multiplier of a group at a loss is what the
-reference group (dense) pays for that loss ÷ what the group pays. C is FLOPs, seconds or parameters.
+The compute multiplier of a group at a loss is what the reference group (dense) pays for that loss ÷ what the group
+pays. C is FLOPs, seconds or parameters.
+
+Intervals say how far figures would lie off with other seeds: see "What other seeds would have given" below, and
+`python -m lab.coverage` for how often they hold the truth. Nothing here depends on the order of the runs.
 """
 
 import functools
@@ -17,6 +20,7 @@ import math
 from typing import NamedTuple
 
 import numpy as np
+from scipy import stats
 
 from configurator import ConfigError
 
@@ -37,6 +41,7 @@ class Run(NamedTuple):
     loss: np.ndarray  # of validation, say, in nats per token
     setting: str = ""  # the same for runs that differ in nothing but their seed; "": no other is like it
     step: np.ndarray | None = None  # of the points; None: 0, 1, 2, …
+    seed: int | None = None  # runs of one seed are pairs, across settings and groups; None: no pairs
 
 
 class Fit(NamedTuple):
@@ -56,10 +61,15 @@ class Fit(NamedTuple):
 # Seeds
 
 
+def in_order(runs):
+    """The runs in the order that everything here takes them in, so that the caller's changes no bit."""
+    return sorted(runs, key=lambda run: (run.group, run.setting or run.name, str(run.seed), run.name))
+
+
 def by_setting(runs):
     """[[runs that differ in nothing but their seed], …]"""
     alike = {}
-    for run in runs:
+    for run in in_order(runs):
         alike.setdefault(run.setting or run.name, []).append(run)
     return list(alike.values())
 
@@ -70,22 +80,24 @@ def mean_over_seeds(runs):
 
 
 def _mean(runs):
-    """At the steps that all have, since one may have been cut short; of none such, the mean of those that got furthest."""
+    aligned = _aligned(runs)
+    cost = {name: np.mean([run.cost[name] for run in aligned], axis=0) for name in runs[0].cost}
+    return aligned[0]._replace(cost=cost, loss=np.mean([run.loss for run in aligned], axis=0))
+
+
+def _aligned(runs):
+    """The runs at the steps that all have, since one may have been cut short; of none such, those that got furthest."""
     steps = [np.arange(len(run.loss)) if run.step is None else run.step for run in runs]
     common = functools.reduce(np.intersect1d, steps)
     if not len(common):
         common = np.array([max(step[-1] for step in steps)])
-    having = [(run, np.isin(step, common)) for run, step in zip(runs, steps) if np.isin(common, step).all()]
-    cost = {name: np.mean([run.cost[name][at] for run, at in having], axis=0) for name in runs[0].cost}
-    return runs[0]._replace(cost=cost, loss=np.mean([run.loss[at] for run, at in having], axis=0), step=common)
-
-
-def resample(runs, random):
-    """As many runs, drawn with replacement: where there are several seeds, of each setting; else of all runs."""
-    settings = by_setting(runs)
-    if all(len(alike) == 1 for alike in settings):
-        settings = [runs]
-    return [alike[i] for alike in settings for i in random.integers(len(alike), size=len(alike))]
+    aligned = []
+    for run, step in zip(runs, steps):
+        at = np.isin(step, common)
+        if at.sum() == len(common):
+            cost = {name: values[at] for name, values in run.cost.items()}
+            aligned.append(run._replace(cost=cost, loss=run.loss[at], step=common))
+    return aligned
 
 
 def spread_of_seeds(runs):
@@ -104,14 +116,15 @@ def frontier(cost, loss):
     A point is on it if no mixture of two others, on a straight line in log-log, is cheaper at its loss.
     """
     x, y = np.log(cost), np.log(loss)
-    hull = []
-    for i in np.lexsort((y, x)):
+    order = np.lexsort((y, x)).tolist()
+    x, y, hull = x.tolist(), y.tolist(), []
+    for i in order:
         if hull and x[i] == x[hull[-1]]:
             continue  # as dear as the one before, and no better
         while len(hull) >= 2 and _turns_up(x, y, hull[-2], hull[-1], i):
             hull.pop()
-        hull.append(int(i))
-    best = int(np.argmin(y[hull]))
+        hull.append(i)
+    best = min(range(len(hull)), key=lambda j: y[hull[j]])
     return hull[: best + 1]
 
 
@@ -176,7 +189,7 @@ def fit_power_law(cost, loss):
     x, log_loss = np.log(cost), np.log(loss)
     centred = x - x.mean()
     low, high = 0.0, float(loss.min()) * (1 - 1e-6)
-    for _ in range(8):  # finer and finer grids around the best, all of a grid at once
+    for _ in range(5):  # finer and finer grids around the best, all of a grid at once
         floors = np.linspace(low, high, 33)  # (33,)
         y = np.log(loss - floors[:, None])  # (33, points)
         slopes = (y * centred).sum(1) / (centred**2).sum()
@@ -190,21 +203,6 @@ def fit_power_law(cost, loss):
     return Fit(float(floors[best]), math.exp(-intercept / slope), -float(slope))
 
 
-def _drawn(runs, random):
-    return mean_over_seeds(resample(runs, random))
-
-
-def bootstrap(runs, function, samples=200, seed=0):
-    """function(resampled runs, means over seeds), as a list; samples that it cannot use (None) left out."""
-    random = np.random.default_rng(seed)
-    results = []
-    for _ in range(samples):
-        value = function(_drawn(runs, random))
-        if value is not None:
-            results.append(value)
-    return results
-
-
 def fit_group(runs, cost):
     """Fit of the group's frontier, or None where it has fewer than 3 points."""
     c, loss = optimal(runs, cost)
@@ -215,77 +213,191 @@ def fit_group(runs, cost):
 # Multipliers
 
 
-def cost_of_loss(cost, loss, wanted):
-    """What a frontier (cost, loss) pays for each of the wanted losses, on straight lines in log-log; NaN beyond its ends."""
+def cost_of_loss(cost, loss, wanted, beyond=False):
+    """What a frontier (cost, loss) pays for each of the wanted losses, on straight lines in log-log.
+
+    Beyond its ends NaN, or what the lines at its ends would pay.
+    """
     order = np.argsort(loss)
-    log = np.interp(np.log(wanted), np.log(loss[order]), np.log(cost[order]), left=np.nan, right=np.nan)
+    x, y, wanted = np.log(loss[order]), np.log(cost[order]), np.log(wanted)
+    log = np.interp(wanted, x, y, left=np.nan, right=np.nan)
+    if beyond and len(x) > 1:
+        for out, i, j in ((wanted < x[0], 0, 1), (wanted > x[-1], -1, -2)):
+            log[out] = np.clip(y[i] + (wanted[out] - x[i]) * (y[i] - y[j]) / (x[i] - x[j]), -300, 300)
     return np.exp(log)
 
 
 def multipliers(runs, reference, cost, at=None):
-    """-> losses, and what the reference's frontier pays for each ÷ what the group's pays; NaN where one does not reach.
+    """-> losses, and what the reference's frontier pays for each ÷ what the group's pays.
 
-    at: the losses; None: those of the points of both frontiers.
+    at: the losses, with frontiers continued to reach them; None: those of the points of both frontiers, NaN where one
+    does not reach.
     """
     c, loss = optimal(runs, cost)
     c_ref, loss_ref = optimal(reference, cost)
-    wanted = np.union1d(loss, loss_ref) if at is None else np.asarray(at)
-    return wanted, cost_of_loss(c_ref, loss_ref, wanted) / cost_of_loss(c, loss, wanted)
+    wanted, beyond = (np.union1d(loss, loss_ref), False) if at is None else (np.asarray(at), True)
+    return wanted, cost_of_loss(c_ref, loss_ref, wanted, beyond) / cost_of_loss(c, loss, wanted, beyond)
 
 
-def interval(values, share=0.9):
-    """The middle share of the values, as (low, high); NaN of none."""
-    values = np.asarray([value for value in values if np.isfinite(value)])
-    if not len(values):
-        return math.nan, math.nan
-    return tuple(float(value) for value in np.quantile(values, [(1 - share) / 2, (1 + share) / 2]))
+# ---------------------------------------------------------------------------------------
+# What other seeds would have given
+
+
+class Shifts(NamedTuple):
+    """How far log losses would lie off with other seeds: a parametric bootstrap, its errors normal."""
+
+    groups: list  # a list a group, of arrays (samples, points or 1), one a setting, in the order of by_setting
+    freedom: int  # degrees of freedom behind their size: intervals are as much wider as Student's t than the normal
+
+    def apply(self, group, means, sample):
+        """The means over seeds of the group (its number), as another draw of seeds might have given them."""
+        return [
+            run._replace(loss=run.loss * np.exp(shift[sample])) for run, shift in zip(means, self.groups[group])
+        ]  # fmt: skip
+
+
+def draw_shifts(groups, cost, samples):
+    """The Shifts of groups, each a list of runs; None where nothing shows how much seeds matter.
+
+    Where all settings have the same seeds, each seed is one measurement of everything, and the seeds' deviations are
+    drawn as a whole: what a seed does to all runs alike cancels in a multiplier. Else errors of settings are
+    independent and equally large, as a share of the loss: as large as the spread over seeds, or, of one seed each, as
+    the spread of the sizes around the group's power law.
+    """
+    settings = [by_setting(runs) for runs in groups]
+    seeds = {tuple(run.seed for run in alike) for mine in settings for alike in mine}
+    several = [[_deviations(alike) for alike in mine] for mine in settings]
+    n = len(next(iter(seeds)))
+    paired = len(seeds) == 1 and n > 1 and not any(None in each for each in seeds)
+    if paired and all(len(each) == n for mine in several for each in mine):  # none was cut short of all common steps
+        z = _normal(samples, n) / math.sqrt(n * (n - 1))
+        return Shifts([[z @ each for each in mine] for mine in several], n - 1)
+    spread = [(float((each[:, -1] ** 2).sum()), len(each) - 1) for mine in several for each in mine]
+    if not sum(freedom for _, freedom in spread):
+        spread = [_around_the_law(mean_over_seeds(runs), cost) for runs in groups]
+    squares, freedom = (sum(each) for each in zip(*spread))
+    if not freedom:
+        return None
+    sigma = math.sqrt(squares / freedom)
+    z = iter(_normal(samples, sum(map(len, several))).T[:, :, None])
+    return Shifts([[next(z) * sigma / math.sqrt(len(each)) for each in mine] for mine in several], freedom)
+
+
+def _normal(samples, dimensions):
+    """Independent normal numbers, (samples, dimensions), spread evenly: quantiles need fewer than of random ones."""
+    draw = stats.qmc.MultivariateNormalQMC(np.zeros(dimensions), rng=np.random.default_rng(0))
+    return draw.random(2 ** math.ceil(math.log2(samples)))[:samples]  # even in powers of 2 only
+
+
+def _deviations(alike):
+    """Log losses of a setting's runs less that of their mean: (seeds, points)."""
+    aligned = _aligned(alike)
+    return np.log([run.loss for run in aligned]) - np.log(np.mean([run.loss for run in aligned], axis=0))
+
+
+def _around_the_law(means, cost):
+    """-> sum of squares and degrees of freedom of the sizes' log losses around a law, each where it is nearest to it."""
+    c, loss = optimal(means, cost)
+    if len(c) < 3 or len(means) < 4:  # a law has three parameters
+        return 0.0, 0
+    law, nearest = fit_power_law(c, loss), []
+    for run in means:
+        above = np.log(run.loss / law.loss(run.cost[cost]))
+        inside = (run.cost[cost] >= c.min()) & (run.cost[cost] <= c.max())
+        i = int(np.argmin(np.where(inside, above, np.inf) if inside.any() else above))
+        nearest.append((run.cost[cost][i], run.loss[i]))
+    c, loss = np.array(nearest).T
+    return float((np.log(loss / fit_power_law(c, loss).loss(c)) ** 2).sum()), len(c) - 3
+
+
+def interval(value, drawn, freedom, share=0.9):
+    """(low, high) around the value: the middle share of what was drawn, as much wider as Student's t; None of too few.
+
+    drawn: the same figure of every sample of Shifts, NaN where that has none
+    """
+    drawn = drawn[np.isfinite(drawn)]
+    if len(drawn) < 2:
+        return None
+    ends = (1 - share) / 2, (1 + share) / 2
+    wider = stats.t.ppf(ends[1], freedom) / stats.norm.ppf(ends[1])
+    return tuple(float(end) for end in value + wider * (np.quantile(drawn, ends) - value))
 
 
 def analyse(runs, reference, cost, samples=200):
-    """{group: figures} for one cost: frontier, law, multiplier, each with its 90% interval over resampled runs."""
+    """{group: figures} for one cost, the reference first: frontier, law, multiplier, each with its 90% interval."""
     groups = {}
-    for run in runs:
+    for run in in_order(runs):
         groups.setdefault(run.group, []).append(run)
     if reference not in groups:
         raise ConfigError(f"reference={reference!r} is no group of these runs: take one of {', '.join(groups)}")
+    groups = {reference: groups.pop(reference), **groups}
     kept = {name: without_outliers(mine, cost) for name, mine in groups.items()}
     figures = {}
     for name, (mine, dropped) in kept.items():
         means = mean_over_seeds(mine)
         c, loss = optimal(means, cost)
-        law = fit_group(means, cost)
-        laws = bootstrap(mine, lambda drawn: fit_group(drawn, cost), samples) if law else []
-        enough = len(laws) >= samples / 2  # of few runs most samples have too few different ones for a law
-        entry = {
-            "runs": len(mine), "outliers": dropped, "frontier_cost": c.tolist(), "frontier_loss": loss.tolist(),
-            "law": law and law._asdict(),
-            "intervals": {field: interval([getattr(each, field) for each in laws]) for field in Fit._fields} if enough and law else None,
+        both = [mine] if name == reference else [mine, kept[reference][0]]
+        shifts = draw_shifts(both, cost, samples) if len(means) > 1 else None
+        figures[name] = {
+            "runs": len(mine), "sizes": len(means), "rising": sizes_that_rise(means, cost), "outliers": dropped,
+            "frontier_cost": c.tolist(), "frontier_loss": loss.tolist(),
+            **_law_figures(means, cost, shifts, samples),
+            **_multiplier_figures(means, mean_over_seeds(kept[reference][0]), cost, shifts, samples, name == reference),
         }  # fmt: skip
-        entry.update(_multiplier_figures(mine, kept[reference][0], cost, samples))
-        figures[name] = entry
     return figures
 
 
-def _multiplier_figures(mine, reference, cost, samples):
-    means = mean_over_seeds(mine)
-    at, ratio = multipliers(means, mean_over_seeds(reference), cost)
+def sizes_that_rise(means, cost):
+    """How many sizes end above one that cost less: what they add is noise, or they are too large for their training."""
+    ends = [run.loss.min() for run in sorted(means, key=lambda run: (run.cost[cost][-1], run.loss.min()))]
+    return int(sum(loss > least for loss, least in zip(ends[1:], np.minimum.accumulate(ends))))
+
+
+def has_frontier(means, cost):
+    """Whether several sizes make one: not of one size alone, nor where the cheapest is the best."""
+    return len(means) > 1 and sizes_that_rise(means, cost) < len(means) - 1
+
+
+def _law_figures(means, cost, shifts, samples):
+    law = fit_group(means, cost) if has_frontier(means, cost) else None
+    if law is None or law.exponent == 0:
+        return {"law": None, "intervals": None}
+    drawn = [fit_group(shifts.apply(0, means, i), cost) for i in range(samples)] if shifts else []
+    drawn = np.array([each for each in drawn if each is not None and each.exponent > 0])
+    if len(drawn) < samples / 2 or not len(drawn):  # most samples have too few points for a law
+        return {"law": law._asdict(), "intervals": None}
+    floor = interval(law.loss_at_infinity, drawn[:, 0], shifts.freedom)
+    intervals = {"loss_at_infinity": tuple(np.clip(floor, 0, min(run.loss.min() for run in means)).tolist())}
+    for i, field in ((1, "scale"), (2, "exponent")):
+        intervals[field] = _exp(interval(math.log(law[i]), np.log(drawn[:, i]), shifts.freedom))
+    return {"law": law._asdict(), "intervals": intervals}
+
+
+def _multiplier_figures(means, reference, cost, shifts, samples, itself):
+    at, ratio = multipliers(means, reference, cost)
     both = np.isfinite(ratio)
-    if not both.any():
+    if not both.any() or not (has_frontier(means, cost) and has_frontier(reference, cost)):
         return {"multiplier": None}
-    at, ratio = at[both], ratio[both]
-    random = np.random.default_rng(1)
-    drawn = [multipliers(_drawn(mine, random), _drawn(reference, random), cost, at)[1] for _ in range(samples)]
-    drawn = np.array(drawn)
-    spread = [interval(column) for column in drawn.T]
-    middle = float(np.exp(np.mean(np.log(ratio))))
-    # of each sample, the mean over the losses that it reaches
-    of_samples = [np.exp(np.mean(np.log(row[np.isfinite(row)]))) for row in drawn if np.isfinite(row).any()]
+    at, log = at[both], np.log(ratio[both])
     c, loss = optimal(means, cost)
+    spread, around = [None] * len(at), None
+    if shifts and not itself:
+        pairs = ((shifts.apply(0, means, i), shifts.apply(1, reference, i)) for i in range(samples))
+        drawn = np.log([multipliers(*pair, cost, at)[1] for pair in pairs])  # (samples, losses)
+        drawn = drawn[np.isfinite(drawn).all(1)]
+        if len(drawn) >= samples / 2:  # else most samples have a frontier of one point
+            around = _exp(interval(log.mean(), drawn.mean(1), shifts.freedom))
+            spread = [_exp(interval(value, column, shifts.freedom)) for value, column in zip(log, drawn.T)]
     return {
-        "multiplier": middle, "multiplier_interval": interval(of_samples), "multiplier_loss": at.tolist(),
-        "multiplier_cost": cost_of_loss(c, loss, at).tolist(),
-        "multiplier_at": ratio.tolist(), "multiplier_spread": spread,
+        "multiplier": math.exp(log.mean()), "multiplier_interval": around, "multiplier_window": [at.min(), at.max()],
+        "multiplier_loss": at.tolist(), "multiplier_cost": cost_of_loss(c, loss, at).tolist(),
+        "multiplier_at": np.exp(log).tolist(), "multiplier_spread": spread,
     }  # fmt: skip
+
+
+def _exp(ends):
+    """Of an interval of logarithms, kept a number: beyond 10^±99 nothing is known."""
+    return ends and tuple(math.exp(min(max(end, -228), 228)) for end in ends)
 
 
 # ---------------------------------------------------------------------------------------
@@ -293,29 +405,54 @@ def _multiplier_figures(mine, reference, cost, samples):
 
 
 def table(figures, cost, reference):
-    """Lines of a Markdown table."""
-    yield f"| by {COSTS[cost]} | runs | points | a | L∞ | least loss | multiplier against {reference} |"
-    yield "|---|---|---|---|---|---|---|"
+    """Lines of a Markdown table, and notes on what limits it."""
+    yield f"| by {COSTS[cost]} | runs | points | a | L∞ | least loss | multiplier against {reference} | losses in common |"
+    yield "|---|---|---|---|---|---|---|---|"
     for name, entry in figures.items():
         law, ranges = entry["law"], entry["intervals"]
-        a, floor = "too few points", ""
+        a, floor = without_frontier(entry) or "too few points", ""
         if law:
             a, floor = (
-                _with_range(law[field], ranges[field] if ranges else None, "{:.3f}")
+                with_interval(law[field], ranges and ranges[field], "{:.3f}")
                 for field in ("exponent", "loss_at_infinity")
             )
-        ratio = "no loss in common"
-        if entry["multiplier"] is not None:
-            ratio = _with_range(entry["multiplier"], entry["multiplier_interval"], "{:.2f}")
         note = f" ({len(entry['outliers'])} left out)" if entry["outliers"] else ""
         points = len(entry["frontier_cost"])
-        yield f"| {name} | {entry['runs']}{note} | {points} | {a} | {floor} | {min(entry['frontier_loss']):.4f} | {ratio} |"
+        least = f"{min(entry['frontier_loss']):.4f}"
+        ratio, window = multiplier_cells(entry, name == reference)
+        yield f"| {name} | {entry['runs']}{note} | {points} | {a} | {floor} | {least} | {ratio} | {window} |"
+    rising = [f"{name} ({entry['rising']} of {entry['sizes']})" for name, entry in figures.items() if entry["rising"]]
+    if rising:
+        yield ""
+        yield f"Sizes that end above one that costs less are not on a frontier: {', '.join(rising)}."
 
 
-def _with_range(value, ends, form):
-    if ends is None:
+def without_frontier(entry):
+    """Why a group has no frontier, "" where it has one."""
+    if entry["sizes"] == 1:
+        return "one size"
+    return "losses rise" if entry["rising"] == entry["sizes"] - 1 else ""
+
+
+def multiplier_cells(entry, is_reference):
+    """-> multiplier with its interval, and the range of losses that both frontiers reach."""
+    if is_reference:
+        return "1", ""
+    if entry["multiplier"] is None:
+        return without_frontier(entry) or "no loss in common", ""
+    low, high = entry["multiplier_window"]
+    return with_interval(entry["multiplier"], entry["multiplier_interval"], "{:.2f}"), f"{low:.3f} to {high:.3f}"
+
+
+def with_interval(value, ends, form):
+    if not ends:
         return f"{form.format(value)} (too few runs for an interval)"
-    return f"{form.format(value)} [{form.format(ends[0])}, {form.format(ends[1])}]"
+    return f"{form.format(value)} [{', '.join(short_end(end, form) for end in ends)}]"
+
+
+def short_end(end, form):
+    """An end of an interval; where it is so far from 1 that the form shows no digits, or too many, two digits."""
+    return form.format(end) if end == 0 or 0.005 <= end < 1000 else f"{end:.0e}"
 
 
 def draw_frontiers(runs, figures, cost, measure, colour, title, label=None):
@@ -411,10 +548,15 @@ def draw_multipliers(by_cost, reference, colour):
             if name == reference or entry["multiplier"] is None:
                 continue
             c, ratio = np.array(entry["multiplier_cost"]), np.array(entry["multiplier_at"])
-            low, high = np.array(entry["multiplier_spread"]).T
-            panel.fill_between(c, low, high, color=colour[name], alpha=0.15, lw=0)
+            if entry["multiplier_interval"]:
+                low, high = np.array(entry["multiplier_spread"]).T
+                panel.fill_between(c, low, high, color=colour[name], alpha=0.15, lw=0)
             panel.plot(c, ratio, "o-", color=colour[name], ms=4, lw=1.2, label=name)
         panel.set(xscale="log", yscale="log", xlabel=COSTS[cost], title=f"by {COSTS[cost]}")
+        low, high = panel.dataLim.intervaly
+        every = [ratio for entry in figures.values() if entry["multiplier"] for ratio in entry["multiplier_at"]]
+        if every:  # of bands wider than tenfold only that much
+            panel.set_ylim(max(low, min(every) / 10) / 1.1, min(high, max(every) * 10) * 1.1)
         _label_log_axis(panel.xaxis)
         _label_log_axis(panel.yaxis)
         panel.grid(alpha=0.3, which="both")

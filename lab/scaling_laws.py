@@ -269,7 +269,7 @@ MEASURES = {
 
 @dataclass
 class FitConfig:
-    out: str = "out/fit"  # folder for table.md, fit.json and the pictures
+    out: str = "out/fit"  # folder for table.md, multipliers.md, fit.json and the pictures
     reference: str = "dense"  # the group that the others are compared with
     by: tuple = (  # options of a run that make its group, where they are not the default
         *STRUCTURE_FIELDS, "align_heads", "overrides", "moe", "num_experts", "top_k",
@@ -277,7 +277,7 @@ class FitConfig:
     loss: Literal["val_loss", "loss", "error"] = "val_loss"  # of validation, of training, or 1 - top-1 of images
     points: Literal["all", "final"] = "all"  # of a run: validations after the warm-up, or, for a decayed rate, the last
     costs: tuple = ("flops", "seconds", "parameters")  # what is paid
-    samples: int = 200  # resamplings of the runs behind every interval
+    samples: int = 256  # draws of other seeds behind every interval; powers of 2 are spread most evenly
 
     def __post_init__(self):
         for cost in self.costs:
@@ -308,7 +308,7 @@ def fit(argv):
         read_config_file(file)
     words = [word for word in words if not os.path.exists(os.path.join(word, "fit.json"))]  # an earlier fit's
     config = load_config(FitConfig, [word for word in argv if word.startswith("--")])
-    paths = list(dict.fromkeys(log_path(word) for word in words))
+    paths = sorted({log_path(word) for word in words})  # nothing depends on their order
     if not paths:
         raise ConfigError("fit: which runs? give their folders or logs, such as out/sweep/*")
     logs = furthest([read_run_and_options(path, config) for path in paths])
@@ -317,6 +317,7 @@ def fit(argv):
         (one, a), (other, b) = list(units.items())[:2]
         raise ConfigError(f"{a} counts {one} and {b} {other}: their losses do not compare, fit them apart")
     unit = next(iter(units))
+    logs.sort(key=lambda log: (log.group != config.reference, log.group, log.parameters, what_it_learns(log.options)))
     runs = [make_run(log, config.loss, config.points) for log in logs]
     for log, run in zip(logs, runs):
         for cost in config.costs:
@@ -326,7 +327,7 @@ def fit(argv):
                 raise ConfigError(f"{log.path} has validations without {cost}: leave the run out{remedy}")
         if (run.loss <= 0).any():
             raise ConfigError(f"{run.name}: {MEASURES[config.loss][0]} of 0 has no logarithm: take another --loss")
-    places = {log.group: log.place for log in logs}
+    places = {log.group: log.place for log in logs}  # that of its largest size, where it depends on the width
     figures = {cost: frontiers.analyse(runs, config.reference, cost, config.samples) for cost in config.costs}
     try:
         os.makedirs(config.out, exist_ok=True)
@@ -337,10 +338,12 @@ def fit(argv):
         lines += [*frontiers.table(figures[cost], cost, config.reference), ""]
     with open(os.path.join(config.out, "table.md"), "w") as file:
         file.write("\n".join(lines))
+    with open(os.path.join(config.out, "multipliers.md"), "w") as file:
+        file.write("\n".join([*table_of_multipliers(logs, places, figures, config.reference), ""]))
     with open(os.path.join(config.out, "fit.json"), "w") as file:
         json.dump({"groups": places, "runs": [ends(log) for log in logs], **figures}, file, indent=1)
     drawn = draw_fit(logs, runs, places, figures, config, unit)
-    print(*lines, f"written: {config.out}/table.md, fit.json, {', '.join(drawn)}", sep="\n")
+    print(*lines, f"written: {config.out}/table.md, multipliers.md, fit.json, {', '.join(drawn)}", sep="\n")
 
 
 def what_it_learns(options, *without):
@@ -444,7 +447,15 @@ def make_run(log, measure, points="all"):
     cost = {name: np.array(values, dtype=float) for name, values in cost.items()}
     loss = np.array([measured(log.rows, row, measure) for row in rows])
     steps = np.array([row["step"] for row in rows])
-    return Run(os.path.dirname(log.path), log.group, cost, loss, what_it_learns(log.options, "seed"), steps)
+    return Run(
+        os.path.dirname(log.path),
+        log.group,
+        cost,
+        loss,
+        what_it_learns(log.options, "seed"),
+        steps,
+        log.options.get("seed"),
+    )
 
 
 def measured(rows, at, measure):
@@ -508,7 +519,10 @@ def summary(logs, runs, config, measure):
     groups = len({log.group for log in logs})
     what = "every validation after the warm-up" if config.points == "all" else "the last validation"
     yield f"{len(logs)} runs of {groups} groups, {measure} at {what} of each."
-    yield f"Intervals hold 90% of {config.samples} resamplings of a group's seeds, where it has several, else of its runs."
+    yield (
+        "Intervals say how far figures would lie off with other seeds (nominally 90%): by their seeds, where sizes have "
+        "several, else by how far sizes scatter around their power law."
+    )
     settings, spread = frontiers.spread_of_seeds(runs)
     if settings:
         yield f"{settings} settings have several seeds, whose last losses differ by {spread:.2%} (standard deviation)."
@@ -524,6 +538,21 @@ def table_of_groups(logs, places):
         widths = ", ".join(map(str, sorted({log.options.get("d_model", 0) for log in mine} - {0})))
         sizes = [short(size(log.parameters for log in mine)) for size in (min, max)]
         yield f"| {group} | {' | '.join(lies)} | {widths} | {' to '.join(dict.fromkeys(sizes))} |"
+
+
+def table_of_multipliers(logs, places, figures, reference):
+    """Lines of a Markdown table: each group's multiplier by every cost, and the losses that it is the mean over."""
+    heads = [f"{frontiers.COSTS[cost]}: {reference} ÷ it | losses in common" for cost in figures]
+    yield f"| group | ω | ψ | ν | rate | {' | '.join(heads)} | least loss |"
+    yield "|---" * (6 + 2 * len(figures)) + "|"
+    for group, place in places.items():
+        if group == reference:
+            continue
+        lies = [f"{value:.2f}" for value in place] if place is not None else ["", "", ""]
+        rates = sorted({log.options["lr"] for log in logs if log.group == group and log.options.get("lr")})
+        cells = [" | ".join(frontiers.multiplier_cells(entries[group], False)) for entries in figures.values()]
+        least = min(min(entries[group]["frontier_loss"]) for entries in figures.values())
+        yield f"| {group} | {' | '.join(lies)} | {', '.join(map('{:g}'.format, rates))} | {' | '.join(cells)} | {least:.4f} |"
 
 
 def have(logs, measure):

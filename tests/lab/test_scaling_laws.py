@@ -249,6 +249,6 @@ def test_as_a_command(folder):
 def test_logs_are_drawn_without_torch(folder):
     path = write_run(folder / "run", make_rows())
     argv = ["plot", path, f"--png={folder / 'x.png'}"]
-    code = f"import sys; from lab import scaling_laws; scaling_laws.main({argv!r}); assert 'torch' not in sys.modules"
+    code = f"import sys; from lab import pages, scaling_laws; pages.pages(); scaling_laws.main({argv!r}); assert 'torch' not in sys.modules"
     done = run_script("-c", code)
     assert done.returncode == 0 and (folder / "x.png").exists(), done.stderr
