@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from configurator import ConfigError
 from einsum_linear import Dense, apply_together, make_linear, multiplied_out
+from kernels.attention import fits_attention, short_attention
 from kernels.common import gelu
 from kernels.cuda_graph import Graphed
 from kernels.loss import linear_cross_entropy
@@ -77,12 +78,16 @@ class Attention(nn.Module):
         layers = (self.q, self.k, self.v)
         qkv = apply_together(layers, x) if self.router is None else mix_together(self.router, layers, x)
         q, k, v = (y.view(B, T, self.n_head, self.head_size) for y in qkv)
+        dropout = self.dropout if self.training else 0.0
+        if cache is None and not dropout and fits_attention(q, self.q_norm):  # one kernel, norms inside
+            weights = (getattr(norm, "weight", None) for norm in (self.q_norm, self.k_norm))
+            y = short_attention(q, k, v, *weights, self.scale, self.causal)  # (B, T, nh, hs)
+            return self.proj(y.flatten(2))  # (B, T, C)
         q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)  # autocast leaves LayerNorm's output in float32
         q, k, v = (tensor.transpose(1, 2) for tensor in (q, k, v))  # (B, nh, T, hs)
         mask = None
         if cache is not None:
             k, v, mask = cache.extend(self, k, v)  # (B, nh, S, hs), (T, S)
-        dropout = self.dropout if self.training else 0.0
         y = F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, is_causal=self.causal and mask is None, scale=self.scale, dropout_p=dropout
         )  # (B, nh, T, hs)

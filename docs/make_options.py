@@ -15,27 +15,28 @@ PAGE = ROOT / "docs" / "options.md"
 
 # Command: the classes whose fields are its options, as MODULE.CLASS.
 COMMANDS = {
-    "train": ["train.Config"],
+    "train": ["train.TrainConfig"],
     "sample": ["sample.Config"],
     "prepare_owt": ["prepare_owt.Config"],
-    "einsum_linear": ["lab.structures.Config"],
-    "vision.train": ["vision.train.Config"],
-    "vision.regression": ["vision.regression.Config"],
+    "einsum_linear": ["lab.structures.StructuresConfig"],
+    "vision.train": ["vision.train.ImageTrainConfig"],
+    "vision.regression": ["vision.regression.RegressionConfig"],
     "vision.data": ["vision.data.PixelsConfig"],
-    "lab.sweep": ["lab.sweep.Config"],
+    "lab.sweep": ["lab.sweep.SweepConfig"],
     "lab.scaling_laws plot": ["lab.scaling_laws.PlotConfig"],
     "lab.scaling_laws fit": ["lab.scaling_laws.FitConfig"],
-    "lab.search": ["lab.search.Config"],
-    "lab.convert": ["lab.convert.Config"],
+    "lab.search": ["lab.search.SearchConfig"],
+    "lab.convert": ["lab.convert.ConvertConfig"],
     "lab.mup_check coords": ["lab.mup_check.CoordsConfig"],
+    "lab.mup_check depth": ["lab.mup_check.DepthConfig"],
     "lab.mup_check lr_landscape": ["lab.mup_check.LandscapeConfig"],
     "lab.bench step": ["lab.bench.StepConfig"],
-    "lab.bench image_step": ["vision.train.Config", "lab.bench.TimingConfig"],
+    "lab.bench image_step": ["vision.train.ImageTrainConfig", "lab.bench.TimingConfig"],
     "lab.bench layers": ["lab.bench_layers.LayersConfig"],
     "lab.bench mixtures": ["lab.bench_layers.MixturesConfig"],
     "lab.bench sample": ["lab.bench.SampleBenchConfig"],
     "lab.bench data": ["lab.bench.DataConfig"],
-    "lab.bench images": ["vision.train.Config"],
+    "lab.bench images": ["vision.train.ImageTrainConfig"],
 }
 
 

@@ -1,0 +1,94 @@
+"""Attention of short contexts: in Triton's interpreter against float64, compiled for Hopper without a GPU, and on one."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from conftest import run_interpreted
+from hopper import on_gpu
+from kernels.attention import short_attention
+
+pytest.importorskip("triton")
+
+
+def example(B, T, heads, H, dtype, device="cpu", joined=False, seed=0):
+    """q, k, v, dy (B, T, heads, H), weights (H,) of the norms; joined: q, k and v as the slices of one tensor that a joined layer makes."""
+    draw = torch.Generator(device).manual_seed(seed)
+    q, k, v, dy = torch.randn(4, B, T, heads, H, generator=draw, device=device).to(dtype).unbind()
+    if joined:
+        q, k, v = (
+            part.view(B, T, heads, H) for part in torch.stack((q, k, v), dim=2).flatten(2).split(heads * H, dim=-1)
+        )
+    q_weight, k_weight = 1 + 0.3 * torch.randn(2, H, generator=draw, device=device)
+    return q, k, v, dy, q_weight, k_weight
+
+
+def by_torch(q, k, v, q_weight, k_weight, scale, causal):
+    """As model.Attention writes it."""
+    if q_weight is not None:
+        q, k = (F.layer_norm(x.to(w.dtype), x.shape[-1:], w).to(v.dtype) for x, w in ((q, q_weight), (k, k_weight)))
+    q, k, v = (tensor.transpose(1, 2) for tensor in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale).transpose(1, 2)
+
+
+def results(function, q, k, v, dy, q_weight, k_weight, causal, norms):
+    """y and the gradients of all that has one."""
+    leaves = [x.detach().requires_grad_() for x in (q, k, v, *((q_weight, k_weight) if norms else ()))]
+    y = function(*leaves, *([] if norms else [None, None]), 8 / q.shape[-1], causal)
+    return [y.detach(), *torch.autograd.grad(y, leaves, dy)]
+
+
+def errors(*shape, dtype, causal=True, norms=True, device="cpu", **how):
+    inputs = example(*shape, dtype, device, **how)
+    got, want = (
+        results(short_attention, *inputs, causal, norms),
+        results(by_torch, *(x.double() for x in inputs), causal, norms),
+    )
+    return [((a.double() - b).norm() / b.norm()).item() for a, b in zip(got, want)]
+
+
+def test_kernels_in_the_interpreter():
+    done = run_interpreted("tests/kernels/test_attention.py")
+    assert done.returncode == 0 and done.stdout.endswith("passed\n"), done.stdout + done.stderr
+
+
+def interpreted():
+    cases = [(2, 32, 2, 16), (1, 70, 1, 40), (3, 1, 2, 8), (1, 33, 3, 64), (2, 17, 1, 24)]
+    for number, shape in enumerate(cases):
+        for causal in (True, False):
+            norms, joined = number != 1 or causal, number % 2 == 0
+            found = errors(*shape, dtype=torch.float32, causal=causal, norms=norms, joined=joined)
+            assert max(found) < 1e-5, (shape, causal, norms, found)
+    assert max(errors(2, 40, 2, 32, dtype=torch.float16)) < 3e-3
+    inputs = example(2, 20, 2, 16, torch.float32)
+    assert all(torch.equal(a, b) for a, b in zip(*(results(short_attention, *inputs, True, True) for _ in range(2))))
+    compiled = torch.compile(short_attention, fullgraph=True, backend="aot_eager")
+    pairs = zip(results(compiled, *inputs, True, True), results(short_attention, *inputs, True, True))
+    assert all(torch.equal(a, b) for a, b in pairs)
+    q, k, v, _, *weights = (x.requires_grad_() for x in inputs)
+    torch.library.opcheck(
+        torch.ops.nanoeinsum.short_attention.default, (q, k, v, *weights, 0.5, True),
+        test_utils=("test_schema", "test_autograd_registration", "test_faketensor"),
+    )  # fmt: skip
+    print("passed")
+
+
+@on_gpu
+@pytest.mark.parametrize("shape", [(8, 128, 16, 64), (4, 64, 4, 64), (3, 100, 5, 48), (2, 65, 3, 64), (5, 16, 2, 16)])
+def test_on_a_gpu(shape):
+    for causal in (True, False):
+        for norms in (True, False):
+            found = errors(*shape, dtype=torch.bfloat16, causal=causal, norms=norms, device="cuda", joined=True)
+            inputs = example(*shape, torch.bfloat16, "cuda", joined=True)
+            theirs = zip(
+                results(by_torch, *inputs, causal, norms),
+                results(by_torch, *(x.double() for x in inputs), causal, norms),
+            )
+            most = max(((a.double() - b).norm() / b.norm()).item() for a, b in theirs)
+            assert max(found) <= max(5e-3, 1.2 * most), (causal, norms, found, most)
+    again = [results(short_attention, *inputs, True, True) for _ in range(2)]
+    assert all(torch.equal(a, b) for a, b in zip(*again))
+
+
+if __name__ == "__main__":
+    interpreted()
