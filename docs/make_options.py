@@ -25,6 +25,7 @@ COMMANDS = {
     "lab.sweep": ["lab.sweep.SweepConfig"],
     "lab.scaling_laws plot": ["lab.scaling_laws.PlotConfig"],
     "lab.scaling_laws fit": ["lab.scaling_laws.FitConfig"],
+    "lab.coverage": ["lab.coverage.CoverageConfig"],
     "lab.search": ["lab.search.SearchConfig"],
     "lab.convert": ["lab.convert.ConvertConfig"],
     "lab.mup_check coords": ["lab.mup_check.CoordsConfig"],

@@ -26,7 +26,7 @@ from lab.frontiers import Fit, Run
 
 
 @dataclass
-class Config:
+class CoverageConfig:
     out: str = "results/scaling"  # folder for coverage.md and coverage.json
     sweeps: int = 200  # synthetic sweeps a design
     samples: int = 256  # draws of seeds behind every interval, as in lab.scaling_laws
@@ -150,7 +150,7 @@ def table(rows):
 
 
 def main(argv):
-    config, began, rows = load_config(Config, argv), time.monotonic(), []
+    config, began, rows = load_config(CoverageConfig, argv), time.monotonic(), []
     with Pool(config.processes) as pool:
         for design in DESIGNS:
             rows.append((design, coverage(design, config.sweeps, config.samples, pool.imap)))

@@ -157,7 +157,7 @@ def test_help_lists_every_option_with_default_and_comment(capsys):
     "where",
     ["train.TrainConfig", "vision.train.ImageTrainConfig", "vision.regression.RegressionConfig",
      "prepare_owt", "sample", "lab.convert.ConvertConfig", "lab.search.SearchConfig",
-     "lab.sweep.SweepConfig", "lab.structures.StructuresConfig", "lab.coverage",
+     "lab.sweep.SweepConfig", "lab.structures.StructuresConfig", "lab.coverage.CoverageConfig",
      "lab.mup_check.CoordsConfig",
      "lab.mup_check.LandscapeConfig", "lab.scaling_laws.PlotConfig", "lab.scaling_laws.FitConfig", "lab.bench.StepConfig",
      "lab.bench.SampleBenchConfig", "lab.bench.DataConfig", "lab.bench_layers.LayersConfig", "lab.bench_layers.MixturesConfig"],

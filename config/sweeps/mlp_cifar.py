@@ -33,10 +33,10 @@ runs = mlps({
 fit = "--by=structure,overrides --loss=loss --points=final"  # the rate decays
 
 # Widths at which all groups have 0.4 to 20 million FLOPs an image forward, and larger ones of dense and BTT, whose
-# seconds show their layers. The rate was the best of three for dense layers of width 128 and 512 with unshuffled pixels
-# (results/vision.md). A run takes 30 to 40 s to read the images and compile, and 3 to 10 s for its 2,929 updates.
+# seconds show their layers. The rate is the best of four for dense and BTT layers of two widths (results/vision.md).
+# A run takes 30 to 40 s to read the images and compile, and 3 to 10 s for its 2,929 updates.
 small = dict(
-    common=dict(max_steps=60 * 50_000 // 1024, eval_interval=1000, log_interval=50, save=False, lr=1e-2),
+    common=dict(max_steps=60 * 50_000 // 1024, eval_interval=1000, log_interval=50, save=False, lr=6e-3),
     runs=mlps({
         "dense": (64, 128, 256, 512, 1024, 2048), "kronecker": (256, 1024, 2048, 4096), "low_rank": (256, 1024, 2048, 4096),
         "btt": (256, 1024, 2048, 4096, 8192), "btt_dense_input": (256, 1024, 2048, 4096), "monarch": (128, 256, 512, 1024),
