@@ -63,10 +63,10 @@ class Dense(nn.Linear):
     def flops_per_token(self):
         return 2 * self.in_features * self.out_features
 
-    def forward(self, x, after=None):
-        """x (..., d_in) -> W after(x) + bias, (..., d_out). after: an elementwise function, or None."""
+    def forward(self, x, input_fn=None):
+        """x (..., d_in) -> W input_fn(x) + bias, (..., d_out). input_fn: an elementwise function, or None."""
         W = self.materialize() if self.matrix is None else self.matrix
-        return nn.functional.linear(x if after is None else after(x), W, self.bias)
+        return nn.functional.linear(x if input_fn is None else input_fn(x), W, self.bias)
 
     def materialize(self):
         """The matrix W, (d_out, d_in)."""
@@ -150,9 +150,9 @@ class CoreLinear(nn.Module):
             if self.gains is not None:
                 self.gains[i] = _excess(self.cores[i], std)
 
-    def forward(self, x, after=None):
-        """x (..., d_in) -> W after(x), (..., d_out), in x's dtype or autocast's. after: an elementwise function, or None."""
-        x = x if after is None else after(x)
+    def forward(self, x, input_fn=None):
+        """x (..., d_in) -> W input_fn(x), (..., d_out), in x's dtype or autocast's. input_fn: an elementwise function, or None."""
+        x = x if input_fn is None else input_fn(x)
         if self.matrix is not None:
             return nn.functional.linear(x, self.matrix, self.bias)
         return self.finish(self.product(x), x)
@@ -221,10 +221,10 @@ class EinsumLinear(CoreLinear):
         a, b, g, d, e, f, r = self.sizes
         return BTTSizes(g, a, f, e, r) if b == d == 1 and self.matrix is None else None
 
-    def forward(self, x, after=None):
+    def forward(self, x, input_fn=None):
         if self.btt_sizes is not None:
-            return self.finish(btt(x, *self.effective_cores(), after=after), x)
-        return super().forward(x, after)
+            return self.finish(btt(x, *self.effective_cores(), input_fn=input_fn), x)
+        return super().forward(x, input_fn)
 
     def product(self, x):
         a, b, g, d, e, f, r = self.sizes
@@ -488,8 +488,8 @@ def check_layer(layer, structure):
         )
     if not hasattr(layer, "flops_per_token"):
         raise ConfigError(f"structure={structure!r}: {kind} has no flops_per_token: set it to 2 × its multiplications")
-    if "after" not in inspect.signature(layer.forward).parameters:
+    if "input_fn" not in inspect.signature(layer.forward).parameters:
         raise ConfigError(
-            f"structure={structure!r}: {kind}.forward takes no `after`, the function that an FFN applies to its input: "
-            "write forward(self, x, after=None), or leave forward out and write product(self, x)"
+            f"structure={structure!r}: {kind}.forward takes no `input_fn`, the function that an FFN applies to its input: "
+            "write forward(self, x, input_fn=None), or leave forward out and write product(self, x)"
         )

@@ -30,7 +30,6 @@ from moe import (
     checkpoint_routed,
     make_mixture,
     mix_together,
-    with_auxiliary_loss,
 )
 from options import GPTConfig
 
@@ -55,7 +54,7 @@ def linear(config, role, **kwargs):
 
 
 class Attention(nn.Module):
-    """Self-attention, of a GPT causal. Under muP queries and keys have a LayerNorm a head, and logits scale as 8/d_head."""
+    """Self-attention, causal in a GPT. Under muP queries and keys have a LayerNorm a head, and logits scale as 8/d_head."""
 
     def __init__(self, config):
         super().__init__()
@@ -79,7 +78,8 @@ class Attention(nn.Module):
         qkv = apply_together(layers, x) if self.router is None else mix_together(self.router, layers, x)
         q, k, v = (y.view(B, T, self.n_head, self.head_size) for y in qkv)
         dropout = self.dropout if self.training else 0.0
-        if cache is None and not dropout and fits_attention(q, self.q_norm):  # one kernel, norms inside
+        # One kernel with the norms inside. While you change attention, delete this branch: what follows is the definition.
+        if cache is None and not dropout and fits_attention(q, self.q_norm, self.k_norm):
             weights = (getattr(norm, "weight", None) for norm in (self.q_norm, self.k_norm))
             y = short_attention(q, k, v, *weights, self.scale, self.causal)  # (B, T, nh, hs)
             return self.proj(y.flatten(2))  # (B, T, C)
@@ -103,7 +103,7 @@ class FFN(nn.Module):
         self.down = linear(config, "ffn.down", zero_init=True)  # 4C -> C
 
     def forward(self, x):
-        return self.down(self.up(x), after=gelu)  # down(gelu(up(x))): some kernels apply a GELU to what they read
+        return self.down(self.up(x), input_fn=gelu)  # down(gelu(up(x))): some kernels apply a GELU to what they read
 
 
 def make_ffn(config):
@@ -115,7 +115,7 @@ def make_ffn(config):
 
 
 def as_autocast(x):
-    """In bfloat16 where products are: the residual stream too, half the traffic of all that is not a matrix product."""
+    """Cast x to bfloat16 under bfloat16 autocast: the residual stream then moves half the bytes."""
     to_bf16 = torch.is_autocast_enabled(x.device.type) and torch.get_autocast_dtype(x.device.type) == torch.bfloat16
     return x.bfloat16() if to_bf16 else x
 
@@ -176,7 +176,7 @@ class GPT(nn.Module):
         else:
             for embedding in (self.token_embedding, self.position_embedding):
                 nn.init.normal_(embedding.weight, std=EMBEDDING_STD)
-        self.mixtures = Mixtures.of(self)  # their routers, or None
+        self.mixtures = Mixtures.of(self) if config.moe != "none" else None  # their routers
 
     def _init_as_gpt2(self):
         """std 0.02, less on the residual branches, head tied to the embedding (GPT-2 report, section 2.3).
@@ -198,7 +198,9 @@ class GPT(nn.Module):
 
     def forward(self, idx, targets=None):
         logits, loss = self.head(self.trunk(idx), targets)
-        return logits, with_auxiliary_loss(self, loss)
+        if self.mixtures is not None and self.training:
+            loss = self.mixtures.add_loss(loss)
+        return logits, loss
 
     def head(self, x, targets=None):
         """What is above the trunk: x (B, T, C) -> logits and cross-entropy, each or None, as forward says."""

@@ -216,13 +216,6 @@ def auxiliary_loss(reports):
     return AUXILIARY * reports[:, Mixtures.AUX].mean()
 
 
-def with_auxiliary_loss(model, loss):
-    """The loss of a batch; in training of a model with mixtures, with what its routers add. loss may be None."""
-    if model.mixtures is None or not model.training:
-        return loss
-    return model.mixtures.add_loss(loss)
-
-
 def set_top_k(model, top_k, option="top_k"):
     """Let all mixtures of the model pick top_k experts for each token from now on, as many as in training or not.
 
@@ -263,8 +256,8 @@ def checkpoint_routed(function, x, **kwargs):
 class Mixture(CoreLinear):
     """A linear layer of num_experts matrices, of which top_k are picked for each token. The experts share bias, RMS cap and gains.
 
-    What an expert's share in the layer means for initialisation and learning rates (structure-aware µP, einsum_linear
-    and mup). A token sees the k picked experts side by side: one layer of k · r ranks for a BTT, whose second core is
+    What an expert's share in the layer means for initialisation and learning rates (structure-aware µP, einsum_linear.init_std
+    and optim.lr_multipliers). A token sees the k picked experts side by side: one layer of k · r ranks for a BTT, whose second core is
     scaled by gates that sum to 1, about 1/k each. That layer starts and learns as it would without gates if
 
     - the first core has the std of its shape in it, fan-in a and fan-out k·r·f, and the rate of fan-in a;
@@ -287,8 +280,8 @@ class Mixture(CoreLinear):
         self.num_experts, self.top_k = num_experts, top_k
         self.router = Router(d_in, num_experts, top_k) if routed else None
 
-    def forward(self, x, after=None):
-        x = x if after is None else after(x)
+    def forward(self, x, input_fn=None):
+        x = x if input_fn is None else input_fn(x)
         return self.mix(x, *self.router(x))
 
     def mix(self, x, index, gate):
@@ -321,15 +314,15 @@ class BTTMixture(Mixture):
         a, _, g, _, e, f, r = self.sizes
         return way_for(x, BTTSizes(g, a, f, e, r), self.num_experts, self.top_k, self.router is not None)
 
-    def forward(self, x, after=None):
+    def forward(self, x, input_fn=None):
         if self.way_for(x) != "routed":
-            return super().forward(x, after)
+            return super().forward(x, input_fn)
         # The kernels that make the gradients of x make the router's and the GELU's, too.
         dtype, router = compute_dtype(x), self.router
-        x = x if after in (None, gelu) else after(x)
+        x = x if input_fn in (None, gelu) else input_fn(x)
         A, B = (core.to(dtype) for core in self.effective_cores())
         rows = x.reshape(-1, self.in_features).to(dtype)
-        y, *routing = routed_btt_mixture(rows, router.weight.float(), router.bias, A, B, self.top_k, after is gelu)
+        y, *routing = routed_btt_mixture(rows, router.weight.float(), router.bias, A, B, self.top_k, input_fn is gelu)
         router.keep(*routing)
         return self.finish(y, x)
 

@@ -14,7 +14,7 @@ The rule is right for the product of the cores, of every structure. An example c
 times signs, s_out s_inᵀ in each of its matrices, of spectral norm rate · sqrt(fan_in · fan_out). With rates of
 1/fan_in, and the other cores at their initial norms of sqrt(fan_out/fan_in), the matrix of the layer changes by
 ‖ΔW‖ ~ sqrt(d_out/d_in) at any width and rank: the spectral condition (Yang et al., arXiv 2310.17813).
-An input that the core has not lined up with sees less of it: of a random one, sqrt(rank/d_in) is in the rows of a
+Inputs that the core is not yet aligned with see a smaller change: of a random one, sqrt(rank/d_in) is in the rows of a
 low-rank layer, and an entry that serves many places (Kronecker, Tensor-Train, ω > 0) follows their mean. So the change
 of activations falls with the width in the first steps, and no longer once the cores have lined up; rates raised by
 sqrt(d_in/rank), or by the root of the number of places, overshoot then (results/mup).
@@ -23,7 +23,9 @@ So `lr` is the rate of a dense layer of width 768. A core of a mixture has the f
 expert (moe.Mixture says why). The initial standard deviations are with the layers
 (einsum_linear.init_std). Under parametrization="standard" every multiplier is 1.
 
-To train with another optimizer, edit make_optimizers: give each torch optimizer its share of the parameters.
+To train with another optimizer, edit make_optimizers: give each torch optimizer its share of the parameters, in groups of
+parameter_groups (tests/test_optimizers.py has an example). Cores are 3-D, (batch, fan_in, fan_out); embeddings are matrices
+to `dim()`, too. A group's rate is lr · lr_mult: a second base rate goes into lr_mult.
 All else (the loop, checkpoints, FSDP2, CUDA graphs) knows the Optimizers only.
 """
 

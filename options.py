@@ -47,7 +47,7 @@ class BlockConfig:
     top_k: int = 2  # experts picked for each token; with 1, routers learn from the auxiliary loss alone
     share_router: bool = False  # with moe="linear": q, k and v pick the same experts
     normalize: bool = True  # cap the RMS of each core of structured layers at its initial value
-    normalize_dense: bool = False  # that of dense matrices, too: they then stand high learning rates as well
+    normalize_dense: bool = False  # that of dense matrices, too: they then tolerate high learning rates too
     depth_exponent: float = 0.5  # mup: branches are scaled by (3 / n_layer) to this power; 1: CompleteP's rule, 0: none
     activation_checkpointing: bool = False  # keep only the blocks' inputs for backward: less memory, 1/3 more FLOPs
 
@@ -359,7 +359,7 @@ def _covers(name, role):
 
 @dataclass
 class RunConfig:
-    """Options of a run, whatever it trains; of the same object as a model.BlockConfig."""
+    """Options of a run, whatever it trains. A training config inherits from this and from a BlockConfig."""
 
     out_dir: str = "out/run"  # where log, picture and checkpoints go
     seed: int = 1337  # of weights, batches and dropout

@@ -131,7 +131,7 @@ def factor_sizes(d_in, d_out, theta, rank=None):
     Of all exact factorisations of d_in into (α β γ) and of d_out into (δ ε φ) that are within a
     factor 2 of θ in every index, those count that have the most of the rank that θ promises
     (promised_rank): of a Kronecker product of width 512 (16 × 32 and 16 × 32), not (16 × 32 and
-    32 × 16), whose rank is 256. Of these the one nearest to θ in log space. Equally near ones: the
+    32 × 16), whose rank is 256. Of these the one nearest to θ in log space. Ties: the
     input takes the larger γ and the output the smaller φ, and where γ = φ = 1 the smaller α and ε.
     `rank`, where given, is d_ρ instead of min(d_in, d_out)^θρ.
     Raises ConfigError where θ is not a structure, where no factorisation lies within that factor

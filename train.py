@@ -72,7 +72,7 @@ from sample import load_model, sample
 
 
 def lr_at(step, config):
-    """Learning rate of update number `step` (0 is the first): a function of the step alone."""
+    """Learning rate of update number `step` (0 is the first, which the log calls step 1): a function of the step alone."""
     if step < config.warmup_steps:
         return config.lr * (step + 1) / config.warmup_steps
     left = config.max_steps - step  # updates from here on, this one counted
@@ -274,7 +274,7 @@ class Trainer:
         return norm.view(1)
 
     def finish_step(self):
-        """Wait for the oldest update that was launched -> its row; whether any process was asked to stop, and to save."""
+        """Wait for the oldest launched update -> its row, stop_asked, save_asked: whether any process was asked to."""
         step, lr, numbers = self.launched.popleft()
         loss, aux, stop_asked, save_asked, norm = numbers.wait()
         # GradScaler itself skips updates with overflown float16 gradients; anything else non-finite is an end.

@@ -1,4 +1,4 @@
-# A BTT GPT on the source text of Python's standard library: two to three minutes on 2 CPU cores, less on a GPU.
+# A BTT GPT on the source text of Python's standard library: two to five minutes on 2 CPU cores, less on a GPU.
 out_dir = "out/quickstart"
 data_dir = "data/stdlib_char96"  # prepares itself where it is missing
 compile = False  # starts at once

@@ -23,10 +23,19 @@ WIDEST = 64  # of a head: wider ones have too little room on a multiprocessor, a
 EPSILON = 1e-5  # of torch.nn.LayerNorm
 
 
-def fits_attention(q, norm):
-    """Whether short_attention takes q (B, T, heads, width of a head) and its norm, a LayerNorm or no norm."""
-    plain = not isinstance(norm, torch.nn.LayerNorm) or (norm.bias is None and norm.weight is not None)
-    return takes_kernels(q) and q.shape[1] <= LONGEST and q.shape[3] <= WIDEST and plain
+def fits_attention(q, q_norm, k_norm):
+    """Whether short_attention takes q (B, T, heads, width of a head) and the norms of q and k: two LayerNorms, or none."""
+    norms = (q_norm, k_norm)
+    none = all(type(norm) is torch.nn.Identity for norm in norms)
+    fits = takes_kernels(q) and q.shape[1] <= LONGEST and q.shape[3] <= WIDEST
+    return fits and (none or all(_is_plain_layer_norm(norm, q.shape[3]) for norm in norms))
+
+
+def _is_plain_layer_norm(norm, width):
+    """A LayerNorm over a head, with a weight and without bias."""
+    if type(norm) is not torch.nn.LayerNorm or norm.normalized_shape != (width,) or norm.eps != EPSILON:
+        return False
+    return norm.weight is not None and norm.bias is None
 
 
 def short_attention(q, k, v, q_weight, k_weight, scale, causal):

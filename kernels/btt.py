@@ -50,7 +50,7 @@ except ImportError:  # no GPU: plain torch
 class TwoProducts(torch.autograd.Function):
     """y[f s n t] = Σ_{q g r} second[f, q g r, t] · Σ_p first[g, p, r f s] · x[g p n q]
 
-    n is the number of tokens, the other letters are sizes of a layer (EinsumLinear.forward).
+    n is the number of tokens, the other letters are sizes of a layer (EinsumLinear.product).
     x (g, p, n, q), first (g, p, r·f·s), second (f, q·g·r, t), all of one dtype -> y (f, s, n, t).
     Left to autograd the permutations turn into copies, forward and backward; written out here, each product
     has the orientation in which its operands are views and its result is what the next one reads. For a BTT
@@ -107,12 +107,12 @@ def btt_matrix(A, B):
 # BTT
 
 
-def btt(x, A, B, way=None, after=None):
-    """y = W x for a Block Tensor-Train W of two cores, or y = W after(x).
+def btt(x, A, B, way=None, input_fn=None):
+    """y = W x for a Block Tensor-Train W of two cores, or y = W input_fn(x).
 
     x (..., g·a), A (g, a, r·f), B (f, g·r, e) -> y (..., f·e), in x's dtype or autocast's.
     way: "fused", "staged", "dense" or "torch"; None takes what should be the fastest (way_for).
-    after: an elementwise function. If it is `gelu`, the kernels apply it to what they read of x, forward and backward,
+    input_fn: an elementwise function. If it is `gelu`, the kernels apply it to what they read of x, forward and backward,
     which saves a copy of x in memory and two passes over it.
     """
     sizes = g, a, f, e, r = _sizes(A, B)
@@ -123,9 +123,9 @@ def btt(x, A, B, way=None, after=None):
     n = x_2d.shape[0]
     if way is None:
         way = way_for(x, sizes)
-    after_gelu = after is gelu and way in ("fused", "staged")
-    if after is not None and not after_gelu:
-        x_2d = after(x_2d)
+    after_gelu = input_fn is gelu and way in ("fused", "staged")
+    if input_fn is not None and not after_gelu:
+        x_2d = input_fn(x_2d)
     if way == "fused":
         y = torch.ops.nanoeinsum.btt_fused(x_2d, A, B, after_gelu)
     elif way == "staged":

@@ -50,7 +50,7 @@ class TimingConfig:
 
     steps: int = 20  # timed updates, after five that do not count
     against: str = ""  # other configs, as one word, ; between them: --against="config/gpt2_dense.py --fused_loss=False"
-    parts: bool = True  # time forward and backward passes apart, too
+    parts: bool = True  # time forward and backward passes separately, too
     profile: str | None = None  # folder for a table of kernels, and a trace for Perfetto or chrome://tracing
     json: str | None = None  # file for the rows
 

@@ -221,8 +221,8 @@ def coordinates(model, idx):
             else:
                 values[name] = output.detach()
                 if getattr(module, "router", None) is not None:  # some kernels make its logits on the side
-                    x, after = args[0], kwargs.get("after")
-                    values[f"{name}.router"] = (x if after is None else after(x)) @ module.router.weight.T
+                    x, input_fn = args[0], kwargs.get("input_fn")
+                    values[f"{name}.router"] = (x if input_fn is None else input_fn(x)) @ module.router.weight.T
 
         return hook
 

@@ -273,3 +273,20 @@ def names_defined(file):
             targets = node.targets if isinstance(node, ast.Assign) else [node.target]
             names |= {each.id for target in targets for each in ast.walk(target) if isinstance(each, ast.Name)}
     return names
+
+
+def test_names_to_edit_exist():
+    """README's table "To change X, edit Y": every name in backticks behind a file is in that file."""
+    table = (ROOT / "README.md").read_text().partition("## To change X, edit Y")[2].partition("## ")[0]
+    pairs = [
+        (path, name)
+        for path, rest in re.findall(r"\]\(([\w/]+\.py)\)((?:[^\[|]|\[(?!\w))*)", table)
+        for name in re.findall(r"`(\w+(?:\.\w+)?)`", rest)
+    ]
+    assert ("optim.py", "make_optimizers") in pairs and ("model.py", "FFN.forward") in pairs
+    for path, name in pairs:
+        owner, _, method = name.rpartition(".")
+        source = (ROOT / path).read_text()
+        assert not owner or re.search(rf"^class {owner}\b", source, re.MULTILINE), f"{path} has no {owner}"
+        found = re.search(rf"^\s*(?:def|class) {method}\b|^{method} = ", source, re.MULTILINE)
+        assert found, f"{path} has no {name}"

@@ -213,7 +213,7 @@ class OfXByProduct(Uncounted):
     [
         (Plain, "Plain is no CoreLinear: derive it from einsum_linear.CoreLinear"),
         (Uncounted, "Uncounted has no flops_per_token: set it"),
-        (OfX, "OfX.forward takes no `after`.*: write forward.self, x, after=None., or leave forward out"),
+        (OfX, "OfX.forward takes no `input_fn`.*: write forward.self, x, input_fn=None., or leave forward out"),
     ],
 )
 def test_a_layer_that_a_model_cannot_use_is_refused_in_one_line(monkeypatch, layer, message):

@@ -15,7 +15,7 @@ from torch import nn
 
 from kernels.common import gelu
 from model import as_autocast, linear, make_ffn, run_block
-from moe import Mixtures, with_auxiliary_loss
+from moe import Mixtures
 
 
 class MLPBlock(nn.Module):
@@ -45,7 +45,7 @@ class MLP(nn.Module):
         self.input_norm = nn.LayerNorm(config.d_model, bias=config.bias)
         self.blocks = nn.ModuleList(MLPBlock(config) for _ in range(config.n_layer))
         self.head = linear(config, "head", zero_init=True)
-        self.mixtures = Mixtures.of(self)
+        self.mixtures = Mixtures.of(self) if config.moe != "none" else None
         if getattr(config, "shuffle_pixels", False):
             # Or cores would read neighbouring pixels: an advantage that a dense layer does not have (results/vision.md).
             order = torch.from_numpy(np.random.default_rng(42).permutation(config.d_in))
@@ -59,7 +59,10 @@ class MLP(nn.Module):
         for block in self.blocks:
             x = run_block(block, x, self.config)
         y = self.head(x)
-        return y, with_auxiliary_loss(self, None if targets is None else self.loss(y.float(), targets))
+        loss = None if targets is None else self.loss(y.float(), targets)
+        if self.mixtures is not None and self.training:
+            loss = self.mixtures.add_loss(loss)
+        return y, loss
 
     def passes(self, role):
         """How often an input makes the layer that plays `role` work."""

@@ -1,6 +1,6 @@
 """A vision transformer (Dosovitskiy et al., "An Image is Worth 16x16 Words", ICLR 2021) of the root's blocks.
 
-Attention is the GPT's without its mask: q, k and v apart, a LayerNorm a head on q and k, logits times 8/d_head,
+Attention is the GPT's without its mask: separate q, k and v, a LayerNorm a head on q and k, logits times 8/d_head,
 residual branches from zero ("Compute Better Spent", ICML 2024, section 5). What is its own: patches in, one class out.
 
 Shapes: B batch, P patches, T = P + 1 tokens with a class token (pool="token"), else P; C = d_model.
@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from model import EMBEDDING_STD, Block, as_autocast, linear, run_block
-from moe import Mixtures, with_auxiliary_loss
+from moe import Mixtures
 
 
 class ViT(nn.Module):
@@ -39,7 +39,7 @@ class ViT(nn.Module):
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.final_norm = nn.LayerNorm(config.d_model, bias=config.bias)
         self.head = linear(config, "head", zero_init=True)
-        self.mixtures = Mixtures.of(self)
+        self.mixtures = Mixtures.of(self) if config.moe != "none" else None
 
     def forward(self, x, targets=None):
         x = self.input_norm(self.input(self.patch_norm(patches(x, self.config.patch_size))))  # (B, P, C)
@@ -51,7 +51,9 @@ class ViT(nn.Module):
         x = self.final_norm(x)
         logits = self.head(x[:, 0] if self.config.pool == "token" else x.mean(dim=1))
         loss = None if targets is None else F.cross_entropy(logits.float(), targets)
-        return logits, with_auxiliary_loss(self, loss)
+        if self.mixtures is not None and self.training:
+            loss = self.mixtures.add_loss(loss)
+        return logits, loss
 
     def passes(self, role):
         """How often an image makes the layer that plays `role` work."""

@@ -11,6 +11,7 @@ import triton
 
 import kernels.attention  # noqa: F401 (its operators)
 
+OPS = torch.ops.nanoeinsum
 SHAPES = ((512, 128, 16, 64), (1024, 64, 16, 64), (512, 128, 32, 32))  # texts, tokens, heads, width of a head
 
 
@@ -30,15 +31,14 @@ def main():
         joined = torch.randn(texts, tokens, 3 * heads * width, device="cuda").bfloat16()
         q, k, v = (part.view(texts, tokens, heads, width) for part in joined.split(heads * width, dim=-1))
         dy, weights, scale = torch.randn_like(q), torch.ones(2, width, device="cuda"), 8 / width
-        ops = torch.ops.nanoeinsum
         torch._dynamo.reset()
         compiled = torch.compile(by_torch)
         leaves = [tensor.detach().requires_grad_() for tensor in (q, k, v, *weights)]
         y = compiled(*leaves, scale, True)
         ways = {
             "kernels.attention": (
-                lambda q=q, k=k, v=v, w=weights, s=scale: ops.short_attention(q, k, v, *w, s, True),
-                lambda q=q, k=k, v=v, w=weights, s=scale, dy=dy: ops.short_attention_backward(q, k, v, *w, dy, s, True),
+                lambda q=q, k=k, v=v, w=weights, s=scale: OPS.short_attention(q, k, v, *w, s, True),
+                lambda q=q, k=k, v=v, w=weights, s=scale, dy=dy: OPS.short_attention_backward(q, k, v, *w, dy, s, True),
             ),
             "torch, compiled": (
                 lambda q=q, k=k, v=v, w=weights, s=scale, f=compiled: f(q, k, v, *w, s, True),

@@ -6,7 +6,8 @@ import torch.nn.functional as F
 
 from conftest import run_interpreted
 from hopper import on_gpu
-from kernels.attention import short_attention
+from kernels import attention
+from kernels.attention import fits_attention, short_attention
 
 pytest.importorskip("triton")
 
@@ -45,6 +46,19 @@ def errors(*shape, dtype, causal=True, norms=True, device="cpu", **how):
         results(by_torch, *(x.double() for x in inputs), causal, norms),
     )
     return [((a.double() - b).norm() / b.norm()).item() for a, b in zip(got, want)]
+
+
+def test_only_layer_norms_without_bias_go_inside(monkeypatch):
+    """Another norm, such as an RMSNorm, must not silently be computed as a LayerNorm."""
+    monkeypatch.setattr(attention, "takes_kernels", lambda x: True)
+    q, norms = torch.empty(2, 16, 3, 32), torch.nn
+    layer_norm = norms.LayerNorm(32, bias=False)
+    assert fits_attention(q, layer_norm, layer_norm) and fits_attention(q, norms.Identity(), norms.Identity())
+    for other in (norms.RMSNorm(32), norms.LayerNorm(32), norms.LayerNorm(32, eps=1e-6, bias=False), norms.Identity()):
+        assert not fits_attention(q, other, layer_norm) and not fits_attention(q, layer_norm, other)
+    assert not fits_attention(torch.empty(2, 129, 3, 32), layer_norm, layer_norm)
+    wide = norms.LayerNorm(65, bias=False)
+    assert not fits_attention(torch.empty(2, 16, 3, 65), wide, wide)
 
 
 def test_kernels_in_the_interpreter():
