@@ -117,7 +117,7 @@ def check_same_data(meta, saved, say):
 
     meta, saved  plain values about the data of the run and of the checkpoint; keys that one of them lacks do not count
     """
-    changed = [key for key in meta if key in saved and not _same(meta[key], saved[key])]
+    changed = changed_values(meta, saved)
     for key in LANGUAGE:
         if key in changed:
             raise ConfigError(
@@ -127,6 +127,11 @@ def check_same_data(meta, saved, say):
     if changed:
         differences = [f"{key} is {shorten(meta[key])}, it was {shorten(saved[key])}" for key in changed]
         say(f"note: the data changed since the checkpoint: {'; '.join(differences)}")
+
+
+def changed_values(meta, saved):
+    """Keys that both have, with other values."""
+    return [key for key in meta if key in saved and not _same(meta[key], saved[key])]
 
 
 def _same(a, b):

@@ -401,7 +401,8 @@ class RunConfig:
         "n_embd": "d_model", "dataset": "data_dir", "wandb_log": "wandb",
         "batch_size": "micro_batch, sequences that a process takes at a time",
         "gradient_accumulation_steps": "batch_tokens, tokens of all processes in an update",
-        "always_save_checkpoint": "save",
+        "always_save_checkpoint": "save", "backend": "device, which chooses it", "beta1": "0.9, in optim.py",
+        "eval_only": "max_steps, with resume: at the last step a run evaluates", "wandb_run_name": "out_dir", "out": "out_dir",
     }  # fmt: skip
 
     def __post_init__(self):

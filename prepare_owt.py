@@ -34,6 +34,7 @@ from tqdm import tqdm
 from configurator import ConfigError, as_script, load_config
 from data import GPT2Tokenizer, code_points, is_nanogpt_folder, make_tokenizer
 from text_files import TextReader, first_line, local_files
+from theta import BTT, factor_sizes
 
 
 @dataclass
@@ -105,12 +106,26 @@ def prepare(config, replace=True):
         raise ConfigError(f"out_dir={config.out_dir} cannot be written ({why}): take another") from None
     print(
         f"{config.out_dir}: {meta['train_tokens']:,} training and {meta['val_tokens']:,} validation tokens of "
-        f"{meta['documents']:,} documents, vocab_size={meta['vocab_size']}; {meta['left_out']:,} left out "
+        f"{meta['documents']:,} documents, {for_vocabulary(meta)}; {meta['left_out']:,} left out "
         f"({meta['characters_left_out']:,} of {meta['characters']:,} characters)"
     )
     for note in ([left_out] if left_out else []) + list(source.reader.notes()):
         print(f"note: {note}")
     return meta
+
+
+def for_vocabulary(meta):
+    """The vocab_size to train with: the data's, or the next number that factors for a BTT head."""
+    size = meta["vocab_size"]
+    if meta["tokenizer"] != "chars":
+        return f"vocab_size={size}"
+    while True:
+        try:
+            factor_sizes(size, size, BTT)
+            break
+        except ConfigError:
+            size += 1
+    return f"{meta['vocab_size']} characters: take --vocab_size={size}"
 
 
 def write_folder(config, tokenizer, source, folder):
@@ -122,7 +137,7 @@ def write_folder(config, tokenizer, source, folder):
         if counts["val_tokens"]:
             counts, left_out = write_tokens(config, tokenizer, source, paths, 0.0)
         move_tail(source.val_fraction, itemsize, paths, counts)
-    check_counts(config, itemsize, paths, counts, left_out)
+    check_counts(config, source, itemsize, paths, counts, left_out)
     meta = {
         "tokenizer": tokenizer.name, "vocab_size": tokenizer.vocab_size, "dtype": tokenizer.dtype, **counts,
         "source": config.dataset if config.source == "owt" else config.source, "seed": config.seed,
@@ -391,10 +406,11 @@ def move_tail(val_fraction, itemsize, paths, counts):
     counts["val_tokens"] += tail
 
 
-def check_counts(config, itemsize, paths, counts, left_out):
+def check_counts(config, source, itemsize, paths, counts, left_out):
     """What was counted must be what lies on disk, and OpenWebText's counts are known."""
     if counts["train_tokens"] == 0:
-        why = f"; {left_out}" if left_out else ": is this the right source?"
+        notes = ([left_out] if left_out else []) + list(source.reader.notes())
+        why = f"; {'; '.join(notes)}" if notes else ": is this the right source?"
         raise ConfigError(f"source={config.source}: no token came out of {counts['documents']:,} documents{why}")
     for split, path in paths.items():
         if os.path.getsize(path) != counts[f"{split}_tokens"] * itemsize:
@@ -434,7 +450,7 @@ def import_nanogpt(folder):
         os.replace(os.path.join(part, "meta.json"), path)
     print(
         f"{path}: nanoGPT's tokens, of {meta['tokenizer']}: {meta['train_tokens']:,} for training, "
-        f"{meta['val_tokens']:,} for validation, vocab_size={meta['vocab_size']}; use them with --data_dir={folder}"
+        f"{meta['val_tokens']:,} for validation, {for_vocabulary(meta)}; use them with --data_dir={folder}"
     )
     return meta
 

@@ -20,6 +20,7 @@ from configurator import ConfigError
 LONGEST_DOCUMENT = 16_000_000  # characters; a longer text file is cut at line ends, so that memory stays bounded
 PACKED = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd"}  # by their first bytes
 NOT_TEXT = {
+    b"\xff\xfe\0\0": "is UTF-32: convert it to UTF-8",
     b"\xff\xfe": "is UTF-16: convert it to UTF-8",
     b"\xfe\xff": "is UTF-16: convert it to UTF-8",
     b"PK\x03\x04": "is a zip archive: unpack it",

@@ -6,7 +6,7 @@ import shlex
 from dataclasses import asdict
 
 from configurator import ConfigError, RunFailed
-from data import check_same_data
+from data import LANGUAGE, changed_values, check_same_data
 from engine import checkpoint, runlog
 
 # Options of a model that a resumed run may change: the parameters are the same ones.
@@ -27,7 +27,7 @@ def load_start(config, task, model, optimizers, scaler, again, say):
         if config.resume:
             say(f"{config.out_dir}: no checkpoint to go on from, starting at step 0")
         if config.init_from:
-            load_weights_of_another(config, model, shape, say)
+            load_weights_of_another(config, model, shape, task.meta, say)
         return None
     check_same_model(config, saved["config"], shape, say)
     check_same_data(task.meta, saved["meta"], say)
@@ -57,8 +57,11 @@ def differing_options(config, saved, keys):
     return {key: (here[key], saved[key]) for key in keys if here[key] != saved[key]}
 
 
-def load_weights_of_another(config, model, shape, say):
-    """The weights of config.init_from, of a model with the same options of `shape`, into the model."""
+def load_weights_of_another(config, model, shape, meta, say):
+    """The weights of config.init_from, of a model with the same options of `shape`, into the model.
+
+    meta  plain values about the data: where its ids stand for other tokens than the weights learned, a note says so
+    """
     saved = checkpoint.load(config.init_from, say)
     if saved is None:
         raise ConfigError(
@@ -69,6 +72,11 @@ def load_weights_of_another(config, model, shape, say):
     if others:
         words = shlex.join(f"--{key}={theirs}" for key, (_, theirs) in others.items())
         raise ConfigError(f"init_from={config.init_from} is of another model: give {words}")
+    foreign = [key for key in LANGUAGE if key in changed_values(meta, saved["meta"])]
+    if foreign:
+        say(
+            f"note: the data's {' and '.join(foreign)} differ from what {config.init_from} learned: ids stand for other tokens"
+        )
     checkpoint.restore(saved, model)
     say(f"weights of step {saved['step']} of {saved['path']}; this run starts at step 0")
 

@@ -19,6 +19,7 @@ import pytest
 import torch
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+PYTHONPATH = f"{ROOT}{os.pathsep}{ROOT}/tests"  # of processes, as pyproject.toml has it for pytest
 torch.set_num_threads(1)  # as in the processes the tests start: sums in another order round otherwise
 # Processes forked by run_forked and test_checkpoint have these already, which take 6 s of a core to import.
 multiprocessing.set_forkserver_preload(
@@ -78,7 +79,7 @@ def run_script(*words, env=None, processes=None, timeout=240):
 
 def run_interpreted(script, timeout=240):
     """The script's own checks, of Triton kernels in the interpreter: chosen at import, so in a process of its own."""
-    return run_script(script, env={"TRITON_INTERPRET": "1", "PYTHONPATH": f"{ROOT}:{ROOT}/tests"}, timeout=timeout)
+    return run_script(script, env={"TRITON_INTERPRET": "1"}, timeout=timeout)
 
 
 def run_forked(script, *words, processes=None, timeout=240):
@@ -141,4 +142,4 @@ def command(words, processes):
 
 
 def environment(extra):
-    return {**os.environ, "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1", **(extra or {})}
+    return {**os.environ, "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": PYTHONPATH, **(extra or {})}

@@ -1,8 +1,8 @@
 """Faults on purpose: kills, hangs, full disks, damaged files, NaN, leaks. What does the user see, and what is lost?
 
-    python tests/faults.py             all of them: 10 minutes on 2 cores
-    python tests/faults.py --short     fewer kills and steps: 7 minutes
-    python tests/faults.py --only=disk_full --json=faults.json
+    python -m tests.faults             all of them: 10 minutes on 2 cores
+    python -m tests.faults --short     fewer kills and steps: 7 minutes
+    python -m tests.faults --only=disk_full --json=faults.json
 
 Runs train.py on the CPU as a user would, with tiny data in a temporary folder. One line a fault; exit status 0 only
 if all passed. test_faults.py runs some of them under pytest. For Linux: processes are found in /proc.
@@ -31,10 +31,9 @@ import numpy as np
 import torch
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-sys.path.insert(0, ROOT)
 
-from data import TokenData  # noqa: E402
-from engine import checkpoint  # noqa: E402
+from data import TokenData
+from engine import checkpoint
 
 LIMIT = 300  # seconds for a command; one that takes longer has failed
 OPTIONS = dict(
@@ -46,7 +45,6 @@ DDP, FSDP = dict(processes=2, shard="none"), dict(processes=2, shard="fsdp")
 # Scripts that do harm from within, {…} filled in. `step` is the number of the update in progress, 1 for the first.
 HARM = """
 import math, os, sys, time
-sys.path.insert(0, {root!r})
 import torch
 import data, train
 from engine import checkpoint
@@ -105,7 +103,7 @@ class Command:
         tag = uuid.uuid4().hex
         self.tag = f"FAULTS_TAG={tag}".encode()
         self.paths = [os.path.join(folder, f"{tag}.{name}") for name in ("out", "err")]
-        env = {**os.environ, "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1", "FAULTS_TAG": tag}
+        env = {**os.environ, "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": ROOT, "FAULTS_TAG": tag}
         with open(self.paths[0], "wb") as out, open(self.paths[1], "wb") as err:
             self.popen = subprocess.Popen(
                 words, cwd=ROOT, stdout=out, stderr=err, env=env, start_new_session=True,
@@ -186,7 +184,7 @@ class Lab:
         script, launcher = "train.py", [sys.executable]
         if harm:
             script = self.path("harm.py")
-            write(script, HARM.format(root=ROOT, what=harm, rank=rank))
+            write(script, HARM.format(what=harm, rank=rank))
         if processes > 1:
             launcher += ["-m", "torch.distributed.run", "--standalone"]
             launcher += [f"--nproc_per_node={processes}", f"--max-restarts={restarts}"]

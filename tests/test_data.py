@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import pickle
 import random
+import re
 import shutil
 import string
 
@@ -28,6 +29,7 @@ from data import (
     tokenizer_of,
 )  # fmt: skip
 from prepare_owt import Config, prepare
+from theta import BTT, factor_sizes
 
 
 def texts(count, seed=0):
@@ -574,3 +576,15 @@ def test_a_resumed_run_does_not_go_on_with_another_tokenizer(tiny, char_data, tm
     (other / "meta.json").write_text(json.dumps({**meta, "tokenizer": "bytes"}))
     with pytest.raises(ConfigError, match="tokenizer is 'bytes', but the checkpoint was trained on 'char96'"):
         train.main([*tiny, "--max_steps=4", "--resume", f"--data_dir={other}"])
+
+
+def test_the_vocabulary_that_is_offered_factors(tmp_path, capsys):
+    """22 characters: a BTT head has no factors near their root, so the next number that has is offered."""
+    (tmp_path / "text.txt").write_text("abcdefghijklmnopqrstu\n" * 200)
+    prepare_owt.main([f"--source={tmp_path}/text.txt", "--tokenizer=chars", f"--out_dir={tmp_path}/data"])
+    out = capsys.readouterr().out
+    offered = int(re.search(r"22 characters: take --vocab_size=(\d+)", out)[1])
+    factor_sizes(offered, offered, BTT)
+    assert 22 < offered <= 30
+    with pytest.raises(ConfigError, match="no factorisation"):
+        factor_sizes(22, 22, BTT)

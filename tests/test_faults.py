@@ -1,6 +1,6 @@
 """Some of faults.py's faults, briefly: real commands that are killed, fail, or leak nothing.
 
-`python tests/faults.py` has all of them; what the other tests do within one process is not repeated here.
+`python -m tests.faults` has all of them; what the other tests do within one process is not repeated here.
 """
 
 import pytest

@@ -30,9 +30,8 @@ def sgd_and_adamw(model, config, multipliers=None):
     return Optimizers(model, parts, multipliers)
 
 
-SCRIPT = f"""
+SCRIPT = """
 import sys
-sys.path[:0] = [{os.path.dirname(train.__file__)!r}, {os.path.dirname(__file__)!r}]
 import train
 from test_optimizers import sgd_and_adamw
 

@@ -16,8 +16,6 @@ from pathlib import Path
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-
 from configurator import ConfigError
 from einsum_linear import make_linear
 from lab.structures import measured_rank

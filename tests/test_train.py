@@ -591,9 +591,8 @@ def test_sharded_on_two_goes_on_sharded_on_four_and_whole_on_one(tiny, tmp_path)
         torch.testing.assert_close(weights[0][name], weights[1][name], rtol=1e-3, atol=1e-4)
 
 
-SPARE = f"""
+SPARE = """
 import sys
-sys.path.insert(0, {os.path.dirname(train.__file__)!r})
 import torch
 import train
 
@@ -618,9 +617,8 @@ def test_a_parameter_without_gradient_is_named(tiny, tmp_path, bucket):
         assert run_forked(*words).returncode == 0
 
 
-COMPILED = f"""
+COMPILED = """
 import functools, sys
-sys.path.insert(0, {os.path.dirname(train.__file__)!r})
 import torch
 graphs = []
 
@@ -867,3 +865,21 @@ def test_runs_on_one_gpu_take_turns(tiny, tmp_path):
     assert process.returncode == 0, output
     seconds = {row["step"]: row["seconds"] for row in read_rows(tmp_path / "run")}
     assert seconds[6] - seconds[5] < 1.5 and max(seconds) == 20
+
+
+def test_a_run_that_starts_from_weights_of_another_vocabulary_says_so(tiny, tmp_path, char_data, capsys):
+    train.main([*tiny, "--max_steps=1", f"--out_dir={tmp_path}/first"])
+    other = tmp_path / "other"
+    shutil.copytree(char_data, other)
+    meta = json.loads((other / "meta.json").read_text())
+    (other / "meta.json").write_text(json.dumps({**meta, "tokenizer": "bytes"}))
+    capsys.readouterr()
+    words = [
+        *tiny,
+        f"--data_dir={other}",
+        "--max_steps=1",
+        f"--init_from={tmp_path}/first",
+        f"--out_dir={tmp_path}/second",
+    ]
+    train.main(words)
+    assert "note: the data's tokenizer differ" in capsys.readouterr().out

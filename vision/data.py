@@ -185,9 +185,11 @@ def parquet_files(config):
         if len(several) > 1:
             if split != "train" and len(chosen) > 1:
                 continue  # another is for validation
+            whole = {owner for _, of, owner, _ in found if of in VAL_NAMES}  # those with files for validation
+            one = next((owner for owner in several if owner in whole), several[0])
             raise ConfigError(
                 f"data_dir={config.data_dir} has {split} files of several data sets "
-                f"({', '.join(map('/'.join, several))}): give --dataset={several[0][-1]}, or a folder of one"
+                f"({', '.join(map('/'.join, several))}): give --dataset={one[-1]}, or a folder of one"
             )
         if owners:
             chosen[split] = list(owners)
@@ -436,15 +438,18 @@ def converted(image, channels):
 def in_8_bits(image):
     """Grey of 16 bits or more, or of floats -> 0 … 255, where `convert` would clip.
 
-    16 bits are of 0 … 65535. Longer numbers do not say of which range they are: the smallest usual one that holds them.
+    16 bits are of 0 … 65535. Longer numbers do not say of which range they are: the smallest usual one that holds them,
+    or that up to the image's own maximum.
     """
     values = np.nan_to_num(np.asarray(image, np.float32), nan=0, posinf=0, neginf=0)
     top = float(values.max())
     if image.mode.startswith("I;16"):
-        ranges = (2**16 - 1,)
+        limits = (2**16 - 1,)
+    elif image.mode == "F":
+        limits = (1, 255, 2**16 - 1, top)
     else:
-        ranges = (1, 255, 2**16 - 1, top) if image.mode == "F" else (255, 2**16 - 1, 2**31)
-    scale = 255 / next(limit for limit in ranges if top <= limit)
+        limits = (255, 2**16 - 1, top)
+    scale = 255 / next(limit for limit in limits if top <= limit)
     return Image.fromarray((values * scale).round().clip(0, 255).astype(np.uint8))
 
 

@@ -10,13 +10,12 @@ import time
 
 import pytest
 
-from conftest import ROOT, environment
+from conftest import environment
 from engine.heartbeat import Watchdog, find_hung
 
 TIMEOUT = 3  # seconds without a beat; the processes' start is outside it
 SCRIPT = f"""
 import os, signal, sys, time
-sys.path.insert(0, {ROOT!r})
 import torch
 import torch.distributed as dist
 from engine.heartbeat import init_distributed

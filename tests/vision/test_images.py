@@ -18,6 +18,7 @@ from PIL import Image
 import vision.data
 from configurator import ConfigError
 from vision.data import Decoded, Held, Images, PixelsConfig, Split, decode, open_splits, parsed, to_square, write_pixels
+from vision.options import DataConfig
 from vision.train import ImageTrainConfig
 
 CPU = torch.device("cpu")
@@ -437,3 +438,23 @@ def test_a_broken_npz_is_one_line(tmp_path):
     with pytest.raises(ConfigError, match=r"part0.npz has no X of images: uint8 \(n, H, W, 3\)"):
         write_pixels(config)
     assert os.listdir(tmp_path / "out") == []
+
+
+def test_whole_numbers_beyond_16_bits_are_not_black():
+    image = Image.fromarray(np.array([[0, 35_000], [70_000, 70_000]], np.int32))
+    assert np.asarray(decode(png_or_tiff(image), 1)).tolist() == [[0, 128], [255, 255]]
+
+
+def png_or_tiff(image):
+    file = io.BytesIO()
+    image.save(file, format="TIFF")
+    return file.getvalue()
+
+
+def test_of_several_data_sets_one_that_is_whole_is_offered(tmp_path):
+    for folder, splits in (("a_noisy", ("train",)), ("plain", ("train", "test"))):
+        (tmp_path / folder).mkdir()
+        for split in splits:
+            (tmp_path / folder / f"{split}-0.parquet").write_bytes(b"")
+    with pytest.raises(ConfigError, match="several data sets .*: give --dataset=plain, or a folder of one"):
+        vision.data.parquet_files(DataConfig(dataset="cifar10", data_dir=str(tmp_path)))
