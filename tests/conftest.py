@@ -52,12 +52,19 @@ def tiny(char_data, tmp_path):
     return [f"--{key}={value}" for key, value in options.items()]
 
 
+HANDLERS = {name: signal.getsignal(name) for name in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
+
+
 @pytest.fixture(autouse=True)
 def keep_signal_handlers():
-    """A run in this process replaces them: put pytest's back."""
-    before = {name: signal.getsignal(name) for name in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
+    """A run in this process replaces them, one in a module's fixture too: pools of a later test would not end by SIGTERM."""
+    restore_signal_handlers()
     yield
-    for name, handler in before.items():
+    restore_signal_handlers()
+
+
+def restore_signal_handlers():
+    for name, handler in HANDLERS.items():
         signal.signal(name, handler)
 
 

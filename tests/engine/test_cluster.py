@@ -35,14 +35,14 @@ def environment_of(tmp_path, srun, scontrol=SCONTROL):
 @pytest.mark.parametrize(
     "words, ran",
     [
-        ("config/gpt2_btt.py --lr=1e-3", "train.py config/gpt2_btt.py --lr=1e-3 --resume"),
-        ("", "train.py --resume"),
-        ("train.py config/gpt2_btt.py", "train.py config/gpt2_btt.py --resume"),
+        ("config/gpt2_btt.py --lr=1e-3", "-m train config/gpt2_btt.py --lr=1e-3 --resume"),
+        ("", "-m train --resume"),
+        ("train.py config/gpt2_btt.py", "-m train config/gpt2_btt.py --resume"),
         (
             "vision/train.py vision/config/vit_s32_imagenet.py",
-            "vision/train.py vision/config/vit_s32_imagenet.py --resume",
+            "-m vision.train vision/config/vit_s32_imagenet.py --resume",
         ),
-        ("vision/regression.py --d_model=64", "vision/regression.py --d_model=64 --resume"),
+        ("vision/regression.py --d_model=64", "-m vision.regression --d_model=64 --resume"),
         ("lab/bench.py step config/gpt2_btt.py", "-m lab.bench step config/gpt2_btt.py"),
     ],
 )

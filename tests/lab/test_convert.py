@@ -222,7 +222,7 @@ def test_dense_layers_under_the_cap_convert_to_and_from_others(capped_before, op
         source.blocks[0].attn.v.weight *= 20  # far beyond the cap
     structure = [] if "--structure=low_rank" in options else ["--structure=dense"]
     argv = [f"--source={tmp_path / 'dense'}", "--out_dir=none", *structure, *options]
-    target, errors = convert.convert(source, load_config(convert.Config, argv))
+    target, errors = convert.convert(source, load_config(convert.ConvertConfig, argv))
     assert max(errors.values()) < 1e-5
     assert (target.blocks[0].attn.v.gains is not None) == ("--normalize_dense" in options)
     with torch.no_grad():

@@ -301,11 +301,11 @@ def test_seeds_of_a_regression_are_one_setting(tmp_path, capsys):
 @pytest.mark.parametrize("file", sorted(os.listdir(SWEEPS)))
 def test_sweeps_of_the_project_can_be_run(file, small):
     """Options exist, config files are there, sizes factor; groups of a small version have FLOPs in common."""
-    if not file.endswith(".py") or (small and file in ("quickstart.py", "gpt_wide.py", "mlp_seeds.py")):
+    if not file.endswith(".py") or (small and file in ("quickstart.py", "gpt_wide.py", "mlp_rates.py", "mlp_seeds.py")):
         pytest.skip("no sweep, or one that is small")
     chosen = sweep.read_sweep(os.path.join(SWEEPS, file), small)
     Config, flops_of = RUNS_OF[chosen.script]
-    fit = load_config(scaling_laws.FitConfig, shlex.split(chosen.fit))
+    fit = load_config(scaling_laws.FitConfig, shlex.split(chosen.fit or ""))
     paid = {}
     for name in chosen.runs:
         _, _, script, *words = sweep.command_of(chosen, name)  # python -m script
