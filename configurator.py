@@ -128,7 +128,9 @@ _loaded = {}  # (dataclass, *command line): what load_config made of it
 def help_text(Config):
     """One line an option: name, default and the comment of its field in the source. Not of those in Config.hidden."""
     comments, hidden = _field_comments(Config), getattr(Config, "hidden", ())
-    lines = [inspect.cleandoc(sys.modules[Config.__module__].__doc__ or ""), "", "options:"]
+    main = sys.modules["__main__"]  # the script, where one runs
+    module = main if hasattr(main, "as_script") else sys.modules[Config.__module__]
+    lines = [inspect.cleandoc(module.__doc__ or ""), "", "options:"]
     for field in dataclasses.fields(Config):
         if field.name in hidden:
             continue

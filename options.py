@@ -3,6 +3,7 @@
     BlockConfig   a stack of blocks and the structures in it, of any model
     GPTConfig     a GPT (model.py)
     RunConfig     a run, whatever it trains
+    TrainConfig   the training of a GPT (train.py)
 
 No torch here: a mistake on the command line is answered before torch is imported.
 """
@@ -458,3 +459,22 @@ def at_least(least, config, *names):
     for name in names:
         if getattr(config, name) < least:
             raise ConfigError(f"{name}={getattr(config, name)}: make it at least {least}")
+
+
+@dataclass
+class TrainConfig(RunConfig, GPTConfig):
+    data_dir: str = "data/owt_gpt2"  # of prepare_owt.py's files; data/stdlib_char96 prepares itself
+    batch_tokens: int = 524_288  # tokens an update, all processes together
+    eval_tokens: int = 2_097_152  # validation tokens, the same ones every time
+    sample_tokens: int = 0  # tokens of text to print at the end
+
+    def __post_init__(self):
+        GPTConfig.__post_init__(self)
+        RunConfig.__post_init__(self)
+        at_least(1, self, "batch_tokens", "eval_tokens")
+        at_least(0, self, "sample_tokens")
+        if self.sample_tokens and not self.save:
+            raise ConfigError(
+                f"sample_tokens={self.sample_tokens}: the text is the checkpoint's, so not with save=False"
+            )
+        self.check_layers()

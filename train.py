@@ -11,31 +11,11 @@ drives one GPU (NCCL), or shares the CPU (gloo); batch_tokens is the batch of al
 import math
 import os
 from collections import deque
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, fields
 from functools import partial
 
 from configurator import ConfigError, RunFailed, as_script, load_config
-from options import GPTConfig, RunConfig, at_least
-
-
-@dataclass
-class TrainConfig(RunConfig, GPTConfig):
-    data_dir: str = "data/owt_gpt2"  # of prepare_owt.py's files; data/stdlib_char96 prepares itself
-    batch_tokens: int = 524_288  # tokens an update, all processes together
-    eval_tokens: int = 2_097_152  # validation tokens, the same ones every time
-    sample_tokens: int = 0  # tokens of text to print at the end
-
-    def __post_init__(self):
-        GPTConfig.__post_init__(self)
-        RunConfig.__post_init__(self)
-        at_least(1, self, "batch_tokens", "eval_tokens")
-        at_least(0, self, "sample_tokens")
-        if self.sample_tokens and not self.save:
-            raise ConfigError(
-                f"sample_tokens={self.sample_tokens}: the text is the checkpoint's, so not with save=False"
-            )
-        self.check_layers()
-
+from options import GPTConfig, TrainConfig
 
 if __name__ == "__main__":  # a mistake is answered before torch is imported, which takes seconds
     as_script(partial(load_config, TrainConfig))

@@ -15,7 +15,7 @@ PAGE = ROOT / "docs" / "options.md"
 
 # Command: the classes whose fields are its options, as MODULE.CLASS.
 COMMANDS = {
-    "train": ["train.TrainConfig"],
+    "train": ["options.TrainConfig"],
     "sample": ["sample.Config"],
     "prepare_owt": ["prepare_owt.Config"],
     "einsum_linear": ["lab.structures.StructuresConfig"],
@@ -31,12 +31,12 @@ COMMANDS = {
     "lab.mup_check coords": ["lab.mup_check.CoordsConfig"],
     "lab.mup_check depth": ["lab.mup_check.DepthConfig"],
     "lab.mup_check lr_landscape": ["lab.mup_check.LandscapeConfig"],
-    "lab.bench step": ["lab.bench.StepConfig"],
-    "lab.bench image_step": ["vision.train.ImageTrainConfig", "lab.bench.TimingConfig"],
-    "lab.bench layers": ["lab.bench_layers.LayersConfig"],
-    "lab.bench mixtures": ["lab.bench_layers.MixturesConfig"],
-    "lab.bench sample": ["lab.bench.SampleBenchConfig"],
-    "lab.bench data": ["lab.bench.DataConfig"],
+    "lab.bench step": ["lab.bench_options.StepConfig"],
+    "lab.bench image_step": ["vision.train.ImageTrainConfig", "lab.bench_options.TimingConfig"],
+    "lab.bench layers": ["lab.bench_options.LayersConfig"],
+    "lab.bench mixtures": ["lab.bench_options.MixturesConfig"],
+    "lab.bench sample": ["lab.bench_options.SampleBenchConfig"],
+    "lab.bench data": ["lab.bench_options.DataBenchConfig"],
     "lab.bench images": ["vision.train.ImageTrainConfig"],
 }
 

@@ -20,14 +20,32 @@ import os
 import tempfile
 import time
 from dataclasses import dataclass
-from typing import Literal
+
+from configurator import as_script, choose_command, load_config, split_configs
+from lab.bench_options import DataBenchConfig, LayersConfig, MixturesConfig, SampleBenchConfig, StepConfig, TimingConfig
+
+# Options of the commands; those of images are made with vision's, which take torch.
+CONFIGS = {
+    "layers": LayersConfig, "mixtures": MixturesConfig, "step": StepConfig, "image_step": None, "sample": SampleBenchConfig,
+    "data": DataBenchConfig, "images": None,
+}  # fmt: skip
+
+
+def answer_mistakes(argv):
+    """Parse the command line: --help and mistakes end here."""
+    Config = choose_command(argv, CONFIGS, "lab.bench", "say what to time", __doc__)
+    if Config is not None:
+        load_config(Config, argv[1:])
+
+
+if __name__ == "__main__":  # before torch is imported, which takes seconds
+    as_script(answer_mistakes)
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
 import train
-from configurator import as_script, choose_command, load_config, split_configs
 from data import CharTokenizer, TokenData
 from engine.device import choose_device, choose_dtype, device_name, peak_flops
 from engine.heartbeat import init_distributed
@@ -36,28 +54,11 @@ from engine.runlog import duration, short
 from kernels.cuda_graph import Graphed
 from lab.bench_layers import Clock, bench_layers, bench_mixtures, save_rows
 from model import GPT
-from options import GPTConfig
 from prepare_owt import Config as PrepareConfig
 from prepare_owt import prepare, stdlib_files
 
 # ---------------------------------------------------------------------------------------
 # An update
-
-
-@dataclass
-class TimingConfig:
-    """Options of `step` and `image_step`, beside those of the run."""
-
-    steps: int = 20  # timed updates, after five that do not count
-    against: str = ""  # other configs, as one word, ; between them: --against="config/gpt2_dense.py --fused_loss=False"
-    parts: bool = True  # time forward and backward passes separately, too
-    profile: str | None = None  # folder for a table of kernels, and a trace for Perfetto or chrome://tracing
-    json: str | None = None  # file for the rows
-
-
-@dataclass
-class StepConfig(train.TrainConfig, TimingConfig):
-    pass
 
 
 class Bench:
@@ -316,16 +317,6 @@ def profile_step(config, make_bench):
 # Sampling
 
 
-@dataclass
-class SampleBenchConfig(GPTConfig):
-    device: str = "auto"  # cuda, cpu, mps; auto: a GPU where there is one
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of the weights; auto: 16 bits on GPUs
-    context: int = 512  # tokens read before the first that is timed
-    batches: tuple | None = None  # texts generated together; None: (1, 16, 64), on a CPU (1,)
-    tokens: int = 100  # timed tokens a text
-    json: str | None = None  # file for the rows
-
-
 @torch.no_grad()
 def bench_sample(argv):
     """Tokens a second after `context` tokens: with the cache, and by reading the whole text again for every token."""
@@ -373,14 +364,6 @@ def bench_sample(argv):
 # Data
 
 
-@dataclass
-class DataConfig:
-    megabytes: int = 200  # of text
-    block_size: int = 128  # context of the batches
-    batch_tokens: int = 65_536  # tokens a batch
-    json: str | None = None  # file for the rows
-
-
 def seconds(function, repeats=5):
     """Median seconds of a call, after one that does not count."""
     function()
@@ -397,7 +380,7 @@ def host_seconds(function, repeats):
 
 
 def bench_data(argv):
-    config = load_config(DataConfig, argv)
+    config = load_config(DataBenchConfig, argv)
     tokenizer, rows = CharTokenizer(), []
 
     def add_row(what, amount, unit, elapsed):

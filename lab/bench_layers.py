@@ -10,8 +10,6 @@ launches are not timed. Where no sizes are given, those for a CPU are small.
 import itertools
 import json
 import time
-from dataclasses import dataclass
-from typing import Literal
 
 import torch
 
@@ -21,22 +19,9 @@ from engine.compiling import order_loops
 from engine.device import choose_device, choose_dtype, device_name, write_rows
 from engine.runlog import duration, save_figure, whole_file, writing
 from kernels import btt as btt_kernels
+from lab.bench_options import LayersConfig, MixturesConfig
 from moe import Mixture, Mixtures, make_mixture
 from theta import BTT, factor_sizes
-
-
-@dataclass
-class LayersConfig:
-    layers: str | None = None  # "in-out:rank in-out:rank"; None: 14 of widths 768 to 8192, on a CPU 5 small ones
-    tokens: tuple | None = None  # tokens in a batch; None: (2048, 32768, 262144), on a CPU (2048,)
-    ways: tuple = ("torch", "fused", "staged", "dense", "chosen")  # of kernels.btt; torch is the plain bmm path
-    device: str = "auto"  # cuda, cpu; auto: a GPU where there is one
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto: bfloat16 on a GPU
-    errors: bool = True  # compare with float64
-    json: str | None = None  # file for the rows
-    png: str | None = None  # file for a picture: times, and the roofline
-    draw: str | None = None  # file of rows to draw again, instead of measuring
-
 
 LAYERS = {  # by device
     "cuda": "1024-1024:1 1024-1024:4 2048-2048:1 2048-2048:4 4096-4096:1 4096-4096:4 "
@@ -254,17 +239,6 @@ def worst_error(way, x, dy, A, B, most=512):
 
 # ---------------------------------------------------------------------------------------
 # Mixtures
-
-
-@dataclass
-class MixturesConfig:
-    # "structure/in-out:rank of an expert/experts:top_k", with spaces between
-    layers: str | None = None  # None: six of widths 1024 to 4096, on a CPU three of width 256
-    tokens: int | None = None  # in a batch; None: 32768, on a CPU 2048
-    compile: bool | None = None  # torch.compile, without a break of the graph; None: on a GPU only
-    device: str = "auto"  # cuda, cpu; auto: a GPU where there is one
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto: bfloat16 on a GPU
-    json: str | None = None  # file for the rows
 
 
 MIXTURES = {  # by device

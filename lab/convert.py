@@ -12,19 +12,11 @@ the weights of a checkpoint are written as transformers' GPT2LMHeadModel reads t
 import math
 import os
 from dataclasses import MISSING, asdict, dataclass, fields
+from functools import partial
 from typing import ClassVar
 
-import torch
-
 from configurator import ConfigError, as_script, load_config
-from data import GPT2Tokenizer
-from einsum_linear import Dense
-from engine import checkpoint
-from engine.runlog import writing
-from model import GPT, GPT2_BLOCK_NAMES
-from moe import Router
 from options import GPTConfig
-from sample import load_model
 
 
 @dataclass
@@ -69,6 +61,19 @@ class ConvertConfig(GPTConfig):
             if self.export and field.name not in ("source", "export") and value != default:
                 raise ConfigError(f"{field.name}={value!r} with export: a model is exported as it is, leave it out")
 
+
+if __name__ == "__main__":  # a mistake is answered before torch is imported, which takes seconds
+    as_script(partial(load_config, ConvertConfig))
+
+import torch
+
+from data import GPT2Tokenizer
+from einsum_linear import Dense
+from engine import checkpoint
+from engine.runlog import writing
+from model import GPT, GPT2_BLOCK_NAMES
+from moe import Router
+from sample import load_model
 
 # ---------------------------------------------------------------------------------------
 # The source

@@ -28,18 +28,8 @@ import time
 from dataclasses import dataclass
 from typing import ClassVar, Literal, NamedTuple
 
-import torch
-
 from configurator import ConfigError, as_script, choose_command, load_config
-from data import TokenData
-from engine.compiling import order_loops
-from engine.device import choose_device, choose_dtype, device_name, write_rows
-from engine.runlog import duration, save_figure, whole_file, writing
-from model import GPT, Attention, Block
-from moe import Router
-from optim import lr_multipliers, make_optimizers
 from options import GPTConfig, RunConfig, check_seed
-from prepare_owt import prepare_default
 
 # ---------------------------------------------------------------------------------------
 # Structures and options from the command line
@@ -154,9 +144,11 @@ class CheckConfig:
 
     def __post_init__(self):
         for name in ("n_layer", "n_head", "block_size", "batch_rows", "steps", "seeds"):
-            if getattr(self, name) < 1:
+            if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)}: make it at least 1")
         check_seed("seed", self.seed)
+        if self.widths is None:
+            return
         few = len(set(self.widths)) < self.least_widths
         if few or not all(isinstance(width, int) and width > 0 for width in self.widths):
             least = {1: "a whole number", 2: "two whole numbers"}[self.least_widths]
@@ -170,22 +162,10 @@ class CheckConfig:
             shape = dict(n_layer=self.n_layer, n_head=self.n_head, block_size=self.block_size, vocab_size=vocab_size)
             configs[width] = structure.config(width, **shape)
             try:
-                with torch.device("meta"):
-                    GPT(configs[width])
+                configs[width].check_layers()
             except ConfigError as error:
                 raise ConfigError(f"structure {structure} at width {width}: {error}") from None
         return configs
-
-
-def build(config, seed, device):
-    """A GPT with the weights of `seed`."""
-    torch.manual_seed(seed)
-    with device:
-        return GPT(config)
-
-
-# ---------------------------------------------------------------------------------------
-# Coordinate check
 
 
 @dataclass
@@ -198,6 +178,106 @@ class CoordsConfig(CheckConfig):
         super().__post_init__()
         if self.lr <= 0:
             raise ConfigError(f"lr={self.lr}: make it more than 0")
+
+
+@dataclass
+class DepthConfig(CheckConfig):
+    n_layer: ClassVar[int] = 1  # of which there are several
+    widths: ClassVar[tuple] = (64,)
+    least_widths: ClassVar[int] = 1
+    structures: str = "dense;dense:depth_exponent=1"  # with their options
+    n_layers: tuple = (3, 6, 12, 24)  # depths of the models to compare
+    width: int = 64  # d_model of all
+    lr: float = 5e-4  # base learning rate
+    vocab_size: int = 96  # tokens are random
+    png: ClassVar[None] = None
+
+    def __post_init__(self):
+        self.widths = (self.width,)
+        super().__post_init__()
+        if len(set(self.n_layers)) < 2 or not all(isinstance(n, int) and n > 0 for n in self.n_layers):
+            raise ConfigError(f"n_layers={self.n_layers}: give two whole numbers or more, 3,6,12, say")
+        if self.lr <= 0:
+            raise ConfigError(f"lr={self.lr}: make it more than 0")
+        self.n_layers = tuple(sorted(set(self.n_layers)))
+
+
+@dataclass
+class LandscapeConfig(CheckConfig):
+    least_widths: ClassVar[int] = 1
+    structure: str = "btt"  # with its options, or without: btt, btt:rank=2, ...
+    rank: int | str | None = None  # the structure's option `rank`: a number, or width/4, say
+    lrs: tuple = ("2**-12..2**-5",)  # base learning rates: numbers, or a range that doubles
+    data_dir: str = "data/stdlib_char96"  # of prepare_owt.py's files; this one prepares itself
+    vocab_size: int | None = None  # at least the data's; None: the data's
+    widths: tuple | None = None  # d_model of the models to compare; None: 64,128,256,512, on a CPU 64,128,256
+    n_layer: int | None = None  # transformer blocks; None: 3, on a CPU 2
+    n_head: int = 4  # attention heads, the same at every width
+    block_size: int | None = None  # context length, tokens; None: 256, on a CPU 64
+    batch_rows: int | None = None  # sequences a step; None: 128, on a CPU 8
+    steps: int | None = None  # of Adam; None: 300, on a CPU 100
+    warmup_steps: int | None = None  # of linear warm-up, the rate is constant after them; None: a tenth of the steps
+    seeds: int = 1  # runs to average over: seed, seed + 1, ...
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # matrix products; auto: bfloat16 on a GPU that has it
+    without: bool = True  # also with the narrowest model's multipliers at all widths; False: half the runs
+    compile: bool = False  # torch.compile, once a width: half a minute each, then steps take a half to a third
+
+    on_gpu: ClassVar[dict] = dict(widths=(64, 128, 256, 512), n_layer=3, block_size=256, batch_rows=128, steps=300)
+    on_cpu: ClassVar[dict] = dict(widths=(64, 128, 256), n_layer=2, block_size=64, batch_rows=8, steps=100)
+
+    def __post_init__(self):
+        super().__post_init__()  # of what is given; mistakes are answered before torch is imported
+        self.lrs = parse_lrs(self.lrs)
+        from engine.device import choose_device
+
+        sizes = self.on_cpu if choose_device(self.device).type == "cpu" else self.on_gpu
+        for name, value in sizes.items():
+            if getattr(self, name) is None:
+                setattr(self, name, value)
+        if self.warmup_steps is None:
+            self.warmup_steps = self.steps // 10
+        if self.warmup_steps < 0 or self.warmup_steps >= self.steps:
+            raise ConfigError(f"warmup_steps={self.warmup_steps}: make it at least 0 and less than steps={self.steps}")
+
+    @property
+    def kinds(self):
+        """With muP, and without, where asked for; of a single width both are one."""
+        return ("with", "without") if self.without and len(self.widths) > 1 else ("with",)
+
+
+CONFIGS = {"coords": CoordsConfig, "depth": DepthConfig, "lr_landscape": LandscapeConfig}
+
+
+def read_options(argv):
+    """-> the name of a command, its options"""
+    choose_command(argv, CONFIGS, "lab.mup_check", "say which check", __doc__)
+    return argv[0], load_config(CONFIGS[argv[0]], argv[1:])
+
+
+if __name__ == "__main__":  # a mistake is answered before torch is imported, which takes seconds
+    as_script(read_options)
+
+import torch
+
+from data import TokenData
+from engine.compiling import order_loops
+from engine.device import choose_device, choose_dtype, device_name, write_rows
+from engine.runlog import duration, save_figure, whole_file, writing
+from model import GPT, Attention, Block
+from moe import Router
+from optim import lr_multipliers, make_optimizers
+from prepare_owt import prepare_default
+
+
+def build(config, seed, device):
+    """A GPT with the weights of `seed`."""
+    torch.manual_seed(seed)
+    with device:
+        return GPT(config)
+
+
+# ---------------------------------------------------------------------------------------
+# Coordinate check
 
 
 # Kinds of layers with a line in the picture; the spreads count all that is measured.
@@ -379,28 +459,6 @@ def draw_coords(results, widths, path):
 # Depth
 
 
-@dataclass
-class DepthConfig(CheckConfig):
-    n_layer: ClassVar[int] = 1  # of which there are several
-    widths: ClassVar[tuple] = (64,)
-    least_widths: ClassVar[int] = 1
-    structures: str = "dense;dense:depth_exponent=1"  # with their options
-    n_layers: tuple = (3, 6, 12, 24)  # depths of the models to compare
-    width: int = 64  # d_model of all
-    lr: float = 5e-4  # base learning rate
-    vocab_size: int = 96  # tokens are random
-    png: ClassVar[None] = None
-
-    def __post_init__(self):
-        self.widths = (self.width,)
-        super().__post_init__()
-        if len(set(self.n_layers)) < 2 or not all(isinstance(n, int) and n > 0 for n in self.n_layers):
-            raise ConfigError(f"n_layers={self.n_layers}: give two whole numbers or more, 3,6,12, say")
-        if self.lr <= 0:
-            raise ConfigError(f"lr={self.lr}: make it more than 0")
-        self.n_layers = tuple(sorted(set(self.n_layers)))
-
-
 def depth_check(structure, config):
     """{"block" | "lm_head" | …: [RMS of the change at each of config.n_layers]}: of the last block, of the head, and means
     over depth of what every block has; averages over the seeds."""
@@ -445,47 +503,6 @@ def depth(config):
 
 # ---------------------------------------------------------------------------------------
 # Loss against learning rate
-
-
-@dataclass
-class LandscapeConfig(CheckConfig):
-    least_widths: ClassVar[int] = 1
-    structure: str = "btt"  # with its options, or without: btt, btt:rank=2, ...
-    rank: int | str | None = None  # the structure's option `rank`: a number, or width/4, say
-    lrs: tuple = ("2**-12..2**-5",)  # base learning rates: numbers, or a range that doubles
-    data_dir: str = "data/stdlib_char96"  # of prepare_owt.py's files; this one prepares itself
-    vocab_size: int | None = None  # at least the data's; None: the data's
-    widths: tuple | None = None  # d_model of the models to compare; None: 64,128,256,512, on a CPU 64,128,256
-    n_layer: int | None = None  # transformer blocks; None: 3, on a CPU 2
-    n_head: int = 4  # attention heads, the same at every width
-    block_size: int | None = None  # context length, tokens; None: 256, on a CPU 64
-    batch_rows: int | None = None  # sequences a step; None: 128, on a CPU 8
-    steps: int | None = None  # of Adam; None: 300, on a CPU 100
-    warmup_steps: int | None = None  # of linear warm-up, the rate is constant after them; None: a tenth of the steps
-    seeds: int = 1  # runs to average over: seed, seed + 1, ...
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # matrix products; auto: bfloat16 on a GPU that has it
-    without: bool = True  # also with the narrowest model's multipliers at all widths; False: half the runs
-    compile: bool = False  # torch.compile, once a width: half a minute each, then steps take a half to a third
-
-    on_gpu: ClassVar[dict] = dict(widths=(64, 128, 256, 512), n_layer=3, block_size=256, batch_rows=128, steps=300)
-    on_cpu: ClassVar[dict] = dict(widths=(64, 128, 256), n_layer=2, block_size=64, batch_rows=8, steps=100)
-
-    def __post_init__(self):
-        sizes = self.on_cpu if choose_device(self.device).type == "cpu" else self.on_gpu
-        for name, value in sizes.items():
-            if getattr(self, name) is None:
-                setattr(self, name, value)
-        super().__post_init__()
-        if self.warmup_steps is None:
-            self.warmup_steps = self.steps // 10
-        self.lrs = parse_lrs(self.lrs)
-        if self.warmup_steps < 0 or self.warmup_steps >= self.steps:
-            raise ConfigError(f"warmup_steps={self.warmup_steps}: make it at least 0 and less than steps={self.steps}")
-
-    @property
-    def kinds(self):
-        """With muP, and without, where asked for; of a single width both are one."""
-        return ("with", "without") if self.without and len(self.widths) > 1 else ("with",)
 
 
 class Landscape(NamedTuple):
@@ -760,13 +777,7 @@ def save_rows(path, rows, device):
 
 
 def main(argv):
-    commands = {
-        "coords": (CoordsConfig, coords),
-        "depth": (DepthConfig, depth),
-        "lr_landscape": (LandscapeConfig, landscape),
-    }
-    Config, command = choose_command(argv, commands, "lab.mup_check", "say which check", __doc__)
-    config = load_config(Config, argv[1:])
+    name, config = read_options(argv)
     for option in ("png", "json"):  # before the work, not after it
         path = getattr(config, option)
         if path:
@@ -776,7 +787,7 @@ def main(argv):
                 open(path, "a").close()
             if new:
                 os.remove(path)
-    command(config)
+    {"coords": coords, "depth": depth, "lr_landscape": landscape}[name](config)
 
 
 if __name__ == "__main__":

@@ -39,57 +39,24 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields
 from typing import Literal, NamedTuple
 
-import torch
-
-import train
 from configurator import ConfigError, as_script, load_config, read_config_file
-from data import TokenData
-from engine.checkpoint import PLACES
-from engine.device import choose_device, choose_dtype, device_name
-from engine.runlog import duration, read_log, writing
-from lab.search_report import dotted, write_report
-from lab.sweep import gpus_to_use
-from model import GPT
-from optim import make_optimizers
-from options import STRUCTURE_FIELDS, GPTConfig, as_fields, check_top_k
-from prepare_owt import prepare_default
-from theta import ALIGNMENT, BTT, Sizes, all_options, canonical, factor_sizes, find_structure, layer_sizes, taxonomy
-
-try:
-    import optuna
-    from optuna.trial import TrialState
-    from sqlalchemy.exc import SQLAlchemyError
-except ImportError:
-    raise ConfigError("lab.search needs optuna: pip install optuna cmaes") from None
-
-optuna.logging.set_verbosity(optuna.logging.ERROR)
-warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
+from options import STRUCTURE_FIELDS, TrainConfig, at_least, check_top_k
+from theta import ALIGNMENT, all_options, find_structure
 
 # Options of train.py that are the trials' own, and what they are before a trial sets them.
 OWNED = {
     **STRUCTURE_FIELDS, "structure": "dense", "align_heads": False, "moe": "none", "num_experts": 8,
     "out_dir": "out/run", "resume": False, "sample_tokens": 0,
 }  # fmt: skip
-WITHOUT_EXPERTS = {"top_k": 2, "share_router": False, "eval_top_k": None}  # as train.py wants them where there are none
-# Options that may change when a search continues, or from machine to machine: losses do not depend on them.
-FREE = (
-    "trials", "out", "storage", "study", "sampler", "prune", "jobs", "gpus", "report", "data_dir", "device", "compile",
-    "cuda_graphs", "timeout", "bucket_mb", "micro_batch", "save", "save_minutes", "keep_every", "keep_best", "log_interval",
-    "wandb", "wandb_project", "fused_loss", "activation_checkpointing",
-)  # fmt: skip
 
-# What a search without a config file is on a CPU, where train.py's own defaults would take weeks.
-SMALL = ["config/quickstart.py", "--n_layer=2", "--n_head=2", "--d_model=32", "--max_steps=800", "--eval_interval=133"]
 
-START = 6  # seconds until a trial's first step, for an estimate: Python, torch, compilation not counted
-STALE = 300  # seconds without a sign of life after which another machine's trial is tried again
-FAILURES = 5  # failed runs in a row, after which the search gives up
-MISFITS = 50  # points in a row with nothing to train, after which it does
-ENDED = (TrialState.COMPLETE, TrialState.PRUNED)
+def listed(values):
+    """Values to choose from, one alone as a tuple of it."""
+    return tuple(values) if isinstance(values, (tuple, list)) else (values,)
 
 
 @dataclass
-class SearchConfig(train.TrainConfig):
+class SearchConfig(TrainConfig):
     trials: int = 60  # trials in all, of all machines, that end: those that end early count, failed ones do not
     out: str = "out/search"  # folder of the trials, table.md, search.json and search.png
     storage: str | None = None  # URL of a database that several machines share; None: sqlite:///OUT/search.db
@@ -118,8 +85,8 @@ class SearchConfig(train.TrainConfig):
                 self.moe, self.num_experts = "linear", number  # so that the options of mixtures may be given
         super().__post_init__()
         self.max_width = 8 * self.d_model if self.max_width is None else self.max_width
-        train.at_least(1, self, "trials", "jobs")
-        train.at_least(0, self, "max_rank", *(["gpus"] if self.gpus is not None else []))
+        at_least(1, self, "trials", "jobs")
+        at_least(0, self, "max_rank", *(["gpus"] if self.gpus is not None else []))
         if self.max_rank > 1:
             raise ConfigError(f"max_rank={self.max_rank}: make it at most 1, the exponent of full rank")
         if self.choices is not None:
@@ -143,6 +110,61 @@ class SearchConfig(train.TrainConfig):
             raise ConfigError(
                 f"storage={self.storage}: give a URL, such as sqlite:///search.db or postgresql://me@host/db"
             )
+
+
+def read_options(argv):
+    """-> SearchConfig; options that are the trials' own are refused."""
+    for word in argv:
+        option = word[2:].partition("=")[0]
+        if word.startswith("--") and option in OWNED:
+            raise ConfigError(f"--{option} is every trial's own: leave it out (--out and --experts are the search's)")
+    return load_config(SearchConfig, argv)
+
+
+if __name__ == "__main__":  # a mistake is answered before torch is imported, which takes seconds
+    as_script(read_options)
+
+import torch
+
+import train
+from data import TokenData
+from engine.checkpoint import PLACES
+from engine.device import choose_device, choose_dtype, device_name
+from engine.runlog import duration, read_log, writing
+from lab.search_report import dotted, write_report
+from lab.sweep import gpus_to_use
+from model import GPT
+from optim import make_optimizers
+from options import GPTConfig, as_fields
+from prepare_owt import prepare_default
+from theta import BTT, Sizes, canonical, factor_sizes, layer_sizes, taxonomy
+
+try:
+    import optuna
+    from optuna.trial import TrialState
+    from sqlalchemy.exc import SQLAlchemyError
+except ImportError:
+    raise ConfigError("lab.search needs optuna: pip install optuna cmaes") from None
+
+optuna.logging.set_verbosity(optuna.logging.ERROR)
+warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
+
+WITHOUT_EXPERTS = {"top_k": 2, "share_router": False, "eval_top_k": None}  # as train.py wants them where there are none
+# Options that may change when a search continues, or from machine to machine: losses do not depend on them.
+FREE = (
+    "trials", "out", "storage", "study", "sampler", "prune", "jobs", "gpus", "report", "data_dir", "device", "compile",
+    "cuda_graphs", "timeout", "bucket_mb", "micro_batch", "save", "save_minutes", "keep_every", "keep_best", "log_interval",
+    "wandb", "wandb_project", "fused_loss", "activation_checkpointing",
+)  # fmt: skip
+
+# What a search without a config file is on a CPU, where train.py's own defaults would take weeks.
+SMALL = ["config/quickstart.py", "--n_layer=2", "--n_head=2", "--d_model=32", "--max_steps=800", "--eval_interval=133"]
+
+START = 6  # seconds until a trial's first step, for an estimate: Python, torch, compilation not counted
+STALE = 300  # seconds without a sign of life after which another machine's trial is tried again
+FAILURES = 5  # failed runs in a row, after which the search gives up
+MISFITS = 50  # points in a row with nothing to train, after which it does
+ENDED = (TrialState.COMPLETE, TrialState.PRUNED)
 
 
 # ---------------------------------------------------------------------------------------
@@ -169,11 +191,6 @@ def chosen_label(chosen):
     """{"structure": "banded", "bands": 4} -> "banded, bands=4"."""
     others = (f"{name}={value}" for name, value in chosen.items() if name != "structure")
     return ", ".join([chosen["structure"], *others])
-
-
-def listed(values):
-    """Values to choose from, one alone as a tuple of it."""
-    return tuple(values) if isinstance(values, (tuple, list)) else (values,)
 
 
 class Space(NamedTuple):
@@ -713,11 +730,7 @@ def config_files(argv):
 
 
 def main(argv):
-    for word in argv:
-        option = word[2:].partition("=")[0]
-        if word.startswith("--") and option in OWNED:
-            raise ConfigError(f"--{option} is every trial's own: leave it out (--out and --experts are the search's)")
-    config = load_config(SearchConfig, argv)
+    config = read_options(argv)
     if not config.report:
         on_cpu = choose_device(config.device).type == "cpu"  # one that is not there is said here, and once
         if on_cpu and not config_files(argv):

@@ -155,12 +155,13 @@ def test_help_lists_every_option_with_default_and_comment(capsys):
 
 @pytest.mark.parametrize(
     "where",
-    ["train.TrainConfig", "vision.train.ImageTrainConfig", "vision.regression.RegressionConfig",
+    ["options.TrainConfig", "vision.train.ImageTrainConfig", "vision.regression.RegressionConfig",
      "prepare_owt", "sample", "lab.convert.ConvertConfig", "lab.search.SearchConfig",
      "lab.sweep.SweepConfig", "lab.structures.StructuresConfig", "lab.coverage.CoverageConfig",
      "lab.mup_check.CoordsConfig",
-     "lab.mup_check.LandscapeConfig", "lab.scaling_laws.PlotConfig", "lab.scaling_laws.FitConfig", "lab.bench.StepConfig",
-     "lab.bench.SampleBenchConfig", "lab.bench.DataConfig", "lab.bench_layers.LayersConfig", "lab.bench_layers.MixturesConfig"],
+     "lab.mup_check.LandscapeConfig", "lab.scaling_laws.PlotConfig", "lab.scaling_laws.FitConfig", "lab.bench_options.StepConfig",
+     "lab.bench_options.SampleBenchConfig", "lab.bench_options.DataBenchConfig", "lab.bench_options.LayersConfig",
+     "lab.bench_options.MixturesConfig"],
 )  # fmt: skip
 def test_help_says_what_every_option_does(where):
     """Those of the classes it inherits from, too; a field that is more than one line loses its comment."""
@@ -252,7 +253,15 @@ def test_names_of_other_projects_get_the_right_name_here():
             load_config(importlib.import_module("train").TrainConfig, [f"--{theirs}=1"])
 
 
-WITHOUT_TORCH = "import runpy, sys; sys.modules['torch'] = None; sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
+WITHOUT_TORCH = """
+import runpy, sys
+sys.modules["torch"] = None
+sys.argv = sys.argv[1:]
+if sys.argv[0].endswith(".py"):
+    runpy.run_path(sys.argv[0], run_name="__main__")
+else:
+    runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+"""
 
 
 @pytest.mark.parametrize(
@@ -262,10 +271,21 @@ WITHOUT_TORCH = "import runpy, sys; sys.modules['torch'] = None; sys.argv = sys.
         ("train.py --dmodel=3", "error: unknown option --dmodel"),
         ("train.py --d_model=97 --n_head=1", "error: attn.q: d_in=97 has no factorisation"),
         ("train.py --moe=linear --structure=kronecker", "error: attn.q: structure='kronecker' cannot be a mixture"),
-        ("vision/train.py --help", "Train a structured MLP"),
-        ("vision/train.py --model=vit --n_head=1 --structured_layers=attn --d_model=97", "error: attn.q: d_in=97"),
-        ("vision/regression.py --d_model=0", "error: d_model=0"),
+        ("vision.train --help", "Train a structured MLP"),
+        ("vision.train --model=vit --n_head=1 --structured_layers=attn --d_model=97", "error: attn.q: d_in=97"),
+        ("vision.regression --d_model=0", "error: d_model=0"),
         ("einsum_linear.py --theta=.5,0,.5,0,.5,.5,1", "error: rank 1024 is beyond the blocks"),
+        ("sample.py --temperature=-1", "error: temperature=-1.0: make it at least 0"),
+        ("prepare_owt.py --tokenizer=words", "error: --tokenizer='words' is unknown"),
+        ("vision.data --image_size=0", "error: image_size=0"),
+        ("lab.bench --help", "Timings."),
+        ("lab.bench step --stepz=3", "error: unknown option --stepz"),
+        ("lab.bench mixtures --tokens=x", "error: --tokens='x' has the wrong type"),
+        ("lab.convert --source=gpt2", "error: out_dir='' and export=''"),
+        ("lab.mup_check lr_landscape --steps=0", "error: steps=0"),
+        ("lab.mup_check depth --n_layers=3,", "error: n_layers=(3,)"),
+        ("lab.search --rank=2", "error: --rank is every trial's own"),
+        ("lab.search --trials=0", "error: trials=0"),
     ],
 )
 def test_mistakes_are_answered_before_torch_is_imported(words, line):

@@ -28,16 +28,34 @@ import zipfile
 from collections.abc import Callable
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
+
+from configurator import ConfigError, as_script, load_config
+from vision.options import DataConfig
+
+
+@dataclass
+class PixelsConfig(DataConfig):
+    dataset: str = "cifar10"  # as in vision/train.py; with data_dir also a folder of .npz files with X (CIFAR-5M's)
+    image_size: int = 8  # pixels a side, to which images are shrunk
+    out_dir: str | None = None  # None: data/DATASET_pixels
+
+    def __post_init__(self):
+        self.out_dir = self.out_dir or os.path.join("data", f"{os.path.basename(self.dataset)}_pixels")
+        if self.image_size < 1:
+            raise ConfigError(f"image_size={self.image_size}: make it at least 1")
+
+
+if __name__ == "__main__":  # a mistake is answered before torch is imported, which takes seconds
+    as_script(partial(load_config, PixelsConfig))
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
-from configurator import ConfigError, as_script, load_config
 from engine.device import to_device
-from vision.options import DataConfig
 
 HUB = {"cifar10": "uoft-cs/cifar10", "cifar100": "uoft-cs/cifar100", "imagenet": "ILSVRC/imagenet-1k"}
 IMAGE_FIELDS, LABEL_FIELDS = ("img", "image"), ("label", "fine_label")
@@ -829,18 +847,6 @@ def leave_signals(worker):
 
 # ---------------------------------------------------------------------------------------
 # Next-pixel prediction: images as tokens
-
-
-@dataclass
-class PixelsConfig(DataConfig):
-    dataset: str = "cifar10"  # as in vision/train.py; with data_dir also a folder of .npz files with X (CIFAR-5M's)
-    image_size: int = 8  # pixels a side, to which images are shrunk
-    out_dir: str | None = None  # None: data/DATASET_pixels
-
-    def __post_init__(self):
-        self.out_dir = self.out_dir or os.path.join("data", f"{os.path.basename(self.dataset)}_pixels")
-        if self.image_size < 1:
-            raise ConfigError(f"image_size={self.image_size}: make it at least 1")
 
 
 def write_pixels(config):

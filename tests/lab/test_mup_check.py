@@ -320,7 +320,7 @@ def test_sizes_of_the_landscape_fit_the_device(monkeypatch):
     small = LandscapeConfig(device="cpu")
     assert (small.widths, small.steps, small.warmup_steps) == ((64, 128, 256), 100, 10)
     assert LandscapeConfig(device="cpu", steps=7, batch_rows=3).steps == 7
-    monkeypatch.setattr(mup_check, "choose_device", lambda name: torch.device("cuda"))
+    monkeypatch.setattr("engine.device.choose_device", lambda name: torch.device("cuda"))
     large = LandscapeConfig()
     assert (large.widths, large.steps, large.batch_rows) == ((64, 128, 256, 512), 300, 128)
 

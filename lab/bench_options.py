@@ -1,0 +1,64 @@
+"""Options of lab.bench's commands. No torch here: a mistake is answered before it is imported."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from options import GPTConfig, TrainConfig
+
+
+@dataclass
+class TimingConfig:
+    """Options of `step` and `image_step`, beside those of the run."""
+
+    steps: int = 20  # timed updates, after five that do not count
+    against: str = ""  # other configs, as one word, ; between them: --against="config/gpt2_dense.py --fused_loss=False"
+    parts: bool = True  # time forward and backward passes separately, too
+    profile: str | None = None  # folder for a table of kernels, and a trace for Perfetto or chrome://tracing
+    json: str | None = None  # file for the rows
+
+
+@dataclass
+class StepConfig(TrainConfig, TimingConfig):
+    pass
+
+
+@dataclass
+class SampleBenchConfig(GPTConfig):
+    device: str = "auto"  # cuda, cpu, mps; auto: a GPU where there is one
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of the weights; auto: 16 bits on GPUs
+    context: int = 512  # tokens read before the first that is timed
+    batches: tuple | None = None  # texts generated together; None: (1, 16, 64), on a CPU (1,)
+    tokens: int = 100  # timed tokens a text
+    json: str | None = None  # file for the rows
+
+
+@dataclass
+class DataBenchConfig:
+    megabytes: int = 200  # of text
+    block_size: int = 128  # context of the batches
+    batch_tokens: int = 65_536  # tokens a batch
+    json: str | None = None  # file for the rows
+
+
+@dataclass
+class LayersConfig:
+    layers: str | None = None  # "in-out:rank in-out:rank"; None: 14 of widths 768 to 8192, on a CPU 5 small ones
+    tokens: tuple | None = None  # tokens in a batch; None: (2048, 32768, 262144), on a CPU (2048,)
+    ways: tuple = ("torch", "fused", "staged", "dense", "chosen")  # of kernels.btt; torch is the plain bmm path
+    device: str = "auto"  # cuda, cpu; auto: a GPU where there is one
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto: bfloat16 on a GPU
+    errors: bool = True  # compare with float64
+    json: str | None = None  # file for the rows
+    png: str | None = None  # file for a picture: times, and the roofline
+    draw: str | None = None  # file of rows to draw again, instead of measuring
+
+
+@dataclass
+class MixturesConfig:
+    # "structure/in-out:rank of an expert/experts:top_k", with spaces between
+    layers: str | None = None  # None: six of widths 1024 to 4096, on a CPU three of width 256
+    tokens: int | None = None  # in a batch; None: 32768, on a CPU 2048
+    compile: bool | None = None  # torch.compile, without a break of the graph; None: on a GPU only
+    device: str = "auto"  # cuda, cpu; auto: a GPU where there is one
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto: bfloat16 on a GPU
+    json: str | None = None  # file for the rows
