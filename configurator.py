@@ -95,7 +95,7 @@ def load_config(Config, argv):
     A script calls this twice, before its slow imports and in its main: the second call returns what the first made.
     """
     if (Config, *argv) in _loaded:
-        return _loaded[Config, *argv]
+        return _loaded.pop((Config, *argv))
     if "--help" in argv or "-h" in argv:
         print(help_text(Config), flush=True)
         raise SystemExit(0)
@@ -112,7 +112,9 @@ def load_config(Config, argv):
         values[key] = _checked(key, _parse(text, hints[key]), fields, hints, where="--")
     while True:
         try:
-            config = _loaded[Config, *argv] = Config(**values)
+            config = Config(**values)
+            if _runs_a_script():
+                _loaded[Config, *argv] = config
             return config
         except UnusedOption as error:
             if error.option not in from_files or values.get(error.option) != error.value:
@@ -122,14 +124,18 @@ def load_config(Config, argv):
             del values[error.option]
 
 
-_loaded = {}  # (dataclass, *command line): what load_config made of it
+_loaded = {}  # (dataclass, *command line): what a script's first call of load_config made, for its second
+
+
+def _runs_a_script():
+    """Whether the main module is a script of this project, which calls load_config twice."""
+    return hasattr(sys.modules["__main__"], "as_script")
 
 
 def help_text(Config):
     """One line an option: name, default and the comment of its field in the source. Not of those in Config.hidden."""
     comments, hidden = _field_comments(Config), getattr(Config, "hidden", ())
-    main = sys.modules["__main__"]  # the script, where one runs
-    module = main if hasattr(main, "as_script") else sys.modules[Config.__module__]
+    module = sys.modules["__main__" if _runs_a_script() else Config.__module__]
     lines = [inspect.cleandoc(module.__doc__ or ""), "", "options:"]
     for field in dataclasses.fields(Config):
         if field.name in hidden:

@@ -301,3 +301,13 @@ def test_a_reader_that_has_seen_enough_is_no_error():
         f"{sys.executable} train.py --help | head -1", shell=True, cwd=ROOT, capture_output=True, text=True
     )
     assert done.stderr == "" and done.stdout.startswith("Train a structured GPT"), done.stderr
+
+
+def test_options_are_read_anew_by_each_call(tmp_path):
+    """Only a script's second call has what its first one made: elsewhere a changed file counts, and objects are not shared."""
+    path = tmp_path / "some.py"
+    path.write_text("kind = 'btt'\nrank = 2\n")
+    first = load_config(Structured, [str(path)])
+    first.rank = 7
+    path.write_text("kind = 'btt'\nrank = 3\n")
+    assert load_config(Structured, [str(path)]).rank == 3 and load_config(Structured, [str(path)]) is not first
