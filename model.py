@@ -9,7 +9,6 @@ Shapes: B batch, T time, S positions in a cache, C = d_model, nh = n_head, hs = 
 """
 
 import math
-from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -17,10 +16,9 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from configurator import ConfigError
-from einsum_linear import Dense, apply_together, make_linear, multiplied_out
+from einsum_linear import Dense, apply_together, make_linear
 from kernels.attention import fits_attention, short_attention
 from kernels.common import gelu
-from kernels.cuda_graph import Graphed
 from kernels.loss import linear_cross_entropy
 from moe import (
     DenseMixture,
@@ -31,7 +29,6 @@ from moe import (
     make_mixture,
     mix_together,
 )
-from options import GPTConfig
 
 EMBEDDING_STD = 1.0  # muP: embeddings are of size 1 whatever the width
 
@@ -151,6 +148,11 @@ def run_block(block, x, config, *cache):
     return checkpoint(block, x, use_reentrant=False, **rng)
 
 
+def add_auxiliary_loss(model, loss):
+    """The loss of a batch plus, when a model with mixtures trains, the auxiliary loss of its routers (moe.Mixtures)."""
+    return model.mixtures.add_loss(loss) if model.mixtures is not None and model.training else loss
+
+
 class GPT(nn.Module):
     """GPT(config)(idx, targets=None) -> (logits, loss)
 
@@ -198,9 +200,7 @@ class GPT(nn.Module):
 
     def forward(self, idx, targets=None):
         logits, loss = self.head(self.trunk(idx), targets)
-        if self.mixtures is not None and self.training:
-            loss = self.mixtures.add_loss(loss)
-        return logits, loss
+        return logits, add_auxiliary_loss(self, loss)
 
     def head(self, x, targets=None):
         """What is above the trunk: x (B, T, C) -> logits and cross-entropy, each or None, as forward says."""
@@ -225,44 +225,6 @@ class GPT(nn.Module):
             x = run_block(block, x, self.config, cache)
         return self.final_norm(x).to(x.dtype)
 
-    @torch.no_grad()
-    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, generator=None, vocab_size=None):
-        """Continue idx, (B, T) with T <= block_size, by max_new_tokens sampled tokens -> (B, T + max_new_tokens).
-
-        temperature 0 takes the likeliest token. top_k keeps the k likeliest, top_p the likeliest
-        whose probabilities add up to p. vocab_size: only ids below it are drawn, which a tokenizer knows
-        of a rounded-up vocabulary. Keys and values are cached; when the context is full,
-        its later half is read again and generation continues from there. On a GPU structured layers
-        are multiplied out meanwhile, and the step of one token is a CUDA graph.
-        """
-        was_training = self.training
-        self.eval()
-        try:
-            with multiplied_out(self) if idx.is_cuda else nullcontext():
-                return self._generate(idx, max_new_tokens, temperature, top_k, top_p, generator, vocab_size)
-        finally:
-            self.train(was_training)
-
-    def _generate(self, idx, max_new_tokens, temperature, top_k, top_p, generator, vocab_size):
-        cache = KVCache(self.config, idx.device)
-
-        def read(tokens):
-            return self.lm_head(self.trunk(tokens, cache)[:, -1]).float()  # (B, vocab_size)
-
-        read_one = Graphed(read) if idx.is_cuda else read
-        B, T = idx.shape
-        idx = torch.cat((idx, idx.new_empty(B, max_new_tokens)), dim=1)
-        held = 0  # positions in the cache
-        for end in range(T, T + max_new_tokens):
-            if held == 0 or held == self.config.block_size:
-                first = 0 if held == 0 else end - max(1, self.config.block_size // 2)
-                cache.clear()
-                logits, held = read(idx[:, first:end]), end - first
-            else:
-                logits, held = read_one(idx[:, end - 1 : end]), held + 1
-            idx[:, end : end + 1] = sample_token(logits[:, :vocab_size], temperature, top_k, top_p, generator)
-        return idx
-
     def flops_per_token(self):
         """FLOPs of a forward pass at full context, 2 a multiplication; training costs 3 times that.
 
@@ -272,107 +234,3 @@ class GPT(nn.Module):
         layers = sum(module.flops_per_token for module in self.modules() if hasattr(module, "cores"))
         attention = 2 * 2 * self.config.block_size * self.config.n_head * self.config.head_size
         return layers + self.config.n_layer * attention
-
-    @classmethod
-    def from_pretrained(cls, name):
-        """GPT-2's weights: a model on the Hugging Face hub ("gpt2", "gpt2-xl") or a local folder."""
-        from transformers import GPT2LMHeadModel
-
-        theirs = GPT2LMHeadModel.from_pretrained(name)
-        c = theirs.config
-        wanted = dict(
-            activation_function="gelu_new",
-            layer_norm_epsilon=1e-5,
-            scale_attn_weights=True,
-            scale_attn_by_inverse_layer_idx=False,
-            tie_word_embeddings=True,
-        )
-        for key, value in {**wanted, "n_inner": c.n_inner and 4 * c.n_embd}.items():
-            if getattr(c, key) != value:
-                raise ConfigError(
-                    f"{name} has {key}={getattr(c, key)}, but this GPT-2 needs {value}: take another model"
-                )
-        model = cls(
-            GPTConfig(
-                block_size=c.n_positions, vocab_size=c.vocab_size, n_layer=c.n_layer, n_head=c.n_head, d_model=c.n_embd,
-                bias=True, parametrization="standard", structure="dense",
-            )
-        )  # fmt: skip
-        model.load_state_dict(gpt2_state_dict(theirs.state_dict(), c.n_layer))
-        return model
-
-
-# A block's modules, by our name and by Hugging Face's GPT-2; q, k and v are one module there.
-GPT2_BLOCK_NAMES = {
-    "attn_norm": "ln_1",
-    "attn.proj": "attn.c_proj",
-    "ffn_norm": "ln_2",
-    "ffn.up": "mlp.c_fc",
-    "ffn.down": "mlp.c_proj",
-}
-
-
-def gpt2_state_dict(theirs, n_layer):
-    """Hugging Face's GPT-2 weights under this file's names. Their Conv1D keeps (d_in, d_out), and q k v in one."""
-    ours = {
-        "token_embedding.weight": theirs["transformer.wte.weight"],
-        "position_embedding.weight": theirs["transformer.wpe.weight"],
-        "final_norm.weight": theirs["transformer.ln_f.weight"],
-        "final_norm.bias": theirs["transformer.ln_f.bias"],
-        "lm_head.weight": theirs["transformer.wte.weight"],
-    }
-    for layer in range(n_layer):
-        for kind in ("weight", "bias"):
-            here, there = f"blocks.{layer}", f"transformer.h.{layer}"
-            for our_name, their_name in GPT2_BLOCK_NAMES.items():
-                ours[f"{here}.{our_name}.{kind}"] = theirs[f"{there}.{their_name}.{kind}"].t()
-            for our_name, part in zip("qkv", theirs[f"{there}.attn.c_attn.{kind}"].t().chunk(3)):
-                ours[f"{here}.attn.{our_name}.{kind}"] = part
-    return ours
-
-
-class KVCache:
-    """Keys and values of the positions read so far, kept a layer, in buffers of full context.
-
-    Their number is kept on the device and all shapes are fixed, so that a step can be a CUDA graph.
-    """
-
-    def __init__(self, config, device):
-        self.every = torch.arange(config.block_size, device=device)  # (S,)
-        self.length = torch.zeros((), dtype=torch.int64, device=device)
-        self.buffers = {}
-
-    def clear(self):
-        self.length.zero_()
-
-    def next_positions(self, T):
-        """Positions of the T tokens that come next, (T,); the caller sees to it that they fit."""
-        self.positions = self.length + self.every[:T]
-        self.length += T
-        return self.positions
-
-    def extend(self, layer, k, v):
-        """Put k and v (B, nh, T, hs) at the next positions -> all keys, all values (B, nh, S, hs), mask (T, S)."""
-        if layer not in self.buffers:
-            B, nh, _, hs = k.shape
-            self.buffers[layer] = [k.new_zeros(B, nh, len(self.every), hs) for _ in range(2)]
-        for buffer, new in zip(self.buffers[layer], (k, v)):
-            buffer.index_copy_(2, self.positions, new)
-        return *self.buffers[layer], self.every <= self.positions[:, None]
-
-
-def sample_token(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
-    """(B, vocab_size) logits -> (B, 1) token ids."""
-    if temperature < 1e-30:  # which a float32 cannot be divided by, and where the likeliest takes all
-        return logits.argmax(dim=-1, keepdim=True)
-    logits = (logits - logits.amax(dim=-1, keepdim=True)) / temperature  # at most 0: none overflows
-    if top_k is not None and top_k < logits.size(-1):
-        kept = logits.topk(top_k).indices  # that many, also of equal ones
-        logits = torch.full_like(logits, -math.inf).scatter(-1, kept, logits.gather(-1, kept))
-    if top_p is not None:
-        ordered, order = logits.sort(descending=True)
-        probability = ordered.softmax(dim=-1)
-        beyond = probability.cumsum(dim=-1) - probability >= top_p  # the likelier ones already make up p
-        beyond[:, 0] = False
-        logits = logits.masked_fill(torch.zeros_like(beyond).scatter(-1, order, beyond), -math.inf)
-    return torch.multinomial(logits.softmax(dim=-1), 1, generator=generator)

@@ -31,7 +31,7 @@ from kernels import routing
 from kernels.btt import BTTSizes
 from kernels.common import compute_dtype, gelu
 from kernels.grouped import Collect, Spread, btt_experts, btt_moe, dense_experts, dense_moe, sort_by_expert
-from kernels.moe import btt_mixture, routed_btt_mixture, way_for
+from kernels.moe import btt_mixture, mixture_method, routed_btt_mixture
 from options import check_top_k
 from theta import check_mixture
 
@@ -88,7 +88,7 @@ class Router(nn.Module):
 
     def route(self, x):
         """x (n, d_in) -> index, gate, logits"""
-        if routing.way_for(x, self.out_features) == "kernel":
+        if routing.router_method(x, self.out_features) == "kernel":
             logits, index, gate = torch.ops.nanoeinsum.route(
                 x.to(compute_dtype(x)), self.weight.float(), self.bias, self.top_k
             )
@@ -309,13 +309,13 @@ class BTTMixture(Mixture):
         a, _, g, _, e, f, r = self.sizes
         return 2 * self.top_k * g * r * f * (a + e)
 
-    def way_for(self, x):
-        """The name of what computes it for x, of kernels.moe.way_for."""
+    def method_for(self, x):
+        """The name of what computes it for x, of kernels.moe.mixture_method."""
         a, _, g, _, e, f, r = self.sizes
-        return way_for(x, BTTSizes(g, a, f, e, r), self.num_experts, self.top_k, self.router is not None)
+        return mixture_method(x, BTTSizes(g, a, f, e, r), self.num_experts, self.top_k, self.router is not None)
 
     def forward(self, x, input_fn=None):
-        if self.way_for(x) != "routed":
+        if self.method_for(x) != "routed":
             return super().forward(x, input_fn)
         # The kernels that make the gradients of x make the router's and the GELU's, too.
         dtype, router = compute_dtype(x), self.router
@@ -328,7 +328,7 @@ class BTTMixture(Mixture):
 
     def product(self, x, index, gate):
         A, B = self.effective_cores()
-        if self.way_for(x) == "grouped":
+        if self.method_for(x) == "grouped":
             return btt_moe(x, A, B, index, gate, self.num_experts)
         dtype = compute_dtype(x)
         return btt_mixture(x.to(dtype), A.to(dtype), B.to(dtype), index, gate, self.num_experts)

@@ -126,7 +126,11 @@ class Trainer:
             self.state["wandb_id"] = self.recorder.open(resume_step, self.state["wandb_id"])
         units = dict(unit=self.task.unit, flops=forward)
         table = runlog.model_table(
-            self.model, self.optimizers.multipliers, config.lr, **units, passes=partial(self.task.passes, self.model)
+            self.model,
+            self.optimizers.multipliers,
+            config.lr,
+            **units,
+            layer_uses=partial(self.task.layer_uses, self.model),
         )
         say(*table, sep="\n")
         where = (self.world, self.task.micro_steps, device_name(self.device), self.dtype, peak)
@@ -364,8 +368,8 @@ class TokenTask:
         """Of a forward pass on one unit."""
         return model.flops_per_token()
 
-    def passes(self, model, role):
-        """How often a unit makes a layer of this role work."""
+    def layer_uses(self, model, role):
+        """How often one unit passes through the layer that plays `role`."""
         return 1
 
     def batch(self, step):

@@ -107,11 +107,11 @@ def btt_matrix(A, B):
 # BTT
 
 
-def btt(x, A, B, way=None, input_fn=None):
+def btt(x, A, B, method=None, input_fn=None):
     """y = W x for a Block Tensor-Train W of two cores, or y = W input_fn(x).
 
     x (..., g·a), A (g, a, r·f), B (f, g·r, e) -> y (..., f·e), in x's dtype or autocast's.
-    way: "fused", "staged", "dense" or "torch"; None takes what should be the fastest (way_for).
+    method: "fused", "staged", "dense" or "torch"; None takes what should be the fastest (btt_method).
     input_fn: an elementwise function. If it is `gelu`, the kernels apply it to what they read of x, forward and backward,
     which saves a copy of x in memory and two passes over it.
     """
@@ -121,16 +121,16 @@ def btt(x, A, B, way=None, input_fn=None):
     dtype = compute_dtype(x)
     x_2d, A, B = x.to(dtype).reshape(-1, g * a), A.to(dtype), B.to(dtype)
     n = x_2d.shape[0]
-    if way is None:
-        way = way_for(x, sizes)
-    after_gelu = input_fn is gelu and way in ("fused", "staged")
+    if method is None:
+        method = btt_method(x, sizes)
+    after_gelu = input_fn is gelu and method in ("fused", "staged")
     if input_fn is not None and not after_gelu:
         x_2d = input_fn(x_2d)
-    if way == "fused":
+    if method == "fused":
         y = torch.ops.nanoeinsum.btt_fused(x_2d, A, B, after_gelu)
-    elif way == "staged":
+    elif method == "staged":
         y, _ = torch.ops.nanoeinsum.btt_staged(x_2d, A, B, after_gelu)
-    elif way == "dense":
+    elif method == "dense":
         by_kernel = runs_triton(x_2d) and pow2(a) * pow2(e) <= MOST_ENTRIES
         W = torch.ops.nanoeinsum.btt_multiplied_out(A, B) if by_kernel else btt_matrix(A, B)
         y = torch.nn.functional.linear(x_2d, W)
@@ -149,7 +149,7 @@ def joins(x, sizes):
     if sizes[0] is None or any(other != sizes[0] for other in sizes):
         return False
     joined = sizes[0]._replace(f=len(sizes) * sizes[0].f)
-    return way_for(x, sizes[0]) == way_for(x, joined) == "staged"
+    return btt_method(x, sizes[0]) == btt_method(x, joined) == "staged"
 
 
 def btt_joined(x, cores):
@@ -175,14 +175,14 @@ class BTTSizes(NamedTuple):
 BANDWIDTH, FLOP_RATE = 2.6e12, 650e12
 
 
-def way_for(x, sizes):
+def btt_method(x, sizes):
     """The method that btt takes for x (..., g·a): "fused", "staged", "dense" or "torch"."""
     if takes_kernels(x):
-        return choose_way(x.numel() // (sizes.g * sizes.a), sizes)
+        return fastest_method(x.numel() // (sizes.g * sizes.a), sizes)
     return "torch"
 
 
-def choose_way(n, sizes):
+def fastest_method(n, sizes):
     """The method with the least expected time, forward and backward. n: number of tokens."""
     if n == 0:
         return "torch"
@@ -195,7 +195,7 @@ def choose_way(n, sizes):
 
 
 def expected_seconds(n, sizes):
-    """{way: seconds of forward and backward of n tokens}, by bytes and FLOPs, of all but fused."""
+    """{method: seconds of forward and backward of n tokens}, by bytes and FLOPs, of all but fused."""
     g, a, f, e, r = sizes
     d_in, d_out, z = g * a, f * e, g * r * f
     dense = 3 * 2 * n * d_in * d_out / FLOP_RATE + 12 * d_in * d_out / BANDWIDTH

@@ -61,14 +61,14 @@ def grouped_products(x: torch.Tensor, W: torch.Tensor, ends: torch.Tensor) -> to
     x (b, m, p) with rows sorted by expert, W (b, E, p, q), of one dtype; ends (E,) int64 -> (b, m, q)
     """
     products = {"loop": products_by_loop, "library": products_by_library, "tiles": products_by_tiles}
-    return products[way_for(x, W)](x, W, ends)
+    return products[product_method(x, W)](x, W, ends)
 
 
 @torch.library.custom_op("nanoeinsum::grouped_gradients", mutates_args=())
 def grouped_gradients(x: torch.Tensor, dy: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
     """The gradient of W: dW[b, e] = Σ over e's rows of x[b, i]ᵀ dy[b, i], 0 where it has none. -> (b, E, p, q)"""
     gradients = {"loop": gradients_by_loop, "library": gradients_by_library, "tiles": gradients_by_tiles}
-    return gradients[way_for(x, dy)](x, dy, ends)
+    return gradients[product_method(x, dy)](x, dy, ends)
 
 
 @grouped_products.register_fake
@@ -112,7 +112,7 @@ def gradients_by_loop(x, dy, ends):
     return dW
 
 
-def way_for(*operands):
+def product_method(*operands):
     """How the products of these tensors are computed:
 
     "loop"     expert by expert, on a CPU

@@ -32,7 +32,7 @@ MOST_SUMS = 32_768  # of a core's gradient, float32, that a program can hold
 MOST_REGISTERS = {4: 128, 3: 168, 2: None}  # of a thread, by the number of programs of 4 warps on a multiprocessor
 
 
-def way_for(x, sizes, num_experts, k, own_router):
+def mixture_method(x, sizes, num_experts, k, own_router):
     """How a mixture of BTTs, top k of num_experts, is computed for x (..., g·a):
 
     "routed"   by the kernels of this file, which make the router's gradient, too: of a router that no other layer has
@@ -58,7 +58,7 @@ def btt_mixture(x, A, B, index, gate, num_experts):
     """y of the experts that each token picked, weighed by their gates.
 
     x (n, g·a), A (g, a, E·r·f) with columns (expert, rank, f), B (f, g·E·r, e) with rows (g, expert, rank), all of one
-    16-bit dtype; index (n, k) int64, no expert twice in a row; gate (n, k) -> y (n, f·e). For layers of way_for "picked".
+    16-bit dtype; index (n, k) int64, no expert twice in a row; gate (n, k) -> y (n, f·e). For layers of mixture_method "picked".
     """
     index, ascending = index.sort(dim=1)
     gate = gate.gather(1, ascending).float()
@@ -76,7 +76,7 @@ def routed_btt_mixture(x, W, bias, A, B, k, after_gelu=False):
     Of x, or of gelu(x), which the kernels make of what they read.
     W (E, g·a) float32, bias (E,) as of routing.route. The router's gradient is made where that of x is, which is then
     written once. gate has no gradient of its own: a loss of the router is one of its logits. For layers of
-    way_for "routed".
+    mixture_method "routed".
     """
     y, logits, index, gate, *_ = torch.ops.nanoeinsum.routed_btt_mixture(x, W, bias, A, B, k, after_gelu)
     return y, index, gate, logits

@@ -66,7 +66,7 @@ if triton is not None:
             tl.store(gate + n * K + j, tl.sum(tl.where(mine, weight, 0.0), 1), n < N)
 
 
-def way_for(x, num_experts):
+def router_method(x, num_experts):
     """How a router is computed for x (..., d): "kernel", by the op `route`, or "torch"."""
     return "kernel" if takes_kernels(x) and num_experts <= 128 else "torch"
 
