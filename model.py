@@ -1,9 +1,9 @@
 """A GPT-2 in which every linear projection is a structured matrix.
 
-Two parametrisations. "mup" (structure-aware µP; "Compute Better Spent", ICML 2024, section 3,
-with depth-µP and QK-norm) keeps the best learning rate where it is when width or structure
-changes. "standard" is GPT-2 as published: with structure="dense" it loads GPT-2's weights and
-equals it. The learning rates that belong to each are in optim.py.
+There are two parametrisations. "mup" (structure-aware µP; "Compute Better Spent", ICML 2024, section 3,
+with depth-µP and QK-norm) keeps the best learning rate the same when width or structure changes.
+"standard" is GPT-2 as published: with structure="dense" it can load GPT-2's weights (engine/huggingface.py).
+The learning rates of both are in optim.py.
 
 Shapes: B batch, T time, S positions in a cache, C = d_model, nh = n_head, hs = d_head.
 """
@@ -30,13 +30,13 @@ from moe import (
     mix_together,
 )
 
-EMBEDDING_STD = 1.0  # muP: embeddings are of size 1 whatever the width
+EMBEDDING_STD = 1.0  # muP: the size of embeddings does not depend on the width
 
-LOGITS_AT_ONCE = 2**29  # above this number the loss is made chunk by chunk: 1 GiB in 16 bits
+LOGITS_AT_ONCE = 2**29  # with more logits the loss is computed in chunks: 1 GiB in 16 bits
 
 
 def linear(config, role, **kwargs):
-    """The layer that plays `role`, of the widths and the structure that the config gives it: one matrix, or a mixture."""
+    """The layer that plays `role`, with the widths and the structure that the config gives it: one matrix, or a mixture."""
     d_in, d_out = config.layer_widths()[role]
     arguments = {"bias": config.bias, **kwargs, **config.layer_options(role)}
     try:
@@ -46,12 +46,12 @@ def linear(config, role, **kwargs):
         routed = linear and not (config.share_router and role in ("attn.q", "attn.k", "attn.v"))
         return make_mixture(d_in, d_out, config.num_experts, config.top_k, routed=routed, mixed=linear, **arguments)
     except ConfigError as error:
-        config.check_layers()  # it knows what would work for all layers
+        config.check_layers()  # raises an error whose remedy works for all layers
         raise error.about(role) from None
 
 
 class Attention(nn.Module):
-    """Self-attention, causal in a GPT. Under muP queries and keys have a LayerNorm a head, and logits scale as 8/d_head."""
+    """Self-attention, causal in a GPT. Under muP each head normalises queries and keys, and logits are scaled by 8/d_head."""
 
     def __init__(self, config):
         super().__init__()
@@ -61,7 +61,7 @@ class Attention(nn.Module):
         self.scale = 8 / hs if mup else 1 / math.sqrt(hs)
         self.causal = config.causal
         self.router = Router(config.d_model, config.num_experts, config.top_k) if config.share_router else None
-        # With QK-norm the scale of q and k is undone at once: no gain on their cores.
+        # QK-norm undoes the scale of q and k at once, so their cores have no gains.
         self.q = linear(config, "attn.q", gain=not mup)
         self.k = linear(config, "attn.k", gain=not mup)
         self.v = linear(config, "attn.v")
@@ -75,12 +75,12 @@ class Attention(nn.Module):
         qkv = apply_together(layers, x) if self.router is None else mix_together(self.router, layers, x)
         q, k, v = (y.view(B, T, self.n_head, self.head_size) for y in qkv)
         dropout = self.dropout if self.training else 0.0
-        # One kernel with the norms inside. While you change attention, delete this branch: what follows is the definition.
+        # One kernel that includes the norms. To change attention, delete this branch: the code below is the definition.
         if cache is None and not dropout and fits_attention(q, self.q_norm, self.k_norm):
             weights = (getattr(norm, "weight", None) for norm in (self.q_norm, self.k_norm))
             y = short_attention(q, k, v, *weights, self.scale, self.causal)  # (B, T, nh, hs)
             return self.proj(y.flatten(2))  # (B, T, C)
-        q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)  # autocast leaves LayerNorm's output in float32
+        q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)  # under autocast LayerNorm returns float32
         q, k, v = (tensor.transpose(1, 2) for tensor in (q, k, v))  # (B, nh, T, hs)
         mask = None
         if cache is not None:
@@ -104,7 +104,7 @@ class FFN(nn.Module):
 
 
 def make_ffn(config):
-    """An FFN, or with moe="ffn" a mixture of such FFNs."""
+    """An FFN, or with moe="ffn" a mixture of FFNs."""
     if config.moe != "ffn":
         return FFN(config)
     router = Router(config.d_model, config.num_experts, config.top_k)
@@ -112,13 +112,13 @@ def make_ffn(config):
 
 
 def as_autocast(x):
-    """Cast x to bfloat16 under bfloat16 autocast: the residual stream then moves half the bytes."""
+    """x, cast to bfloat16 under bfloat16 autocast, so that the residual stream moves half the bytes."""
     to_bf16 = torch.is_autocast_enabled(x.device.type) and torch.get_autocast_dtype(x.device.type) == torch.bfloat16
     return x.bfloat16() if to_bf16 else x
 
 
 class Block(nn.Module):
-    """x (B, T, C) -> x"""
+    """A transformer block, x (B, T, C) -> (B, T, C)."""
 
     def __init__(self, config):
         super().__init__()
@@ -139,7 +139,7 @@ class Block(nn.Module):
 
 
 def run_block(block, x, config, *cache):
-    """block(x), in training with activation_checkpointing: its inside is computed again for the backward pass."""
+    """block(x). In training with activation_checkpointing, the backward pass recomputes the block from x."""
     if not (config.activation_checkpointing and block.training):
         return block(x, *cache)
     rng = dict(preserve_rng_state=config.dropout > 0)
@@ -158,9 +158,9 @@ class GPT(nn.Module):
 
     idx      (B, T) int64 token ids, T <= block_size
     targets  (B, T) int64, -1 where no loss is wanted
-    logits   (B, T, vocab_size) in the compute dtype; None where the loss was made without them (fused_loss)
-    loss     mean cross-entropy in nats, float32, or None. Of mixtures in training mode, the auxiliary loss is added
-    (`mixtures`, moe.Mixtures, then has the cross-entropy without it)
+    logits   (B, T, vocab_size) in the compute dtype; None if the loss was computed in chunks (fused_loss)
+    loss     mean cross-entropy in nats, float32, or None without targets. In training, mixtures add their auxiliary
+             loss; `mixtures.cross_entropy` is the loss without it
     """
 
     def __init__(self, config):
@@ -178,13 +178,13 @@ class GPT(nn.Module):
         else:
             for embedding in (self.token_embedding, self.position_embedding):
                 nn.init.normal_(embedding.weight, std=EMBEDDING_STD)
-        self.mixtures = Mixtures.of(self) if config.moe != "none" else None  # their routers
+        self.mixtures = Mixtures.of(self) if config.moe != "none" else None  # reads the routers
 
     def _init_as_gpt2(self):
-        """std 0.02, less on the residual branches, head tied to the embedding (GPT-2 report, section 2.3).
+        """std 0.02, smaller at the end of residual branches, and the head tied to the embedding (GPT-2 report, section 2.3).
 
-        Structured cores keep the initialisation of their own sizes: 0.02 means nothing to a core. So do routers,
-        to be even at first. A structured head cannot be tied.
+        Structured cores keep the initialisation for their sizes, for which 0.02 would be arbitrary, and routers theirs,
+        which treats all experts alike. A structured head cannot be tied.
         """
         for module in self.modules():
             if isinstance(module, nn.Embedding):
@@ -203,7 +203,7 @@ class GPT(nn.Module):
         return logits, add_auxiliary_loss(self, loss)
 
     def head(self, x, targets=None):
-        """What is above the trunk: x (B, T, C) -> logits and cross-entropy, each or None, as forward says."""
+        """LM head and loss: x (B, T, C) -> logits and cross-entropy, either of them None as in `forward`."""
         vocab_size = self.config.vocab_size
         if targets is not None and self.config.fused_loss and x.shape[:-1].numel() * vocab_size > LOGITS_AT_ONCE:
             chunk = max(1, LOGITS_AT_ONCE // vocab_size // 1024) * 1024
@@ -215,7 +215,7 @@ class GPT(nn.Module):
         return logits, loss
 
     def trunk(self, idx, cache=None):
-        """Everything below the head: (B, T) ids -> (B, T, C). With a cache, idx continues what it holds."""
+        """Everything below the head: (B, T) ids -> (B, T, C). With a generate.KVCache, idx continues the cached positions."""
         if idx.size(1) > self.config.block_size:
             raise ValueError(f"{idx.size(1)} tokens do not fit block_size={self.config.block_size}")
         position = torch.arange(idx.size(1), device=idx.device) if cache is None else cache.next_positions(idx.size(1))
@@ -226,10 +226,10 @@ class GPT(nn.Module):
         return self.final_norm(x).to(x.dtype)
 
     def flops_per_token(self):
-        """FLOPs of a forward pass at full context, 2 a multiplication; training costs 3 times that.
+        """FLOPs per token of a forward pass at full context, 2 for each multiplication; training costs 3 times as many.
 
-        Layers as they say of themselves, of a mixture its top_k experts and its router, plus attention's two T × T
-        products, counted in full (not halved for causality), the convention of torch's flop counter and of PaLM's MFU.
+        The sum over layers (of a mixture, top_k experts and the router), plus attention's two T × T products, which are
+        counted in full (not halved for causality) as in torch's flop counter and in PaLM's MFU.
         """
         layers = sum(module.flops_per_token for module in self.modules() if hasattr(module, "cores"))
         attention = 2 * 2 * self.config.block_size * self.config.n_head * self.config.head_size

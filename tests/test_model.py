@@ -209,7 +209,9 @@ def test_an_override_is_of_the_models_structure_and_the_narrowest_counts():
 
 @pytest.mark.parametrize("override", [None, 5, ["btt"], {"gain": True}])
 def test_an_override_that_is_none_is_one_clear_line(override):
-    with pytest.raises(ConfigError, match="overrides: ffn=.*give a structure, or a dict of structure, rank"):
+    with pytest.raises(
+        ConfigError, match="overrides: ffn=.*give a structure, or a dict with keys among structure, rank"
+    ):
         GPTConfig(**SMALL, overrides={"ffn": override})
 
 
