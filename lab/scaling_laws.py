@@ -5,9 +5,11 @@
     python -m lab.scaling_laws plot out/a out/b --labels="rank 1,rank 4"
     python -m lab.scaling_laws fit out/sweep/* --out=out/sweep_fit         # runs of several structures, each at several sizes
     python -m lab.scaling_laws fit my_structures.py out/sweep/*            # of structures that a file of your own defines
+    python -m lab.scaling_laws rates out/tune/* --out=out/rates            # runs of each structure at several rates
 
 plot    loss against steps, tokens, FLOPs and seconds of training in one picture, and a table
 fit     frontiers and power laws of every structure, and the compute multipliers against dense: table, pictures, JSON
+rates   final losses of every structure and width at every learning rate, and the best rate: table, JSON
 
 Runs of vision/ as well, whose logs count images, or samples, in place of tokens. The seconds of a fit are those at a
 run's median speed: a log's own have the compilation in them, which may be half of a short run.
@@ -22,8 +24,8 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from configurator import ConfigError, as_script, choose_command, load_config, read_config_file
-from engine.runlog import median_of, read_log, save_figure, short
-from lab import frontiers
+from engine.runlog import median_of, read_log, save_figure, short, writing
+from lab import frontiers, rates
 from lab.frontiers import Run
 from options import STRUCTURE_FIELDS, BlockConfig, GPTConfig
 from theta import canonical, find_structure, taxonomy
@@ -36,7 +38,7 @@ class PlotConfig:
     labels: str = ""  # the runs' names, comma-separated; else what tells their folders apart
 
 
-def plot(argv):
+def plot_logs(argv):
     """The command: a picture and a table of the runs in `argv`."""
     words = [word for word in argv if not word.startswith("--")]
     config = load_config(PlotConfig, [word for word in argv if word.startswith("--")])
@@ -95,13 +97,13 @@ def run_labels(paths, given=""):
     names = ["/".join(name[-depth:]) for name in names]
     if len(names) == 1:
         return names
-    ahead = common(names)
+    ahead = length_in_common(names)
     names = [name[ahead:] for name in names]
-    behind = common([name[::-1] for name in names])
+    behind = length_in_common([name[::-1] for name in names])
     return [name[: len(name) - behind] for name in names]
 
 
-def common(names):
+def length_in_common(names):
     """Length of the beginning that all names share, in whole words: up to a "/" or "_" that none of them ends with."""
     shared = os.path.commonprefix(names)
     shared = shared[: min(len(name) for name in names) - 1]
@@ -152,7 +154,7 @@ def draw_runs(runs, key="both"):
     for panel, (cost, (title, scale)) in zip(panels.flat, COSTS.items()):
         for (label, rows), colour in zip(runs.items(), colours(len(runs))):
             draw_run(panel, rows, cost, key, label, colour)
-        frame(panel, runs.values(), cost, scale, key)
+        set_limits(panel, runs.values(), cost, scale, key)
         panel.set_xlabel(title or ", ".join(units))
         panel.grid(alpha=0.3)
     for panel in panels[:, 0]:
@@ -173,16 +175,16 @@ TITLES = {
 
 def draw_run(panel, rows, cost, key, label, colour):
     if key != "val_loss":
-        x, y = points(rows, cost, "loss")
+        x, y = costs_and_losses(rows, cost, "loss")
         panel.plot(x, y, gid="loss", label=label, color=colour, lw=0.5, alpha=0.35)
         panel.plot(x, running_mean(y), gid="smooth", label=label, color=colour, lw=1.2)
     if key != "loss":
-        x, y = points(rows, cost, "val_loss")
+        x, y = costs_and_losses(rows, cost, "val_loss")
         line = {"lw": 0} if key == "both" else {"lw": 1}
         panel.plot(x, y, gid="val_loss", label=label, color=colour, marker="o", ms=4.5, mec="white", mew=0.5, **line)
 
 
-def frame(panel, runs, cost, scale, key):
+def set_limits(panel, runs, cost, scale, key):
     """Scales, and limits that leave out the first hundredth of every run, whose fall would press all the rest together."""
     from matplotlib.ticker import FormatStrFormatter, LogLocator, NullFormatter
 
@@ -204,7 +206,7 @@ def frame(panel, runs, cost, scale, key):
         panel.set_xlim(min(costs) / 1.1, max(costs) * 1.1)
 
 
-def points(rows, cost, key):
+def costs_and_losses(rows, cost, key):
     """-> costs, losses, of the rows that have both."""
     pairs = [(row[cost], row[key]) for row in rows if cost in row and key in row]
     return [x for x, _ in pairs], [y for _, y in pairs]
@@ -267,13 +269,15 @@ MEASURES = {
 }
 
 
+# options of a run that make its group, where they are not the default
+GROUP_OPTIONS = (*STRUCTURE_FIELDS, "align_heads", "overrides", "moe", "num_experts", "top_k")
+
+
 @dataclass
 class FitConfig:
     out: str = "out/fit"  # folder for table.md, multipliers.md, fit.json and the pictures
     reference: str = "dense"  # the group that the others are compared with
-    by: tuple = (  # options of a run that make its group, where they are not the default
-        *STRUCTURE_FIELDS, "align_heads", "overrides", "moe", "num_experts", "top_k",
-    )  # fmt: skip
+    by: tuple = GROUP_OPTIONS  # options that name the group of a run, where they are not the default
     loss: Literal["val_loss", "loss", "error"] = "val_loss"  # of validation, of training, or 1 - top-1 of images
     points: Literal["all", "final"] = "all"  # of a run: validations after the warm-up, or, for a decayed rate, the last
     costs: tuple = ("flops", "seconds", "parameters")  # what is paid
@@ -296,27 +300,17 @@ class Log(NamedTuple):
     rows: list
     options: dict  # its config.json
     group: str
-    parameters: int
+    parameters: int | None = None
     place: tuple | None = None  # (ω, ψ, ν), where it has one
 
 
-def fit(argv):
+def fit_logs(argv):
     """The command: everything about the runs in `argv`, in one folder."""
-    words = [word for word in argv if not word.startswith("--")]
-    for file in [word for word in words if word.endswith(".py")]:  # which may define the runs' structures
-        words.remove(file)
-        read_config_file(file)
-    words = [word for word in words if not os.path.exists(os.path.join(word, "fit.json"))]  # an earlier fit's
-    config = load_config(FitConfig, [word for word in argv if word.startswith("--")])
-    paths = sorted({log_path(word) for word in words})  # nothing depends on their order
+    config, paths = read_words(FitConfig, argv)
     if not paths:
         raise ConfigError("fit: which runs? give their folders or logs, such as out/sweep/*")
-    logs = furthest([read_run_and_options(path, config) for path in paths])
-    units = {unit_of(log.rows): log.path for log in logs}
-    if len(units) > 1:
-        (one, a), (other, b) = list(units.items())[:2]
-        raise ConfigError(f"{a} counts {one} and {b} {other}: their losses do not compare, fit them apart")
-    unit = next(iter(units))
+    logs = without_shorter_attempts([read_run_and_options(path, config) for path in paths])
+    unit = common_unit(logs)
     logs.sort(key=lambda log: (log.group != config.reference, log.group, log.parameters, what_it_learns(log.options)))
     runs = [make_run(log, config.loss, config.points) for log in logs]
     for log, run in zip(logs, runs):
@@ -333,7 +327,12 @@ def fit(argv):
         os.makedirs(config.out, exist_ok=True)
     except OSError as error:
         raise ConfigError(f"out={config.out} cannot be written ({error.strerror}): take another") from None
-    lines = [*summary(logs, runs, config, axis(config.loss, unit)), "", *table_of_groups(logs, places), ""]
+    lines = [
+        *summary_of_fit(logs, runs, config, measure_and_unit(config.loss, unit)),
+        "",
+        *table_of_groups(logs, places),
+        "",
+    ]
     for cost in config.costs:
         lines += [*frontiers.table(figures[cost], cost, config.reference), ""]
     with open(os.path.join(config.out, "table.md"), "w") as file:
@@ -341,9 +340,29 @@ def fit(argv):
     with open(os.path.join(config.out, "multipliers.md"), "w") as file:
         file.write("\n".join([*table_of_multipliers(logs, places, figures, config.reference), ""]))
     with open(os.path.join(config.out, "fit.json"), "w") as file:
-        json.dump({"groups": places, "runs": [ends(log) for log in logs], **figures}, file, indent=1)
+        json.dump({"groups": places, "runs": [figures_at_end(log) for log in logs], **figures}, file, indent=1)
     drawn = draw_fit(logs, runs, places, figures, config, unit)
     print(*lines, f"written: {config.out}/table.md, multipliers.md, fit.json, {', '.join(drawn)}", sep="\n")
+
+
+def read_words(Config, argv):
+    """-> the options among the words of a command line, and the logs; config files are run, for the structures they define."""
+    words = [word for word in argv if not word.startswith("--")]
+    for file in [word for word in words if word.endswith(".py")]:
+        words.remove(file)
+        read_config_file(file)
+    words = [word for word in words if not os.path.exists(os.path.join(word, "fit.json"))]  # an earlier fit's folder
+    config = load_config(Config, [word for word in argv if word.startswith("--")])
+    return config, sorted({log_path(word) for word in words})  # nothing depends on their order
+
+
+def common_unit(logs):
+    """What all runs count, a key of UNITS."""
+    units = {unit_of(log.rows): log.path for log in logs}
+    if len(units) > 1:
+        (one, a), (other, b) = list(units.items())[:2]
+        raise ConfigError(f"{a} counts {one} and {b} {other}: their losses do not compare, take them apart")
+    return next(iter(units))
 
 
 def what_it_learns(options, *without):
@@ -352,7 +371,7 @@ def what_it_learns(options, *without):
     return json.dumps(left, sort_keys=True)
 
 
-def furthest(logs):
+def without_shorter_attempts(logs):
     """Of attempts at one run, seed and all, the one that got furthest; a new run sets an old one aside as NAME.1."""
     kept = {}
     for log in logs:
@@ -365,11 +384,13 @@ def furthest(logs):
     return list(kept.values())
 
 
-def read_run_and_options(path, config):
+def read_run_and_options(path, config, sized=True):
+    """-> the Log of a run; sized: with its number of parameters and its place, which take torch and a model."""
     known = {measure: key for measure, (_, key) in MEASURES.items()}
     rows, options = read_run(path, [known[config.loss]], known, "loss"), read_options(path)
     try:
-        return Log(path, rows, options, group_name(options, config.by), num_parameters(options), place_of(options))
+        log = Log(path, rows, options, group_name(options, config.by))
+        return log._replace(parameters=num_parameters(options), place=place_in_taxonomy(options)) if sized else log
     except ImportError:
         raise
     except Exception as error:  # of many kinds: a run of other code may have any option, of any type
@@ -445,7 +466,7 @@ def make_run(log, measure, points="all"):
         "parameters": [log.parameters] * len(rows),
     }
     cost = {name: np.array(values, dtype=float) for name, values in cost.items()}
-    loss = np.array([measured(log.rows, row, measure) for row in rows])
+    loss = np.array([measured_at(log.rows, row, measure) for row in rows])
     steps = np.array([row["step"] for row in rows])
     return Run(
         os.path.dirname(log.path),
@@ -458,7 +479,7 @@ def make_run(log, measure, points="all"):
     )
 
 
-def measured(rows, at, measure):
+def measured_at(rows, at, measure):
     """The measure at row `at`; of the training loss, each of one batch, the mean over the last tenth of the steps."""
     if measure == "error":
         return 1 - at["top1"]
@@ -490,7 +511,7 @@ def num_parameters(options):
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def place_of(options):
+def place_in_taxonomy(options):
     """(ω, ψ, ν) of a run's structure, a fixed rank or number of blocks as the power of d_model that it is there.
 
     None of a mixture, of three cores and more, and of a structure that has no θ.
@@ -509,12 +530,12 @@ def place_of(options):
     return taxonomy((*structure.theta[:6], min(1.0, math.log(rank) / math.log(options["d_model"]))))
 
 
-def axis(measure, unit):
+def measure_and_unit(measure, unit):
     """What the measure is, with its unit."""
     return MEASURES[measure][0] if measure == "error" else f"{MEASURES[measure][0]} ({UNITS[unit]})"
 
 
-def summary(logs, runs, config, measure):
+def summary_of_fit(logs, runs, config, measure):
     """Lines on what was fitted."""
     groups = len({log.group for log in logs})
     what = "every validation after the warm-up" if config.points == "all" else "the last validation"
@@ -549,22 +570,22 @@ def table_of_multipliers(logs, places, figures, reference):
         if group == reference:
             continue
         lies = [f"{value:.2f}" for value in place] if place is not None else ["", "", ""]
-        rates = sorted({log.options["lr"] for log in logs if log.group == group and log.options.get("lr")})
+        taken = sorted({log.options["lr"] for log in logs if log.group == group and log.options.get("lr")})
         cells = [" | ".join(frontiers.multiplier_cells(entries[group], False)) for entries in figures.values()]
         least = min(min(entries[group]["frontier_loss"]) for entries in figures.values())
-        yield f"| {group} | {' | '.join(lies)} | {', '.join(map('{:g}'.format, rates))} | {' | '.join(cells)} | {least:.4f} |"
+        yield f"| {group} | {' | '.join(lies)} | {', '.join(map('{:g}'.format, taken))} | {' | '.join(cells)} | {least:.4f} |"
 
 
-def have(logs, measure):
+def all_measured(logs, measure):
     """Whether all logs have figures of it."""
     return all(any(MEASURES[measure][1] in row for row in log.rows) for log in logs)
 
 
-def ends(log):
+def figures_at_end(log):
     """What a run had cost and reached at its end, a dict."""
     figures = {"name": os.path.basename(os.path.dirname(log.path)), "group": log.group}
     for measure in MEASURES:
-        if have([log], measure):
+        if all_measured([log], measure):
             run = make_run(log, measure, "final")
             figures[measure] = float(run.loss[-1])
     return {**figures, **{cost: float(values[-1]) for cost, values in run.cost.items()}}
@@ -579,13 +600,13 @@ def draw_fit(logs, runs, places, figures, config, unit):
         save_figure(figure, os.path.join(config.out, name), remedy="give another --out")
         drawn.append(name)
 
-    what = axis(config.loss, unit)
+    what = measure_and_unit(config.loss, unit)
     for cost, entries in figures.items():
-        title = "the least loss for what it costs" + law_of(entries)
+        title = "the least loss for what it costs" + title_of_laws(entries)
         save(frontiers.draw_frontiers(runs, entries, cost, what, colour, title), f"frontiers_{cost}.png")
     save(frontiers.draw_multipliers(figures, config.reference, colour), "multipliers.png")
-    measures = ["error" if have(logs, "error") else "val_loss"] + ["loss"] * have(logs, "loss")
-    last = {axis(measure, unit): [make_run(log, measure, "final") for log in logs] for measure in measures}
+    measures = ["error" if all_measured(logs, "error") else "val_loss"] + ["loss"] * all_measured(logs, "loss")
+    last = {measure_and_unit(measure, unit): [make_run(log, measure, "final") for log in logs] for measure in measures}
     paid = [cost for cost in figures if cost != "parameters"] or list(figures)
     save(frontiers.draw_reached(last, paid, colour), "reached.png")
     if "flops" in figures:
@@ -600,13 +621,13 @@ def draw_fit(logs, runs, places, figures, config, unit):
                 shade, scale = shades({group: places[group][place] for group in some})
                 entries = {group: figures["flops"][group] for group in some}
                 mine = [run for run in runs if run.group in some]
-                heading = f"the least loss for what it costs{law_of(entries)}, by {title.partition(',')[0]}"
+                heading = f"the least loss for what it costs{title_of_laws(entries)}, by {title.partition(',')[0]}"
                 picture = frontiers.draw_frontiers(mine, entries, "flops", what, shade, heading, (scale, title))
                 save(picture, f"frontiers_{name}.png")
     return drawn
 
 
-def law_of(entries):
+def title_of_laws(entries):
     """What a title says of power laws: all groups have one, some have, or none, for want of points."""
     laws = [entry["law"] is not None for entry in entries.values()]
     return (
@@ -623,8 +644,89 @@ def shades(values):
     return {group: scale.to_rgba(value) for group, value in values.items()}, scale
 
 
+# ---------------------------------------------------------------------------------------
+# Learning rates
+
+
+@dataclass
+class RatesConfig:
+    out: str = "out/rates"  # the table is written to this name with .md, the losses with .json
+    by: tuple = GROUP_OPTIONS  # options that name the group of a run, where they are not the default
+    loss: Literal["val_loss", "loss", "error"] = "val_loss"  # of validation, of training, or 1 - top-1 of images
+
+    def __post_init__(self):
+        self.out = self.out.removesuffix(".json").removesuffix(".md")
+
+
+def tabulate_rates(argv):
+    """The command: the final losses of the runs in `argv` by group, width and rate. A .json of its own adds its runs."""
+    files = [word for word in argv if word.endswith(".json") and not word.startswith("--")]
+    config, paths = read_words(RatesConfig, [word for word in argv if word not in files])
+    if not paths and not files:
+        raise ConfigError("rates: which runs? give their folders or logs, such as out/tune/*")
+    curves, losses = [], {}
+    for file in files:
+        earlier, losses[file] = rates.read_curves(file)
+        curves += earlier
+    if paths:
+        logs = without_shorter_attempts([read_run_and_options(path, config, sized=False) for path in paths])
+        losses[paths[0]] = measure_and_unit(config.loss, common_unit(logs))
+        curves += curves_of(logs, config.loss)
+    (first, loss), *others = losses.items()
+    for file, other in others:
+        if other != loss:
+            raise ConfigError(f"{first} has {loss}, {file} {other}: take another --loss, or leave one out")
+    curves = sorted(rates.merged(curves), key=lambda curve: (curve.group != "dense", curve[:3]))
+    lines = list(rates.table_of_rates(curves, loss))
+    with writing(config.out, "give another --out"):
+        os.makedirs(os.path.dirname(config.out) or ".", exist_ok=True)
+        rates.write_curves(f"{config.out}.json", curves, loss)
+        with open(f"{config.out}.md", "w") as file:
+            file.write("\n".join([*lines, ""]))
+    print(*lines, f"written: {config.out}.md, {config.out}.json", sep="\n")
+
+
+def curves_of(logs, measure):
+    """The logs' final losses as Curves, each of runs that differ only in rate and seed.
+
+    Where several have the same group, width and steps, their names list the options in which they differ.
+    """
+    alike = {}
+    for log in logs:
+        named = log.group, log.options.get("d_model"), log.options.get("max_steps")
+        if None in (*named, log.options.get("lr")):
+            raise ConfigError(f"{log.path}: its config.json has no d_model, max_steps or lr: leave the run out")
+        alike.setdefault(named, {}).setdefault(what_it_learns(log.options, "seed", "lr"), []).append(log)
+    curves = []
+    for (group, width, steps), settings in alike.items():
+        options = [json.loads(setting) for setting in settings]
+        keys = dict.fromkeys(key for each in options for key in each)
+        differ = [key for key in keys if any(each.get(key) != options[0].get(key) for each in options)]
+        for mine, which in zip(settings.values(), options):
+            losses = {}
+            for log in mine:
+                losses.setdefault(log.options["lr"], {})[log.options.get("seed")] = final_loss(log, measure)
+            name = ", ".join([group, *(f"{key}={which.get(key)}" for key in differ)])
+            curves.append(rates.Curve(name, width, steps, losses, {}))
+    return curves
+
+
+def final_loss(log, measure):
+    """The measure at the run's last step; None, and a note, of a run that did not reach it."""
+    last, steps = log.rows[-1], log.options["max_steps"]
+    if last["step"] < steps:
+        print(f"note: {log.path} ends at step {last['step']} of {steps}: it diverged, or is not finished")
+        return None
+    key = MEASURES[measure][1]
+    if measure != "loss" and key not in last:
+        raise ConfigError(f"{log.path} has no {key} at its last step: leave the run out, or take another --loss")
+    value = measured_at(log.rows, last, measure)
+    return value if math.isfinite(value) else None
+
+
 def main(argv):
-    choose_command(argv, {"plot": plot, "fit": fit}, "lab.scaling_laws", "say what to do", __doc__)(argv[1:])
+    commands = {"plot": plot_logs, "fit": fit_logs, "rates": tabulate_rates}
+    choose_command(argv, commands, "lab.scaling_laws", "say what to do", __doc__)(argv[1:])
 
 
 if __name__ == "__main__":

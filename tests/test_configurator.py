@@ -159,7 +159,8 @@ def test_help_lists_every_option_with_default_and_comment(capsys):
      "prepare_owt", "sample", "lab.convert.ConvertConfig", "lab.search.SearchConfig",
      "lab.sweep.SweepConfig", "lab.structures.StructuresConfig", "lab.coverage.CoverageConfig",
      "lab.mup_check.CoordsConfig",
-     "lab.mup_check.LandscapeConfig", "lab.scaling_laws.PlotConfig", "lab.scaling_laws.FitConfig", "lab.bench_options.StepConfig",
+     "lab.mup_check.LandscapeConfig", "lab.scaling_laws.PlotConfig", "lab.scaling_laws.FitConfig",
+     "lab.scaling_laws.RatesConfig", "lab.bench_options.StepConfig",
      "lab.bench_options.SampleBenchConfig", "lab.bench_options.DataBenchConfig", "lab.bench_options.LayersConfig",
      "lab.bench_options.MixturesConfig"],
 )  # fmt: skip

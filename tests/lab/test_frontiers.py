@@ -374,8 +374,8 @@ def test_pictures_by_exponent_are_of_groups_that_differ_and_laws_are_named_where
         "nu.png": "the least loss for what it costs, by ν",
     }
     some = {"a": {"law": None}, "b": {"law": {}}}
-    assert scaling_laws.law_of(some).endswith("where it has three points")
-    assert scaling_laws.law_of({"b": {"law": {}}}) == ", and its power law"
+    assert scaling_laws.title_of_laws(some).endswith("where it has three points")
+    assert scaling_laws.title_of_laws({"b": {"law": {}}}) == ", and its power law"
 
 
 def test_an_attempt_that_was_set_aside_is_no_second_seed(tmp_path, capsys):
@@ -407,7 +407,7 @@ def test_mistakes_are_one_line(tmp_path, words, message):
     (tmp_path / "runs").mkdir()
     run = write_runs(tmp_path / "runs", groups=("dense",), sizes=1)[0]
     with pytest.raises(ConfigError, match=message):
-        scaling_laws.fit([word.format(run=run, tmp=tmp_path) for word in words])
+        scaling_laws.fit_logs([word.format(run=run, tmp=tmp_path) for word in words])
 
 
 def test_a_run_without_its_options(tmp_path):
@@ -415,7 +415,7 @@ def test_a_run_without_its_options(tmp_path):
     run = write_runs(tmp_path / "runs", groups=("dense",), sizes=1)[0]
     (tmp_path / "runs" / "dense0" / "config.json").unlink()
     with pytest.raises(ConfigError, match="fit needs it beside log.jsonl"):
-        scaling_laws.fit([run])
+        scaling_laws.fit_logs([run])
 
 
 def test_group_names():
@@ -453,9 +453,9 @@ def test_a_theta_has_the_name_of_its_family(theta, name):
 
 
 def test_monarch_lies_where_its_blocks_put_it():
-    place = scaling_laws.place_of({"structure": "monarch", "num_blocks": 4, "d_model": 256})
+    place = scaling_laws.place_in_taxonomy({"structure": "monarch", "num_blocks": 4, "d_model": 256})
     assert place == pytest.approx((0, 1, 0.75))  # 2 d² / 4 multiplications a token are 2 d^1.75
-    place = scaling_laws.place_of({"structure": "monarch", "num_blocks": None, "d_model": 256})
+    place = scaling_laws.place_in_taxonomy({"structure": "monarch", "num_blocks": None, "d_model": 256})
     assert place == pytest.approx((0, 1, 0.5))
 
 
@@ -533,7 +533,7 @@ def test_a_fit_of_another_loss_says_which(tmp_path, capsys, monkeypatch, unit, l
     (tmp_path / "runs" / "fit").mkdir()
     (tmp_path / "runs" / "fit" / "fit.json").write_text("{}")  # an earlier one: no run
     runs = [str(folder) for folder in sorted((tmp_path / "runs").iterdir())]
-    scaling_laws.fit([*runs, f"--out={tmp_path}/fit", "--loss=loss", "--points=final", "--samples=5"])
+    scaling_laws.fit_logs([*runs, f"--out={tmp_path}/fit", "--loss=loss", "--points=final", "--samples=5"])
     said = capsys.readouterr().out
     assert f"{label}" in said and "every validation" not in said
     assert "| btt | 0.00 | 1.00 | 0.50 | 2, 4 | 200 to 400 |" in said
@@ -559,9 +559,9 @@ def test_a_fit_is_of_one_kind_of_runs(tmp_path):
     with pytest.raises(
         ConfigError, match="images/log.jsonl counts images and .*dense0/log.jsonl tokens: their losses do not compare"
     ):
-        scaling_laws.fit([text, str(folder)])
+        scaling_laws.fit_logs([text, str(folder)])
     with pytest.raises(ConfigError, match="log.jsonl has no top1: leave it out, or take --loss=val_loss"):
-        scaling_laws.fit([text, "--loss=error"])
+        scaling_laws.fit_logs([text, "--loss=error"])
 
 
 def test_no_error_at_all_has_no_logarithm(tmp_path, monkeypatch):
@@ -570,7 +570,7 @@ def test_no_error_at_all_has_no_logarithm(tmp_path, monkeypatch):
     (tmp_path / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "config.json").write_text('{"structure": "dense", "d_model": 8}')
     with pytest.raises(ConfigError, match="error, 1 - top-1 of 0 has no logarithm: take another --loss"):
-        scaling_laws.fit([str(tmp_path), "--loss=error"])
+        scaling_laws.fit_logs([str(tmp_path), "--loss=error"])
 
 
 @pytest.mark.parametrize(
