@@ -1,7 +1,7 @@
 """Checks of structure-aware µP by experiment, each with a table and rows of JSON, those over widths with a picture.
 
-    python -m lab.mup_check coords --structures=dense,low_rank,btt --widths=64,128,256,512 --png=coords.png
-    python -m lab.mup_check depth --structures="dense;dense:depth_exponent=1" --n_layers=3,6,12,24
+    python -m lab.mup_check coords --structures="dense; low_rank; btt" --widths=64,128,256,512 --png=coords.png
+    python -m lab.mup_check depth --structures="dense; dense --depth_exponent=1" --n_layers=3,6,12,24
     python -m lab.mup_check lr_landscape --structure=btt --rank=2 --widths=64,128,256 --lrs=2**-12..2**-5
 
 coords         the coordinate check ("Tensor Programs V", arXiv 2203.03466, appendix D): sizes of activations after
@@ -10,33 +10,34 @@ depth          Δh of models of one width and several depths, the last block's a
 lr_landscape   loss against learning rate, a curve a width, whose minimum µP keeps in one place
                ("Compute Better Spent", ICML 2024, figure 2b)
 
-Those over widths are done twice, with the learning-rate multipliers that belong to each width (optim.py), and
-without: the narrowest model's at all widths, which is one rate for all, tuned at one of them.
-Of a single width (--widths=256,) lr_landscape finds the best rate of a structure: both ways are one there.
+Checks over widths run twice: with the learning-rate multipliers that belong to each width (optim.py), and without,
+that is, with the narrowest model's at all widths, which is one rate for all, tuned at one of them. With a single width
+(--widths=256,) the two are the same, and lr_landscape finds the best rate of a structure.
 
-A structure may carry options of GPTConfig: name:option=value,option=value, and so on. Spaces
-separate the values of a tuple ("einsum:theta=.5 .25 .25 .25 .5 .25 0"), a number may be a fraction
-of the width ("low_rank:rank=width/4") or its root (rank=sqrt(width)), and ";" separates structures that have options.
-Where no sizes are given, lr_landscape takes small ones on a CPU. How long it will take is said first, by a step of each
-width; rows of --json are written run by run, the picture width by width.
+A structure is its name and options of GPTConfig, as on a command line: "btt --rank=2 --normalize=False". ";" separates
+structures, quotes hold an option with spaces together ("einsum --theta='.5 .25 .25 .25 .5 .25 0'"), and a number may be
+a fraction of the width (--rank=width/4) or its root (--rank=sqrt(width)). Without sizes lr_landscape takes small ones on
+a CPU. It first estimates its duration from a step at each width; rows of --json are written after each run, the picture
+after each width.
 """
 
 import math
 import os
 import re
+import shlex
 import time
 from dataclasses import dataclass
 from typing import ClassVar, Literal, NamedTuple
 
-from configurator import ConfigError, as_script, choose_command, load_config
+from configurator import ConfigError, as_script, choose_command, load_config, split_configs, split_options, split_words
 from options import GPTConfig, RunConfig, check_seed
 
 # ---------------------------------------------------------------------------------------
 # Structures and options from the command line
 
 
-class Structure(NamedTuple):
-    """A structure's name and the options that go with it, as texts: {"rank": "width/4"}."""
+class StructureSpec(NamedTuple):
+    """A structure's name and its options, of which some depend on the width: {"rank": "width/4"}."""
 
     name: str
     options: dict
@@ -47,55 +48,47 @@ class Structure(NamedTuple):
     def config(self, width, **shape):
         """The GPTConfig of this structure at d_model = width; `shape` holds fields that the check sets itself."""
         values = {"structure": self.name, "d_model": width, **shape}
-        for key, text in self.options.items():
+        for key, value in self.options.items():
             if key in values:
                 raise ConfigError(f"structure {self}: {key} is an option of the check, not of a structure: --{key}")
-            values[key] = at_width(text, width)
+            values[key] = at_width(value, width)
         try:
             return load_config(GPTConfig, [f"--{key}={value}" for key, value in values.items()])
         except ConfigError as error:
             raise ConfigError(f"structure {self} at width {width}: {error}") from None
 
 
-# What a structure named without options stands for in the coordinate check. At rank 1 a low-rank layer hangs on a
-# single number, whose size is chance; and a head onto few tokens has no room for a rank that grows with the width.
-BARE = {"low_rank": "low_rank:rank=width/4,structured_layers=attn ffn", "btt": "btt:rank=2"}
+# What a structure without options means. At rank 1 the size of a low-rank layer's output is that of a single random
+# number; and a head of few tokens has no room for a rank that grows with the width.
+BARE = {"low_rank": "low_rank --rank=width/4 --structured_layers=attn,ffn", "btt": "btt --rank=2"}
 
 
 def parse_structures(text):
-    """Text of the form in the module's docstring -> [Structure]. Without options, "," separates too."""
-    words = [word.strip() for word in re.split(";" if ":" in text else "[;,]", text)]
-    if not all(words):
-        raise ConfigError(f"structures={text!r}: a name is missing, write dense;btt:rank=2, say")
-    return [parse_structure(BARE.get(word, word)) for word in words]
+    """Text of the form in the module's docstring -> [StructureSpec]; bare names as in BARE."""
+    specs = [parse_structure(shlex.join(words)) for words in split_configs("structures", text)]
+    if not specs:
+        raise ConfigError(f"structures={text!r} names none: give some, such as 'dense; btt --rank=2'")
+    return [parse_structure(BARE[spec.name]) if spec.name in BARE and not spec.options else spec for spec in specs]
 
 
 def parse_structure(text):
-    """ "btt:rank=2,normalize=False" -> Structure("btt", {"rank": "2", "normalize": "False"})."""
-    name, _, rest = text.partition(":")
-    options = {}
-    for word in rest.split(",") if rest.strip() else ():
-        key, _, value = (part.strip() for part in word.partition("="))
-        if not key or not value:
-            raise ConfigError(
-                f"structure {text!r}: {word.strip()!r} is not option=value; ';' separates structures, spaces values"
-            )
-        if key in options:
-            raise ConfigError(f"structure {text!r}: {key} is given twice, give it once")
-        options[key] = value
-    return Structure(name.strip(), options)
+    """ "btt --rank=width/4 --normalize=False" -> StructureSpec("btt", {"rank": "width/4", "normalize": False})."""
+    name, *words = split_words("structure", text) or [""]
+    if not name or name.startswith("--"):
+        raise ConfigError(f"structure={text!r}: begin with its name, as in 'btt --rank=2'")
+    return StructureSpec(name, split_options(f"structure {name}", shlex.join(words)))
 
 
-def at_width(text, width):
-    """A value of a structure's option as load_config reads it: "width/4" -> "16" at 64, "attn ffn" -> "attn,ffn"."""
-    if text == "sqrt(width)":
-        return str(math.isqrt(width))
-    if not text.startswith("width"):
-        return ",".join(text.split())
-    match = re.fullmatch(r"width(?:\s*//?\s*([1-9]\d*))?", text)
+def at_width(value, width):
+    """A structure's option at this width: "width/4" is 16 at 64; any other value is returned as it is."""
+    if value == "sqrt(width)":
+        return math.isqrt(width)
+    if not isinstance(value, str) or not value.startswith("width"):
+        return value
+    match = re.fullmatch(r"width(?:\s*//?\s*([1-9]\d*))?", value)
     if not match:
-        raise ConfigError(f"{text!r} is no fraction of the width: write width/4, say")
-    return str(width // int(match[1] or 1))
+        raise ConfigError(f"{value!r} is no fraction of the width: write width/4, for example")
+    return width // int(match[1] or 1)
 
 
 def parse_lrs(words):
@@ -170,7 +163,7 @@ class CheckConfig:
 
 @dataclass
 class CoordsConfig(CheckConfig):
-    structures: str = "dense,low_rank,btt"  # rows of the picture; bare, low_rank has rank width/4 and btt has 2
+    structures: str = "dense; low_rank; btt"  # rows of the picture; without options low_rank has rank width/4, btt 2
     lr: float = 5e-4  # base learning rate
     vocab_size: int = 96  # tokens are random
 
@@ -185,7 +178,7 @@ class DepthConfig(CheckConfig):
     n_layer: ClassVar[int] = 1  # of which there are several
     widths: ClassVar[tuple] = (64,)
     least_widths: ClassVar[int] = 1
-    structures: str = "dense;dense:depth_exponent=1"  # with their options
+    structures: str = "dense; dense --depth_exponent=1"  # with their options
     n_layers: tuple = (3, 6, 12, 24)  # depths of the models to compare
     width: int = 64  # d_model of all
     lr: float = 5e-4  # base learning rate
@@ -205,7 +198,7 @@ class DepthConfig(CheckConfig):
 @dataclass
 class LandscapeConfig(CheckConfig):
     least_widths: ClassVar[int] = 1
-    structure: str = "btt"  # with its options, or without: btt, btt:rank=2, ...
+    structure: str = "btt"  # with its options, or without: btt, "btt --rank=2", ...
     rank: int | str | None = None  # the structure's option `rank`: a number, or width/4, say
     lrs: tuple = ("2**-12..2**-5",)  # base learning rates: numbers, or a range that doubles
     data_dir: str = "data/stdlib_char96"  # of prepare_owt.py's files; this one prepares itself
@@ -344,7 +337,7 @@ WHAT = ("rms", "change")  # of what coordinates_after gives
 def coordinate_check(structure, config):
     """Sizes of what a model computes, and of its change in training, over the widths; averages over the seeds.
 
-    structure  a Structure;  config  CoordsConfig
+    structure  a StructureSpec;  config  CoordsConfig
     -> {"rms" | "change": {"with": {name: [RMS at each of config.widths]}, "without": the same with the multipliers of the
     narrowest model at all widths}}
     """
@@ -527,7 +520,7 @@ def lr_landscape(config, say=print, save=lambda landscape: None):
     if config.rank is not None:
         if "rank" in structure.options:
             raise ConfigError(f"rank={config.rank} with structure={config.structure!r}: give the rank once")
-        structure.options["rank"] = str(config.rank)
+        structure.options["rank"] = config.rank
     prepare_default(config.data_dir)
     data = TokenData(config.data_dir, config.block_size)
     vocab_size = config.vocab_size or data.meta["vocab_size"]
@@ -662,7 +655,7 @@ def best_lrs(losses, lrs):
 
 
 def landscape(config):
-    label = config.structure + ("" if config.rank is None else f", rank={config.rank}")
+    label = str(parse_structure(config.structure)) + ("" if config.rank is None else f", rank={config.rank}")
     drawn = []
 
     def save(landscape):
