@@ -203,12 +203,6 @@ def fit_power_law(cost, loss):
     return Fit(float(floors[best]), math.exp(-intercept / slope), -float(slope))
 
 
-def fit_group(runs, cost):
-    """Fit of the group's frontier, or None where it has fewer than 3 points."""
-    c, loss = optimal(runs, cost)
-    return fit_power_law(c, loss) if len(c) >= 3 else None
-
-
 # ---------------------------------------------------------------------------------------
 # Multipliers
 
@@ -227,16 +221,15 @@ def cost_of_loss(cost, loss, wanted, beyond=False):
     return np.exp(log)
 
 
-def multipliers(runs, reference, cost, at=None):
-    """-> losses, and what the reference's frontier pays for each ÷ what the group's pays.
+def multipliers(frontier, reference, at=None):
+    """-> losses, and what the reference pays for each ÷ what the group pays; frontiers are those of `optimal`.
 
     at: the losses, with frontiers continued to reach them; None: those of the points of both frontiers, NaN where one
     does not reach.
     """
-    c, loss = optimal(runs, cost)
-    c_ref, loss_ref = optimal(reference, cost)
-    wanted, beyond = (np.union1d(loss, loss_ref), False) if at is None else (np.asarray(at), True)
-    return wanted, cost_of_loss(c_ref, loss_ref, wanted, beyond) / cost_of_loss(c, loss, wanted, beyond)
+    beyond = at is not None
+    wanted = np.asarray(at) if beyond else np.union1d(frontier[1], reference[1])
+    return wanted, cost_of_loss(*reference, wanted, beyond) / cost_of_loss(*frontier, wanted, beyond)
 
 
 # ---------------------------------------------------------------------------------------
@@ -244,13 +237,13 @@ def multipliers(runs, reference, cost, at=None):
 
 
 class Shifts(NamedTuple):
-    """How far log losses would lie off with other seeds: a parametric bootstrap, its errors normal."""
+    """How much other seeds would change log losses: a parametric bootstrap with normal errors."""
 
     groups: list  # a list a group, of arrays (samples, points or 1), one a setting, in the order of by_setting
     freedom: int  # degrees of freedom behind their size: intervals are as much wider as Student's t than the normal
 
-    def apply(self, group, means, sample):
-        """The means over seeds of the group (its number), as another draw of seeds might have given them."""
+    def redraw(self, group, means, sample):
+        """The means over seeds of a group, given by its number, as another draw of seeds might have given them."""
         return [
             run._replace(loss=run.loss * np.exp(shift[sample])) for run, shift in zip(means, self.groups[group])
         ]  # fmt: skip
@@ -310,6 +303,32 @@ def _around_the_law(means, cost):
     return float((np.log(loss / fit_power_law(c, loss).loss(c)) ** 2).sum()), len(c) - 3
 
 
+def variance_between_sizes(frontier, redrawn, sizes):
+    """Variance of a frontier's log losses around its power law, less what seeds contribute.
+
+    Where curves of few sizes make a frontier, it bulges up between the points at which each size is best: an error that
+    more seeds do not reduce. A redrawn frontier has the seeds' noise twice, the frontier itself once, so the difference is
+    the seeds' part. 0 where each size has one point: there is nothing between.
+    """
+    if len(frontier[0]) <= max(3, sizes):
+        return 0.0
+    own = _variance_around_law(*frontier)
+    again = [_variance_around_law(*each) for each in redrawn[:32] if len(each[0]) > 3]
+    return max(0.0, 2 * own - float(np.mean(again))) if again else 0.0
+
+
+def _variance_around_law(cost, loss):
+    return float((np.log(loss / fit_power_law(cost, loss).loss(cost)) ** 2).sum() / (len(cost) - 3))
+
+
+def steepness(frontier, at):
+    """How much more log cost a frontier pays for a lower log loss, on the straight line around each of the losses `at`."""
+    order = np.argsort(frontier[1])
+    x, y = np.log(frontier[1][order]), np.log(frontier[0][order])
+    i = np.clip(np.searchsorted(x, np.log(at)), 1, len(x) - 1)
+    return np.abs((y[i] - y[i - 1]) / (x[i] - x[i - 1]))
+
+
 def interval(value, drawn, freedom, share=0.9):
     """(low, high) around the value: the middle share of what was drawn, as much wider as Student's t; None of too few.
 
@@ -334,17 +353,33 @@ def analyse(runs, reference, cost, samples=200):
     kept = {name: without_outliers(mine, cost) for name, mine in groups.items()}
     figures = {}
     for name, (mine, dropped) in kept.items():
-        means = mean_over_seeds(mine)
-        c, loss = optimal(means, cost)
-        both = [mine] if name == reference else [mine, kept[reference][0]]
-        shifts = draw_shifts(both, cost, samples) if len(means) > 1 else None
+        means, others = mean_over_seeds(mine), [] if name == reference else [kept[reference][0]]
+        shifts = draw_shifts([mine, *others], cost, samples) if len(means) > 1 else None
+        own = _frontiers(means, cost, shifts, 0, samples)
+        c, loss = own.points
         figures[name] = {
             "runs": len(mine), "sizes": len(means), "rising": sizes_that_rise(means, cost), "outliers": dropped,
             "frontier_cost": c.tolist(), "frontier_loss": loss.tolist(),
-            **_law_figures(means, cost, shifts, samples),
-            **_multiplier_figures(means, mean_over_seeds(kept[reference][0]), cost, shifts, samples, name == reference),
+            **_law_figures(own),
+            **_multiplier_figures(own, *(_frontiers(mean_over_seeds(runs), cost, shifts, 1, samples) for runs in others)),
         }  # fmt: skip
     return figures
+
+
+class Frontiers(NamedTuple):
+    """A group's frontier, and what it would be with other seeds."""
+
+    points: tuple  # costs and losses, as of `optimal`
+    redrawn: list  # the same of each sample; empty where nothing shows how much seeds matter
+    freedom: int  # degrees of freedom behind them
+    sizes: int
+    exists: bool  # has_frontier
+
+
+def _frontiers(means, cost, shifts, number, samples):
+    redrawn = [optimal(shifts.redraw(number, means, i), cost) for i in range(samples)] if shifts else []
+    freedom = shifts.freedom if shifts else 0
+    return Frontiers(optimal(means, cost), redrawn, freedom, len(means), has_frontier(means, cost))
 
 
 def sizes_that_rise(means, cost):
@@ -358,41 +393,61 @@ def has_frontier(means, cost):
     return len(means) > 1 and sizes_that_rise(means, cost) < len(means) - 1
 
 
-def _law_figures(means, cost, shifts, samples):
-    law = fit_group(means, cost) if has_frontier(means, cost) else None
+def _law_figures(group):
+    c, loss = group.points
+    law = fit_power_law(c, loss) if group.exists and len(c) >= 3 else None
     if law is None or law.exponent == 0:
         return {"law": None, "intervals": None}
-    drawn = [fit_group(shifts.apply(0, means, i), cost) for i in range(samples)] if shifts else []
-    drawn = np.array([each for each in drawn if each is not None and each.exponent > 0])
-    if len(drawn) < samples / 2 or not len(drawn):  # most samples have too few points for a law
+    drawn = [fit_power_law(*each) for each in group.redrawn if len(each[0]) >= 3]
+    drawn = np.array([each for each in drawn if each.exponent > 0])
+    if len(drawn) < len(group.redrawn) / 2 or not len(drawn):  # most samples have too few points for a law
         return {"law": law._asdict(), "intervals": None}
-    floor = interval(law.loss_at_infinity, drawn[:, 0], shifts.freedom)
-    intervals = {"loss_at_infinity": tuple(np.clip(floor, 0, min(run.loss.min() for run in means)).tolist())}
+    floor = interval(law.loss_at_infinity, drawn[:, 0], group.freedom)
+    intervals = {"loss_at_infinity": tuple(np.clip(floor, 0, loss.min()).tolist())}
     for i, field in ((1, "scale"), (2, "exponent")):
-        intervals[field] = _exp(interval(math.log(law[i]), np.log(drawn[:, i]), shifts.freedom))
+        intervals[field] = _exp(interval(math.log(law[i]), np.log(drawn[:, i]), group.freedom))
     return {"law": law._asdict(), "intervals": intervals}
 
 
-def _multiplier_figures(means, reference, cost, shifts, samples, itself):
-    at, ratio = multipliers(means, reference, cost)
+def _multiplier_figures(group, reference=None):
+    """Without a reference the group is the reference itself."""
+    at, ratio = multipliers(group.points, (reference or group).points)
     both = np.isfinite(ratio)
-    if not both.any() or not (has_frontier(means, cost) and has_frontier(reference, cost)):
+    if not both.any() or not (group.exists and (reference or group).exists):
         return {"multiplier": None}
     at, log = at[both], np.log(ratio[both])
-    c, loss = optimal(means, cost)
-    spread, around = [None] * len(at), None
-    if shifts and not itself:
-        pairs = ((shifts.apply(0, means, i), shifts.apply(1, reference, i)) for i in range(samples))
-        drawn = np.log([multipliers(*pair, cost, at)[1] for pair in pairs])  # (samples, losses)
+    bands, around = [None] * len(at), None
+    if group.redrawn and reference:
+        drawn = np.log(
+            [multipliers(*pair, at)[1] for pair in zip(group.redrawn, reference.redrawn)]
+        )  # (samples, losses)
         drawn = drawn[np.isfinite(drawn).all(1)]
-        if len(drawn) >= samples / 2:  # else most samples have a frontier of one point
-            around = _exp(interval(log.mean(), drawn.mean(1), shifts.freedom))
-            spread = [_exp(interval(value, column, shifts.freedom)) for value, column in zip(log, drawn.T)]
+        if len(drawn) >= len(group.redrawn) / 2:  # else most samples have a frontier of one point
+            around = _exp(interval(log.mean(), drawn.mean(1), group.freedom))
+            between = np.hypot(*(_error_between_sizes(each, at) for each in (group, reference)))
+            bands = [
+                _exp(_widened(value, interval(value, column, group.freedom), NORMAL * error))
+                for value, column, error in zip(log, drawn.T, between)
+            ]
     return {
         "multiplier": math.exp(log.mean()), "multiplier_interval": around, "multiplier_window": [at.min(), at.max()],
-        "multiplier_loss": at.tolist(), "multiplier_cost": cost_of_loss(c, loss, at).tolist(),
-        "multiplier_at": np.exp(log).tolist(), "multiplier_spread": spread,
+        "multiplier_loss": at.tolist(), "multiplier_cost": cost_of_loss(*group.points, at).tolist(),
+        "multiplier_at": np.exp(log).tolist(), "multiplier_spread": bands,
     }  # fmt: skip
+
+
+def _error_between_sizes(group, at):
+    """Standard deviation of the frontier's log costs at the losses `at`, of variance_between_sizes: an array like at."""
+    variance = variance_between_sizes(group.points, group.redrawn, group.sizes)
+    return math.sqrt(variance) * steepness(group.points, at) if variance else np.zeros(len(at))
+
+
+NORMAL = float(stats.norm.ppf(0.95))  # half the width of a 90% interval, in standard deviations
+
+
+def _widened(value, ends, more):
+    """The interval around the value with an independent error of half width `more` added to it."""
+    return ends and (value - math.hypot(value - ends[0], more), value + math.hypot(ends[1] - value, more))
 
 
 def _exp(ends):
@@ -404,7 +459,7 @@ def _exp(ends):
 # What is written
 
 
-def table(figures, cost, reference):
+def table_of_frontiers(figures, cost, reference):
     """Lines of a Markdown table, and notes on what limits it."""
     yield f"| by {COSTS[cost]} | runs | points | a | L∞ | least loss | multiplier against {reference} | losses in common |"
     yield "|---|---|---|---|---|---|---|---|"

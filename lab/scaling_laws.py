@@ -334,7 +334,7 @@ def fit_logs(argv):
         "",
     ]
     for cost in config.costs:
-        lines += [*frontiers.table(figures[cost], cost, config.reference), ""]
+        lines += [*frontiers.table_of_frontiers(figures[cost], cost, config.reference), ""]
     with open(os.path.join(config.out, "table.md"), "w") as file:
         file.write("\n".join(lines))
     with open(os.path.join(config.out, "multipliers.md"), "w") as file:
