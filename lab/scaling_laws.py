@@ -1,18 +1,18 @@
-"""Loss of several runs, by their logs, against what they cost.
+"""Plot the losses of runs against their cost, fit scaling laws, and tabulate learning rates, from logs.
 
     python -m lab.scaling_laws plot out/gpt2_btt out/gpt2_dense            # folders of runs, or their log.jsonl
     python -m lab.scaling_laws plot out/*/log.jsonl --key=val_loss --png=validation.png
     python -m lab.scaling_laws plot out/a out/b --labels="rank 1,rank 4"
-    python -m lab.scaling_laws fit out/sweep/* --out=out/sweep_fit         # runs of several structures, each at several sizes
-    python -m lab.scaling_laws fit my_structures.py out/sweep/*            # of structures that a file of your own defines
-    python -m lab.scaling_laws rates out/tune/* --out=out/rates            # runs of each structure at several rates
+    python -m lab.scaling_laws fit out/sweep/* --out=out/sweep_fit         # several structures, each at several sizes
+    python -m lab.scaling_laws fit my_structures.py out/sweep/*            # with structures of your own
+    python -m lab.scaling_laws rates out/tune/* --out=out/rates            # several structures, each at several rates
 
 plot    loss against steps, tokens, FLOPs and seconds of training in one picture, and a table
-fit     frontiers and power laws of every structure, and the compute multipliers against dense: table, pictures, JSON
+fit     frontiers and power laws of every structure, and its compute multipliers over dense: table, pictures, JSON
 rates   final losses of every structure and width at every learning rate, and the best rate: table, JSON
 
-Runs of vision/ as well, whose logs count images, or samples, in place of tokens. The seconds of a fit are those at a
-run's median speed: a log's own have the compilation in them, which may be half of a short run.
+Logs of vision/ work too: they count images or samples instead of tokens. A fit computes seconds from a run's median
+speed, since the seconds in a log include compilation, which may be half of a short run.
 """
 
 import json
@@ -34,15 +34,15 @@ from theta import canonical, find_structure, taxonomy
 @dataclass
 class PlotConfig:
     png: str = "runs.png"  # the picture
-    key: Literal["both", "loss", "val_loss"] = "both"  # which loss: of training, of validation
-    labels: str = ""  # the runs' names, comma-separated; else what tells their folders apart
+    key: Literal["both", "loss", "val_loss"] = "both"  # loss of training, of validation, or both
+    labels: str = ""  # names of the runs, comma-separated; by default what tells their folders apart
 
 
 def plot_logs(argv):
-    """The command: a picture and a table of the runs in `argv`."""
+    """The command `plot`: a picture and a table of the runs in `argv`."""
     words = [word for word in argv if not word.startswith("--")]
     config = load_config(PlotConfig, [word for word in argv if word.startswith("--")])
-    paths = list(dict.fromkeys(log_path(word) for word in words))  # one named twice is one run
+    paths = list(dict.fromkeys(log_path(word) for word in words))  # a run given twice counts once
     if not paths:
         raise ConfigError("plot: which runs? give their folders or logs, such as out/*/log.jsonl")
     wanted = LOSSES if config.key == "both" else (config.key,)
@@ -53,14 +53,14 @@ def plot_logs(argv):
 
 
 def log_path(word):
-    """A run's log, of a path to it or of its folder: absolute, for a run may be the current folder."""
+    """The absolute path of a run's log, from the path of the log or of its folder."""
     return os.path.abspath(os.path.join(word, "log.jsonl") if os.path.isdir(word) else word)
 
 
 def read_run(path, wanted, known, option):
-    """The rows of a log that has figures of a `wanted` key: the numbers in them, since others may log more than that.
+    """The rows of a log, reduced to numbers; ConfigError where no row has one of the `wanted` keys.
 
-    known: what the option may name instead, {its value: key of a row}, or the keys alone
+    known: what the option may name instead, {value of the option: key of a row}, or the keys alone
     """
     if not os.path.isfile(path):
         raise ConfigError(f"{path} does not exist: give the folder of a run, or its log.jsonl")
@@ -79,16 +79,16 @@ def read_run(path, wanted, known, option):
 
 
 def only_numbers(row):
-    """The row without what cannot be drawn: null, text, lists and tables."""
+    """The row without values that cannot be drawn: null, text, lists and tables."""
     return {key: value for key, value in row.items() if type(value) in (int, float)}
 
 
 def run_labels(paths, given=""):
-    """A name for each run: those given, or the shortest part of the folders' names that tells them apart."""
+    """A name for each run: the given ones, or the shortest parts of the folders' names that differ."""
     if given:
         labels = [label.strip() for label in given.split(",")]
         if len(labels) != len(paths) or len(set(labels)) != len(paths):
-            raise ConfigError(f"labels={given!r}: give {len(paths)}, one a run, all different")
+            raise ConfigError(f"labels={given!r}: give {len(paths)}, one for each run, all different")
         return labels
     names = [path.removesuffix("/log.jsonl").split("/") for path in paths]
     depth = next(
@@ -104,7 +104,7 @@ def run_labels(paths, given=""):
 
 
 def length_in_common(names):
-    """Length of the beginning that all names share, in whole words: up to a "/" or "_" that none of them ends with."""
+    """Length of the beginning that all names share, in whole words: up to a "/" or "_" at which none of them ends."""
     shared = os.path.commonprefix(names)
     shared = shared[: min(len(name) for name in names) - 1]
     return max(shared.rfind("/"), shared.rfind("_")) + 1
@@ -115,7 +115,7 @@ def length_in_common(names):
 
 LOSSES = ("loss", "val_loss")
 
-# key of a row: (title of the axis, its scale); units is what the run counts
+# {key of a row: (title of the axis, scale)}; "units" are what the run counts
 COSTS = {
     "step": ("steps", "linear"),
     "units": ("", "log"),
@@ -123,12 +123,12 @@ COSTS = {
     "seconds": ("seconds of training", "linear"),
 }
 
-# what a run counts: what its loss is
+# {what a run counts: unit of its loss}
 UNITS = {"tokens": "nats per token", "images": "nats per image", "samples": "squared error"}
 
 
 def unit_of(rows):
-    """What the run counts: a key of UNITS; tokens where its rows do not say."""
+    """What the run counts, a key of UNITS; tokens if its rows have none of them."""
     return next((unit for row in rows for unit in UNITS if unit in row), "tokens")
 
 
@@ -185,7 +185,7 @@ def draw_run(panel, rows, cost, key, label, colour):
 
 
 def set_limits(panel, runs, cost, scale, key):
-    """Scales, and limits that leave out the first hundredth of every run, whose fall would press all the rest together."""
+    """Set scales, and limits that leave out the first hundredth of every run, whose steep fall would flatten the rest."""
     from matplotlib.ticker import FormatStrFormatter, LogLocator, NullFormatter
 
     wanted = LOSSES if key == "both" else (key,)
@@ -193,7 +193,7 @@ def set_limits(panel, runs, cost, scale, key):
     late = [row for row in late if any(name in row for name in wanted)]
     losses = [row[name] for row in late for name in wanted if name in row]
     losses = [loss for loss in losses if math.isfinite(loss)]
-    if losses and min(losses) > 0:  # ends that differ by a hundredth stay apart
+    if losses and min(losses) > 0:  # so that ends that differ by a hundredth stay distinguishable
         margin = (max(losses) / min(losses)) ** 0.04 if max(losses) > min(losses) else 1.1
         panel.set_yscale("log")
         panel.set_ylim(min(losses) / margin, max(losses) * margin)
@@ -207,13 +207,13 @@ def set_limits(panel, runs, cost, scale, key):
 
 
 def costs_and_losses(rows, cost, key):
-    """-> costs, losses, of the rows that have both."""
+    """-> costs and losses of the rows that have both."""
     pairs = [(row[cost], row[key]) for row in rows if cost in row and key in row]
     return [x for x, _ in pairs], [y for _, y in pairs]
 
 
 def running_mean(values):
-    """Means over a symmetric window: a fiftieth of the values, less at the end and at the beginning, where they fall."""
+    """Means over a symmetric window of a fiftieth of the values, narrower at both ends."""
     half, n = len(values) // 100, len(values)
     means = []
     for i in range(n):
@@ -224,6 +224,7 @@ def running_mean(values):
 
 
 def colours(number):
+    """That many colours that can be told apart."""
     import matplotlib
 
     if number <= 10:
@@ -236,7 +237,7 @@ def colours(number):
 
 
 def table_of_runs(runs):
-    """Lines: what each run, {label: rows}, has cost and reached."""
+    """Lines of a table: cost and losses of each run, {label: rows}."""
     units = ", ".join(dict.fromkeys(map(unit_of, runs.values())))
     head = ("run", "steps", units, "FLOPs", "seconds", "final loss", "final val loss", "best val loss")
     table = [head] + [(label, *run_figures(rows)) for label, rows in runs.items()]
@@ -246,6 +247,7 @@ def table_of_runs(runs):
 
 
 def run_figures(rows):
+    """Cells of a run's line: steps, units, FLOPs, seconds, losses."""
     last, unit = rows[-1], unit_of(rows)
     training, validation = ([row[key] for row in rows if key in row] for key in LOSSES)
     return (
@@ -261,7 +263,7 @@ def run_figures(rows):
 # ---------------------------------------------------------------------------------------
 # Scaling laws
 
-# what can be fitted: (what it is, the key that rows need for it)
+# what can be fitted: {measure: (its name, the key that rows need)}
 MEASURES = {
     "val_loss": ("validation loss", "val_loss"),
     "loss": ("training loss", "loss"),
@@ -276,12 +278,12 @@ GROUP_OPTIONS = (*STRUCTURE_FIELDS, "align_heads", "overrides", "moe", "num_expe
 @dataclass
 class FitConfig:
     out: str = "out/fit"  # folder for table.md, multipliers.md, fit.json and the pictures
-    reference: str = "dense"  # the group that the others are compared with
+    reference: str = "dense"  # group that the others are compared with
     by: tuple = GROUP_OPTIONS  # options that name the group of a run, where they are not the default
     loss: Literal["val_loss", "loss", "error"] = "val_loss"  # of validation, of training, or 1 - top-1 of images
-    points: Literal["all", "final"] = "all"  # of a run: validations after the warm-up, or, for a decayed rate, the last
-    costs: tuple = ("flops", "seconds", "parameters")  # what is paid
-    samples: int = 256  # draws of other seeds behind every interval; powers of 2 are spread most evenly
+    points: Literal["all", "final"] = "all"  # of a run: all validations after the warm-up, or only the last
+    costs: tuple = ("flops", "seconds", "parameters")  # costs to compare by
+    samples: int = 256  # draws of other seeds for an interval; a power of 2 is spread most evenly
 
     def __post_init__(self):
         for cost in self.costs:
@@ -294,18 +296,18 @@ class FitConfig:
 
 
 class Log(NamedTuple):
-    """What a run left behind."""
+    """A run as its folder records it."""
 
-    path: str  # of its log.jsonl
+    path: str  # of log.jsonl
     rows: list
-    options: dict  # its config.json
+    options: dict  # of config.json
     group: str
     parameters: int | None = None
-    place: tuple | None = None  # (ω, ψ, ν), where it has one
+    place: tuple | None = None  # (ω, ψ, ν); None if the structure has none
 
 
 def fit_logs(argv):
-    """The command: everything about the runs in `argv`, in one folder."""
+    """The command `fit`: frontiers, laws and multipliers of the runs in `argv`, into one folder."""
     config, paths = read_words(FitConfig, argv)
     if not paths:
         raise ConfigError("fit: which runs? give their folders or logs, such as out/sweep/*")
@@ -321,7 +323,7 @@ def fit_logs(argv):
                 raise ConfigError(f"{log.path} has validations without {cost}: leave the run out{remedy}")
         if (run.loss <= 0).any():
             raise ConfigError(f"{run.name}: {MEASURES[config.loss][0]} of 0 has no logarithm: take another --loss")
-    places = {log.group: log.place for log in logs}  # that of its largest size, where it depends on the width
+    places = {log.group: log.place for log in logs}  # that of the largest size, if it depends on the width
     figures = {cost: frontiers.analyse(runs, config.reference, cost, config.samples) for cost in config.costs}
     try:
         os.makedirs(config.out, exist_ok=True)
@@ -366,19 +368,21 @@ def common_unit(logs):
 
 
 def what_it_learns(options, *without):
-    """A run's options as one text, but for those that change nothing of what it learns, and those named."""
+    """A run's options as one text, without those that do not affect what it learns and those in `without`."""
     left = {key: value for key, value in options.items() if key not in ("out_dir", "resume", *without)}
     return json.dumps(left, sort_keys=True)
 
 
 def without_shorter_attempts(logs):
-    """Of attempts at one run, seed and all, the one that got furthest; a new run sets an old one aside as NAME.1."""
+    """The logs without all but the longest attempt at each run; a new run renames the folder of an old one to NAME.1."""
     kept = {}
     for log in logs:
         run = what_it_learns(log.options)
         if run in kept:
             shorter, longer = sorted((log, kept[run]), key=lambda log: log.rows[-1]["step"])
-            print(f"{shorter.path}: another attempt at {longer.path}, which got as far or further: left out")
+            print(
+                f"{shorter.path}: left out, since {longer.path} is an attempt at the same run that is as long or longer"
+            )
             log = longer
         kept[run] = log
     return list(kept.values())
@@ -393,7 +397,7 @@ def read_run_and_options(path, config, sized=True):
         return log._replace(parameters=num_parameters(options), place=place_in_taxonomy(options)) if sized else log
     except ImportError:
         raise
-    except Exception as error:  # of many kinds: a run of other code may have any option, of any type
+    except Exception as error:  # of any kind: a run of other code may have any option, of any type
         said = str(error) if isinstance(error, ConfigError) else f"{type(error).__name__}: {error}"
         said = said.partition("\n")[0]
         raise ConfigError(f"{path}: its config.json makes no model here ({said}): leave the run out") from None
@@ -413,9 +417,9 @@ def read_options(path):
 
 
 def group_name(options, by):
-    """Such as "btt, rank=4": the structure, and the options in `by` that are not the default.
+    """A name such as "btt, rank=4": the structure, and the options in `by` that are not the default.
 
-    A structure by its θ has the name of its family before it, a mixture its experts: "btt, linear MoE, 2 of 8".
+    A θ is preceded by the name of its family; a mixture is named by its experts: "btt, linear MoE, 2 of 8".
     """
     defaults = json.loads(json.dumps({field.name: field.default for field in fields(BlockConfig)}))  # as in config.json
     for name in by:
@@ -423,7 +427,7 @@ def group_name(options, by):
             raise ConfigError(f"by: {name!r} is no option of these runs")
     value = {name: options.get(name, defaults.get(name)) for name in {**defaults, **dict.fromkeys(by)}}
     parts = [str(value["structure"])] if "structure" in by else []
-    shown = {"structure", "theta", "structure_options", "moe", "num_experts", "top_k"}  # in words of their own
+    shown = {"structure", "theta", "structure_options", "moe", "num_experts", "top_k"}  # worded differently
     if "theta" in by and value["theta"]:
         parts = [f"{family(value['theta'])} ({' '.join(f'{each:g}' for each in value['theta'])})"]
     if "moe" in by and value["moe"] != "none":
@@ -437,7 +441,7 @@ def group_name(options, by):
 
 
 def family(theta):
-    """The name of the structures that θ is one of, by the indices that it has not (README, "The structures")."""
+    """The name of the family that θ belongs to, by the indices that it lacks (README, "The structures")."""
     _, b, c, d, _, f, rho = canonical(theta)
     if b == d == 0:
         if c == f == 0:
@@ -449,7 +453,7 @@ def family(theta):
 
 
 def make_run(log, measure, points="all"):
-    """A Run: what it had cost at each validation after the warm-up, whose rate is none to compare at, and the measure then."""
+    """The Run of a log: cost and measure at each validation after the warm-up, in which the rate is not yet comparable."""
     unit, key, warmup = unit_of(log.rows), MEASURES[measure][1], log.options.get("warmup_steps") or 0
     rows = [row for row in log.rows if math.isfinite(row.get("val_loss", math.nan)) and row["step"] > warmup]
     rows = [row for row in rows if math.isfinite(row.get(key, math.nan))]
@@ -480,7 +484,7 @@ def make_run(log, measure, points="all"):
 
 
 def measured_at(rows, at, measure):
-    """The measure at row `at`; of the training loss, each of one batch, the mean over the last tenth of the steps."""
+    """The measure at row `at`; the training loss, which rows have for single batches, is a mean over the last tenth of the steps."""
     if measure == "error":
         return 1 - at["top1"]
     if measure == "val_loss":
@@ -490,8 +494,8 @@ def measured_at(rows, at, measure):
 
 
 def num_parameters(options):
-    """Of the run's model, by what its config.json holds."""
-    import torch  # here, since it takes seconds to import and plot does without
+    """Number of parameters of the model that a run's config.json describes."""
+    import torch  # here, since its import takes seconds and plot does not need it
 
     from model import GPT
 
@@ -512,9 +516,9 @@ def num_parameters(options):
 
 
 def place_in_taxonomy(options):
-    """(ω, ψ, ν) of a run's structure, a fixed rank or number of blocks as the power of d_model that it is there.
+    """(ω, ψ, ν) of a run's structure; a fixed rank or number of blocks counts as the power of d_model that it equals there.
 
-    None of a mixture, of three cores and more, and of a structure that has no θ.
+    None for a mixture, for three or more cores, and for a structure without θ.
     """
     if options.get("moe", "none") != "none" or (options.get("num_cores") or 2) > 2:
         return None
@@ -523,7 +527,7 @@ def place_in_taxonomy(options):
     structure = find_structure(options["structure"])
     if structure.theta is None:
         return None
-    if options.get("num_blocks"):  # of Monarch: each block passes d / b² values to every other
+    if options.get("num_blocks"):  # Monarch: each block passes d / b² values to every other
         b = math.log(options["num_blocks"]) / math.log(options["d_model"])
         return taxonomy((1 - b, 0, b, 0, 1 - b, b, 1 - 2 * b))
     rank = options.get("rank") or 1 if "rank" in structure.options else 1
@@ -531,26 +535,26 @@ def place_in_taxonomy(options):
 
 
 def measure_and_unit(measure, unit):
-    """What the measure is, with its unit."""
+    """The name of the measure, with its unit."""
     return MEASURES[measure][0] if measure == "error" else f"{MEASURES[measure][0]} ({UNITS[unit]})"
 
 
 def summary_of_fit(logs, runs, config, measure):
-    """Lines on what was fitted."""
+    """Lines that state what was fitted."""
     groups = len({log.group for log in logs})
     what = "every validation after the warm-up" if config.points == "all" else "the last validation"
     yield f"{len(logs)} runs of {groups} groups, {measure} at {what} of each."
     yield (
-        "Intervals say how far figures would lie off with other seeds (nominally 90%): by their seeds, where sizes have "
-        "several, else by how far sizes scatter around their power law."
+        "90% intervals estimate how much figures would change with other seeds: from the seeds of each size or, with one seed, "
+        "from the scatter of sizes around their power law."
     )
     settings, spread = frontiers.spread_of_seeds(runs)
     if settings:
-        yield f"{settings} settings have several seeds, whose last losses differ by {spread:.2%} (standard deviation)."
+        yield f"{settings} settings have several seeds; the standard deviation of their last losses is {spread:.2%}."
 
 
 def table_of_groups(logs, places):
-    """Lines of a Markdown table: where each group lies, and its sizes."""
+    """Lines of a Markdown table: place of each group in the taxonomy, and its sizes."""
     yield "| group | ω | ψ | ν | d_model | parameters |"
     yield "|---|---|---|---|---|---|"
     for group, place in places.items():
@@ -562,7 +566,7 @@ def table_of_groups(logs, places):
 
 
 def table_of_multipliers(logs, places, figures, reference):
-    """Lines of a Markdown table: each group's multiplier by every cost, and the losses that it is the mean over."""
+    """Lines of a Markdown table: each group's multiplier by every cost, and the range of losses that it is a mean over."""
     heads = [f"{frontiers.COSTS[cost]}: {reference} ÷ it | losses in common" for cost in figures]
     yield f"| group | ω | ψ | ν | rate | {' | '.join(heads)} | least loss |"
     yield "|---" * (6 + 2 * len(figures)) + "|"
@@ -577,12 +581,12 @@ def table_of_multipliers(logs, places, figures, reference):
 
 
 def all_measured(logs, measure):
-    """Whether all logs have figures of it."""
+    """Whether all logs have the measure."""
     return all(any(MEASURES[measure][1] in row for row in log.rows) for log in logs)
 
 
 def figures_at_end(log):
-    """What a run had cost and reached at its end, a dict."""
+    """Cost and measures of a run at its end, a dict."""
     figures = {"name": os.path.basename(os.path.dirname(log.path)), "group": log.group}
     for measure in MEASURES:
         if all_measured([log], measure):
@@ -592,7 +596,7 @@ def figures_at_end(log):
 
 
 def draw_fit(logs, runs, places, figures, config, unit):
-    """Write the pictures -> their names."""
+    """Draw and write the pictures -> their file names."""
     colour = dict(zip(places, colours(len(places))))
     drawn = []
 
@@ -617,7 +621,7 @@ def draw_fit(logs, runs, places, figures, config, unit):
         ):
             some = [group for group, lies in places.items() if lies is not None and chosen(lies)]
             values = [places[group][place] for group in some]
-            if values and max(values) - min(values) > 0.01:  # else there is nothing to see
+            if values and max(values) - min(values) > 0.01:  # otherwise there is nothing to see
                 shade, scale = shades({group: places[group][place] for group in some})
                 entries = {group: figures["flops"][group] for group in some}
                 mine = [run for run in runs if run.group in some]
@@ -628,7 +632,7 @@ def draw_fit(logs, runs, places, figures, config, unit):
 
 
 def title_of_laws(entries):
-    """What a title says of power laws: all groups have one, some have, or none, for want of points."""
+    """The part of a title about power laws: all groups have one, some, or none, since a law needs three points."""
     laws = [entry["law"] is not None for entry in entries.values()]
     return (
         (", and its power law" if all(laws) else ", and its power law where it has three points") if any(laws) else ""
@@ -636,7 +640,7 @@ def title_of_laws(entries):
 
 
 def shades(values):
-    """{group: colour} by a value each, and what a colour bar needs."""
+    """-> {group: colour} by {group: value}, and the scale for a colour bar."""
     import matplotlib
 
     low, high = min(values.values()), max(values.values())
@@ -650,7 +654,7 @@ def shades(values):
 
 @dataclass
 class RatesConfig:
-    out: str = "out/rates"  # the table is written to this name with .md, the losses with .json
+    out: str = "out/rates"  # path without suffix: the table goes to OUT.md, the losses to OUT.json
     by: tuple = GROUP_OPTIONS  # options that name the group of a run, where they are not the default
     loss: Literal["val_loss", "loss", "error"] = "val_loss"  # of validation, of training, or 1 - top-1 of images
 
@@ -659,7 +663,7 @@ class RatesConfig:
 
 
 def tabulate_rates(argv):
-    """The command: the final losses of the runs in `argv` by group, width and rate. A .json of its own adds its runs."""
+    """The command `rates`: final losses of the runs in `argv` by group, width and rate; earlier .json files add theirs."""
     files = [word for word in argv if word.endswith(".json") and not word.startswith("--")]
     config, paths = read_words(RatesConfig, [word for word in argv if word not in files])
     if not paths and not files:

@@ -279,7 +279,7 @@ else:
         ("sample.py --temperature=-1", "error: temperature=-1.0: make it at least 0"),
         ("prepare_owt.py --tokenizer=words", "error: --tokenizer='words' is unknown"),
         ("vision.data --image_size=0", "error: image_size=0"),
-        ("lab.bench --help", "Timings."),
+        ("lab.bench --help", "Time layers, mixtures"),
         ("lab.bench step --stepz=3", "error: unknown option --stepz"),
         ("lab.bench mixtures --tokens=x", "error: --tokens='x' has the wrong type"),
         ("lab.convert --source=gpt2", "error: out_dir='' and export=''"),

@@ -44,6 +44,6 @@ def test_the_long_version_s_table_is_of_these_designs_and_calibrated():
     rows = [(Design(**each["design"]), each["held"]) for each in kept["designs"]]
     assert [design for design, _ in rows] == list(DESIGNS)
     assert all(0.85 <= held["multiplier"] <= 0.97 for _, held in rows)
-    assert all(0.85 <= held["band"] <= 0.955 for _, held in rows)
+    assert all(0.85 <= held["band"] <= 0.95 for _, held in rows)
     with open(f"{ROOT}/results/scaling/coverage.md") as file:
         assert "\n".join(coverage.table_of_coverage(rows)) in file.read()

@@ -277,7 +277,7 @@ def test_lr_landscape_writes_its_picture_and_rows(char_data, tmp_path, capsys):
 
 def test_what_is_done_is_written_run_by_run_and_an_estimate_comes_first(char_data, tmp_path, monkeypatch, capsys):
     """Stopped in the fourth of six runs: three rows, and the picture of the width that is whole."""
-    calls, done, drawn = [], mup_check.train, []
+    calls, done, drawn = [], mup_check.train_model, []
 
     def train(model, optimizer, lr, warmup_steps, batches, autocast):
         if len(batches) == 3:
@@ -286,7 +286,7 @@ def test_what_is_done_is_written_run_by_run_and_an_estimate_comes_first(char_dat
                 raise KeyboardInterrupt
         return done(model, optimizer, lr, warmup_steps, batches, autocast)
 
-    monkeypatch.setattr(mup_check, "train", train)
+    monkeypatch.setattr(mup_check, "train_model", train)
     monkeypatch.setattr(mup_check, "draw_landscape", lambda losses, *rest: drawn.append(losses))
     options = {**SMALL, "steps": 3, "warmup_steps": 1, "lrs": "2**-9,2**-8", "widths": "16,32"}
     words = [f"--{name}={value}" for name, value in options.items()]
