@@ -1,4 +1,4 @@
-"""Best rate at each width, of rows that lab.mup_check lr_landscape wrote, over seeds: landscapes.md and landscapes.png.
+"""Tabulate and draw the best rate at each width, over seeds, from rows of lab.mup_check lr_landscape.
 
 python -m results.mup.landscapes
 """
