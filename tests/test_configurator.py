@@ -159,7 +159,8 @@ def test_help_lists_every_option_with_default_and_comment(capsys):
      "prepare_owt", "sample", "lab.convert.ConvertConfig", "lab.search.SearchConfig",
      "lab.sweep.SweepConfig", "lab.structures.StructuresConfig", "lab.coverage.CoverageConfig",
      "lab.mup_check.CoordsConfig",
-     "lab.mup_check.LandscapeConfig", "lab.scaling_laws.PlotConfig", "lab.scaling_laws.FitConfig", "lab.bench_options.StepConfig",
+     "lab.mup_check.LandscapeConfig", "lab.scaling_laws.PlotConfig", "lab.scaling_laws.FitConfig",
+     "lab.scaling_laws.RatesConfig", "lab.bench_options.StepConfig",
      "lab.bench_options.SampleBenchConfig", "lab.bench_options.DataBenchConfig", "lab.bench_options.LayersConfig",
      "lab.bench_options.MixturesConfig"],
 )  # fmt: skip
@@ -278,7 +279,7 @@ else:
         ("sample.py --temperature=-1", "error: temperature=-1.0: make it at least 0"),
         ("prepare_owt.py --tokenizer=words", "error: --tokenizer='words' is unknown"),
         ("vision.data --image_size=0", "error: image_size=0"),
-        ("lab.bench --help", "Timings."),
+        ("lab.bench --help", "Time layers, mixtures"),
         ("lab.bench step --stepz=3", "error: unknown option --stepz"),
         ("lab.bench mixtures --tokens=x", "error: --tokens='x' has the wrong type"),
         ("lab.convert --source=gpt2", "error: out_dir='' and export=''"),

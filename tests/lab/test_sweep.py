@@ -285,7 +285,7 @@ def test_seeds_of_a_regression_are_one_setting(tmp_path, capsys):
     done = run_forked("lab.sweep", write(tmp_path, REGRESSION), f"--out={tmp_path}/runs", "--gpus=0", "--jobs=2")
     assert done.returncode == 0, done.stdout + done.stderr
     runs = [str(tmp_path / "runs" / name) for name in ("seed1", "seed2")]
-    scaling_laws.fit([*runs, f"--out={tmp_path}/fit", "--samples=5"])
+    scaling_laws.fit_logs([*runs, f"--out={tmp_path}/fit", "--samples=5"])
     said = capsys.readouterr().out
     assert "1 settings have several seeds" in said and "(squared error)" in said
     fit = json.loads((tmp_path / "fit" / "fit.json").read_text())
