@@ -301,7 +301,9 @@ def test_seeds_of_a_regression_are_one_setting(tmp_path, capsys):
 @pytest.mark.parametrize("file", sorted(os.listdir(SWEEPS)))
 def test_sweeps_of_the_project_can_be_run(file, small):
     """Options exist, config files are there, sizes factor; groups of a small version have FLOPs in common."""
-    if not file.endswith(".py") or (small and file in ("quickstart.py", "gpt_wide.py", "mlp_rates.py", "mlp_seeds.py")):
+    if not file.endswith(".py") or (
+        small and file in ("quickstart.py", "gpt_wide.py", "gpt_rates.py", "mlp_rates.py", "mlp_seeds.py")
+    ):
         pytest.skip("no sweep, or one that is small")
     chosen = sweep.read_sweep(os.path.join(SWEEPS, file), small)
     Config, flops_of = RUNS_OF[chosen.script]
