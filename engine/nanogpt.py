@@ -11,7 +11,7 @@ EMBEDDINGS = {"wte": "token_embedding", "wpe": "position_embedding", "ln_f": "fi
 GPT2_VOCABULARIES = (50257, 50304)  # GPT-2's, and rounded up
 
 
-def is_nanogpts(saved):
+def is_from_nanogpt(saved):
     """Whether what torch.load gave is a checkpoint of nanoGPT."""
     return isinstance(saved, dict) and {"model", "model_args"} <= saved.keys() and "step" not in saved
 
