@@ -91,10 +91,8 @@ def open_out_dir(config, resume_step, say):
         if resume_step is None:
             checkpoint.set_aside(config.out_dir, say)
         os.makedirs(config.out_dir, exist_ok=True)
-        path = os.path.join(config.out_dir, "config.json")
-        with open(path + ".part", "w") as file:
+        with runlog.whole_file(os.path.join(config.out_dir, "config.json")) as part, open(part, "w") as file:
             json.dump(asdict(config), file, indent=1)
-        os.replace(path + ".part", path)
     except OSError as error:
         kind = RunFailed if error.errno in runlog.DISK_ERRORS else ConfigError
         raise kind(f"out_dir={config.out_dir} cannot be written ({error.strerror}): take another") from None
