@@ -45,16 +45,6 @@ def run_with_progress(train, config, memory):
         progress.close()
 
 
-def not_finite(config, what, options=""):
-    """-> RunFailed of a run whose numbers are not finite, with the checkpoint to resume from and what to change.
-
-    what     where the number was found, in words
-    options  further options that may help: "--dtype=float32, "
-    """
-    saved, remedy = checkpoint.describe_newest(config.out_dir), f"{options}a lower lr (it is {config.lr:g})"
-    return RunFailed(f"{what}; stopped, nothing of it is saved. {saved}; resume with {remedy} or more warmup_steps")
-
-
 def speak_for_this_rank(error):
     """Print an error that this rank alone may have met; Python prints a OneLineExit's line on rank 0 only.
 
@@ -66,3 +56,13 @@ def speak_for_this_rank(error):
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(15)
         print(f"error: rank {rank}: {error}", file=sys.stderr, flush=True)
+
+
+def not_finite(config, what, options=""):
+    """-> RunFailed of a run whose numbers are not finite, with the checkpoint to resume from and what to change.
+
+    what     where the number was found, in words
+    options  further options that may help: "--dtype=float32, "
+    """
+    saved, remedy = checkpoint.describe_newest(config.out_dir), f"{options}a lower lr (it is {config.lr:g})"
+    return RunFailed(f"{what}; stopped, nothing of it is saved. {saved}; resume with {remedy} or more warmup_steps")

@@ -378,8 +378,8 @@ AIMS = ["writing", "training", "renaming", "training", "writing", "training", "r
 
 def check_resumed(command, number, newest, troubles):
     """Wait until a restart has found its checkpoint; note where it is older than the newest that was surely saved."""
-    if number and command.wait_until(lambda: "going on from step" in command.out()):
-        step = int(re.search(r"going on from step (\d+)", command.out())[1])
+    if number and command.wait_until(lambda: "resuming from step" in command.out()):
+        step = int(re.search(r"resuming from step (\d+)", command.out())[1])
         if step < newest or "not a whole" in command.out():
             troubles.append(f"restart {number} went on from step {step}, {newest} was saved")
     elif number:
@@ -396,7 +396,7 @@ def rank_killed(lab, writing=False, **options):
         reached = command.wait_until(lambda: unfinished(out_dir))
     os.kill(pid, signal.SIGKILL)
     done = command.wait()
-    resumed = re.findall(r"going on from step (\d+)", done.out)
+    resumed = re.findall(r"resuming from step (\d+)", done.out)
     claims = {"rank 1 was killed": reached, **ended_well(done), "the group was restarted, once": len(resumed) == 1}
     return judge(done, {**claims, **equals(out_dir, unbroken)}, f"killed after step {at}, went on from step {resumed}")
 
@@ -417,7 +417,7 @@ def asked_to_save(lab, **options):
     claims = {
         "it was saved while it ran": saved,
         "within a few steps": asked_at < step <= asked_at + 5,
-        "it went on from there": f"going on from step {step}" in done.out,
+        "it went on from there": f"resuming from step {step}" in done.out,
         **ended_well(done),
         **equals(out_dir, unbroken),
     }
@@ -491,7 +491,7 @@ def disk_full(lab, mounted, **options):
             claims |= resumed_while_full(lab, folder, out_dir, options)
             subprocess.run(["mount", "-o", f"remount,size={10 * size}", folder], check=True)
         again = lab.run(out_dir, resume=True, **options)
-        went_on = again.status == 0 and f"going on from step {saved}" in again.out
+        went_on = again.status == 0 and f"resuming from step {saved}" in again.out
         claims |= {"with room again it goes on from there": went_on, **equals(out_dir, unbroken)}
     finally:
         if mounted:
@@ -560,7 +560,7 @@ def damaged(lab, spoil, words=None, **options):
         claims |= {**ended_clearly(done, *words), "the log stays as it was": rows_of(out_dir) == log}
         return judge(done, claims)
     said = next((line for line in done.out.splitlines() if "not a whole checkpoint" in line), "")
-    went_on = said.startswith(newest) and "going on from step 20" in done.out
+    went_on = said.startswith(newest) and "resuming from step 20" in done.out
     claims |= {**ended_well(done), "it says that it goes on from the one before": went_on}
     if not options:  # on as many processes as before, so that sums round the same
         claims |= equals(out_dir, lab.unbroken())

@@ -171,16 +171,6 @@ def test_a_long_wait_is_forgotten_as_soon_as_it_is_over():
     assert watchdog._idle() == 0
 
 
-def test_a_sign_of_life_is_no_beat():
-    """Who writes for long is not stuck, nor ahead of those that wait for it."""
-    watchdog = Watchdog(timeout=1)
-    watchdog.beat(7)
-    watchdog.beat()
-    watchdog._stuck = watchdog._at, 5.0
-    watchdog.show_life()
-    assert watchdog._idle() == 0 and watchdog._at == (7, 1)
-
-
 def test_one_process_is_not_watched():
     watchdog = Watchdog(timeout=0.01)
     for step in range(3):
