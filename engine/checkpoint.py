@@ -46,7 +46,7 @@ from optim import copy_whole
 # ASIDE is the former newest while its successor is put in place. A directory's name has .dcp where a file's has .pt.
 PLACES = NEWEST, ASIDE, PREVIOUS = "ckpt.pt", "ckpt_aside.pt", "ckpt_prev.pt"
 BEST = "ckpt_best.pt"
-PIECE = 1 << 26  # bytes that are written, or read, between two signs of life to the watchdog
+PIECE = 1 << 26  # bytes that a file writes to the disk at a time
 PAUSES = (0.5, 1, 2, 4)  # seconds before a failed read is tried again
 
 # ---------------------------------------------------------------------------------------
@@ -390,6 +390,8 @@ DAMAGE_ERRORS = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EINVAL, errno.
 def is_unreadable(error):
     """Whether an exception means that something could not be read (a failing disk or network, permissions, no memory)
     rather than that it was read and is wrong."""
+    if isinstance(error, Damaged):
+        return False
     cause = system_error(error)
     if cause is not None:
         return cause.errno is not None and cause.errno not in DAMAGE_ERRORS
@@ -414,14 +416,14 @@ def read(path, rank, world, any_kind=False):
     stored = saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     if is_from_nanogpt(saved):
         if not any_kind:
-            raise ValueError(f"it is nanoGPT's: --init_from={path} starts from it")
+            raise Damaged(f"it is nanoGPT's: --init_from={path} starts from it")
         saved = from_nanogpt(saved)
     check_values(saved)
     tensors = flatten_checkpoint(saved)
     check_kinds(tensors)
     if rank == 0:
         if storage_sizes(stored) != sizes:
-            raise ValueError("its tensors do not have the sizes of its members")
+            raise Damaged("its tensors do not have the sizes of its members")
         for name, tensor in tensors.items():
             check_finite(name, tensor)
     return {**saved, "path": path}
@@ -439,12 +441,12 @@ def check_members(path):
         members = archive.infolist()
         packed = [member.filename for member in members if member.compress_type != zipfile.ZIP_STORED]
         if packed:
-            raise ValueError(f"{packed[0]} is compressed, as torch never writes it")
+            raise Damaged(f"{packed[0]} is compressed, as torch never writes it")
         if len({member.filename for member in members}) < len(members):
-            raise ValueError("it has two members of one name")
+            raise Damaged("it has two members of one name")
         damaged = archive.testzip()
     if damaged:
-        raise ValueError(f"{damaged} is damaged")
+        raise Damaged(f"{damaged} is damaged")
     return sorted(m.file_size for m in members if re.search(r"/data/\d+$", m.filename) and m.file_size)
 
 
@@ -471,37 +473,37 @@ VALUES = {
 
 
 def check_values(saved):
-    """ValueError where one of VALUES is missing, or of a type or size that it cannot have."""
+    """Damaged where one of VALUES is missing, or of a type or size that it cannot have."""
     for name, kind in VALUES.items():
         if name not in saved:
-            raise ValueError(f"it has no {name}")
+            raise Damaged(f"it has no {name}")
         value = saved[name]
         if not isinstance(value, kind) or isinstance(value, bool) or value != value:
-            raise ValueError(f"its {name} is {str(value)[:40]!r}")
+            raise Damaged(f"its {name} is {str(value)[:40]!r}")
     if not (saved["step"] >= 0 and 0 <= saved["seconds"] < math.inf):
-        raise ValueError(f"its step is {saved['step']}, its seconds {saved['seconds']}")
+        raise Damaged(f"its step is {saved['step']}, its seconds {saved['seconds']}")
     scale = saved["scaler"]  # empty without float16
     if scale and scale.keys() != torch.amp.GradScaler("cpu").state_dict().keys():
-        raise ValueError("its scaler has other keys than torch's GradScaler")
+        raise Damaged("its scaler has other keys than torch's GradScaler")
     if not all(isinstance(value, (int, float)) and math.isfinite(value) for value in scale.values()):
-        raise ValueError("its scaler holds something other than finite numbers")
+        raise Damaged("its scaler holds something other than finite numbers")
 
 
 def check_kinds(tensors):
-    """ValueError where one of {flat name: tensor} is not a dense tensor, or has a dtype that nothing in a run has."""
+    """Damaged where one of {flat name: tensor} is not a dense tensor, or has a dtype that nothing in a run has."""
     for name, tensor in tensors.items():
         if not isinstance(tensor, torch.Tensor) or tensor.layout != torch.strided or tensor.is_quantized:
-            raise ValueError(f"{name} is not a dense tensor")
+            raise Damaged(f"{name} is not a dense tensor")
         kind, _, rest = name.partition(".")
         weight = tensors.get(f"model.{rest.rpartition('.')[0]}") if kind == "optimizer" else None
         alike = weight is not None and tensor.dim() > 0 and tensor.shape == weight.shape
         if tensor.is_complex() or (alike and not tensor.is_floating_point() and tensor.dtype.itemsize > 1):
-            raise ValueError(f"{name} is of {tensor.dtype}")
+            raise Damaged(f"{name} is of {tensor.dtype}")
 
 
 def check_finite(name, tensor):
     if not is_finite(tensor):
-        raise ValueError(f"{name} holds inf or NaN")
+        raise Damaged(f"{name} holds inf or NaN")
 
 
 class Sharded(dict):
@@ -512,11 +514,11 @@ class Sharded(dict):
         own = sorted(self.manifest)[rank::world]
         for name in own:
             if checksum_of(os.path.join(path, name)) != self.manifest[name]:
-                raise ValueError(f"{name} is damaged")
+                raise Damaged(f"{name} is damaged")
         metadata = Reader(path).read_metadata()
         parts = metadata.storage_data
         if not {".metadata", "values.json", *(part.relative_path for part in parts.values())} <= self.manifest.keys():
-            raise ValueError("manifest.json is incomplete")
+            raise Damaged("manifest.json is incomplete")
         self.blanks = {}
         for name, entry in metadata.state_dict_metadata.items():
             self.blanks[name] = torch.empty(entry.size, dtype=entry.properties.dtype, device="meta")
@@ -552,27 +554,27 @@ class Sharded(dict):
 
 
 def check_chunks(name, entry, parts):
-    """ValueError where the chunks of DCP's entry of a tensor do not make up the tensor, or are not among the stored parts."""
+    """Damaged where the chunks of DCP's entry of a tensor do not make up the tensor, or are not among the stored parts."""
     places = {tuple(chunk.offsets) for chunk in entry.chunks}
     if len(places) < len(entry.chunks) or sum(math.prod(chunk.sizes) for chunk in entry.chunks) != math.prod(
         entry.size
     ):
-        raise ValueError(f"chunks of {name} are missing")
+        raise Damaged(f"chunks of {name} are missing")
     for chunk in entry.chunks:
         inside = len(chunk.offsets) == len(chunk.sizes) == len(entry.size) and all(
             0 <= at <= at + size <= whole for at, size, whole in zip(chunk.offsets, chunk.sizes, entry.size)
         )
         if not inside or MetadataIndex(name, chunk.offsets) not in parts:
-            raise ValueError(f"a chunk of {name} is missing")
+            raise Damaged(f"a chunk of {name} is missing")
 
 
 def check_part(path, name, part, shape, dtype):
-    """ValueError where a stored part of a tensor has another shape or dtype than DCP's metadata state, or inf or NaN."""
+    """Damaged where a stored part of a tensor has another shape or dtype than DCP's metadata state, or inf or NaN."""
     with open(os.path.join(path, part.relative_path), "rb") as file:
         file.seek(part.offset)
         tensor = torch.load(io.BytesIO(file.read(part.length)), map_location="cpu", weights_only=True)
     if tensor.shape != shape or tensor.dtype != dtype or part.transform_descriptors:
-        raise ValueError(f"a part of {name} is not what the metadata state")
+        raise Damaged(f"a part of {name} is not what the metadata state")
     check_finite(name, tensor)
 
 
@@ -794,6 +796,10 @@ def read_json(path, name):
 # Ranks
 
 
+class Damaged(Exception):
+    """What was read is no whole checkpoint. The message says what is wrong with it."""
+
+
 class FailedOnARank(Exception):
     """Work failed on one rank, and so on all. unreadable: of the kind of is_unreadable."""
 
@@ -840,6 +846,8 @@ def cause_of(error):
         error, _ = next(iter(error.failures.values()))
     if isinstance(error, pickle.UnpicklingError):
         return "it holds something other than tensors and plain values"
+    if isinstance(error, Damaged):
+        return str(error)
     system = system_error(error)
     if system is not None:
         return system.strerror or str(system)

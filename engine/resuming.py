@@ -46,8 +46,7 @@ def check_same_model(config, saved, shape, say):
     """
     for key, (value, was) in differing_options(config, saved, shape).items():
         raise ConfigError(
-            f"{key}={value!r}, but the checkpoint in {config.out_dir} has {was!r}: give {key} that value, or take another "
-            "out_dir"
+            f"{key}={value!r}, but the checkpoint in {config.out_dir} has {was!r}: give that value, or another out_dir"
         )
     for key, (value, was) in differing_options(config, saved, saved.keys()).items():
         if key not in ("resume", "out_dir", "init_from"):
