@@ -106,6 +106,11 @@ class Watchdog:
         last, count = self._at
         self._at = (last, count + 1) if step is None or step == last else (step, 0)
 
+    def show_life(self):
+        """Work that the others wait for continues on this rank: it is not stuck. No beat, for the others do not make it."""
+        step, count = self._at
+        self._at = (step, count)  # another tuple, which _measure tells from the last one
+
     @contextmanager
     def paused(self):
         """In this block no beats are due on this rank, and it is not blamed; the group's timeout holds all the same."""
@@ -149,7 +154,7 @@ class Watchdog:
             # Time in which this process did not run (SIGSTOP, a preempted job) is not held against it.
             elapsed, before = min(now - before, self.timeout / 10), now
             seen, idle = self._stuck
-            self._stuck = at, (0.0 if self._pauses or at != seen else idle + elapsed)
+            self._stuck = at, (0.0 if self._pauses or at is not seen else idle + elapsed)
             deaf = 0.0 if rounds != self._rounds else deaf + elapsed
             rounds = self._rounds
             if self._idle() >= self.timeout and deaf >= self.timeout / 2:
@@ -177,7 +182,7 @@ class Watchdog:
     def _idle(self):
         """Seconds since the main thread last got on; 0 where it did after it was looked at, for then what was counted is old."""
         at, seconds = self._stuck
-        return seconds if at == self._at else 0.0
+        return seconds if at is self._at else 0.0
 
     def _post(self, at):
         idle = self._idle()
