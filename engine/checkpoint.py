@@ -261,6 +261,7 @@ def read(path, rank, world, any_kind=False):
 
     any_kind: nanoGPT's too, which a run must not take for its own.
     """
+    check_regular(path)
     if path.endswith(".dcp"):
         return Sharded(path, rank, world)
     if rank == 0:  # torch.load checks no CRC
@@ -279,6 +280,13 @@ def read(path, rank, world, any_kind=False):
         saved = from_nanogpt(saved)
     saved["step"], saved["config"], saved["model"], saved["optimizer"]
     return {**saved, "path": path}
+
+
+def check_regular(path):
+    """ValueError where the checkpoint at `path` has something other than files: opening a FIFO would wait for ever."""
+    for file in [os.path.join(path, name) for name in os.listdir(path)] if path.endswith(".dcp") else [path]:
+        if not os.path.isfile(file):
+            raise ValueError(f"{os.path.basename(file)} is not a regular file")
 
 
 class Sharded(dict):
