@@ -871,6 +871,23 @@ def test_streamed_images_against_pil(folder, tmp_path):
     assert boxes[0] != boxes[1] and not np.array_equal(items[0][0], items[1][0])
 
 
+def test_small_shared_memory_means_pipes_and_the_same_batches(folder, tmp_path, monkeypatch):
+    """Workers that find it full lose their batch, for which the trainer would wait for ever."""
+    options = {key: value for key, value in streaming(folder, tmp_path).items() if key != "out_dir"}
+    config, said = ImageTrainConfig(**{**options, "workers": 1}), []
+    batches = []
+    for free in (1 << 40, 700 << 10):
+        blocks = type("", (), dict(f_bavail=free // 1024, f_frsize=1024))
+        monkeypatch.setattr(vision.data.os, "statvfs", lambda path, blocks=blocks: blocks)
+        data = Streamed(config, open_splits(config)[0], CPU, said.append)
+        batches.append((*data.draw(0, 8, 0, 8), *next(iter(data.val_batches(0, 1, 8)))))
+        assert data.shares_memory == (free > 1 << 30)
+    assert len(said) == 1 and "/dev/shm has 0.7 MiB free" in said[0] and "pipes" in said[0]
+    assert all(torch.equal(one, other) for one, other in zip(*batches, strict=True))
+    monkeypatch.setattr(torch.UntypedStorage, "_share_fd_cpu_", lambda *args: pytest.fail("shared memory is used"))
+    next(iter(data.val_batches(0, 1, 8)))
+
+
 def test_decoding_by_torchvision_is_the_same_picture(folder, tmp_path, monkeypatch):
     """gpu_decode's way, on the CPU: boxes by the workers, JPEGs by torchvision, the rest by PIL."""
     pytest.importorskip("torchvision")
