@@ -28,7 +28,8 @@ class OneLineExit(SystemExit):
     """
 
     def __init__(self, message):
-        super().__init__(f"error: {message}" if os.environ.get("RANK", "0") == "0" else 1)
+        rank = os.environ.get("RANK", "0")
+        super().__init__(1 if rank.isdecimal() and int(rank) else f"error: {message}")
         self.message = message
 
     def __str__(self):

@@ -370,7 +370,7 @@ class RunConfig:
     cuda_graphs: bool | None = None  # an update as a CUDA graph, or two with an exchange between; None: where it can be
     shard: Literal["none", "fsdp"] = "none"  # fsdp: parameters, gradients and optimizer state over all processes
     bucket_mb: int = 0  # MiB of gradients that copies exchange at a time, by DDP, as they compute; 0: all, afterwards
-    timeout: float = 600.0  # seconds without progress after which a run of several processes ends
+    timeout: float = 600.0  # seconds without progress after which a run that hangs ends
     max_steps: int = 10_000  # updates in all
     micro_batch: int = 16  # sequences, or images, a process takes at a time; the rest of its batch is accumulated
     eval_interval: int = 500  # steps between evaluations, each followed by a checkpoint
@@ -425,8 +425,8 @@ class RunConfig:
             if getattr(self, name) and not self.save:
                 raise UnusedOption(name, getattr(self, name), " with save=False, which makes no checkpoints")
         self._check_init_from()
-        if self.timeout <= 0:
-            raise ConfigError(f"timeout={self.timeout}: make it more than 0 seconds")
+        if not 0 < self.timeout <= 1e6:
+            raise ConfigError(f"timeout={self.timeout}: make it more than 0 and at most 1e6 seconds")
         for name in ("decay_fraction", "beta2"):
             if not 0 < getattr(self, name) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)}: make it more than 0 and less than 1")

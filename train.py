@@ -25,6 +25,7 @@ import torch.distributed as dist
 
 from data import TokenData, tokenizer_of
 from engine import checkpoint, runlog
+from engine.agreement import check_data_of_ranks
 from engine.compiling import choose_compiling, choose_cuda_graphs, order_loops
 from engine.device import Numbers, Turn, choose_device, choose_dtype, device_name, peak_flops, to_device
 from engine.failures import run_with_progress
@@ -293,14 +294,13 @@ class Trainer:
     def save(self, best=False):
         """Write a checkpoint; best: of the lowest validation loss so far."""
         self.state["seconds"] = self.recorder.seconds
-        with self.watchdog.paused():
-            self.saves.save(
-                {
-                    **self.state, "config": asdict(self.config), "meta": self.task.meta, "model": self.model.state_dict(),
-                    "optimizer": self.optimizers.state_dict(), "scaler": self.scaler.state_dict(),
-                },
-                best,
-            )  # fmt: skip
+        self.saves.save(
+            {
+                **self.state, "config": asdict(self.config), "meta": self.task.meta, "model": self.model.state_dict(),
+                "optimizer": self.optimizers.state_dict(), "scaler": self.scaler.state_dict(),
+            },
+            best,
+        )  # fmt: skip
         self.recorder.start_clock()
 
     def wait_for_turn(self):
@@ -423,11 +423,12 @@ def train_gpt(config, progress):
     if rank == 0:
         prepare_default(config.data_dir)
     device = choose_device(config.device, local_rank)
-    watchdog = init_distributed(device, config.timeout)
-    data = TokenData(config.data_dir, config.block_size)
-    check_vocabulary(config, data.meta, progress.say)
-    trainer = Trainer(config, TokenTask(config, device, data), device, watchdog, progress)
-    stopped = trainer.run()
+    with init_distributed(device, config.timeout, asdict(config)) as watchdog:
+        data = TokenData(config.data_dir, config.block_size)
+        check_data_of_ranks(data.meta, data.tokens)
+        check_vocabulary(config, data.meta, progress.say)
+        trainer = Trainer(config, TokenTask(config, device, data), device, watchdog, progress)
+        stopped = trainer.run()
     if rank == 0:
         if config.sample_tokens and not stopped:
             print_sample(config, device)

@@ -50,10 +50,19 @@ def choose_device(name, local_rank=0):
     if device.type == "cuda":
         if not torch.cuda.is_available():
             raise ConfigError(f"device={name}, but torch sees no GPU: take --device=cpu")
-        device = torch.device("cuda", local_rank if device.index is None else device.index)
-        if device.index >= torch.cuda.device_count():
-            raise ConfigError(f"no GPU {device.index}, there are {torch.cuda.device_count()}: lower --nproc_per_node")
-        torch.cuda.set_device(device)
+        count, by_rank = torch.cuda.device_count(), device.index is None
+        device = torch.device("cuda", local_rank if by_rank else device.index)
+        if device.index >= count:
+            remedy = f"lower --nproc_per_node to {count}" if by_rank else "take --device=cuda"
+            raise ConfigError(f"device={name}: there is no GPU {device.index}, torch sees {count}: {remedy}")
+        try:
+            torch.cuda.set_device(device)
+            torch.zeros(1, device=device)
+        except RuntimeError as error:  # in use by another process alone, broken, too old for this build of torch
+            reason = str(error).strip().partition("\n")[0]
+            raise ConfigError(
+                f"device={name}: GPU {device.index} cannot be used ({reason}): take --device=cpu"
+            ) from None
         torch.set_num_threads(1)  # the host only copies batches: a team of 32 threads took 32 ms for what one does in 1
     return device
 

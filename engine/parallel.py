@@ -17,10 +17,29 @@ from configurator import ConfigError, RunFailed
 
 
 def ranks():
-    """-> rank, rank on this machine, number of processes, as torchrun says; 0, 0, 1 without it."""
-    return tuple(
-        int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1))
-    )
+    """-> rank, rank on this machine, number of processes, as torchrun sets them; 0, 0, 1 without it.
+
+    ConfigError where the environment holds something else.
+    """
+    given = {name: os.environ[name] for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE") if name in os.environ}
+    wrong = [f"{name}={value}" for name, value in given.items() if not value.isdecimal()]
+    rank, local_rank, world = 0, 0, 1
+    if not wrong:
+        rank, local_rank, world = (
+            int(given.get(name, default)) for name, default in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1))
+        )
+        if world > 1 and "RANK" not in given:
+            wrong = [f"WORLD_SIZE={world} without RANK"]
+        elif not rank < world or not local_rank < world:
+            wrong = [
+                f"{name}={value}" for name, value in dict(RANK=rank, LOCAL_RANK=local_rank, WORLD_SIZE=world).items()
+            ]
+    if wrong:
+        raise ConfigError(
+            f"the environment has {', '.join(wrong)}: start several processes with torchrun; for one, unset RANK, LOCAL_RANK "
+            "and WORLD_SIZE"
+        )
+    return rank, local_rank, world
 
 
 def split_batch(config, world):

@@ -8,7 +8,7 @@ the student the residual MLP of mlp.py. One pass: no input comes twice. The loss
 """
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from functools import partial
 
 from configurator import as_script, load_config
@@ -160,9 +160,9 @@ def train_student(config, progress):
     rank, local_rank, world = ranks()
     split_batch(config, world)
     device = choose_device(config.device, local_rank)
-    watchdog = init_distributed(device, config.timeout)
-    trainer = Trainer(config, TeacherTask(config, device), device, watchdog, progress)
-    trainer.run()
+    with init_distributed(device, config.timeout, asdict(config)) as watchdog:
+        trainer = Trainer(config, TeacherTask(config, device), device, watchdog, progress)
+        trainer.run()
     if rank == 0:
         trainer.say_summary()
 
