@@ -65,10 +65,6 @@ def harmed_val_batch(self, *args):
         time.sleep(1000)
     return val_batch(self, *args)
 
-def hanging_fsync(descriptor):  # as on a file system that is gone
-    if mine and first and step == 10:
-        time.sleep(1000)
-
 def harmed_forward(self, *args, **kwargs):
     if self.training and mine and step == 13:
         if "nan" == {what!r}:  # in one parameter's gradient; the loss stays finite
@@ -83,8 +79,6 @@ def slow_load(*args, **kwargs):  # as of a large checkpoint, which rank 0 reads 
 
 data.TokenData.train_batch, data.TokenData.val_batch = harmed_batch, harmed_val_batch
 train.GPT.forward = harmed_forward
-if "hang_writing" == {what!r}:
-    os.fsync = hanging_fsync
 if "options" == {what!r} and mine:
     sys.argv.append("--lr=1e-5")
 if "nan" == {what!r}:
@@ -441,23 +435,6 @@ def hang_alone(lab, harm, words, timeout):
     done = lab.run(out_dir, harm=harm, timeout=timeout)
     claims = {**ended_clearly(done, "no progress", "--timeout", *words), "it ends soon": time.monotonic() - begun < 60}
     return judge(done, claims, f"{time.monotonic() - begun:.0f} s with the start")
-
-
-def hang_writing(lab, rank, timeout, **options):
-    """A rank hangs as it writes the checkpoint of step 10."""
-    out_dir = lab.path("run")
-    command = lab.start(out_dir, harm="hang_writing", rank=rank, timeout=timeout, **options)
-    command.wait_until(lambda: last_step(out_dir) >= 10)
-    begun = time.monotonic()
-    done = command.wait()
-    seconds = time.monotonic() - begun
-    claims = {
-        **ended_clearly(done, f"rank {rank} made no progress", "--timeout", processes=2),
-        "it ends soon": seconds < timeout + 15,
-        "torchrun blames that rank": bool(re.search(rf"Root Cause.*?rank +: {rank} ", done.err, re.S)),
-        "the checkpoint of step 0 is whole": saved_in(out_dir)[0]["step"] == 0,
-    }
-    return judge(done, claims, f"ended {seconds:.0f} s after step 10")
 
 
 def ranks_differ(lab, **options):
@@ -835,8 +812,6 @@ def table(short):
             hang_alone,
             dict(harm="hang", words=["in harmed_batch"], timeout=3),
         ),
-        ("hang_writing", "rank 0 of 2 hangs in writing", hang_writing, dict(rank=0, timeout=timeout, **DDP)),
-        ("hang_writing_fsdp", "rank 1 of 2 does", hang_writing, dict(rank=1, timeout=timeout, **FSDP)),
         ("ranks_differ", "rank 1 of 2 is given another lr", ranks_differ, DDP),
         ("hangup", "SIGHUP", told_to_end, dict(name=signal.SIGHUP, whom="run")),
         ("launcher_killed", "SIGKILL to torchrun", told_to_end, dict(name=signal.SIGKILL, whom="launcher", **DDP)),
