@@ -14,7 +14,7 @@ from collections import deque
 from dataclasses import asdict, fields
 from functools import partial
 
-from configurator import ConfigError, RunFailed, as_script, load_config
+from configurator import ConfigError, as_script, load_config
 from options import GPTConfig, TrainConfig
 
 if __name__ == "__main__":  # report mistakes before torch is imported, which takes seconds
@@ -28,7 +28,7 @@ from engine import checkpoint, runlog
 from engine.agreement import check_data_of_ranks
 from engine.compiling import choose_compiling, choose_cuda_graphs, order_loops
 from engine.device import Numbers, Turn, choose_device, choose_dtype, device_name, peak_flops, to_device
-from engine.failures import run_with_progress
+from engine.failures import not_finite, run_with_progress
 from engine.heartbeat import Watchdog, init_distributed
 from engine.parallel import (
     DropoutSeeds,
@@ -50,6 +50,8 @@ from optim import make_optimizers
 from prepare_owt import prepare_default
 from sample import Config as SampleConfig
 from sample import load_model, sample
+
+MOST_SKIPPED = 25  # updates with overflown float16 gradients in a row: each halves GradScaler's factor, 65,536 at first
 
 
 def lr_at(step, config):
@@ -137,7 +139,9 @@ class Trainer:
         where = (self.world, self.task.micro_steps, device_name(self.device), self.dtype, peak)
         plan = runlog.plan(config, self.model, *where, self.state["step"], **units, batch=self.task.units)
         say(*plan, sep="\n")
-        self.stop, self.saves, self.turn = StopSignal(say, config.save), checkpoint.Saves(config, say), Turn()
+        self.saves = checkpoint.Saves(config, say, self.watchdog)
+        self.stop, self.turn = StopSignal(say, config.save), Turn()
+        self.skipped = 0  # updates in a row that GradScaler has skipped
         self.launched = deque()  # updates given to the device that the host has not waited for
         self.ahead = 1 if self.device.type == "cuda" else 0  # number of these: the device never waits for the host
         self.turn_step = self.state["step"] + 5  # by then the update is compiled, and recorded as a CUDA graph
@@ -264,11 +268,11 @@ class Trainer:
         loss, aux, stop_asked, save_asked, norm = numbers.wait()
         # GradScaler skips updates whose float16 gradients overflowed; any other non-finite number ends the run.
         if not math.isfinite(loss) or not (math.isfinite(norm) or self.scaler.is_enabled()):
-            saved, lr = checkpoint.describe_newest(self.config.out_dir), f"{self.config.lr:g}"
-            raise RunFailed(
-                f"step {step}: loss {loss}, gradient norm {norm}; stopped, this step is not saved. "
-                f"{saved}; resume with a lower lr (it is {lr}) or more warmup_steps"
-            )
+            raise not_finite(self.config, f"step {step}: loss {loss}, gradient norm {norm}")
+        self.skipped = 0 if math.isfinite(norm) else self.skipped + 1
+        if self.skipped == MOST_SKIPPED:
+            what = f"step {step}: the gradients of {MOST_SKIPPED} updates in a row were not finite in float16"
+            raise not_finite(self.config, what, "--dtype=float32, ")
         self.recorder.finish_step(step)
         row = {**self.recorder.totals(step), "loss": loss, "lr": lr}
         if math.isfinite(norm):
@@ -283,6 +287,8 @@ class Trainer:
         if config.eval_top_k:
             set_top_k(self.model, config.eval_top_k)
         row.update(self.task.evaluate(self))
+        if not math.isfinite(row["val_loss"]):
+            raise not_finite(config, f"step {row['step']}: val_loss {row['val_loss']}")
         if config.eval_top_k:
             set_top_k(self.model, config.top_k)
         if self.mixtures is not None and "loss" in row:
@@ -298,13 +304,14 @@ class Trainer:
     def save(self, best=False):
         """Write a checkpoint. best: it has the lowest validation loss so far."""
         self.state["seconds"] = self.recorder.seconds
-        self.saves.save(
-            {
-                **self.state, "config": asdict(self.config), "meta": self.task.meta, "model": self.model.state_dict(),
-                "optimizer": self.optimizers.state_dict(), "scaler": self.scaler.state_dict(),
-            },
-            best,
-        )  # fmt: skip
+        state = {
+            **self.state, "config": asdict(self.config), "meta": self.task.meta, "model": self.model.state_dict(),
+            "optimizer": self.optimizers.state_dict(), "scaler": self.scaler.state_dict(),
+        }  # fmt: skip
+        bad = checkpoint.first_non_finite(state)
+        if bad:
+            raise not_finite(self.config, f"step {self.state['step']}: {bad} holds inf or NaN")
+        self.saves.save(state, best)
         self.recorder.start_clock()
 
     def wait_for_turn(self):

@@ -44,14 +44,16 @@ DDP, FSDP = dict(processes=2, shard="none"), dict(processes=2, shard="fsdp")
 
 # Scripts that do harm from within, {…} filled in. `step` is the number of the update in progress, 1 for the first.
 HARM = """
-import math, os, sys, time
+import errno, math, os, sys, time
 import torch
 import data, train
 from engine import checkpoint
 
+step = 0
 mine, first = int(os.environ.get("RANK", 0)) == {rank}, os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
 train_batch, val_batch = data.TokenData.train_batch, data.TokenData.val_batch
-forward, load, step = train.GPT.forward, checkpoint.load, 0
+forward, load = train.GPT.forward, checkpoint.load
+fsync, save, run_passes, failed_reads = os.fsync, checkpoint.save, train.Trainer.run_passes, 0
 
 def harmed_batch(self, seed, number, *rest):
     global step
@@ -77,8 +79,32 @@ def slow_load(*args, **kwargs):  # as of a large checkpoint, which rank 0 reads 
     time.sleep(4)
     return load(*args, **kwargs)
 
+def harmed_passes(self, *batch):
+    losses = run_passes(self, *batch)
+    if "all_nan" == {what!r} and step > 10:
+        next(self.model.parameters()).grad[0] = math.nan
+    return losses
+
+def harmed_open(path, *args, **kwargs):
+    global failed_reads
+    if str(path).endswith("/ckpt.pt") and failed_reads < dict(read_error=99, read_errors=2).get({what!r}, 0):
+        failed_reads += 1
+        raise OSError(errno.EIO, os.strerror(errno.EIO), path)
+    return open(path, *args, **kwargs)
+
+def harmed_fsync(descriptor):
+    if "hang_writing" == {what!r} and mine and step == 10:
+        time.sleep(1000)
+    return fsync(descriptor)
+
+def save_apart(out_dir, *args, **kwargs):  # as of a node with a disk of its own
+    return save(out_dir + ".other" * mine, *args, **kwargs)
+
 data.TokenData.train_batch, data.TokenData.val_batch = harmed_batch, harmed_val_batch
 train.GPT.forward = harmed_forward
+train.Trainer.run_passes, checkpoint.open, os.fsync = harmed_passes, harmed_open, harmed_fsync
+if "apart" == {what!r}:
+    checkpoint.save = save_apart
 if "options" == {what!r} and mine:
     sys.argv.append("--lr=1e-5")
 if "nan" == {what!r}:
@@ -362,8 +388,8 @@ AIMS = ["writing", "training", "renaming", "training", "writing", "training", "r
 
 def check_resumed(command, number, newest, troubles):
     """Wait until a restart has found its checkpoint; note where it is older than the newest that was surely saved."""
-    if number and command.wait_until(lambda: "going on from step" in command.out()):
-        step = int(re.search(r"going on from step (\d+)", command.out())[1])
+    if number and command.wait_until(lambda: "resuming from step" in command.out()):
+        step = int(re.search(r"resuming from step (\d+)", command.out())[1])
         if step < newest or "not a whole" in command.out():
             troubles.append(f"restart {number} went on from step {step}, {newest} was saved")
     elif number:
@@ -380,7 +406,7 @@ def rank_killed(lab, writing=False, **options):
         reached = command.wait_until(lambda: unfinished(out_dir))
     os.kill(pid, signal.SIGKILL)
     done = command.wait()
-    resumed = re.findall(r"going on from step (\d+)", done.out)
+    resumed = re.findall(r"resuming from step (\d+)", done.out)
     claims = {"rank 1 was killed": reached, **ended_well(done), "the group was restarted, once": len(resumed) == 1}
     return judge(done, {**claims, **equals(out_dir, unbroken)}, f"killed after step {at}, went on from step {resumed}")
 
@@ -401,7 +427,7 @@ def asked_to_save(lab, **options):
     claims = {
         "it was saved while it ran": saved,
         "within a few steps": asked_at < step <= asked_at + 5,
-        "it went on from there": f"going on from step {step}" in done.out,
+        "it went on from there": f"resuming from step {step}" in done.out,
         **ended_well(done),
         **equals(out_dir, unbroken),
     }
@@ -516,6 +542,23 @@ def output_lost(lab, kind):
     return judge(done, {**claims, **equals(out_dir, lab.unbroken())})
 
 
+def hang_writing(lab, rank, timeout, **options):
+    """This rank's disk takes for ever to write the checkpoint of step 10."""
+    out_dir = lab.path("run")
+    command = lab.start(out_dir, harm="hang_writing", rank=rank, timeout=timeout, **options)
+    command.wait_until(lambda: last_step(out_dir) >= 10)
+    begun = time.monotonic()
+    done = command.wait()
+    seconds = time.monotonic() - begun
+    claims = {
+        **ended_clearly(done, f"rank {rank} made no progress", "checkpoint.py", "--timeout", processes=2),
+        "torchrun blames it too": bool(re.search(rf"Root Cause.*?rank +: {rank} ", done.err, re.S)),
+        "it ends soon": seconds < timeout + 15,
+        "the checkpoint of step 0 is whole": saved_in(out_dir)[0]["step"] == 0,
+    }
+    return judge(done, claims, f"ended {seconds:.0f} s after step 10")
+
+
 # ---------------------------------------------------------------------------------------
 # Disks and checkpoints
 
@@ -546,7 +589,7 @@ def disk_full(lab, mounted, **options):
             claims |= resumed_while_full(lab, folder, out_dir, options)
             subprocess.run(["mount", "-o", f"remount,size={10 * size}", folder], check=True)
         again = lab.run(out_dir, resume=True, **options)
-        went_on = again.status == 0 and f"going on from step {saved}" in again.out
+        went_on = again.status == 0 and f"resuming from step {saved}" in again.out
         claims |= {"with room again it goes on from there": went_on, **equals(out_dir, unbroken)}
     finally:
         if mounted:
@@ -567,6 +610,29 @@ def resumed_while_full(lab, folder, out_dir, options):
     claims = ended_clearly(full, "No space left", processes=options.get("processes", 1))
     claims[f"files stay as they were: {changed}"] = not changed
     return {f"{claim}, resumed while full": holds for claim, holds in claims.items()}
+
+
+def nodes_apart(lab, **options):
+    """Each of two ranks has an out_dir of its own, as on two nodes without a common file system."""
+    out_dir = lab.path("run")
+    done = lab.run(out_dir, harm="apart", rank=1, **options)
+    words = f"out_dir={out_dir}", "which rank 1 has written", "all nodes share"
+    left = [name for path in (out_dir, f"{out_dir}.other") for name in os.listdir(path) if name.startswith("ckpt")]
+    return judge(done, {**ended_clearly(done, *words, processes=2), f"no checkpoint is left: {left}": not left})
+
+
+def read_error(lab, harm):
+    """The disk does not let the newest checkpoint be read, twice or for good. None is taken for damaged."""
+    out_dir = shutil.copytree(lab.unbroken(), lab.path("run"))
+    before = {name: read(os.path.join(out_dir, name)) for name in os.listdir(out_dir) if name.startswith("ckpt")}
+    done = lab.run(out_dir, harm=harm, resume=True)
+    after = {name: read(os.path.join(out_dir, name)) for name in os.listdir(out_dir) if name.startswith("ckpt")}
+    claims = {"the checkpoints stay as they were": before == after, "none is skipped": "skipped" not in done.out}
+    if harm == "read_errors":
+        claims |= {**ended_well(done), "it resumed from the newest": "from step 30" in done.out}
+    else:
+        claims |= ended_clearly(done, f"{out_dir}/ckpt.pt cannot be read", "Input/output error", "may be whole")
+    return judge(done, claims)
 
 
 def no_folder(lab):
@@ -592,7 +658,7 @@ def damaged(lab, spoil, words=None, **options):
         claims |= {**ended_clearly(done, *words), "the log stays as it was": rows_of(out_dir) == log}
         return judge(done, claims)
     said = next((line for line in done.out.splitlines() if "not a whole checkpoint" in line), "")
-    went_on = said.startswith(newest) and "going on from step 20" in done.out
+    went_on = said.startswith(newest) and "resuming from step 20" in done.out
     claims |= {**ended_well(done), "it says that it goes on from the one before": went_on}
     if not options:  # on as many processes as before, so that sums round the same
         claims |= equals(out_dir, lab.unbroken())
@@ -666,6 +732,41 @@ def a_fifo(newest, *_):
 
 def a_text(newest, *_):
     write(newest, "This is not a checkpoint.\n")
+
+
+def packed(newest, *_):
+    """Its members compressed, as by unzip and zip: every sum is right, the bytes are others."""
+    with zipfile.ZipFile(newest) as archive:
+        members = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(newest, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in members.items():
+            archive.writestr(name, content)
+
+
+def changed(**values):
+    """Spoiler: other plain values in the newest, or none (None)."""
+
+    def spoil(newest, *_):
+        saved = {**torch.load(newest, weights_only=True), **values}
+        torch.save({key: value for key, value in saved.items() if value is not None}, newest)
+
+    return spoil
+
+
+def with_nan(newest, *_):
+    saved = torch.load(newest, weights_only=True)
+    saved["model"]["final_norm.weight"][0] = float("nan")
+    torch.save(saved, newest)
+
+
+def without_chunk(newest, *_):
+    """DCP would leave a hole in the tensor: numbers that the memory happened to hold."""
+    path, manifest = (os.path.join(newest, name) for name in (".metadata", "manifest.json"))
+    metadata = pickle.loads(read(path))
+    del metadata.state_dict_metadata["model.token_embedding.weight"].chunks[1]
+    with open(path, "wb") as file:
+        pickle.dump(metadata, file)
+    write(manifest, json.dumps({**json.loads(read(manifest)), ".metadata": checkpoint.checksum_of(path)}))
 
 
 def other_model(newest, previous, _):
@@ -753,6 +854,22 @@ def in_step_13(lab, harm, words, rank=0, **options):
     return judge(done, claims)
 
 
+def not_finite(lab, words, step, harm=None, **options):
+    """Numbers that are not finite, which no loss of a step shows. What was saved is finite, and is resumed from."""
+    out_dir = lab.path("run")
+    done = lab.run(out_dir, harm=harm, **options)
+    saved, tensors = saved_in(out_dir)
+    again = lab.run(out_dir, resume=True, **{**options, "dtype": "float32", "lr": 1e-6, "max_steps": saved["step"] + 2})
+    claims = {
+        **ended_clearly(done, f"of step {saved['step']}", "lower lr", *words),
+        f"the checkpoint is of step {step}": saved["step"] == step,
+        "it is finite": all(tensor.isfinite().all() for tensor in tensors.values()),
+        "the log holds no NaN": "NaN" not in read(os.path.join(out_dir, "log.jsonl")).decode(),
+        "the remedy helps": again.status == 0,
+    }
+    return judge(done, claims)
+
+
 def leak(lab, steps):
     """Memory, open files and threads, by what the system says. The first quarter of the run is its warm-up."""
     out_dir, samples = lab.path("run"), []
@@ -794,6 +911,10 @@ def table(short):
     ddp, fsdp = ({**processes, "max_steps": 30 * few + 30} for processes in (DDP, FSDP))  # share the unbroken run
     again, gone, memory = "prepare_owt.py", ["no whole checkpoint"], ["micro_batch=4", "lower micro_batch"]
     nan = ["step 13", "gradient norm nan", "of step 10", "lower lr"]
+    val_nan = dict(words=["val_loss nan"], step=1, lr=1e30, warmup_steps=0, eval_interval=1)
+    all_nan = dict(
+        words=["step 35", "float16", "--dtype=float32"], step=30, harm="all_nan", dtype="float16", max_steps=60
+    )
     odd = dict(dtype="uint16", train_tokens=4500, train_bytes=9001)
     halved = dict(dtype="uint16", train_tokens=7900, train_bytes=15800, val_tokens=2000)
     rows = [
@@ -819,10 +940,15 @@ def table(short):
         ("stdout_full", "stdout is /dev/full", output_lost, dict(kind="full")),
         ("stdout_unread", "stdout is a pipe without a reader", output_lost, dict(kind="unread")),
         ("stdout_ascii", "stdout takes ASCII only", output_lost, dict(kind="ascii")),
+        ("hang_writing", "rank 0 of 2 hangs as it saves", hang_writing, dict(rank=0, timeout=timeout, **DDP)),
+        ("hang_writing_fsdp", "rank 1, --shard=fsdp", hang_writing, dict(rank=1, timeout=timeout, **FSDP)),
         ("disk_full", "file system with room for 2.5 checkpoints", disk_full, dict(mounted=True)),
         ("disk_full_fsdp", "the same, 2 processes", disk_full, dict(mounted=True, **FSDP)),
         ("file_limit", "RLIMIT_FSIZE below a checkpoint's size", disk_full, dict(mounted=False)),
         ("no_folder", "out_dir below a regular file", no_folder, {}),
+        ("nodes_apart", "two nodes that do not share out_dir", nodes_apart, FSDP),
+        ("read_errors", "EIO from the newest checkpoint, twice", read_error, dict(harm="read_errors")),
+        ("read_error", "EIO from the newest checkpoint for good", read_error, dict(harm="read_error")),
         ("ckpt_truncated", "newest truncated", damaged, dict(spoil=truncated)),
         ("ckpt_bit", "one bit of a tensor flipped", damaged, dict(spoil=bit_flipped)),
         ("ckpt_bit_fsdp", "the same in a directory", damaged, dict(spoil=bit_flipped, **FSDP)),
@@ -834,6 +960,11 @@ def table(short):
         ("ckpt_folder", "ckpt.pt a directory", damaged, dict(spoil=a_folder)),
         ("ckpt_fifo", "ckpt.pt a FIFO", damaged, dict(spoil=a_fifo)),
         ("ckpt_text", "ckpt.pt a text", damaged, dict(spoil=a_text)),
+        ("ckpt_packed", "newest compressed again", damaged, dict(spoil=packed)),
+        ("ckpt_nan", "a weight of the newest is NaN", damaged, dict(spoil=with_nan)),
+        ("ckpt_step", "its step is NaN", damaged, dict(spoil=changed(step=float("nan")))),
+        ("ckpt_key", "it has no scaler", damaged, dict(spoil=changed(scaler=None))),
+        ("ckpt_chunk", "a chunk is missing, --shard=fsdp", damaged, dict(spoil=without_chunk, **FSDP)),
         ("data_truncated", "train.bin cut", bad_data, dict(spoil=data(9000), words=["9000 bytes", "15945", again])),
         (
             "data_odd",
@@ -853,6 +984,8 @@ def table(short):
         ("nan", "a gradient is NaN in step 13", in_step_13, dict(harm="nan", words=nan)),
         ("nan_ddp", "on rank 1 of 2 only", in_step_13, dict(harm="nan", words=nan, rank=1, **DDP)),
         ("nan_fsdp", "the same, --shard=fsdp", in_step_13, dict(harm="nan", words=nan, rank=1, **FSDP)),
+        ("val_nan", "--lr=1e30: a validation loss that is NaN", not_finite, val_nan),
+        ("all_nan", "float16 gradients that are always NaN", not_finite, all_nan),
         ("memory", "torch.OutOfMemoryError in step 13", in_step_13, dict(harm="memory", words=memory)),
         ("memory_1", "on rank 1 of 2 only", in_step_13, dict(harm="memory", words=memory, rank=1, **DDP)),
         ("leak", f"{steps} steps", leak, dict(steps=steps)),

@@ -277,7 +277,7 @@ def test_a_run_starts_from_anothers_weights(tiny, tmp_path, straight, capsys):
     assert losses(tmp_path / "hand") == losses(tmp_path / "run")
     # A resumed run goes on with its own.
     train.main([*words, f"--init_from={straight}", "--max_steps=12", "--resume"])
-    assert "going on from step 10" in capsys.readouterr().out
+    assert "resuming from step 10" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -468,7 +468,7 @@ def test_killed_and_resumed_equals_straight(tiny, tmp_path, capsys):
     saved_at = checkpoint.load(tmp_path / "run")["step"]
     assert 10 <= saved_at < 60 and 12 <= killed_at < 60, "the run ended before it could be killed"
     train.main([*arguments, "--resume"])
-    assert f"going on from step {saved_at}" in capsys.readouterr().out
+    assert f"resuming from step {saved_at}" in capsys.readouterr().out
     for key in ("loss", "val_loss", "grad_norm", "lr"):
         got, want = losses(tmp_path / "run", key), losses(tmp_path / "straight", key)
         assert got.keys() == want.keys()
@@ -499,7 +499,7 @@ def test_resume_refuses_another_model_and_tells_other_changes(tiny, tmp_path, ca
     out = capsys.readouterr().out
     assert "resumed with lr=0.001, it was 0.005" in out and "resumed with max_steps=4, it was 2" in out
     train.main([*tiny, "--resume", "--max_steps=4", "--lr=1e-3"])
-    assert "going on from step 4, nothing is left of max_steps=4" in capsys.readouterr().out
+    assert "resuming from step 4; max_steps=4 is already reached" in capsys.readouterr().out
     rates = losses(tmp_path / "run", "lr")
     assert max(rates) == 4 and rates[3] == pytest.approx(1e-3 * 3 / 5)  # from the new base rate, not from a saved one
 
@@ -510,7 +510,7 @@ def test_a_torn_checkpoint_is_passed_over(tiny, tmp_path, capsys):
     os.truncate(path, os.path.getsize(path) // 2)
     train.main([*tiny, "--resume"])
     out = capsys.readouterr().out
-    assert "not a whole checkpoint" in out and "going on from step 10" in out
+    assert "not a whole checkpoint" in out and "resuming from step 10" in out
     for name in ("ckpt.pt", "ckpt_prev.pt"):
         os.truncate(tmp_path / "run" / name, 10)
     with pytest.raises(RunFailed, match="no whole checkpoint"):
@@ -521,7 +521,7 @@ def test_torchruns_restart_resumes_without_the_flag(tiny, tmp_path, monkeypatch,
     train.main([*tiny, "--max_steps=10"])
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     train.main(tiny)
-    assert "going on from step 10" in capsys.readouterr().out
+    assert "resuming from step 10" in capsys.readouterr().out
 
 
 # -- several processes
@@ -579,7 +579,7 @@ def test_sharded_on_two_goes_on_sharded_on_four_and_whole_on_one(tiny, tmp_path)
     for name in ("four", "one"):
         shutil.copytree(tmp_path / "run", tmp_path / name)
     done = run_forked("train.py", *tiny, "--shard=fsdp", "--resume", f"--out_dir={tmp_path}/four", processes=4)
-    assert done.returncode == 0 and "going on from step 10" in done.stdout, done.stdout + done.stderr
+    assert done.returncode == 0 and "resuming from step 10" in done.stdout, done.stdout + done.stderr
     train.main([*tiny, "--resume", f"--out_dir={tmp_path}/one"])
     for key in ("loss", "val_loss", "grad_norm", "lr"):
         want = losses(tmp_path / "straight", key)

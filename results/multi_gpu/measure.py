@@ -325,7 +325,7 @@ def resume(bench):
         started.append((count, bench.train(f"{options} --resume{shard}", count, out_dir=out_dir, env=EXACT)))
     for count, command in started:
         figures, text = command.finish(limit=80)
-        figures["went_on"] = f"going on from step {half}" in text
+        figures["went_on"] = f"resuming from step {half}" in text
         figures |= compare(command.out_dir, whole.out_dir, first=half + 1)
         what = f"saved on {bench.world} at step {half}, resumed on {count}, against the unbroken run on {bench.world}"
         yield {"part": "resume", "what": what, **figures}
@@ -340,7 +340,7 @@ def kill(bench):
         figures, text = killed.finish()
         whole.finish()
         what = f"{how} on {bench.world}: rank {bench.world - 1} killed, against the unbroken run"
-        figures |= {"failed": step is None, "killed_at_step": step, "went_on": "going on from step" in text}
+        figures |= {"failed": step is None, "killed_at_step": step, "went_on": "resuming from step" in text}
         return {"part": "kill", "what": what, **figures, **compare(killed.out_dir, whole.out_dir)}
 
     with ThreadPoolExecutor(2 if bench.on_gpu else 1) as threads:

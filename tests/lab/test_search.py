@@ -485,7 +485,7 @@ def test_killed_in_the_middle_it_goes_on_to_the_end(tiny, tmp_path):
     done = run_forked("lab.search", *words)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("/2 trial") == 2 and "ended early" in done.stdout, done.stdout
-    assert "going on from step" in (out / "trial_0" / "train.log").read_text()
+    assert "resuming from step" in (out / "trial_0" / "train.log").read_text()
     after = losses(out / "trial_0", "val_loss")
     assert after.pop(8) == 9.9 and after.pop(0) and before.pop(0)
     assert {step: after[step] for step in before} == before

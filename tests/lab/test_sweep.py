@@ -108,7 +108,7 @@ def test_ctrl_c_twice_leaves_nothing_running_and_the_same_command_goes_on(path, 
     assert "Traceback" not in train_log and 0 < steps[-1] < 100_000, train_log
     done = run_forked(*words, f"--common=--max_steps={steps[-1] + 2}")
     assert done.returncode == 0 and "1/1 dense_d_model36" in done.stdout, done.stdout + done.stderr
-    assert f"going on from step {steps[-1]}" in (log.parent / "train.log").read_text()
+    assert f"resuming from step {steps[-1]}" in (log.parent / "train.log").read_text()
 
 
 @pytest.mark.parametrize(

@@ -172,7 +172,7 @@ def test_a_run_with_unshuffled_pixels_resumes_as_it_was(tmp_path, capsys):
         vision.train.main(words(more))
     capsys.readouterr()
     vision.train.main(words({**more, "shuffle_pixels": False}))
-    assert "going on from step 2" in capsys.readouterr().out
+    assert "resuming from step 2" in capsys.readouterr().out
 
 
 def test_start_at_zero_and_rates_of_the_published_input_layer():
