@@ -869,8 +869,9 @@ def workers_watched():
 
 
 def leave_signals(worker):
-    """Ctrl-C is the trainer's, which ends its workers."""
+    """Ctrl-C and a closed terminal are the trainer's to answer, which ends its workers."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     torch.set_num_threads(1)
 
