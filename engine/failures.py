@@ -66,6 +66,7 @@ def speak_for_this_rank(error):
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(15)
         print(f"error: rank {rank}: {error}", file=sys.stderr, flush=True)
+        error.spoken = True
 
 
 def not_finite(config, what, options=""):

@@ -131,7 +131,7 @@ class ImageTask:
     def evaluate(self, trainer):
         """-> figures of all validation images: val_loss, top1, top5, of the running mean of the weights where there is one."""
         with trainer.optimizers.averaged():
-            figures = self.validate(trainer.fast, trainer.autocast, trainer.watchdog.beat)
+            figures = self.validate(trainer.compiled_model, trainer.autocast, trainer.watchdog.beat)
         if self.config.stream and "broken" in figures:
             last = self.data.last_broken or "none"
             self.say(f"{figures['broken']} broken images passed over so far, the last here {last}")

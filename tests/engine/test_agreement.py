@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from conftest import run_forked
+from conftest import run_forked, run_script
 from engine.agreement import MAY_DIFFER, describe_array, facts_of_run, first_difference
 from engine.parallel import ranks
 from options import TrainConfig
@@ -98,6 +98,14 @@ def test_arrays_are_told_apart_by_length_and_content():
     descriptions = [describe_array(array) for array in (small, changed, small[:99], large, later, large[:-1])]
     assert len(set(descriptions)) == 6 and descriptions[0].startswith("800 bytes, CRC ")
     assert describe_array(large) == describe_array(large.copy())
+
+
+def test_a_mistake_on_another_machine_is_said_there(tiny):
+    """Before the ranks have joined: the first rank of each machine prints it, and the others leave it to that one."""
+    for local_rank, said in (("0", 1), ("1", 0)):
+        env = {"RANK": "9", "LOCAL_RANK": local_rank, "WORLD_SIZE": "16"}
+        done = run_script("train.py", *tiny, "--n_head=5", env=env)
+        assert done.returncode == 1 and done.stderr.count("error: rank 9: ") == done.stderr.count("\n") == said
 
 
 JOIN = """
