@@ -8,6 +8,7 @@ import glob
 import json
 import os
 import platform
+import sys
 import time
 import zlib
 
@@ -29,11 +30,18 @@ def facts_of_run(options, device):
     facts["--device"] = device.type
     facts["Python"] = ".".join(platform.python_version_tuple()[:2])
     facts["torch"] = torch.__version__
-    for path in glob.glob("**/*.py", root_dir=ROOT, recursive=True):
-        if not path.startswith(("tests", "results", "docs", "config")):
-            with open(os.path.join(ROOT, path), "rb") as file:
-                facts[path] = f"CRC {zlib.crc32(file.read()):08x}"
+    for path in code_files():
+        with open(os.path.join(ROOT, path), "rb") as file:
+            facts[path] = f"CRC {zlib.crc32(file.read()):08x}"
     return json.loads(json.dumps(facts, default=str))
+
+
+def code_files():
+    """Paths of the project's modules, relative to its folder, and of the config files that this run has read."""
+    paths = [path for pattern in ("*.py", "*/*.py") for path in glob.glob(pattern, root_dir=ROOT)]
+    modules = [path for path in paths if path.split(os.sep)[0] not in ("tests", "results", "docs")]
+    configs = [module.__file__ for name, module in sys.modules.items() if name.startswith("config_file_")]
+    return sorted(modules) + configs
 
 
 def first_difference(facts):

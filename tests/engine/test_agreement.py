@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from configurator import read_config_file
 from conftest import run_forked, run_script
 from engine.agreement import MAY_DIFFER, describe_array, facts_of_run, first_difference
 from engine.parallel import ranks
@@ -69,7 +70,7 @@ def test_the_same_data_in_another_place(start_differing, char_data, tmp_path):
     assert done.returncode == 0, done.stderr
 
 
-def test_every_option_is_compared_and_so_is_the_code():
+def test_every_option_is_compared_and_so_is_the_code(tmp_path):
     config = TrainConfig(structure="dense")
     facts = facts_of_run({field.name: getattr(config, field.name) for field in fields(config)}, torch.device("cpu"))
     assert {f"--{field.name}" for field in fields(config)} - facts.keys() == {f"--{name}" for name in MAY_DIFFER} - {
@@ -78,7 +79,16 @@ def test_every_option_is_compared_and_so_is_the_code():
     }
     assert facts["--device"] == "cpu" and facts["--seed"] == 1337
     assert {"train.py", os.path.join("engine", "agreement.py"), "torch", "Python"} <= facts.keys()
-    assert not any(name.startswith(("tests", "config/")) for name in facts)
+    assert not any(name.startswith("tests") for name in facts)
+    path = tmp_path / "own.py"
+    for contents in (
+        "def bands(): return 2",
+        "def bands(): return 3",
+    ):  # a structure of one's own, which no option shows
+        path.write_text(contents)
+        read_config_file(str(path))
+        facts, before = facts_of_run({}, torch.device("cpu")), facts
+    assert facts[str(path)] != before[str(path)]
 
 
 def test_the_first_difference_names_ranks_and_both_values():

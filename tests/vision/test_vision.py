@@ -837,6 +837,16 @@ def test_a_dead_worker_ends_the_run_in_one_line(folder, tmp_path):
     assert "error: a process that decodes images ended" in rest and "fewer --workers" in rest
 
 
+def test_a_fifo_among_the_images_is_a_broken_one(folder, tmp_path):
+    path = sorted(glob.glob(f"{folder}/val/*/*"))[0]
+    os.remove(path)
+    os.mkfifo(path)
+    config = ImageTrainConfig(**{k: v for k, v in streaming(folder, tmp_path).items() if k != "out_dir"})
+    data = Streamed(config, open_splits(config)[0], CPU)
+    (_, labels), *_ = data.val_batches(0, 1, 12)
+    assert labels[0] == -1 and data.last_broken.startswith(path)
+
+
 def test_a_folder_of_broken_files_is_one_clear_line(folder, tmp_path):
     for path in glob.glob(f"{folder}/train/*/*"):
         os.truncate(path, 100)
