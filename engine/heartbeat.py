@@ -9,9 +9,9 @@ The ranks wait for each other in every step, so one that hangs stops them all, f
 its count of beats in a store that all share. A rank that is stuck for `timeout` seconds looks for the one to blame:
 one that no longer posts (stopped, dead, swapped out), or else the one behind the others. One line on stderr names it,
 all ranks end with status 1, and torchrun restarts them or ends. A rank that cannot end itself (SIGSTOP) gets SIGKILL
-from torchrun 30 s later. A run of one process is watched too: what hangs it is a disk, a pipe or a worker.
+from torchrun 30 s later. A run of one process is watched too: a disk, a pipe or a worker may hang it.
 
-Ranks that torchrun leaves behind (kill -9) save and end: the watchdog sends them SIGTERM.
+If torchrun is killed (SIGKILL), the watchdog sends the ranks that it leaves behind SIGTERM: they save and end.
 """
 
 import atexit
@@ -90,8 +90,8 @@ def _open_store(rank, limit):
 def _join(store, rank, world, seconds):
     """Agree on the number of this attempt, 1 for the first -> attempt, restarts before it; the same on all ranks.
 
-    torchrun's store outlives a restart, so keys must carry the attempt: a rank that finds the address of a dead one fails.
-    TORCHELASTIC_RESTART_COUNT will not do, for each node counts its own failures only. So rank 0 counts, and answers
+    torchrun's store outlives a restart, so keys carry the attempt: a rank that found the address of a dead rank would fail.
+    TORCHELASTIC_RESTART_COUNT does not serve, because each node counts its own failures only. So rank 0 counts, and answers
     each rank's random question, which no earlier attempt can have asked.
     """
     if rank != 0:
@@ -100,7 +100,7 @@ def _join(store, rank, world, seconds):
         try:
             attempt, restarts, world_of_first = json.loads(store.get(f"answer/{question}"))
         except RuntimeError as error:
-            raise SystemExit(f"error: rank {rank} heard nothing of rank 0 within {seconds:g} s: {error}") from None
+            raise SystemExit(f"error: rank {rank} heard nothing from rank 0 within {seconds:g} s: {error}") from None
         store.set(f"{attempt}/joined/{rank}", str(world))
         _check_world(rank, world, world_of_first)
         return attempt, restarts
@@ -239,14 +239,14 @@ class Watchdog:
                 self._end([], f"error: {stuck}, and the rendezvous store cannot be reached: ended")
 
     def _outlive_launcher(self):
-        """torchrun is gone, which nobody will do for these processes: they save and end, or, before training, end."""
+        """torchrun is gone, and nobody else will stop these processes: ask them to save and end. Before training they just end."""
         self._launcher = None
         if self.rank == 0:
             _print_error("torchrun has ended without its processes: asking them to stop")
         os.kill(os.getpid(), signal.SIGTERM)
 
     def _talk(self):
-        """Thread: posts where this rank is, obeys another's verdict, finds its own."""
+        """Thread: posts where this rank is, obeys the verdict of another rank, or reaches one itself."""
         heard = {}
         try:
             while not self._stopped.wait(self._tick):
@@ -262,7 +262,7 @@ class Watchdog:
                 self._place = (math.inf, 0)
                 self._post()
         except RuntimeError:
-            pass  # the store is gone: rank 0 or torchrun has ended. Should that leave this rank stuck, _measure sees it
+            pass  # the store is gone: rank 0 or torchrun has ended. If that leaves this rank stuck, _measure notices
 
     def _mark(self):
         """Changes with every sign of life of the main thread."""
@@ -279,7 +279,7 @@ class Watchdog:
         self.store.set(str(self.rank), json.dumps([self._rounds, *self._place, idle, where]))
 
     def _judge(self, heard):
-        """Collect posts in `heard` ({rank: (post, idle seconds here when it came)}); at the timeout, end who hangs."""
+        """Collect posts in `heard` ({rank: (post, seconds this rank was idle when it came)}). At the timeout, find who hangs, and end."""
         keys = [str(rank) for rank in range(self.world)]
         if not self.store.check(keys):
             return  # a rank is only just starting
@@ -301,7 +301,7 @@ class Watchdog:
         for rank in sorted(posts, key=lambda rank: rank not in hung):
             _, step, _, _, where = posts[rank]
             if step == math.inf:
-                continue  # that one has finished
+                continue  # it has finished
             place = "at the start" if step < 0 else f"at step {step}"
             place = "stopped or dead" if rank in silent else f"{place}, {where}" if where else place
             places.setdefault(place, []).append(rank)
