@@ -25,6 +25,7 @@ import torch.distributed as dist
 
 from data import TokenData, tokenizer_of
 from engine import checkpoint, runlog
+from engine.agreement import check_data_of_ranks
 from engine.compiling import choose_compiling, choose_cuda_graphs, order_loops
 from engine.device import Numbers, Turn, choose_device, choose_dtype, device_name, peak_flops, to_device
 from engine.failures import not_finite, run_with_progress
@@ -34,9 +35,9 @@ from engine.parallel import (
     check_gradients,
     clip_gradients,
     exchange_gradients,
+    parallelize,
     ranks,
     split_batch,
-    spread_model,
     sum_over_ranks,
 )
 from engine.recorder import Recorder
@@ -101,10 +102,10 @@ class Trainer:
         torch.manual_seed(config.seed)
         torch.set_float32_matmul_precision("high")
         with device:
-            self.model = self.task.make_model()  # uncompiled; shares its parameters with `fast` and `parallel`
+            self.model = self.task.make_model()  # uncompiled; shares its parameters with the next two
         self.dropout = DropoutSeeds(config, as_graph)
-        spread = spread_model(self.model, config, device, compiling, self.task.micro_steps)
-        self.fast, self.parallel, self.flat = spread  # to evaluate, to train; gradients to exchange after the passes
+        models = parallelize(self.model, config, device, compiling, self.task.micro_steps)
+        self.compiled_model, self.parallel_model, self.flat_gradients = models  # to evaluate; to train; to exchange
         self.optimizers = self.task.make_optimizers(self.model)
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
         self.autocast = torch.autocast(device.type, self.dtype, enabled=self.dtype != torch.float32)
@@ -206,8 +207,8 @@ class Trainer:
         It never waits for the device, so that it can be a CUDA graph.
         """
         losses = self.run_passes(*batch)
-        if self.flat is not None:
-            self.flat.exchange()
+        if self.flat_gradients is not None:
+            self.flat_gradients.exchange()
         if self.mixtures is not None and self.world > 1:
             dist.all_reduce(self.update_reports)
         return torch.cat((losses, self.step_optimizers()))
@@ -229,17 +230,17 @@ class Trainer:
                 total_aux += aux / len(x)
         if self.world > 1 and self.config.shard != "fsdp":
             check_gradients(self.model)
-        if self.flat is not None:
-            self.flat.collect()
+        if self.flat_gradients is not None:
+            self.flat_gradients.collect()
         return torch.stack((total, total_aux))
 
     def micro_step(self, i, x, y, micro_steps):
         """Passes on micro-batch i of micro_steps, x, y (micro_batch, …) -> its loss, its auxiliary loss or None."""
-        with exchange_gradients(self.parallel, wanted=i == micro_steps - 1):
+        with exchange_gradients(self.parallel_model, wanted=i == micro_steps - 1):
             self.watchdog.beat()  # a rank that hangs between two beats falls behind the others
             self.dropout.seed_micro_batch(self.rank * micro_steps + i)
             with self.autocast:
-                _, loss = self.parallel(x, y)
+                _, loss = self.parallel_model(x, y)
             self.watchdog.beat()
             self.scaler.scale(loss / micro_steps).backward()
         if self.mixtures is None:
@@ -249,8 +250,8 @@ class Trainer:
 
     def step_optimizers(self):
         """Clip the gradients of all processes, step, balance the routers -> (1,) float32: the norm before clipping."""
-        if self.flat is not None:
-            self.flat.hand_out()
+        if self.flat_gradients is not None:
+            self.flat_gradients.hand_out()
         self.scaler.unscale_(self.optimizers)
         norm = clip_gradients(self.model.parameters(), self.config.grad_clip or math.inf)
         self.scaler.step(self.optimizers)
@@ -396,7 +397,7 @@ class TokenTask:
 
         Every rank evaluates its share; sums and counts are added up.
         """
-        model, micro_batch = trainer.fast, self.config.micro_batch
+        model, micro_batch = trainer.compiled_model, self.config.micro_batch
         model.eval()
         rows = self.data.val_rows(self.config.eval_tokens)
         offsets = rows[self.rank :: self.world]
@@ -433,11 +434,12 @@ def train_gpt(config, progress):
     if rank == 0:
         prepare_default(config.data_dir)
     device = choose_device(config.device, local_rank)
-    watchdog = init_distributed(device, config.timeout)
-    data = TokenData(config.data_dir, config.block_size)
-    check_vocabulary(config, data.meta, progress.say)
-    trainer = Trainer(config, TokenTask(config, device, data), device, watchdog, progress)
-    stopped = trainer.run()
+    with init_distributed(device, config.timeout, asdict(config)) as watchdog:
+        data = TokenData(config.data_dir, config.block_size)
+        check_data_of_ranks(data.meta, data.tokens)
+        check_vocabulary(config, data.meta, progress.say)
+        trainer = Trainer(config, TokenTask(config, device, data), device, watchdog, progress)
+        stopped = trainer.run()
     if rank == 0:
         if config.sample_tokens and not stopped:
             print_sample(config, device)

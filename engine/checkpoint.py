@@ -409,6 +409,7 @@ def read(path, rank, world, any_kind=False):
 
     any_kind: nanoGPT's too, which a run must not take for its own.
     """
+    check_regular(path)
     if path.endswith(".dcp"):
         return Sharded(path, rank, world)
     sizes = check_members(path) if rank == 0 else None
@@ -427,6 +428,13 @@ def read(path, rank, world, any_kind=False):
         for name, tensor in tensors.items():
             check_finite(name, tensor)
     return {**saved, "path": path}
+
+
+def check_regular(path):
+    """ValueError where the checkpoint at `path` has something other than files: opening a FIFO would wait for ever."""
+    for file in [os.path.join(path, name) for name in os.listdir(path)] if path.endswith(".dcp") else [path]:
+        if not os.path.isfile(file):
+            raise ValueError(f"{os.path.basename(file)} is not a regular file")
 
 
 def check_members(path):

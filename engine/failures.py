@@ -10,6 +10,7 @@ from configurator import ConfigError, OneLineExit, RunFailed
 from engine import checkpoint, runlog
 from engine.compiling import missing_compiler
 from engine.parallel import ranks
+from engine.screen import losable_output
 
 
 def run_with_progress(train, config, memory):
@@ -20,29 +21,38 @@ def run_with_progress(train, config, memory):
     """
     progress = runlog.Silent() if ranks()[0] else runlog.Progress(config.max_steps)
     try:
-        train(config, progress)
+        with losable_output():
+            train(config, progress)
     except OneLineExit as error:
         speak_for_this_rank(error)
         raise
-    except torch.OutOfMemoryError:
-        shards = "" if config.shard == "fsdp" else ", --shard=fsdp on several GPUs"
-        checkpoints = "" if config.activation_checkpointing else ", --activation_checkpointing"
-        saved = checkpoint.describe_newest(config.out_dir)
-        error = RunFailed(f"GPU out of memory with {memory}{checkpoints}{shards}. {saved}")
-        speak_for_this_rank(error)
-        raise error from None
     except Exception as error:
-        missing = missing_compiler(error)
-        if missing is None:
+        known = explain(error, config, memory)
+        if known is None:
             raise
-        error = ConfigError(missing)
-        speak_for_this_rank(error)
-        raise error from None
+        speak_for_this_rank(known)
+        raise known from None
     except KeyboardInterrupt:  # in training the loop itself ends, and saves
         progress.say("stopped, outside of training")
         raise SystemExit(130) from None
     finally:
         progress.close()
+
+
+def explain(error, config, memory):
+    """The OneLineExit for an exception whose cause lies outside the code: memory, compilers; None for any other."""
+    full = None
+    if isinstance(error, torch.OutOfMemoryError):
+        full = "GPU"
+    elif isinstance(error, MemoryError) or "DefaultCPUAllocator: can't allocate memory" in str(error):
+        full = "CPU"
+    if full is None:
+        missing = missing_compiler(error)
+        return None if missing is None else ConfigError(missing)
+    shards = "" if config.shard == "fsdp" else f", --shard=fsdp on several {full}s"
+    checkpoints = "" if config.activation_checkpointing else ", --activation_checkpointing"
+    saved = checkpoint.describe_newest(config.out_dir)
+    return RunFailed(f"{full} out of memory with {memory}{checkpoints}{shards}. {saved}")
 
 
 def speak_for_this_rank(error):
@@ -56,6 +66,7 @@ def speak_for_this_rank(error):
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(15)
         print(f"error: rank {rank}: {error}", file=sys.stderr, flush=True)
+        error.spoken = True
 
 
 def not_finite(config, what, options=""):
@@ -65,4 +76,4 @@ def not_finite(config, what, options=""):
     options  further options that may help: "--dtype=float32, "
     """
     saved, remedy = checkpoint.describe_newest(config.out_dir), f"{options}a lower lr (it is {config.lr:g})"
-    return RunFailed(f"{what}; stopped, nothing of it is saved. {saved}; resume with {remedy} or more warmup_steps")
+    return RunFailed(f"{what}; stopped, this step is not saved. {saved}; resume with {remedy} or more warmup_steps")

@@ -55,9 +55,14 @@ DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.ESTALE}
 
 
 def read_log(path):
-    """The rows of a log.jsonl; what is no row, such as a line that a kill cut short, is left out."""
+    """The rows of a log.jsonl; what is no row, such as a line that a kill cut short, is left out.
+
+    ConfigError where a FIFO, a folder or a device is in its place.
+    """
     rows = []
     if os.path.exists(path):
+        if not os.path.isfile(path):
+            raise ConfigError(f"{path} is not a regular file: remove it, or give another out_dir")
         with open(path, errors="replace") as file:
             for line in file:
                 try:

@@ -211,13 +211,13 @@ def time_step(config, make_bench):
     def forward(*batch):
         x, y = run.task.prepare(*batch)
         with run.autocast:
-            return sum(run.fast(x[i], y[i])[1] for i in range(len(x)))
+            return sum(run.compiled_model(x[i], y[i])[1] for i in range(len(x)))
 
     def forward_backward(*batch):
         x, y = run.task.prepare(*batch)
         for i in range(len(x)):
             with run.autocast:
-                _, loss = run.fast(x[i], y[i])
+                _, loss = run.compiled_model(x[i], y[i])
             loss.backward()
         run.optimizers.zero_grad(set_to_none=True)
         return loss.detach()

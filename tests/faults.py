@@ -51,7 +51,8 @@ from engine import checkpoint
 
 step = 0
 mine, first = int(os.environ.get("RANK", 0)) == {rank}, os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
-train_batch, forward, load = data.TokenData.train_batch, train.GPT.forward, checkpoint.load
+train_batch, val_batch = data.TokenData.train_batch, data.TokenData.val_batch
+forward, load = train.GPT.forward, checkpoint.load
 fsync, save, run_passes, failed_reads = os.fsync, checkpoint.save, train.Trainer.run_passes, 0
 
 def harmed_batch(self, seed, number, *rest):
@@ -60,6 +61,11 @@ def harmed_batch(self, seed, number, *rest):
     if "hang" == {what!r} and mine and first and step == 7:
         time.sleep(1000)
     return train_batch(self, seed, number, *rest)
+
+def harmed_val_batch(self, *args):
+    if "hang_evaluation" == {what!r} and mine and step >= 10:
+        time.sleep(1000)
+    return val_batch(self, *args)
 
 def harmed_forward(self, *args, **kwargs):
     if self.training and mine and step == 13:
@@ -94,10 +100,13 @@ def harmed_fsync(descriptor):
 def save_apart(out_dir, *args, **kwargs):  # as of a node with a disk of its own
     return save(out_dir + ".other" * mine, *args, **kwargs)
 
-data.TokenData.train_batch, train.GPT.forward = harmed_batch, harmed_forward
+data.TokenData.train_batch, data.TokenData.val_batch = harmed_batch, harmed_val_batch
+train.GPT.forward = harmed_forward
 train.Trainer.run_passes, checkpoint.open, os.fsync = harmed_passes, harmed_open, harmed_fsync
 if "apart" == {what!r}:
     checkpoint.save = save_apart
+if "options" == {what!r} and mine:
+    sys.argv.append("--lr=1e-5")
 if "nan" == {what!r}:
     checkpoint.load = slow_load
 train.main(sys.argv[1:])
@@ -125,14 +134,15 @@ class Done(NamedTuple):
 class Command:
     """A command in the background. A tag in their environment finds all of its processes, orphans too."""
 
-    def __init__(self, words, folder, limit=None):
+    def __init__(self, words, folder, limit=None, stdout=None, **variables):
         tag = uuid.uuid4().hex
         self.tag = f"FAULTS_TAG={tag}".encode()
         self.paths = [os.path.join(folder, f"{tag}.{name}") for name in ("out", "err")]
         env = {**os.environ, "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": ROOT, "FAULTS_TAG": tag}
+        env |= variables
         with open(self.paths[0], "wb") as out, open(self.paths[1], "wb") as err:
             self.popen = subprocess.Popen(
-                words, cwd=ROOT, stdout=out, stderr=err, env=env, start_new_session=True,
+                words, cwd=ROOT, stdout=stdout or out, stderr=err, env=env, start_new_session=True,
                 preexec_fn=limit and (lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))),
             )  # fmt: skip
 
@@ -205,8 +215,8 @@ class Lab:
         os.mkdir(folder)
         return os.path.join(folder, name)
 
-    def start(self, out_dir, processes=1, restarts=0, harm=None, rank=0, limit=None, **options):
-        """train.py on so many processes. harm: what goes wrong on that rank; limit: of a file's bytes."""
+    def start(self, out_dir, processes=1, restarts=0, harm=None, rank=0, how=None, **options):
+        """train.py on so many processes. harm: what goes wrong on that rank; how: further arguments of Command."""
         script, launcher = "train.py", [sys.executable]
         if harm:
             script = self.path("harm.py")
@@ -216,7 +226,7 @@ class Lab:
             launcher += [f"--nproc_per_node={processes}", f"--max-restarts={restarts}"]
         options = {"data_dir": self.data, "out_dir": out_dir, **OPTIONS, **options}
         words = [*launcher, script, *(f"--{key}={value}" for key, value in options.items())]
-        self.commands.append(Command(words, self.folder, limit))
+        self.commands.append(Command(words, self.folder, **(how or {})))
         return self.commands[-1]
 
     def end(self):
@@ -444,6 +454,94 @@ def hang(lab, restarts, timeout, **options):
     return judge(done, claims, f"ended {seconds:.0f} s after step 6")
 
 
+def hang_alone(lab, harm, words, timeout):
+    """A run of one process hangs in step 7, or in writing a checkpoint."""
+    out_dir = lab.path("run")
+    begun = time.monotonic()
+    done = lab.run(out_dir, harm=harm, timeout=timeout)
+    claims = {**ended_clearly(done, "no progress", "--timeout", *words), "it ends soon": time.monotonic() - begun < 60}
+    return judge(done, claims, f"{time.monotonic() - begun:.0f} s with the start")
+
+
+def ranks_differ(lab, **options):
+    """Rank 1 is given another learning rate than rank 0."""
+    out_dir = lab.path("run")
+    done = lab.run(out_dir, harm="options", rank=1, **options)
+    claims = {
+        **ended_clearly(done, "rank 1 has --lr=1e-05", "rank 0 has --lr=0.005", processes=2),
+        "no run begins": not os.path.exists(out_dir),
+    }
+    return judge(done, claims)
+
+
+def told_to_end(lab, name, whom, **options):
+    """A signal to the command or to its launcher, far from any evaluation: it saves and ends. Then --resume."""
+    options = {"max_steps": 200, "eval_interval": 200, **options}
+    out_dir, unbroken = lab.path("run"), lab.unbroken(**options)
+    command = lab.start(out_dir, **options)
+    command.wait_until(lambda: last_step(out_dir) >= 6)
+    command.popen.send_signal(name)
+    begun = time.monotonic()
+    while command.pids() and time.monotonic() < begun + 20:
+        time.sleep(0.05)
+    seconds = time.monotonic() - begun
+    first = command.wait()
+    step = saved_in(out_dir)[0]["step"]
+    done = lab.run(out_dir, resume=True, **options)
+    claims = {
+        "all processes ended by themselves": seconds < 20,
+        "the status is 0": first.status == (0 if whom == "run" else -name),
+        "what was done is saved": 6 <= step < 200 and f"stopped at step {step}, saved" in first.out,
+        "no traceback": "Traceback" not in first.out + first.err,
+        "it continued from there": f"from step {step}" in done.out,
+        **ended_well(done),
+        "and ended as the unbroken run": equals(out_dir, unbroken)["so does the last checkpoint"],
+    }
+    return judge(done, claims, f"all ended {seconds:.1f} s after the signal, saved at step {step}")
+
+
+def interrupted_twice(lab):
+    """Ctrl-C twice in an evaluation that takes for ever."""
+    out_dir = lab.path("run")
+    command = lab.start(out_dir, harm="hang_evaluation")
+    command.wait_until(lambda: last_step(out_dir) >= 9)
+    time.sleep(1)
+    command.popen.send_signal(signal.SIGINT)
+    asked = command.wait_until(lambda: "asked to stop" in command.out())
+    time.sleep(0.5)
+    begun = time.monotonic()
+    command.popen.send_signal(signal.SIGINT)
+    done = command.wait()
+    claims = {
+        "the first is answered": asked,
+        "the second ends it": time.monotonic() - begun < 5,
+        "the status is 130": done.status == 130,
+        "no traceback": "Traceback" not in done.out + done.err,
+        "it names the last checkpoint": "last checkpoint" in done.out,
+        "the checkpoint of step 0 is whole": saved_in(out_dir)[0]["step"] == 0,
+    }
+    return judge(done, claims)
+
+
+def output_lost(lab, kind):
+    """Standard output that is full, closed, without a reader, or for ASCII only: the run is the unbroken one."""
+    name, how = "run", {}
+    if kind == "full":
+        how["stdout"] = open("/dev/full", "wb")
+    elif kind == "unread":
+        reader, writer = os.pipe()
+        os.close(reader)
+        how["stdout"] = writer
+    elif kind == "ascii":
+        name, how["PYTHONIOENCODING"] = "läuft", "ascii"
+    out_dir = lab.path(name)
+    done = lab.run(out_dir, how=how, **(dict(resume=True) if kind == "ascii" else {}))
+    said = dict(full="No space left on device", unread="Broken pipe").get(kind, "")
+    claims = {**ended_well(done), "no traceback": "Traceback" not in done.err, "it says so": said in done.err}
+    claims["in one line"] = done.err.count("\n") == (1 if said else 0)
+    return judge(done, {**claims, **equals(out_dir, lab.unbroken())})
+
+
 def hang_writing(lab, rank, timeout, **options):
     """This rank's disk takes for ever to write the checkpoint of step 10."""
     out_dir = lab.path("run")
@@ -478,7 +576,7 @@ def disk_full(lab, mounted, **options):
     if not mounted:
         limit = 6 * size // len(files) // 10
     try:
-        done = lab.run(out_dir, limit=limit, **options)
+        done = lab.run(out_dir, how=dict(limit=limit), **options)
         step, saved = last_step(out_dir), saved_in(out_dir)[0]["step"]
         words = "No space left on device" if mounted else "File too large", f"of step {saved}", "intact", "make room"
         claims = {
@@ -625,6 +723,11 @@ def both_evil(newest, previous, marker):
 def a_folder(newest, *_):
     os.remove(newest)
     os.mkdir(newest)
+
+
+def a_fifo(newest, *_):
+    os.remove(newest)
+    os.mkfifo(newest)
 
 
 def a_text(newest, *_):
@@ -824,6 +927,19 @@ def table(short):
         ("asked_to_save_ddp", "the same, SIGUSR1 to rank 1 of 2", asked_to_save, DDP),
         ("hang", "rank 1 of 2 sleeps in step 7", hang, dict(restarts=0, timeout=timeout, processes=2)),
         ("hang_restart", "the same, --max-restarts=1", hang, dict(restarts=1, timeout=timeout, **ddp)),
+        (
+            "hang_alone",
+            "one process sleeps in step 7",
+            hang_alone,
+            dict(harm="hang", words=["in harmed_batch"], timeout=3),
+        ),
+        ("ranks_differ", "rank 1 of 2 is given another lr", ranks_differ, DDP),
+        ("hangup", "SIGHUP", told_to_end, dict(name=signal.SIGHUP, whom="run")),
+        ("launcher_killed", "SIGKILL to torchrun", told_to_end, dict(name=signal.SIGKILL, whom="launcher", **DDP)),
+        ("interrupted_twice", "Ctrl-C twice in an evaluation", interrupted_twice, {}),
+        ("stdout_full", "stdout is /dev/full", output_lost, dict(kind="full")),
+        ("stdout_unread", "stdout is a pipe without a reader", output_lost, dict(kind="unread")),
+        ("stdout_ascii", "stdout takes ASCII only", output_lost, dict(kind="ascii")),
         ("hang_writing", "rank 0 of 2 hangs as it saves", hang_writing, dict(rank=0, timeout=timeout, **DDP)),
         ("hang_writing_fsdp", "rank 1, --shard=fsdp", hang_writing, dict(rank=1, timeout=timeout, **FSDP)),
         ("disk_full", "file system with room for 2.5 checkpoints", disk_full, dict(mounted=True)),
@@ -842,6 +958,7 @@ def table(short):
         ("ckpt_evil_fsdp", "the same in a directory", damaged, dict(spoil=evil, **FSDP)),
         ("ckpt_evil_both", "both malicious pickles", damaged, dict(spoil=both_evil, words=gone)),
         ("ckpt_folder", "ckpt.pt a directory", damaged, dict(spoil=a_folder)),
+        ("ckpt_fifo", "ckpt.pt a FIFO", damaged, dict(spoil=a_fifo)),
         ("ckpt_text", "ckpt.pt a text", damaged, dict(spoil=a_text)),
         ("ckpt_packed", "newest compressed again", damaged, dict(spoil=packed)),
         ("ckpt_nan", "a weight of the newest is NaN", damaged, dict(spoil=with_nan)),

@@ -13,6 +13,9 @@ SHORTER = {
     "nan_ddp": {},
     "val_nan": {},
     "hang_writing_fsdp": {"timeout": 3},
+    "ranks_differ": {},
+    "launcher_killed": {},
+    "interrupted_twice": {},
     "leak": {},
 }
 

@@ -129,7 +129,7 @@ def test_every_rank_evaluates_its_share(char_data, monkeypatch):
             return model(x, y)
 
         counting.eval = counting.train = lambda: None
-        trainer.fast, trainer.task.rank = counting, rank
+        trainer.compiled_model, trainer.task.rank = counting, rank
         trainer.task.evaluate(trainer)
     assert [len(seen[0]), len(seen[1])] == [16, 15]
     assert sorted(seen[0] + seen[1]) == sorted(tuple(row.tolist()) for row in data.val_batch(data.val_rows(1000))[0])

@@ -27,7 +27,7 @@ def assert_finite(saved):
 def test_a_validation_loss_that_is_not_finite_ends_the_run_unsaved(tiny, tmp_path):
     """The update that spoils the weights has a finite loss and a finite gradient."""
     with pytest.raises(
-        RunFailed, match=r"step \d: val_loss nan; .*nothing of it is saved.*ckpt.pt of step \d;.*lower lr"
+        RunFailed, match=r"step \d: val_loss nan; .*this step is not saved.*ckpt.pt of step \d;.*lower lr"
     ):
         train.main([*tiny, "--lr=1e30", "--warmup_steps=0", "--eval_interval=1"])
     saved = load(tmp_path / "run")
