@@ -33,17 +33,27 @@ def init_distributed(device, timeout=600.0):
     time that ranks wait here for each other, is 2 * timeout + 60 s: the watchdog, which knows who hangs, speaks first.
     SystemExit with one line where a rank does not come. One process: no group, and a Watchdog that does nothing.
     """
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
-        return Watchdog(timeout=timeout, restarts=int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)))
     limit = timedelta(seconds=2 * timeout + 60)
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+        watchdog = Watchdog(timeout=timeout, restarts=restarts)
+        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+            watchdog.run = _id_of_run(next(dist.rendezvous("env://", timeout=limit))[0])
+        return watchdog
     store, rank, world = next(dist.rendezvous("env://", timeout=limit))
     attempt, restarts = _join(store, rank, world, limit.total_seconds())
     # A clone has its own connection: on a shared one, a call that waits in one thread would block the other thread.
     watchdog = Watchdog(dist.PrefixStore(f"{attempt}/watchdog", store.clone()), rank, world, timeout, restarts)
+    watchdog.run = _id_of_run(store)
     backend, device_id = ("nccl", device) if device.type == "cuda" else ("gloo", None)
     store = dist.PrefixStore(f"{attempt}/group", store)
     dist.init_process_group(backend, timeout=limit, store=store, rank=rank, world_size=world, device_id=device_id)
     return watchdog
+
+
+def _id_of_run(store):
+    """The same on all ranks, and after every restart by torchrun, whose store lives as long as it does; never used before."""
+    return store.compare_set("run", "", uuid.uuid4().hex).decode()
 
 
 def _join(store, rank, world, seconds):
@@ -81,10 +91,12 @@ class Watchdog:
 
     store: shared by all ranks, new in this attempt, used by this object alone; None: one process, not watched.
     restarts: how often torchrun has restarted the group, the same on all ranks.
+    run: the run's id, the same on all ranks and after a restart by torchrun.
     """
 
     def __init__(self, store=None, rank=0, world=1, timeout=600.0, restarts=0):
         self.store, self.rank, self.world, self.timeout, self.restarts = store, rank, world, timeout, restarts
+        self.run = uuid.uuid4().hex
         self._at = (-1, 0)  # step, beats in it: where the main thread is
         self._stuck = (self._at, 0.0)  # where it was when last looked at, for how many seconds
         self._pauses = self._rounds = 0  # open paused() blocks; talks with the store

@@ -130,6 +130,7 @@ import train
 from data import TokenData
 from engine.checkpoint import PLACES
 from engine.device import choose_device, choose_dtype, device_name
+from engine.ownership import is_alive
 from engine.runlog import duration, read_log, writing
 from lab.search_report import dotted, write_report
 from lab.sweep import gpus_to_use
@@ -339,16 +340,6 @@ def recover_trials(study, running):
             gone = trial.number not in running if owner["pid"] == os.getpid() else not is_alive(owner["pid"])
         if gone:
             put_back_trial(study, trial)
-
-
-def is_alive(pid):
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:  # somebody else's
-        pass
-    return True
 
 
 def put_back_trial(study, trial):

@@ -1,0 +1,125 @@
+"""One writer to a folder: a lock that a process holds, and that the system releases when the process dies.
+
+    run = own_folder("out/run", "give another out_dir")   # ConfigError while another process holds it
+    name_run("out/run", "5f0c…")                          # what the next caller of own_folder gets
+
+The lock is POSIX's, on the file run.lock in the folder: it counts on all machines that share a file system with locks
+(NFS, Lustre mounted with flock), and children do not inherit it. The file names its holder and the run in the folder.
+"""
+
+import errno
+import fcntl
+import json
+import os
+import socket
+import stat
+import time
+
+from configurator import ConfigError
+
+LOCK = "run.lock"
+TAKEN = {errno.EACCES, errno.EAGAIN}
+NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL}  # of file systems that have none
+
+# {real path of a lock file: its descriptor}: to close any descriptor of a file gives up this process's lock on it.
+_held = {}
+
+
+def own_folder(folder, remedy, say=print, run=None, patience=120.0):
+    """Make the folder and lock it for this process -> id of the run in it, None where it names none.
+
+    remedy    what to do when another process holds the lock, for the message
+    say       prints a line: a note where the file system has no locks
+    run       id of this run: an earlier attempt of it that is still ending is waited for, up to `patience` seconds
+    ConfigError that names the holder where there is another one; OSError where the folder cannot be written.
+    """
+    os.makedirs(folder, exist_ok=True)
+    path = os.path.realpath(os.path.join(folder, LOCK))
+    if path in _held and os.path.exists(path) and os.path.samestat(os.fstat(_held[path]), os.stat(path)):
+        return read_holder(_held[path]).get("run")
+    release_folder(folder)
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+    try:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise ConfigError(f"{path} is no regular file: remove it")
+        deadline = time.monotonic() + patience
+        while not lock(descriptor, folder, say):
+            holder = living_holder(descriptor)
+            if run is None or holder.get("run") != run or time.monotonic() > deadline:
+                who = "process {pid} on {host}".format(**holder) if holder else "another process"
+                raise ConfigError(f"{folder} is in use by {who}: {remedy}")
+            time.sleep(0.1)
+        before = read_holder(descriptor).get("run")
+        write_holder(descriptor, before)
+    except BaseException:
+        os.close(descriptor)
+        raise
+    _held[path] = descriptor
+    return before
+
+
+def name_run(folder, run):
+    """Write the id of the run that the folder now holds. The folder is this process's own."""
+    write_holder(_held[os.path.realpath(os.path.join(folder, LOCK))], run)
+
+
+def release_folder(folder):
+    """Give up the lock on the folder, if this process holds it."""
+    descriptor = _held.pop(os.path.realpath(os.path.join(folder, LOCK)), None)
+    if descriptor is not None:
+        os.close(descriptor)
+
+
+def lock(descriptor, folder, say):
+    """Whether the lock is this process's now; True, with a note, where the file system has no locks."""
+    try:
+        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in TAKEN:
+            return False
+        if error.errno not in NO_LOCKS:
+            raise
+        say(f"note: the file system of {folder} has no locks ({error.strerror}): let no other run write there")
+    return True
+
+
+def read_holder(descriptor):
+    """{"host": …, "pid": …, "run": …}, as of a lock file; {} where it holds anything else."""
+    try:
+        holder = json.loads(os.pread(descriptor, 4096, 0))
+    except (ValueError, RecursionError):
+        return {}
+    kinds = {"host": str, "pid": int, "run": (str, type(None))}
+    fits = isinstance(holder, dict) and all(isinstance(holder.get(key), kind) for key, kind in kinds.items())
+    return holder if fits else {}
+
+
+def living_holder(descriptor, seconds=1.0):
+    """The holder of a lock that another process has just taken: it may need a moment to write its name."""
+    deadline = time.monotonic() + seconds
+    while True:
+        holder = read_holder(descriptor)
+        here = holder.get("host") == socket.gethostname()
+        if holder and (not here or is_alive(holder["pid"])):
+            return holder
+        if time.monotonic() > deadline:
+            return {}
+        time.sleep(0.02)
+
+
+def write_holder(descriptor, run):
+    """Name this process and the run, in place: a full disk has room for that."""
+    text = json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "run": run}).encode()
+    os.pwrite(descriptor, text, 0)
+    os.ftruncate(descriptor, len(text))
+
+
+def is_alive(pid):
+    """Whether this machine has such a process."""
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:  # another user's
+        pass
+    return True
