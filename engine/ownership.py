@@ -1,7 +1,7 @@
 """One writer to a folder: a lock that a process holds, and that the system releases when the process dies.
 
-    run = own_folder("out/run", "give another out_dir")   # ConfigError while another process holds it
-    name_run("out/run", "5f0c…")                          # what the next caller of own_folder gets
+    run = own_folder("out/run", "give another out_dir")  # ConfigError while another process holds it
+    name_run("out/run", "5f0c…")                         # what the next caller of own_folder gets
 
 The lock is POSIX's, on the file run.lock in the folder: it counts on all machines that share a file system with locks
 (NFS, Lustre mounted with flock), and children do not inherit it. The file names its holder and the run in the folder.
@@ -14,8 +14,10 @@ import os
 import socket
 import stat
 import time
+from contextlib import contextmanager, suppress
 
 from configurator import ConfigError
+from engine.runlog import writing
 
 LOCK = "run.lock"
 TAKEN = {errno.EACCES, errno.EAGAIN}
@@ -25,10 +27,10 @@ NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL}  # of fi
 _held = {}
 
 
-def own_folder(folder, remedy, say=print, run=None, patience=120.0):
+def own_folder(folder, another, say=print, run=None, patience=120.0):
     """Make the folder and lock it for this process -> id of the run in it, None where it names none.
 
-    remedy    what to do when another process holds the lock, for the message
+    another   how to name another folder, for the message: "give another out_dir"
     say       prints a line: a note where the file system has no locks
     run       id of this run: an earlier attempt of it that is still ending is waited for, up to `patience` seconds
     ConfigError that names the holder where there is another one; OSError where the folder cannot be written.
@@ -47,7 +49,7 @@ def own_folder(folder, remedy, say=print, run=None, patience=120.0):
             holder = living_holder(descriptor)
             if run is None or holder.get("run") != run or time.monotonic() > deadline:
                 who = "process {pid} on {host}".format(**holder) if holder else "another process"
-                raise ConfigError(f"{folder} is in use by {who}: {remedy}")
+                raise ConfigError(f"{folder} is in use by {who}: wait for its end, or {another}")
             time.sleep(0.1)
         before = read_holder(descriptor).get("run")
         write_holder(descriptor, before)
@@ -56,6 +58,26 @@ def own_folder(folder, remedy, say=print, run=None, patience=120.0):
         raise
     _held[path] = descriptor
     return before
+
+
+@contextmanager
+def owning(folder, another):
+    """A block that owns the folder, in a process that does not yet. Arguments as of own_folder; errors are one line."""
+    with writing(folder, another):
+        own_folder(folder, another)
+    try:
+        yield
+    finally:
+        release_folder(folder)
+
+
+def wait_until_free(folder, seconds):
+    """Wait for another process that owns the folder to end, for so many seconds at most."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        with suppress(ConfigError), owning(folder, ""):
+            return
+        time.sleep(0.2)
 
 
 def name_run(folder, run):

@@ -23,8 +23,7 @@ def own_out_dir(config, run, say):
     if checkpoint.group_rank()[0] == 0:
         try:
             with writing_to(config.out_dir):
-                remedy = "wait for its end, or give another out_dir"
-                restarted = ownership.own_folder(config.out_dir, remedy, say, run) == run
+                restarted = ownership.own_folder(config.out_dir, "give another out_dir", say, run) == run
         except OneLineExit as refusal:
             error = refusal
     restarted, refused = checkpoint.gather_from_ranks((restarted, error and error.message))[0]

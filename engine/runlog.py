@@ -8,10 +8,12 @@ the rows of evaluations, moe: moe.figures of each router, means since the evalua
 
 import errno
 import json
+import math
 import os
 import re
 import shlex
 import socket
+import stat
 import statistics
 import sys
 from contextlib import contextmanager, suppress
@@ -55,18 +57,79 @@ DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.ESTALE}
 
 
 def read_log(path):
-    """The rows of a log.jsonl; what is no row, such as a line that a kill cut short, is left out."""
+    """The rows of a log.jsonl, [] where there is none. What is no row, such as a line that a kill cut short, is left out.
+
+    ConfigError where the file cannot be read, or where a row's figures are not what the writer of a log puts there.
+    """
     rows = []
     if os.path.exists(path):
-        with open(path, errors="replace") as file:
-            for line in file:
-                try:
-                    row = json.loads(line)
-                except ValueError:
-                    continue
-                if isinstance(row, dict) and type(row.get("step")) is int:
-                    rows.append(row)
+        for number, line in enumerate(lines_of(path), 1):
+            try:
+                row = json.loads(line)
+            except (ValueError, RecursionError):
+                continue
+            if isinstance(row, dict) and type(row.get("step")) is int:
+                check_row(row, f"{path}: line {number}")
+                rows.append(row)
     return rows
+
+
+def lines_of(path):
+    """The lines of a text file. ConfigError where it cannot be read; a pipe would be waited for."""
+    try:
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            raise ConfigError(f"{path} cannot be read: it is no regular file")
+        with open(path, errors="replace") as file:
+            return file.readlines()
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read ({error.strerror or error})") from None
+
+
+# Figures of a log that may be NaN or infinite, of a run that diverged; all others are finite.
+MAY_DIVERGE = {"loss", "val_loss", "aux_loss", "grad_norm"}
+# Figures that are finite and not negative.
+COUNTS = {"step", "tokens", "images", "samples", "flops", "seconds", "lr", "mfu", "top1", "top5"}
+
+
+def check_row(row, where):
+    """ConfigError, which begins with `where`, unless the figures of this module's docstring are what it says."""
+    for key, value in row.items():
+        if key in MAY_DIVERGE:
+            fits = is_number(value)
+        elif key in COUNTS or key.endswith("_per_second"):
+            fits = is_number(value) and 0 <= value < math.inf
+        elif key == "moe":
+            fits = isinstance(value, dict) and value and all(map(is_figures_of_router, value.values()))
+        else:
+            continue  # a figure of the user's own
+        if not fits:
+            shown = repr(value) if len(repr(value)) < 60 else repr(value)[:57] + "…"
+            raise ConfigError(f"{where} has {key}={shown}, which no run writes: remove the line, or take another log")
+
+
+def is_figures_of_router(figures):
+    """Whether these are moe.figures of one router."""
+    if not isinstance(figures, dict) or not isinstance(figures.get("load"), list) or not figures["load"]:
+        return False
+    return all(map(is_number, (*figures["load"], figures.get("mean_entropy"), figures.get("token_entropy"))))
+
+
+def is_number(value):
+    """Whether a value of JSON is a number that a float can hold, NaN and infinity included."""
+    return type(value) is float or (type(value) is int and abs(value) < 2**1000)
+
+
+def read_options(path):
+    """The options in a run's config.json, {name: value}. ConfigError where there are none that can be read."""
+    try:
+        options = json.loads("".join(lines_of(path)))
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, ConfigError):
+            raise
+        raise ConfigError(f"{path} is damaged: remove it, or take another run") from None
+    if not isinstance(options, dict):
+        raise ConfigError(f"{path} is damaged: remove it, or take another run")
+    return options
 
 
 def start_wandb(project, config, run_id):

@@ -29,9 +29,7 @@ import os
 import random
 import re
 import shlex
-import signal
 import socket
-import subprocess
 import sys
 import time
 import warnings
@@ -131,7 +129,8 @@ from data import TokenData
 from engine.checkpoint import PLACES
 from engine.device import choose_device, choose_dtype, device_name
 from engine.ownership import is_alive
-from engine.runlog import duration, read_log, writing
+from engine.runlog import duration, is_number, read_log, writing
+from lab.children import start_child, stop_as_by_ctrl_c, stop_children
 from lab.search_report import dotted, write_report
 from lab.sweep import gpus_to_use
 from model import GPT
@@ -497,9 +496,7 @@ def run_training(options, folder, slot, evaluations, files=()):
             output
         ):  # by a run that has outlived its search: it is waited for, and not joined by a second
             yield None
-        process = subprocess.Popen(
-            [sys.executable, "-m", "train", *files, *changed_words(options)], stdout=output, stderr=output, env=env
-        )
+        process = start_child([sys.executable, "-m", "train", *files, *changed_words(options)], output, env)
     steps, every, seen, interrupted = options["max_steps"], options["eval_interval"], 0, True
     try:
         while True:
@@ -526,7 +523,7 @@ def run_training(options, folder, slot, evaluations, files=()):
         interrupted = False
         raise
     finally:
-        stop_process(process)
+        stop_children([process])
         if not interrupted:  # only what was interrupted is continued
             for place in PLACES:
                 with suppress(FileNotFoundError):
@@ -542,16 +539,6 @@ def lock_file(file):
     return True
 
 
-def stop_process(process):
-    if process.poll() is None:
-        process.send_signal(signal.SIGINT)  # it saves and ends
-        try:
-            process.wait(timeout=60)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-
-
 # ---------------------------------------------------------------------------------------
 # The study
 
@@ -559,6 +546,8 @@ def stop_process(process):
 def open_study(config):
     """The optuna study of the search: a new one, or one of the same settings, which continues."""
     file = os.path.join(os.path.abspath(config.out), "search.db")
+    if config.storage is None and os.path.exists(file) and not os.path.isfile(file):
+        raise ConfigError(f"{file} is no regular file: give another --out")
     if config.report and config.storage is None and not os.path.exists(file):
         raise ConfigError(f"{file} does not exist: give the --out or --storage of a search")
     with writing(config.out, "give another --out"):
@@ -586,8 +575,12 @@ def make_study(config, url):
     try:
         storage = open_storage(url)
         if config.report:
-            return optuna.load_study(study_name=config.study, storage=storage)
+            study = optuna.load_study(study_name=config.study, storage=storage)
+            check_study(study)
+            return study
         study = optuna.create_study(study_name=config.study, storage=storage, pruner=pruner, load_if_exists=True)
+        if "settings" in study.user_attrs or study.get_trials(deepcopy=False):  # not made a moment ago
+            check_study(study)
     except KeyError:
         raise ConfigError(
             f"study={config.study!r} is not in {shown}: give the --out or --storage of a search"
@@ -602,8 +595,8 @@ def make_study(config, url):
         if any(entry.startswith("trial_") for entry in os.listdir(config.out)):
             raise ConfigError(f"out={config.out} has trials of another study: give another --out, or remove them")
         budget = 3 * meta_model(config).flops_per_token() * config.batch_tokens * config.max_steps
-        study.set_user_attr("settings", settings)
         study.set_user_attr("budget", {"flops": budget, "evaluations": evaluations(config)})
+        study.set_user_attr("settings", settings)  # last: a study that has them is complete
     other = "--out" if config.storage is None else "--study and another --out"  # a folder has trials of one study
     for option, value in settings.items():
         if before is not None and before.get(option, value) != value:
@@ -612,6 +605,69 @@ def make_study(config, url):
                 f"make it that, or give another {other}"
             )
     return study
+
+
+def check_study(study):
+    """ValueError that names what the study says of itself or of a trial, where no search writes that."""
+    about = study.user_attrs
+    budget = fits_fields(about.get("budget"), {"flops": is_positive, "evaluations": is_count})
+    if not (budget and isinstance(about.get("settings"), dict)):
+        raise ValueError(f"study {study.study_name!r} has no settings and budget that a search wrote")
+    for trial in study.get_trials(deepcopy=False):
+        for name, fits in FIELDS_OF_TRIAL.items():
+            if name in trial.user_attrs and not fits(trial.user_attrs[name]):
+                raise ValueError(f"{name} of trial {trial.number} is not what a search writes")
+
+
+def fits_fields(value, checks):
+    """Whether the value is a dict in which every one of these fields passes its check."""
+    return isinstance(value, dict) and all(check(value.get(name)) for name, check in checks.items())
+
+
+def is_count(value):
+    """Whether a value of JSON is a whole number above 0."""
+    return type(value) is int and is_positive(value)
+
+
+def is_positive(value):
+    """Whether a value of JSON is a finite number above 0."""
+    return is_number(value) and 0 < value < math.inf
+
+
+def is_text(value):
+    """Whether a value of JSON is text."""
+    return isinstance(value, str)
+
+
+def is_none_or(check):
+    """-> whether a value is None, or passes the check."""
+    return lambda value: value is None or check(value)
+
+
+def is_seven(value):
+    """Whether a value of JSON is seven numbers."""
+    return isinstance(value, (list, tuple)) and len(value) == 7 and all(map(is_number, value))
+
+
+# What a search writes of its trials, as user attributes.
+FIELDS_OF_MODEL = {
+    "theta": is_none_or(is_seven), "sizes": is_none_or(is_seven), "experts": is_count, "structure": is_text,
+    "omega": is_none_or(is_number), "psi": is_none_or(is_number), "nu": is_none_or(is_number), "d_model": is_count,
+    "parameters": is_count, "steps": is_count, "command": is_text,
+}  # fmt: skip
+
+
+def is_model(value):
+    """Whether a value of JSON is the figures of fit_model. ω ψ ν are all known, or none is."""
+    if not fits_fields(value, FIELDS_OF_MODEL):
+        return False
+    return len({value.get(name) is None for name in ("omega", "psi", "nu")}) == 1
+
+
+FIELDS_OF_TRIAL = {
+    "owner": lambda owner: fits_fields(owner, {"host": is_text, "pid": is_count, "time": is_number}),
+    "folder": is_none_or(is_text), "reason": is_text, "model": is_model,
+}  # fmt: skip
 
 
 def open_storage(url, tries=5):
@@ -732,7 +788,7 @@ def main(argv):
         prepare_default(config.data_dir)
         TokenData(config.data_dir, config.block_size)  # what is wrong with it is said here, and once
         slots = (gpus_to_use(0 if config.device == "cpu" else config.gpus) or [None]) * config.jobs
-        signal.signal(signal.SIGTERM, signal.default_int_handler)  # ended as by Ctrl-C
+        stop_as_by_ctrl_c()
         try:
             space = Space(config.max_rank, config.experts, config.choices or {})
             say, files = (

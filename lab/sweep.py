@@ -21,7 +21,6 @@ import json
 import os
 import runpy
 import shlex
-import signal
 import subprocess
 import sys
 import time
@@ -29,7 +28,9 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from configurator import ConfigError, as_script, load_config, split_options, split_words
-from engine.runlog import read_log
+from engine.ownership import owning, wait_until_free
+from engine.runlog import read_log, read_options, writing
+from lab.children import ignore_signals, start_child, stop_as_by_ctrl_c, stop_children
 
 
 @dataclass
@@ -135,13 +136,9 @@ def is_finished(options):
 
 
 def options_written(options):
-    """The options that the run in this folder had, {} where it did not say."""
-    try:
-        with open(os.path.join(options["out_dir"], "config.json")) as file:
-            options = json.load(file)
-    except (OSError, ValueError):
-        return {}
-    return options if isinstance(options, dict) else {}
+    """The options that the run in this folder had, {} where none has written them. ConfigError where they cannot be read."""
+    path = os.path.join(options["out_dir"], "config.json")
+    return read_options(path) if os.path.exists(path) else {}
 
 
 def say_what_differs(runs):
@@ -187,13 +184,15 @@ def run_all(todo, sweep, slots):
             while waiting and slots:
                 name, slot = waiting.pop(0), slots.pop(0)
                 folder = sweep.runs[name]["out_dir"]
-                os.makedirs(folder, exist_ok=True)
+                wait_until_free(folder, seconds=60)  # of a run that a killed sweep has left, which is still saving
                 env = {"TORCHINDUCTOR_COMPILE_THREADS": threads, **os.environ}
                 if slot is not None:
                     turn = os.path.join(os.path.dirname(folder), f"gpu{slot}.turn")
                     env |= {"CUDA_VISIBLE_DEVICES": slot, "GPU_TURN": turn}
-                with open(os.path.join(folder, "train.log"), "a") as log:
-                    process = subprocess.Popen(command_of(sweep, name), stdout=log, stderr=subprocess.STDOUT, env=env)
+                with writing(folder, "give another --out"):
+                    log = open(os.path.join(folder, "train.log"), "a")
+                with log:
+                    process = start_child(command_of(sweep, name), log, env)
                 running[name] = process, slot, time.monotonic()
             time.sleep(0.1)
             for name, (process, slot, start) in list(running.items()):
@@ -209,12 +208,9 @@ def run_all(todo, sweep, slots):
                 print(f"{took}{how}; about {left:.0f} s left", flush=True)
                 if process.returncode:
                     failed.append(name)
-    except KeyboardInterrupt:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C would leave them running
-        for process, _, _ in running.values():
-            process.send_signal(signal.SIGINT)  # each saves and ends
-        for process, _, _ in running.values():
-            process.wait()
+    except KeyboardInterrupt:  # or a signal that counts as one
+        ignore_signals()
+        stop_children([process for process, _, _ in running.values()], seconds=600)
         raise SystemExit("stopped: the same command resumes") from None
     return failed
 
@@ -237,10 +233,19 @@ def main(argv):
     print(f"{len(chosen)} runs, {len(chosen) - len(todo)} of them finished; {len(slots)} at a time", flush=True)
     say_what_differs({name: sweep.runs[name] for name in chosen if name not in todo})
     folder = os.path.dirname(sweep.runs[chosen[0]]["out_dir"])
-    if config.jobs > 1 and not gpus and todo:  # a word for the fit, which a later command may do
-        os.makedirs(folder, exist_ok=True)
+    stop_as_by_ctrl_c()
+    with owning(folder, "give another --out"):
+        run_and_fit(sweep, todo, slots, folder, shared=config.jobs > 1 and not gpus)
+
+
+def run_and_fit(sweep, todo, slots, folder, shared):
+    """Run those in `todo`, then fit all when all are finished. SystemExit where a run or the fit fails.
+
+    shared: whether several runs at a time share the CPU
+    """
+    if shared and todo:  # a word for the fit, which a later command may do
         with open(os.path.join(folder, SHARED), "w") as file:
-            file.write(f"{config.jobs} runs at a time shared the CPU: their seconds compare with no others\n")
+            file.write(f"{len(slots)} runs at a time shared the CPU: their seconds compare with no others\n")
     failed = run_all(todo, sweep, slots)
     if failed:
         which = f"{len(failed)} of {len(todo)} runs failed: {', '.join(failed)}"

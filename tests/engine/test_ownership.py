@@ -4,7 +4,6 @@ import errno
 import fcntl
 import json
 import os
-import re
 import signal
 import socket
 import subprocess
@@ -21,7 +20,7 @@ from engine import ownership
 OWNER = """
 import sys, time
 from engine import ownership
-run = ownership.own_folder(sys.argv[1], "give another", run=sys.argv[2])
+run = ownership.own_folder(sys.argv[1], "give another --out", run=sys.argv[2])
 ownership.name_run(sys.argv[1], sys.argv[2])
 print("owns it after", run, flush=True)
 time.sleep(600)
@@ -54,12 +53,12 @@ def test_of_eight_at_once_one_owns_the_folder_until_it_dies(start, tmp_path):
     while sum(process.poll() is not None for process in processes) < 7 and time.monotonic() < ended:
         time.sleep(0.01)
     (owner,) = [process for process in processes if process.poll() is None]
-    line = f"error: {folder} is in use by process {owner.pid} on {socket.gethostname()}: give another\n"
+    line = f"error: {folder} is in use by process {owner.pid} on {socket.gethostname()}: wait for its end, or give another --out\n"
     for process in processes:
         if process is not owner:
             assert (process.returncode, process.communicate()[1]) == (1, line)
-    with pytest.raises(ConfigError, match=f"process {owner.pid} on .*: wait for it"):
-        ownership.own_folder(folder, "wait for it", run="ours")
+    with pytest.raises(ConfigError, match=f"process {owner.pid} on .*: wait for its end, or take another"):
+        ownership.own_folder(folder, "take another", run="ours")
     owner.send_signal(signal.SIGKILL)
     owner.wait()
     assert ownership.own_folder(folder, "") == owner.run
@@ -116,13 +115,12 @@ def test_a_lock_file_may_hold_anything(start, tmp_path, content):
     (tmp_path / ownership.LOCK).write_bytes(content)
     assert ownership.own_folder(tmp_path, "") is None
     ownership.name_run(tmp_path, "ours")
-    assert json.loads((tmp_path / ownership.LOCK).read_text()) == {
-        "host": socket.gethostname(), "pid": os.getpid(), "run": "ours"
-    }  # fmt: skip
+    (descriptor,) = ownership._held.values()  # to open and close the file again would give up the lock
+    ours = {"host": socket.gethostname(), "pid": os.getpid(), "run": "ours"}
+    assert json.loads(os.pread(descriptor, 1000, 0)) == ours
     if content == NOT_OURS[1]:  # while it is locked
-        (descriptor,) = ownership._held.values()
         os.ftruncate(descriptor, os.pwrite(descriptor, content, 0))
-        assert re.search("is in use by another process: give another", start(tmp_path).communicate()[1])
+        assert "is in use by another process: wait for its end, or give" in start(tmp_path).communicate()[1]
     ownership.release_folder(tmp_path)
 
 

@@ -4,10 +4,13 @@ import json
 import multiprocessing
 import os
 import re
+import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -390,6 +393,88 @@ def test_searches_that_start_together_on_a_new_database_share_it(tmp_path, stora
     assert {(tmp_path / f"{i}.txt").read_text() for i in range(4)} == {
         f"[1, {load_config(search.SearchConfig, SMALL).lr}]"
     }
+
+
+@pytest.fixture(scope="module")
+def small_search(tmp_path_factory):
+    """A folder with a search.db of two trials, one whole and one that was pruned."""
+    folder = tmp_path_factory.mktemp("search")
+    config = load_config(search.SearchConfig, [*SMALL, f"--out={folder}", "--device=cpu"])
+    study, budget = search.open_study(config), search.meta_model(config).flops_per_token()
+
+    def objective(trial, point, slot):
+        _, figures = search.fit_model(config, point, budget)
+        trial.set_user_attr("model", {**figures, "command": "python train.py"})
+        yield 1, 2.0
+        return 1.5
+
+    search.search(study, search.Space(), objective, 2, "random")
+    return folder
+
+
+def report(folder):
+    search.main(["--report", f"--out={folder}"])
+
+
+@pytest.mark.parametrize("what", ["text", "empty", "truncated", "zeros in the middle", "folder", "pipe"])
+def test_a_damaged_database_is_one_line(small_search, tmp_path, what):
+    content, file = (small_search / "search.db").read_bytes(), tmp_path / "search.db"
+    middle = len(content) // 8
+    contents = {
+        "text": b"This is no database.", "empty": b"", "truncated": content[: len(content) // 3],
+        "zeros in the middle": content[:middle] + bytes(6 * middle) + content[7 * middle :],
+    }  # fmt: skip
+    if what in contents:
+        file.write_bytes(contents[what])
+    else:
+        {"folder": os.mkdir, "pipe": os.mkfifo}[what](file)
+    with pytest.raises(ConfigError) as error:
+        report(tmp_path)
+    assert "search.db" in str(error.value) and "\n" not in str(error.value)
+
+
+HOSTILE = [None, True, -1, "x", [], [1], {}, {"a": 1}, float("nan"), 1e308, 10**400, [[]] * 3]
+
+
+def test_any_value_in_the_database_is_read_or_refused(small_search, capsys):
+    """Each field of the study and of a trial in turn: what passes the check can be shown."""
+    report(small_search)
+    assert "| 1 | 1.5000 |" in capsys.readouterr().out
+    study = optuna.load_study(study_name="search", storage=f"sqlite:///{small_search}/search.db")
+    about, trials = study.user_attrs, study.get_trials()
+    places = [(where, name, None) for where in (about, trials[0].user_attrs) for name in where]
+    places += [(where, name, field) for where, name, _ in places if name != "settings" for field in where[name]]
+    assert {("budget", "flops"), ("owner", "pid"), ("model", "theta")} <= {place[1:] for place in places}
+    refused = 0
+    for where, name, field in places:
+        whole = where[name]
+        for value in HOSTILE:
+            where[name] = value if field is None else {**whole, field: value}
+            shown = SimpleNamespace(user_attrs=about, study_name="search", get_trials=lambda **how: trials)
+            try:
+                search.check_study(shown)
+                rows = search.make_rows(shown)
+                assert list(search_report.table_of_trials(rows, about["budget"]))
+                search_report.ranked(search_report.placed(rows))
+            except ValueError as error:
+                assert name in str(error) and "search" in str(error)
+                refused += 1
+        where[name] = whole
+    assert refused > len(places) * len(HOSTILE) // 2
+
+
+def test_a_hostile_value_in_the_database_is_one_line(small_search, tmp_path):
+    shutil.copy(small_search / "search.db", tmp_path / "search.db")
+    with sqlite3.connect(tmp_path / "search.db") as database:
+        database.execute("UPDATE trial_user_attributes SET value_json = '7' WHERE key = 'model'")
+    with pytest.raises(
+        ConfigError, match=r"search.db cannot be used, ValueError: model of trial 0 is not what a search"
+    ):
+        report(tmp_path)
+    with pytest.raises(
+        ConfigError, match=r"search.db cannot be used, ValueError: model of trial 0 is not what a search"
+    ):
+        search.main([*SMALL, f"--out={tmp_path}", "--device=cpu"])
 
 
 def test_a_storage_that_cannot_be_opened_is_not_tried_again(monkeypatch):

@@ -16,6 +16,7 @@ import vision.regression
 import vision.train
 from configurator import ConfigError, load_config
 from conftest import ROOT, read_rows, run_forked, start_script
+from engine.ownership import is_alive, owning
 from lab import scaling_laws, sweep
 from model import GPT
 from vision.mlp import MLP
@@ -109,6 +110,48 @@ def test_ctrl_c_twice_leaves_nothing_running_and_the_same_command_goes_on(path, 
     done = run_forked(*words, f"--common=--max_steps={steps[-1] + 2}")
     assert done.returncode == 0 and "1/1 dense_d_model36" in done.stdout, done.stdout + done.stderr
     assert f"going on from step {steps[-1]}" in (log.parent / "train.log").read_text()
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP", "SIGKILL"])
+def test_runs_end_with_their_sweep(path, tmp_path, name):
+    """Whatever ends it; a second sweep in the folder is refused before, and starts after."""
+    out = tmp_path / "runs"
+    words = ["lab.sweep", path, f"--out={out}", "--gpus=0", "--only=btt_d_model36"]
+    process = start_script(*words, "--common=--max_steps=100000 --eval_interval=50000")
+    lock = out / "btt_d_model36" / "run.lock"
+    try:
+        wait_until(lambda: lock.exists() and json.loads(lock.read_text() or "{}").get("run"))  # it trains
+        run = json.loads(lock.read_text())["pid"]
+        assert is_alive(run) and run != process.pid
+        with pytest.raises(ConfigError, match=f"runs is in use by process {process.pid} on .*, or give another --out"):
+            sweep.main(words[1:])
+        process.send_signal(getattr(signal, name))
+        said, _ = process.communicate(timeout=120)
+        wait_until(lambda: not is_alive(run))
+    finally:
+        process.kill()
+    assert process.returncode == (-9 if name == "SIGKILL" else 1)
+    assert name == "SIGKILL" or "stopped: the same command resumes" in said
+    assert "saved in" in (out / "btt_d_model36" / "train.log").read_text()
+    with owning(str(out), ""), owning(str(out / "btt_d_model36"), ""):
+        pass
+
+
+def wait_until(condition):
+    deadline = time.monotonic() + 120
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize("file, text", [("config.json", "[7]"), ("log.jsonl", '{"step": 6, "val_loss": "low"}\n')])
+def test_a_damaged_run_is_one_line(path, tmp_path, file, text):
+    run = tmp_path / "runs" / "dense_d_model36"
+    run.mkdir(parents=True)
+    (run / "log.jsonl").write_text('{"step": 6}\n')
+    (run / file).write_text(text)
+    with pytest.raises(ConfigError, match=f"dense_d_model36/{file}"):
+        sweep.main([path, f"--out={tmp_path}/runs", "--gpus=0"])
 
 
 @pytest.mark.parametrize(
