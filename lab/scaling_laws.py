@@ -384,7 +384,7 @@ def read_options(path):
     beside = os.path.join(os.path.dirname(path), "config.json")
     if not os.path.exists(beside):
         raise ConfigError(f"{beside} does not exist: fit needs it beside log.jsonl, to know the structure")
-    return runlog.read_options(beside)
+    return runlog.read_config_json(beside)
 
 
 def group_name(options, by):

@@ -255,7 +255,7 @@ def test_the_plan_of_a_resumed_run_is_about_the_rest():
         (dict(warmup_steps=1000), 1, "note: warmup_steps=1000 of max_steps=1000: the rate rises to the end, to 0.002 of lr=0.002"),
         (dict(warmup_steps=4000), 1, "note: warmup_steps=4000 of max_steps=1000: the rate rises to the end, to 0.0005 of lr=0.002"),
         (dict(warmup_steps=999), 1, None),
-        (dict(shard="fsdp"), 1, "note: shard=fsdp does nothing on one process, there is no other to share with"),
+        (dict(shard="fsdp"), 1, "note: shard=fsdp does nothing with one process: there is no other to share with"),
         (dict(shard="fsdp"), 2, None),
     ],
 )  # fmt: skip
@@ -517,9 +517,9 @@ def test_damaged_options_are_one_line(tmp_path, text):
     path = tmp_path / "config.json"
     path.write_text(text)
     with pytest.raises(ConfigError, match=r"config.json is damaged: remove it"):
-        runlog.read_options(str(path))
+        runlog.read_config_json(str(path))
     path.write_text('{"lr": 0.1}')
-    assert runlog.read_options(str(path)) == {"lr": 0.1}
+    assert runlog.read_config_json(str(path)) == {"lr": 0.1}
 
 
 full_disk = pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full")
@@ -607,9 +607,7 @@ def run_rows():
 
 
 def items(lines):
-    return dict(
-        line.split(maxsplit=1) if not line.startswith(("val loss", "go on")) else line.split("  ", 1) for line in lines
-    )
+    return dict(line.split(maxsplit=1) if not line.startswith("val loss") else line.split("  ", 1) for line in lines)
 
 
 def summarised(rows, tmp_path, max_steps=60, **more):
@@ -662,10 +660,10 @@ def test_an_unfinished_run_says_how_it_goes_on(tmp_path, monkeypatch, argv, envi
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    assert "go on" not in summarised(run_rows(), tmp_path, max_steps=61)  # nothing was saved
+    assert "resume" not in summarised(run_rows(), tmp_path, max_steps=61)  # nothing was saved
     (tmp_path / "ckpt.pt").touch()
-    assert summarised(run_rows(), tmp_path, max_steps=61)["go on"] == command
-    assert "go on" not in summarised(run_rows(), tmp_path, max_steps=60)
+    assert summarised(run_rows(), tmp_path, max_steps=61)["resume"] == command
+    assert "resume" not in summarised(run_rows(), tmp_path, max_steps=60)
 
 
 def test_a_sharded_checkpoint_is_found(tmp_path):

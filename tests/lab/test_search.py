@@ -115,13 +115,13 @@ def test_what_the_budget_has_no_model_for_is_a_misfit():
 def test_sizes_have_the_place_and_the_name_of_their_structure():
     named = {name: factor_sizes(4096, 4096, theta) for name, theta in NAMED_THETAS.items()}
     for name, sizes in named.items():
-        assert search.place_of_sizes(sizes) == pytest.approx(taxonomy(NAMED_THETAS[name]), abs=1e-4), name
-    assert [search.name_of(sizes) for sizes in named.values()] == [
+        assert search.taxonomy_of_sizes(sizes) == pytest.approx(taxonomy(NAMED_THETAS[name]), abs=1e-4), name
+    assert [search.name_of_sizes(sizes) for sizes in named.values()] == [
         "low-rank, rank 64", "low-rank, rank 512", "Kronecker", "TT, rank 8", "BTT, rank 1", "BTT, rank 8",
         "BTT family, rank 1", "BTT family, rank 1", "", "dense",
     ]  # fmt: skip
-    assert search.name_of((1, 16, 16, 16, 1, 16, 2)) == "BTT, rank 2"  # cores' names swapped
-    assert search.name_of((64, 1, 4, 64, 1, 4, 1)) == "dense"  # B is one number a block
+    assert search.name_of_sizes((1, 16, 16, 16, 1, 16, 2)) == "BTT, rank 2"  # cores' names swapped
+    assert search.name_of_sizes((64, 1, 4, 64, 1, 4, 1)) == "dense"  # B is one number a block
 
 
 # ---------------------------------------------------------------------------------------
@@ -132,7 +132,7 @@ D = 4096
 
 def made_up_loss(sizes):
     """A scaling law: with the FLOPs of a dense D × D layer the width is D^(2 / (1 + ν)); sharing and low rank cost."""
-    omega, psi, nu = search.place_of_sizes(sizes)
+    omega, psi, nu = search.taxonomy_of_sizes(sizes)
     return 1.5 + 3 * (D ** (2 / (1 + nu))) ** -0.12 + omega + (1 - psi)
 
 
@@ -342,7 +342,7 @@ def test_report(tmp_path, capsys, pruner):
             yield evaluation, 1 + figures["omega"] + 1 / evaluation
         return 1 + figures["omega"]
 
-    say = search.progress(study, 9)
+    say = search.trial_reporter(study, 9)
     search.search(study, search.Space(experts=(1, 4)), objective, 9, "random", 0, say=say)
     shown = capsys.readouterr().out.strip().split("\n")
     assert len(shown) == 10 and sum("FAILED: it blew up" in line for line in shown) == 1
@@ -455,7 +455,7 @@ def test_any_value_in_the_database_is_read_or_refused(small_search, capsys):
                 search.check_study(shown)
                 rows = search.make_rows(shown)
                 assert list(search_report.table_of_trials(rows, about["budget"]))
-                search_report.ranked(search_report.placed(rows))
+                search_report.rows_by_loss(search_report.rows_in_taxonomy(rows))
             except ValueError as error:
                 assert name in str(error) and "search" in str(error)
                 refused += 1
@@ -529,7 +529,7 @@ def test_places_of_the_picture():
     """Trials at one place are one point, mixtures apart; nothing is moved."""
     rows = [dict(omega=0, psi=1, experts=1), dict(omega=0.3, psi=1, experts=1)]
     rows += [dict(omega=0.01, psi=1, experts=experts) for experts in (1, 1, 4)]
-    places = search_report.by_place(rows, ("omega", "psi"))
+    places = search_report.cluster_rows(rows, ("omega", "psi"))
     assert [[(row["omega"], row["experts"]) for row in place] for place in places] == [
         [(0, 1), (0.01, 1), (0.01, 1)], [(0.3, 1)], [(0.01, 4)],
     ]  # fmt: skip
@@ -594,8 +594,8 @@ def test_killed_in_the_middle_it_goes_on_to_the_end(tiny, tmp_path):
         (["--experts=0,4"], "whole numbers of 1 or more"),
         (["--experts=2,4", "--top_k=3"], "top_k=3"),
         (["--top_k=3"], "top_k=3 with moe='none'"),
-        (["--structure=btt"], "--structure is every trial's own"),
-        (["--out_dir=out/x"], "--out_dir is every trial's own.*--out"),
+        (["--structure=btt"], "--structure is set by each trial"),
+        (["--out_dir=out/x"], "--out_dir is set by each trial.*--out"),
         (["--trails=4"], "unknown option --trails: did you mean 'trials'?"),
         (["--storage=search.db"], "storage=search.db: give a URL"),
         (["--storage=nosql://me:secret@host/db"], "storage=nosql://me:…@host/db cannot be used"),
@@ -616,7 +616,7 @@ def test_mistakes_are_one_line(tmp_path, words, message):
 
 def test_another_study_and_folders_of_another(tmp_path):
     (tmp_path / "trial_0").mkdir()
-    with pytest.raises(ConfigError, match="has trials of another study"):
+    with pytest.raises(ConfigError, match="holds trials of another study"):
         search.main([*SMALL, f"--out={tmp_path}"])
     with pytest.raises(ConfigError, match="study='other' is not in sqlite"):
         search.main([*SMALL, f"--out={tmp_path}", "--report", "--study=other"])

@@ -199,7 +199,7 @@ small = dict(common=dict(max_steps=10), runs=[dict(d_model=16), dict(d_model=32)
     assert list(small.runs) == ["d_model16", "d_model32"] and small.fit == "--points=final"
     where = os.path.join("out", "sweeps", "some_small", "d_model16")
     assert small.runs["d_model16"] == {"lr": 0.1, "max_steps": 10, "d_model": 16, "out_dir": where}
-    with pytest.raises(ConfigError, match="small has 'run', which is unknown: it may have runs, common"):
+    with pytest.raises(ConfigError, match="small defines 'run', which is unknown: it may define runs, common"):
         sweep.read_sweep(write(tmp_path, "runs = [{}]; small = dict(run=[])"), small=True)
     with pytest.raises(ConfigError, match="has no small version: leave --small out"):
         sweep.read_sweep(write(tmp_path, "runs = [{}]"), small=True)
@@ -217,8 +217,8 @@ def test_options_for_all_runs(tmp_path, capsys):
     for text, message in (
         ("data/mine", "'data/mine' is no option, write each as --key=value"),
         ("--save 'x", "close the quotes"),
-        ("--d_model=8", "d_model is made run by run: change it in"),
-        ("--out_dir=x", "out_dir is made run by run: give --out"),
+        ("--d_model=8", "d_model differs from run to run: change it in"),
+        ("--out_dir=x", "out_dir differs from run to run: give --out"),
     ):
         with pytest.raises(ConfigError, match=message):
             sweep.read_sweep(path, common=text)
@@ -263,7 +263,9 @@ def test_finished_runs_of_other_options_are_spoken_of(tmp_path, capsys):
     for steps, data in ((5, "a"), (6, "b")):
         leave_behind(tmp_path / f"max_steps{steps}", steps, max_steps=steps, data_dir=data, theta=[0.5, 0], out_dir="x")
     sweep.main([path, f"--out={tmp_path}", "--gpus=0"])
-    note = "note: 1 of these had other options, max_steps5 data_dir='a', not 'b': another --out trains them again"
+    note = (
+        "note: 1 of these had other options: max_steps5 data_dir='a', not 'b'; give another --out to train them again"
+    )
     assert capsys.readouterr().out.splitlines() == ["2 runs, 2 of them finished; 1 at a time", note]
 
 
@@ -276,7 +278,7 @@ def test_gpus_are_those_that_are_named(tmp_path, monkeypatch):
     )
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,1")
     assert sweep.gpus_to_use() == ["3", "1"] and sweep.gpus_to_use(1) == ["3"]
-    with pytest.raises(ConfigError, match="gpus=3, but 2 are here or named by CUDA_VISIBLE_DEVICES"):
+    with pytest.raises(ConfigError, match="gpus=3, but CUDA_VISIBLE_DEVICES or this machine has 2: give"):
         sweep.gpus_to_use(3)
     look = "import os, sys; open(sys.argv[-1].split('=')[1] + '/gpu', 'w').write(os.environ['CUDA_VISIBLE_DEVICES'])"
     monkeypatch.setattr(
