@@ -3,8 +3,9 @@
     run = own_folder("out/run", "give another out_dir")  # ConfigError while another process holds it
     name_run("out/run", "5f0c…")                         # what the next caller of own_folder gets
 
-The lock is POSIX's, on the file run.lock in the folder: it counts on all machines that share a file system with locks
-(NFS, Lustre mounted with flock), and children do not inherit it. The file names its holder and the run in the folder.
+The lock is a POSIX record lock on the file run.lock in the folder. It holds across machines that share a file system
+with such locks (NFS, or Lustre mounted with flock), and children do not inherit it. The file names the lock's holder and
+the run in the folder.
 """
 
 import errno
@@ -23,17 +24,18 @@ LOCK = "run.lock"
 TAKEN = {errno.EACCES, errno.EAGAIN}
 NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL}  # of file systems that have none
 
-# {real path of a lock file: its descriptor}: to close any descriptor of a file gives up this process's lock on it.
+# {real path of a lock file: its descriptor}. The system releases a process's lock on a file when the process closes any
+# descriptor of that file: so nothing else may open it.
 _held = {}
 
 
 def own_folder(folder, another, say=print, run=None, patience=120.0):
-    """Make the folder and lock it for this process -> id of the run in it, None where it names none.
+    """Make the folder and lock it for this process -> the id of the run in it, None if it names none.
 
-    another   how to name another folder, for the message: "give another out_dir"
-    say       prints a line: a note where the file system has no locks
-    run       id of this run: an earlier attempt of it that is still ending is waited for, up to `patience` seconds
-    ConfigError that names the holder where there is another one; OSError where the folder cannot be written.
+    another   the remedy if the folder is taken, such as "give another out_dir"
+    say       prints a line: a note if the file system has no locks
+    run       the id of this run; if the holder is an earlier attempt of it, wait up to `patience` seconds for its end
+    ConfigError that names the holder if another process has the lock, OSError if the folder cannot be written.
     """
     os.makedirs(folder, exist_ok=True)
     path = os.path.realpath(os.path.join(folder, LOCK))
@@ -45,7 +47,7 @@ def own_folder(folder, another, say=print, run=None, patience=120.0):
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
             raise ConfigError(f"{path} is no regular file: remove it")
         deadline = time.monotonic() + patience
-        while not lock(descriptor, folder, say):
+        while not try_lock(descriptor, folder, say):
             holder = living_holder(descriptor)
             if run is None or holder.get("run") != run or time.monotonic() > deadline:
                 who = "process {pid} on {host}".format(**holder) if holder else "another process"
@@ -62,7 +64,7 @@ def own_folder(folder, another, say=print, run=None, patience=120.0):
 
 @contextmanager
 def owning(folder, another):
-    """A block that owns the folder, in a process that does not yet. Arguments as of own_folder; errors are one line."""
+    """Own the folder in this block. Arguments as of own_folder. All errors are one line, those of `writing` too."""
     with writing(folder, another):
         own_folder(folder, another)
     try:
@@ -72,16 +74,17 @@ def owning(folder, another):
 
 
 def wait_until_free(folder, seconds):
-    """Wait for another process that owns the folder to end, for so many seconds at most."""
+    """Make the folder, and while another process owns it wait, up to so many seconds. OSError if it cannot be written."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
-        with suppress(ConfigError), owning(folder, ""):
-            return
+        with suppress(ConfigError):
+            own_folder(folder, "")
+            return release_folder(folder)
         time.sleep(0.2)
 
 
 def name_run(folder, run):
-    """Write the id of the run that the folder now holds. The folder is this process's own."""
+    """Write the id of the run that the folder now holds, into a folder that this process owns."""
     write_holder(_held[os.path.realpath(os.path.join(folder, LOCK))], run)
 
 
@@ -92,8 +95,8 @@ def release_folder(folder):
         os.close(descriptor)
 
 
-def lock(descriptor, folder, say):
-    """Whether the lock is this process's now; True, with a note, where the file system has no locks."""
+def try_lock(descriptor, folder, say):
+    """Try to lock the file -> whether this process has the lock now; True, with a note, if the file system has no locks."""
     try:
         fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
@@ -106,7 +109,7 @@ def lock(descriptor, folder, say):
 
 
 def read_holder(descriptor):
-    """{"host": …, "pid": …, "run": …}, as of a lock file; {} where it holds anything else."""
+    """{"host": …, "pid": …, "run": …} from a lock file; {} if it holds anything else."""
     try:
         holder = json.loads(os.pread(descriptor, 4096, 0))
     except (ValueError, RecursionError):
@@ -117,7 +120,7 @@ def read_holder(descriptor):
 
 
 def living_holder(descriptor, seconds=1.0):
-    """The holder of a lock that another process has just taken: it may need a moment to write its name."""
+    """read_holder of a lock that another process holds; if it has only just taken it, wait for it to write its name."""
     deadline = time.monotonic() + seconds
     while True:
         holder = read_holder(descriptor)
@@ -130,7 +133,7 @@ def living_holder(descriptor, seconds=1.0):
 
 
 def write_holder(descriptor, run):
-    """Name this process and the run, in place: a full disk has room for that."""
+    """Write the names of this process and the run over what the file holds, which works on a full disk too."""
     text = json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "run": run}).encode()
     os.pwrite(descriptor, text, 0)
     os.ftruncate(descriptor, len(text))

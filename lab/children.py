@@ -1,7 +1,4 @@
-"""Processes that a sweep or a search starts, none of which outlives it: neither Ctrl-C, SIGTERM, SIGHUP nor SIGKILL leaves one.
-
-Imports nothing of the project.
-"""
+"""The processes that a sweep or a search starts. None outlives it, whether Ctrl-C, SIGTERM, SIGHUP or SIGKILL ends it."""
 
 import ctypes
 import os
@@ -10,13 +7,15 @@ import subprocess
 import sys
 
 PR_SET_PDEATHSIG = 1  # of <sys/prctl.h>
-LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None  # loaded here: between fork and exec little is safe
+LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None  # here, since little is safe between fork and exec
 
 
 def start_child(words, output, env):
-    """Start a command -> subprocess.Popen. It gets SIGTERM when this process dies, however that happens; on Linux only.
+    """Start a command -> subprocess.Popen. On Linux it gets SIGTERM when this process dies, however that happens.
 
-    output: a file for its stdout and stderr.
+    words   the command, as a list of words
+    output  an open file for its stdout and stderr
+    env     its environment, a dict
     """
     parent = os.getpid()
 
@@ -31,20 +30,20 @@ def start_child(words, output, env):
 
 
 def stop_as_by_ctrl_c():
-    """From now on SIGTERM and SIGHUP (a terminal that is closed) raise KeyboardInterrupt; nohup's choice stands."""
+    """Let SIGTERM and SIGHUP (a closed terminal) raise KeyboardInterrupt from now on, unless nohup ignores them."""
     for name in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(name) != signal.SIG_IGN:
             signal.signal(name, signal.default_int_handler)
 
 
 def ignore_signals():
-    """Let a second Ctrl-C not interrupt the wait for children that are ending."""
+    """Ignore Ctrl-C, SIGTERM and SIGHUP from now on, while children end."""
     for name in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(name, signal.SIG_IGN)
 
 
 def stop_children(processes, seconds=60):
-    """Ask them to save and end, all at once, and wait; SIGKILL to those that take longer than so many seconds."""
+    """Ask all processes to save and end, and wait; those that take longer than so many seconds get SIGKILL."""
     for process in processes:
         process.send_signal(signal.SIGINT)
     for process in processes:

@@ -64,9 +64,7 @@ class SearchConfig(TrainConfig):
     max_width: int | None = None  # largest width of a trial's model; None: 8 times d_model
     max_rank: float = 1.0  # largest exponent of the rank index
     choices: dict | None = None  # search these options instead of theta: {"structure": "btt", "rank": (1, 2, 4)}
-    experts: tuple | int = (
-        1  # numbers of experts to choose from, 1 for no mixture: 1,4,8; mixtures have beta = delta = 0
-    )
+    experts: tuple | int = 1  # numbers of experts to choose from: 1,4,8; 1: no mixture; others have beta = delta = 0
     jobs: int = 1  # trials at a time on each GPU, or on the CPU
     gpus: int | None = None  # GPUs to use; None: all that are here, or that CUDA_VISIBLE_DEVICES names
     report: bool = False  # run no trials, only make the table and picture of those in the storage

@@ -191,12 +191,12 @@ def run_all(todo, sweep, slots):
             while waiting and slots:
                 name, slot = waiting.pop(0), slots.pop(0)
                 folder = sweep.runs[name]["out_dir"]
-                wait_until_free(folder, seconds=60)  # a killed sweep's run may still be saving
                 env = {"TORCHINDUCTOR_COMPILE_THREADS": threads, **os.environ}
                 if slot is not None:
                     turn = os.path.join(os.path.dirname(folder), f"gpu{slot}.turn")
                     env |= {"CUDA_VISIBLE_DEVICES": slot, "GPU_TURN": turn}
                 with writing(folder, "give another --out"):
+                    wait_until_free(folder, seconds=60)  # a killed sweep's run may still be saving
                     log = open(os.path.join(folder, "train.log"), "a")
                 with log:
                     process = start_child(command_of(sweep, name), log, env)

@@ -70,6 +70,20 @@ def test_of_eight_at_once_one_owns_the_folder_until_it_dies(start, tmp_path):
     assert start(folder).stdout.readline() == "owns it after ours\n"
 
 
+def test_a_folder_is_waited_for_until_it_is_free(start, tmp_path):
+    other = start(tmp_path)
+    other.stdout.readline()
+    begun = time.monotonic()
+    ownership.wait_until_free(tmp_path, seconds=0.3)
+    assert time.monotonic() - begun > 0.25
+    threading.Timer(0.3, other.kill).start()
+    ownership.wait_until_free(tmp_path, seconds=60)
+    assert not ownership._held and time.monotonic() - begun < 30
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError):
+        ownership.wait_until_free(tmp_path / "file" / "run", seconds=60)
+
+
 def test_an_earlier_attempt_of_the_same_run_is_waited_for(start, tmp_path):
     earlier = start(tmp_path, "same")
     assert earlier.stdout.readline() == "owns it after None\n"
