@@ -77,7 +77,14 @@ def test_schedules_at_their_corners():
 
 
 def test_a_run_learns_and_leaves_what_it_should(straight):
-    assert sorted(os.listdir(straight)) == ["ckpt.pt", "ckpt_prev.pt", "config.json", "log.jsonl", "loss.png"]
+    assert sorted(os.listdir(straight)) == [
+        "ckpt.pt",
+        "ckpt_prev.pt",
+        "config.json",
+        "log.jsonl",
+        "loss.png",
+        "run.lock",
+    ]
     rows = read_rows(straight)
     assert [row["step"] for row in rows] == list(range(21))
     val = losses(straight, "val_loss")
@@ -623,7 +630,14 @@ def test_sharded_on_two_goes_on_sharded_on_four_and_whole_on_one(tiny, tmp_path)
     done = run_forked("train.py", *tiny, "--shard=fsdp", "--max_steps=10", processes=2)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "view tensor" not in done.stderr, done.stderr  # of FSDP2, about hooks that an in-place operation would drop
-    assert sorted(os.listdir(tmp_path / "run")) == ["ckpt.dcp", "ckpt_prev.dcp", "config.json", "log.jsonl", "loss.png"]
+    assert sorted(os.listdir(tmp_path / "run")) == [
+        "ckpt.dcp",
+        "ckpt_prev.dcp",
+        "config.json",
+        "log.jsonl",
+        "loss.png",
+        "run.lock",
+    ]
     for name in ("four", "one"):
         shutil.copytree(tmp_path / "run", tmp_path / name)
     done = run_forked("train.py", *tiny, "--shard=fsdp", "--resume", f"--out_dir={tmp_path}/four", processes=4)
