@@ -126,9 +126,9 @@ def read_config_json(path):
     except (ValueError, RecursionError) as error:
         if isinstance(error, ConfigError):
             raise
-        raise ConfigError(f"{path} is damaged: remove it, or take another run") from None
+        raise ConfigError(f"{path} cannot be read, it holds no options: remove it, or take another run") from None
     if not isinstance(options, dict):
-        raise ConfigError(f"{path} is damaged: remove it, or take another run")
+        raise ConfigError(f"{path} cannot be read, it holds no options: remove it, or take another run")
     return options
 
 

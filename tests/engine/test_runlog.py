@@ -516,7 +516,7 @@ def test_a_log_that_is_no_file_is_one_line(tmp_path, monkeypatch, what):
 def test_damaged_options_are_one_line(tmp_path, text):
     path = tmp_path / "config.json"
     path.write_text(text)
-    with pytest.raises(ConfigError, match=r"config.json is damaged: remove it"):
+    with pytest.raises(ConfigError, match=r"config.json cannot be read, it holds no options: remove it"):
         runlog.read_config_json(str(path))
     path.write_text('{"lr": 0.1}')
     assert runlog.read_config_json(str(path)) == {"lr": 0.1}
