@@ -30,6 +30,7 @@ from engine.compiling import choose_compiling, choose_cuda_graphs, order_loops
 from engine.device import Numbers, Turn, choose_device, choose_dtype, device_name, peak_flops, to_device
 from engine.failures import not_finite, run_with_progress
 from engine.heartbeat import Watchdog, init_distributed
+from engine.ownership import release_folder
 from engine.parallel import (
     DropoutSeeds,
     check_gradients,
@@ -41,7 +42,7 @@ from engine.parallel import (
     sum_over_ranks,
 )
 from engine.recorder import Recorder
-from engine.resuming import load_start
+from engine.resuming import load_start, own_out_dir
 from engine.signals import StopSignal
 from kernels.cuda_graph import Graphed
 from model import GPT
@@ -126,7 +127,7 @@ class Trainer:
         self.recorder = Recorder(config, self.task, 3 * forward, peak_of_all, self.progress)  # backward 2, forward 1
         resume_step = self.load_state()
         if self.rank == 0:
-            self.state["wandb_id"] = self.recorder.open(resume_step, self.state["wandb_id"])
+            self.state["wandb_id"] = self.recorder.open(self.watchdog.run, resume_step, self.state["wandb_id"])
         units = dict(unit=self.task.unit, flops=forward)
         table = runlog.model_table(
             self.model,
@@ -151,7 +152,8 @@ class Trainer:
 
     def load_state(self):
         """Load the checkpoint that the run starts from -> its step, or None for a new run."""
-        again = self.config.resume or self.watchdog.restarts > 0
+        with self.watchdog.paused():  # an earlier attempt of the same run may need time to end
+            again = own_out_dir(self.config, self.watchdog.run, self.say) or self.config.resume
         saved = load_start(self.config, self.task, self.model, self.optimizers, self.scaler, again, self.say)
         if saved is None:
             return None
@@ -334,6 +336,7 @@ class Trainer:
             saved = f"saved in {out_dir}: continue with --resume" if self.config.save else "not saved (save=False)"
             self.say(f"stopped at step {self.state['step']}, {saved}")
         self.recorder.close()
+        release_folder(self.config.out_dir)
 
     def say_summary(self):
         """Print the run's main figures and where its files are."""

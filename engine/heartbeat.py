@@ -46,13 +46,17 @@ def init_distributed(device, timeout=600.0, options=None):
     One process has no group, only the watchdog.
     """
     rank, _, world = ranks()
-    if world == 1:
-        return Watchdog(timeout=timeout, restarts=int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)))
     limit = timedelta(seconds=2 * timeout + 60)
+    if world == 1:
+        watchdog = Watchdog(timeout=timeout, restarts=int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)))
+        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+            watchdog.run = _id_of_run(_open_store(rank, limit))
+        return watchdog
     store = _open_store(rank, limit)
     attempt, restarts = _join(store, rank, world, limit.total_seconds())
     # A clone has its own connection: on a shared one, a call that waits in one thread would block the other thread.
     watchdog = Watchdog(dist.PrefixStore(f"{attempt}/watchdog", store.clone()), rank, world, timeout, restarts)
+    watchdog.run = _id_of_run(store)
     try:
         if options is not None:
             agreement = dist.PrefixStore(f"{attempt}/agreement", store)
@@ -85,6 +89,11 @@ def _open_store(rank, limit):
     except RuntimeError as error:
         reason = str(error).partition("\n")[0]
         raise SystemExit(f"error: rank {rank} cannot reach the store at {host}:{port} ({reason})") from None
+
+
+def _id_of_run(store):
+    """The same on all ranks, and after every restart by torchrun, whose store lives as long as it does; never used before."""
+    return store.compare_set("run", "", uuid.uuid4().hex).decode()
 
 
 def _join(store, rank, world, seconds):
@@ -138,10 +147,12 @@ class Watchdog:
     store: shared by all ranks, new in this attempt, used by this object alone; None: there is one process.
     timeout: in seconds; inf: this object does nothing.
     restarts: how often torchrun has restarted the group, the same on all ranks.
+    run: the run's id, the same on all ranks and after a restart by torchrun.
     """
 
     def __init__(self, store=None, rank=0, world=1, timeout=math.inf, restarts=0):
         self.store, self.rank, self.world, self.timeout, self.restarts = store, rank, world, timeout, restarts
+        self.run = uuid.uuid4().hex
         self._place = (-1, 0)  # step, beats in it: where the main thread is
         self._signs = 0  # of life, between beats
         self._stuck = (self._mark(), 0.0)  # where it was when last looked at, for how many seconds

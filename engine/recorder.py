@@ -26,12 +26,15 @@ class Recorder:
         self.seconds = 0.0  # of training since step 0
         self.lap_steps, self.lap_seconds, self.mark = 0, 0.0, None  # since the last row
 
-    def open(self, resume_step, wandb_id):
-        """Open the log on rank 0, and wandb if config asks for it -> the id of its run, or None. Arguments: the checkpoint's, or None."""
+    def open(self, run, resume_step, wandb_id):
+        """Open the log, on rank 0, and wandb where asked for -> its run's id or None.
+
+        run: our own id of the run, in out_dir. resume_step, wandb_id: the checkpoint's, or None.
+        """
         if self.config.wandb:
             self.wandb = runlog.start_wandb(self.config.wandb_project, asdict(self.config), wandb_id)
             wandb_id = self.wandb.id
-        self.log = open_out_dir(self.config, resume_step, self.progress.say)
+        self.log = open_out_dir(self.config, run, resume_step, self.progress.say)
         return wandb_id
 
     def start_clock(self):

@@ -5,12 +5,36 @@ import os
 import shlex
 from dataclasses import asdict
 
-from configurator import ConfigError, RunFailed
+from configurator import ConfigError, OneLineExit
 from data import LANGUAGE, changed_values, check_same_data
-from engine import checkpoint, runlog
+from engine import checkpoint, ownership, runlog
 
 # Options of a model that a resumed run may change, since they leave the parameters as they are.
 MAY_CHANGE = {"dropout", "activation_checkpointing"}
+
+
+def own_out_dir(config, run, say):
+    """Lock out_dir on rank 0 -> whether it holds this very run, which torchrun has restarted: the same on all ranks.
+
+    run: the run's id. Every rank calls it. ConfigError where another process owns out_dir or it cannot be written,
+    RunFailed where the disk is full.
+    """
+    restarted = error = None
+    if checkpoint.group_rank()[0] == 0:
+        try:
+            with writing_to(config.out_dir):
+                restarted = ownership.own_folder(config.out_dir, "give another out_dir", say, run) == run
+        except OneLineExit as refusal:
+            error = refusal
+    restarted, refused = checkpoint.gather_from_ranks((restarted, error and error.message))[0]
+    if refused:
+        raise error or ConfigError(refused)
+    return restarted
+
+
+def writing_to(out_dir):
+    """A failure to write to out_dir as one line, as of runlog.writing."""
+    return runlog.writing(f"out_dir={out_dir}", "take another")
 
 
 def load_start(config, task, model, optimizers, scaler, again, say):
@@ -18,7 +42,7 @@ def load_start(config, task, model, optimizers, scaler, again, say):
 
     config  a RunConfig
     task    with `meta`, what its data are, and `shape`, the names of options that make another model
-    again   whether the run resumes: asked for, or restarted by torchrun
+    again   whether the run resumes: asked to, or restarted by torchrun
     Every rank calls it. ConfigError where the checkpoint is of another model, or of other data.
     """
     shape = task.shape - MAY_CHANGE
@@ -85,19 +109,19 @@ def load_weights_of_another(config, model, shape, meta, say):
     say(f"weights of step {saved['step']} of {saved['path']}; this run starts at step 0")
 
 
-def open_out_dir(config, resume_step, say):
-    """Make out_dir, write config.json, open the log -> RunLog. On rank 0.
+def open_out_dir(config, run, resume_step, say):
+    """Write config.json, open the log, name the run in out_dir, which this process owns -> RunLog. On rank 0.
 
-    resume_step: that of the checkpoint; None: a new run, before which an earlier run's files are set aside.
-    ConfigError where out_dir cannot be one, RunFailed where the disk is full.
+    run: the run's id, named only here: a restart before this point finds another run, and starts as this one did.
+    resume_step: the checkpoint's; None: a new run, before which an earlier run's files are set aside.
+    ConfigError where out_dir cannot be written, RunFailed where the disk is full.
     """
-    try:
+    with writing_to(config.out_dir):
         if resume_step is None:
             checkpoint.set_aside(config.out_dir, say)
-        os.makedirs(config.out_dir, exist_ok=True)
         with runlog.whole_file(os.path.join(config.out_dir, "config.json")) as part, open(part, "w") as file:
             json.dump(asdict(config), file, indent=1)
-    except OSError as error:
-        kind = RunFailed if error.errno in runlog.DISK_ERRORS else ConfigError
-        raise kind(f"out_dir={config.out_dir} cannot be written ({error.strerror}): take another") from None
-    return runlog.RunLog(config.out_dir, resume_step)
+    log = runlog.RunLog(config.out_dir, resume_step)
+    with writing_to(config.out_dir):
+        ownership.name_run(config.out_dir, run)
+    return log

@@ -24,6 +24,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from configurator import ConfigError, as_script, choose_command, load_config, read_config_file
+from engine import runlog
 from engine.runlog import median_of, read_log, save_figure, short, writing
 from lab import frontiers, rates
 from lab.frontiers import Run
@@ -406,14 +407,9 @@ def read_run_and_options(path, config, sized=True):
 def read_options(path):
     """A run's config.json, a dict."""
     beside = os.path.join(os.path.dirname(path), "config.json")
-    try:
-        with open(beside) as file:
-            options = json.load(file)
-    except (OSError, ValueError):
-        options = None
-    if not isinstance(options, dict):
-        raise ConfigError(f"{beside} cannot be read: fit needs it beside log.jsonl, to know the structure")
-    return options
+    if not os.path.exists(beside):
+        raise ConfigError(f"{beside} does not exist: fit needs it beside log.jsonl, to know the structure")
+    return runlog.read_config_json(beside)
 
 
 def group_name(options, by):

@@ -47,7 +47,7 @@ HARM = """
 import errno, math, os, sys, time
 import torch
 import data, train
-from engine import checkpoint
+from engine import checkpoint, recorder
 
 step = 0
 mine, first = int(os.environ.get("RANK", 0)) == {rank}, os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
@@ -109,6 +109,8 @@ if "options" == {what!r} and mine:
     sys.argv.append("--lr=1e-5")
 if "nan" == {what!r}:
     checkpoint.load = slow_load
+if "early" == {what!r} and mine and first:  # the folder is locked, an earlier run in it not yet set aside
+    recorder.open_out_dir = lambda *args: os._exit(1)
 train.main(sys.argv[1:])
 """
 
@@ -560,6 +562,100 @@ def hang_writing(lab, rank, timeout, **options):
 
 
 # ---------------------------------------------------------------------------------------
+# Whose folder it is
+
+
+def restarted_early(lab, **options):
+    """Rank 0 dies before the old run in out_dir is set aside: the restart starts the new run, and not the old one again."""
+    out_dir = shutil.copytree(lab.unbroken(), lab.path("run"))
+    done = lab.run(out_dir, restarts=1, harm="early", rank=0, seed=7, **options)
+    claims = {
+        **ended_well(done),
+        "it resumed nothing": "resuming from" not in done.out and "resumed with" not in done.out,
+        "the old run is set aside whole": all(equals(f"{out_dir}.1", lab.unbroken()).values()),
+        **equals(out_dir, lab.unbroken(seed=7, **options)),
+    }
+    return judge(done, claims)
+
+
+def together(lab, count):
+    """So many runs at once in one out_dir, half of them with --resume: one trains, the others are refused."""
+    out_dir, options = lab.path("run"), dict(max_steps=100_000, eval_interval=50_000, log_interval=1)
+    commands = [lab.start(out_dir, resume=number % 2 > 0, **options) for number in range(count)]
+
+    def training():
+        return [command for command in commands if command.popen.poll() is None]
+
+    for command in commands:  # until it has ended, or is the last
+        command.wait_until(lambda: len(training()) <= 1)
+    (owner,) = training()
+    refused = [command.wait() for command in commands if command is not owner]
+    owner.wait_until(lambda: last_step(out_dir) >= 3)
+    os.kill(owner.popen.pid, signal.SIGTERM)
+    done = owner.wait()
+    steps = [row["step"] for row in rows_of(out_dir)]
+    words = ("is in use by process", str(owner.popen.pid), "give another out_dir")
+    claims = {
+        **ended_well(done),
+        "its log holds every step once": steps == list(range(len(steps))) and len(steps) > 3,
+        "its checkpoint is of the last step": saved_in(out_dir)[0]["step"] == steps[-1],
+    }
+    for number, each in enumerate(refused):
+        claims |= {f"{claim}, refused run {number}": so for claim, so in ended_clearly(each, *words).items()}
+    return judge(refused[0], claims, f"{len(refused)} refused")
+
+
+def folder_above(lab):
+    """A new run in a folder with an old run's files, the data, and the folder of a run that trains."""
+    above = shutil.copytree(lab.unbroken(), lab.path("out"))
+    data_dir, inside = shutil.copytree(lab.data, os.path.join(above, "data")), os.path.join(above, "run")
+    living = lab.start(inside, data_dir=data_dir, max_steps=100_000, eval_interval=50_000)
+    living.wait_until(lambda: last_step(inside) >= 3)
+    done = lab.run(above, data_dir=data_dir)
+    os.kill(living.popen.pid, signal.SIGTERM)
+    stopped = living.wait()
+    steps = [row["step"] for row in rows_of(inside)]
+    claims = {
+        **ended_well(done),
+        **equals(above, lab.unbroken()),
+        "the old run is set aside whole": all(equals(f"{above}.1", lab.unbroken()).values()),
+        "nothing else is": not {"data", "run"} & set(os.listdir(f"{above}.1")),
+        "the other run trained on undisturbed": all(ended_well(stopped).values()) and steps == list(range(len(steps))),
+    }
+    return judge(done, claims)
+
+
+def children_end(lab, module, name):
+    """A sweep or a search gets this signal while a run of it trains: none of its processes outlives it."""
+    out = lab.path("runs")
+    options = {**OPTIONS, "data_dir": lab.data, "max_steps": 100_000, "eval_interval": 50_000}
+    if module == "lab.sweep":
+        file, run = lab.path("sweep.py"), os.path.join(out, "seed1")
+        write(file, f"runs = [dict(seed=1)]\ncommon = {options!r}\n")
+        words = [file, "--gpus=0"]
+    else:
+        run, left_out = os.path.join(out, "trial_0"), ("micro_batch", "dropout")
+        words = [f"--{key}={value}" for key, value in options.items() if key not in left_out]
+        words += ["config/quickstart.py", "--micro_batch=4", "--trials=1"]
+    command = Command([sys.executable, "-m", module, *words, f"--out={out}"], lab.folder)
+    lab.commands.append(command)
+    reached = command.wait_until(lambda: last_step(run) >= 3)
+    command.popen.send_signal(getattr(signal, name))
+    begun = time.monotonic()
+    while command.pids() and time.monotonic() < begun + 60:
+        time.sleep(0.05)
+    done = command.wait()
+    claims = {
+        "a run was training": reached,
+        "no process is left": not done.left and time.monotonic() < begun + 60,
+        "its run saved": saved_in(run)[0]["step"] == last_step(run) > 0,
+        "exit status not 0": done.status != 0,
+        "one line": name == "SIGKILL" or done.message.startswith("stopped: the same command resumes"),
+    }
+    return judge(done, claims, f"all ended after {time.monotonic() - begun:.1f} s")
+
+
+# ---------------------------------------------------------------------------------------
 # Disks and checkpoints
 
 
@@ -988,6 +1084,14 @@ def table(short):
         ("all_nan", "float16 gradients that are always NaN", not_finite, all_nan),
         ("memory", "torch.OutOfMemoryError in step 13", in_step_13, dict(harm="memory", words=memory)),
         ("memory_1", "on rank 1 of 2 only", in_step_13, dict(harm="memory", words=memory, rank=1, **DDP)),
+        ("restarted_early", "rank 0 dies before an old run is set aside, --max-restarts=1", restarted_early, DDP),
+        ("together", f"{3 if short else 8} runs at once in one out_dir", together, dict(count=3 if short else 8)),
+        ("folder_above", "out_dir holds an old run, the data and a run that trains", folder_above, {}),
+        *(
+            (f"{module}_{name}", f"{name} to lab.{module}", children_end, dict(module=f"lab.{module}", name=name))
+            for module in ("sweep", "search")
+            for name in ("SIGTERM", "SIGHUP", "SIGKILL")
+        ),
         ("leak", f"{steps} steps", leak, dict(steps=steps)),
     ]
     return {name: (what, function, arguments) for name, what, function, arguments in rows}

@@ -285,7 +285,7 @@ else:
         ("lab.convert --source=gpt2", "error: out_dir='' and export=''"),
         ("lab.mup_check lr_landscape --steps=0", "error: steps=0"),
         ("lab.mup_check depth --n_layers=3,", "error: n_layers=(3,)"),
-        ("lab.search --rank=2", "error: --rank is every trial's own"),
+        ("lab.search --rank=2", "error: --rank is set by each trial"),
         ("lab.search --trials=0", "error: trials=0"),
     ],
 )

@@ -15,6 +15,7 @@ SHORTER = {
     "hang_writing_fsdp": {"timeout": 3},
     "ranks_differ": {},
     "launcher_killed": {},
+    "together": {},
     "interrupted_twice": {},
     "leak": {},
 }

@@ -16,6 +16,7 @@ import vision.regression
 import vision.train
 from configurator import ConfigError, load_config
 from conftest import ROOT, read_rows, run_forked, start_script
+from engine.ownership import is_alive, owning
 from lab import scaling_laws, sweep
 from model import GPT
 from vision.mlp import MLP
@@ -111,6 +112,48 @@ def test_ctrl_c_twice_leaves_nothing_running_and_the_same_command_goes_on(path, 
     assert f"resuming from step {steps[-1]}" in (log.parent / "train.log").read_text()
 
 
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP", "SIGKILL"])
+def test_runs_end_with_their_sweep(path, tmp_path, name):
+    """Whatever ends it; a second sweep in the folder is refused before, and starts after."""
+    out = tmp_path / "runs"
+    words = ["lab.sweep", path, f"--out={out}", "--gpus=0", "--only=btt_d_model36"]
+    process = start_script(*words, "--common=--max_steps=100000 --eval_interval=50000")
+    lock = out / "btt_d_model36" / "run.lock"
+    try:
+        wait_until(lambda: lock.exists() and json.loads(lock.read_text() or "{}").get("run"))  # it trains
+        run = json.loads(lock.read_text())["pid"]
+        assert is_alive(run) and run != process.pid
+        with pytest.raises(ConfigError, match=f"runs is in use by process {process.pid} on .*, or give another --out"):
+            sweep.main(words[1:])
+        process.send_signal(getattr(signal, name))
+        said, _ = process.communicate(timeout=120)
+        wait_until(lambda: not is_alive(run))
+    finally:
+        process.kill()
+    assert process.returncode == (-9 if name == "SIGKILL" else 1)
+    assert name == "SIGKILL" or "stopped: the same command resumes" in said
+    assert "saved in" in (out / "btt_d_model36" / "train.log").read_text()
+    with owning(str(out), ""), owning(str(out / "btt_d_model36"), ""):
+        pass
+
+
+def wait_until(condition):
+    deadline = time.monotonic() + 120
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize("file, text", [("config.json", "[7]"), ("log.jsonl", '{"step": 6, "val_loss": "low"}\n')])
+def test_a_damaged_run_is_one_line(path, tmp_path, file, text):
+    run = tmp_path / "runs" / "dense_d_model36"
+    run.mkdir(parents=True)
+    (run / "log.jsonl").write_text('{"step": 6}\n')
+    (run / file).write_text(text)
+    with pytest.raises(ConfigError, match=f"dense_d_model36/{file}"):
+        sweep.main([path, f"--out={tmp_path}/runs", "--gpus=0"])
+
+
 @pytest.mark.parametrize(
     "text, message",
     [
@@ -156,7 +199,7 @@ small = dict(common=dict(max_steps=10), runs=[dict(d_model=16), dict(d_model=32)
     assert list(small.runs) == ["d_model16", "d_model32"] and small.fit == "--points=final"
     where = os.path.join("out", "sweeps", "some_small", "d_model16")
     assert small.runs["d_model16"] == {"lr": 0.1, "max_steps": 10, "d_model": 16, "out_dir": where}
-    with pytest.raises(ConfigError, match="small has 'run', which is unknown: it may have runs, common"):
+    with pytest.raises(ConfigError, match="small defines 'run', which is unknown: it may define runs, common"):
         sweep.read_sweep(write(tmp_path, "runs = [{}]; small = dict(run=[])"), small=True)
     with pytest.raises(ConfigError, match="has no small version: leave --small out"):
         sweep.read_sweep(write(tmp_path, "runs = [{}]"), small=True)
@@ -174,8 +217,8 @@ def test_options_for_all_runs(tmp_path, capsys):
     for text, message in (
         ("data/mine", "'data/mine' is not an option, write each as --key=value"),
         ("--save 'x", "close the quotes"),
-        ("--d_model=8", "d_model is made run by run: change it in"),
-        ("--out_dir=x", "out_dir is made run by run: give --out"),
+        ("--d_model=8", "d_model differs from run to run: change it in"),
+        ("--out_dir=x", "out_dir differs from run to run: give --out"),
     ):
         with pytest.raises(ConfigError, match=message):
             sweep.read_sweep(path, common=text)
@@ -201,13 +244,12 @@ def test_a_run_whose_steps_a_config_file_sets(tmp_path):
 
 
 def test_options_of_other_types_than_they_are_written_with(tmp_path, capsys):
-    """data_dir=2024 is written as text by the run; a config.json that holds no options is no reason to fail."""
+    """A run writes data_dir=2024 as text; a last step that is no number is never reached."""
     options = {"out_dir": str(tmp_path), "data_dir": 2024, "lr": 1e-3}
     (tmp_path / "log.jsonl").write_text('{"step": 5}\n')
     for text, finished in (
         ('{"data_dir": "2024", "max_steps": 5}', True),
         ('{"max_steps": "all"}', False),
-        ("[]", False),
     ):
         (tmp_path / "config.json").write_text(text)
         assert sweep.is_finished(options) == finished
@@ -220,7 +262,9 @@ def test_finished_runs_of_other_options_are_spoken_of(tmp_path, capsys):
     for steps, data in ((5, "a"), (6, "b")):
         leave_behind(tmp_path / f"max_steps{steps}", steps, max_steps=steps, data_dir=data, theta=[0.5, 0], out_dir="x")
     sweep.main([path, f"--out={tmp_path}", "--gpus=0"])
-    note = "note: 1 of these had other options, max_steps5 data_dir='a', not 'b': another --out trains them again"
+    note = (
+        "note: 1 of these had other options: max_steps5 data_dir='a', not 'b'; give another --out to train them again"
+    )
     assert capsys.readouterr().out.splitlines() == ["2 runs, 2 of them finished; 1 at a time", note]
 
 
@@ -233,7 +277,7 @@ def test_gpus_are_those_that_are_named(tmp_path, monkeypatch):
     )
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,1")
     assert sweep.gpus_to_use() == ["3", "1"] and sweep.gpus_to_use(1) == ["3"]
-    with pytest.raises(ConfigError, match="gpus=3, but 2 are here or named by CUDA_VISIBLE_DEVICES"):
+    with pytest.raises(ConfigError, match="gpus=3, but CUDA_VISIBLE_DEVICES or this machine has 2: give"):
         sweep.gpus_to_use(3)
     look = "import os, sys; open(sys.argv[-1].split('=')[1] + '/gpu', 'w').write(os.environ['CUDA_VISIBLE_DEVICES'])"
     monkeypatch.setattr(

@@ -626,7 +626,14 @@ def straight(tmp_path_factory):
 
 
 def test_a_run_leaves_what_it_should(straight, capsys):
-    assert sorted(os.listdir(straight)) == ["ckpt.pt", "ckpt_prev.pt", "config.json", "log.jsonl", "loss.png"]
+    assert sorted(os.listdir(straight)) == [
+        "ckpt.pt",
+        "ckpt_prev.pt",
+        "config.json",
+        "log.jsonl",
+        "loss.png",
+        "run.lock",
+    ]
     rows = read_rows(straight)
     last, config = rows[-1], ImageTrainConfig(**TINY_VIT)
     assert [row["step"] for row in rows] == list(range(21))
