@@ -38,7 +38,7 @@ from theta import BTT, factor_sizes
 
 
 @dataclass
-class Config:
+class PrepareConfig:
     source: str = "owt"  # "owt", "stdlib", or a local file or folder
     tokenizer: Literal["gpt2", "char96", "chars", "bytes"] = "gpt2"  # chars: those of the text; bytes: any text
     out_dir: str | None = None  # None: data/SOURCE_TOKENIZER
@@ -73,12 +73,12 @@ VAL_BYTES = 500_000  # of text for validation, where the share is chosen by size
 
 
 def main(argv):
-    prepare(load_config(Config, argv))
+    prepare(load_config(PrepareConfig, argv))
 
 
 def prepare_default(data_dir):
     """The quickstart's data, where it is missing: the standard library's source text as characters."""
-    default = Config(source="stdlib", tokenizer="char96")
+    default = PrepareConfig(source="stdlib", tokenizer="char96")
     if data_dir == default.out_dir and not os.path.exists(os.path.join(data_dir, "meta.json")):
         print(f"{data_dir} is missing: preparing the source text of Python's standard library")
         prepare(default, replace=False)
@@ -218,7 +218,7 @@ def hub_source(config):
         ) from None
     reader = TextReader(config.text_field, config.skip_bad)
     # The published token counts of OpenWebText are of its texts as they are.
-    as_is = config.dataset == Config.dataset
+    as_is = config.dataset == PrepareConfig.dataset
 
     def documents():
         reader.reset()
@@ -417,7 +417,7 @@ def check_counts(config, source, itemsize, paths, counts, left_out):
             raise ConfigError(
                 f"{path} has {os.path.getsize(path)} bytes, not {counts[f'{split}_tokens']} tokens: is the disk full?"
             )
-    if config.source == "owt" and config.dataset == Config.dataset and config.tokenizer == "gpt2":
+    if config.source == "owt" and config.dataset == PrepareConfig.dataset and config.tokenizer == "gpt2":
         for split, published in OWT_GPT2_TOKENS.items():
             if counts[f"{split}_tokens"] != published:
                 print(f"warning: {counts[f'{split}_tokens']:,} {split} tokens, not the published {published:,}")

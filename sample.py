@@ -17,7 +17,7 @@ from text_files import normalise, read_text
 
 
 @dataclass
-class Config:
+class SampleConfig:
     out_dir: str = "out/run"  # folder of the run
     start: str = ""  # prompt; FILE:path reads it from a file; empty: the beginning of a document
     num_samples: int = 1  # texts, all continuing the same prompt
@@ -44,7 +44,7 @@ class Config:
 
 
 if __name__ == "__main__":  # a mistake is answered before torch is imported, which takes seconds
-    as_script(partial(load_config, Config))
+    as_script(partial(load_config, SampleConfig))
 
 import torch
 
@@ -94,7 +94,7 @@ def sample(model, tokenizer, ids, config, device):
 
 
 def main(argv):
-    config = load_config(Config, argv)
+    config = load_config(SampleConfig, argv)
     model, meta = load_model(config.out_dir)
     if config.experts_top_k is not None:
         set_top_k(model, config.experts_top_k, option="experts_top_k")

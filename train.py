@@ -47,8 +47,7 @@ from model import GPT
 from moe import auxiliary_loss, set_top_k
 from optim import make_optimizers
 from prepare_owt import prepare_default
-from sample import Config as SampleConfig
-from sample import load_model, sample
+from sample import SampleConfig, load_model, sample
 
 
 def lr_at(step, config):

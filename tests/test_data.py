@@ -28,7 +28,7 @@ from data import (
     read_meta,
     tokenizer_of,
 )  # fmt: skip
-from prepare_owt import Config, prepare
+from prepare_owt import PrepareConfig, prepare
 from theta import BTT, factor_sizes
 
 
@@ -202,7 +202,7 @@ def test_characters_of_a_local_folder(tmp_path, monkeypatch, kind, num_proc):
     write_corpus(kind, tmp_path / "in", documents)
     out = str(tmp_path / "out")
     meta = prepare(
-        Config(source=str(tmp_path / "in"), tokenizer="char96", out_dir=out, val_fraction=0.2, num_proc=num_proc)
+        PrepareConfig(source=str(tmp_path / "in"), tokenizer="char96", out_dir=out, val_fraction=0.2, num_proc=num_proc)
     )
     stored, tokens = read_tokens(out)
     kept = [text for text in documents if allowed(text)]
@@ -229,7 +229,9 @@ def test_bpe_of_the_hubs_layout(tmp_path, small_bpe):
         )
     out = str(tmp_path / "out")
     prepare(
-        Config(source="owt", dataset=str(tmp_path / "hub"), bpe_dir=folder, out_dir=out, val_fraction=0.1, num_proc=2)
+        PrepareConfig(
+            source="owt", dataset=str(tmp_path / "hub"), bpe_dir=folder, out_dir=out, val_fraction=0.1, num_proc=2
+        )
     )
     _, tokens = read_tokens(out)
     split = datasets.Dataset.from_dict({"text": documents}).train_test_split(test_size=0.1, seed=2357, shuffle=True)
@@ -244,13 +246,15 @@ def test_a_data_set_of_one_document_is_refused_in_one_line(tmp_path):
     (tmp_path / "hub").mkdir()
     datasets.Dataset.from_dict({"text": ["all there is"]}).to_parquet(tmp_path / "hub" / "train-00000-of-00001.parquet")
     with pytest.raises(ConfigError, match="val_fraction=0.0005: .*hub cannot be split so"):
-        prepare(Config(dataset=str(tmp_path / "hub"), tokenizer="bytes", out_dir=str(tmp_path / "out")))
+        prepare(PrepareConfig(dataset=str(tmp_path / "hub"), tokenizer="bytes", out_dir=str(tmp_path / "out")))
 
 
 def test_one_document_is_split_at_its_end(tmp_path):
     path = tmp_path / "one.txt"
     path.write_text("abcdefghij" * 100)
-    prepare(Config(source=str(path), tokenizer="char96", out_dir=str(tmp_path / "out"), val_fraction=0.1, num_proc=1))
+    prepare(
+        PrepareConfig(source=str(path), tokenizer="char96", out_dir=str(tmp_path / "out"), val_fraction=0.1, num_proc=1)
+    )
     _, tokens = read_tokens(str(tmp_path / "out"))
     assert len(tokens["val"]) == 100 and len(tokens["train"]) == 901
     assert [*tokens["train"], *tokens["val"]] == char_ids("abcdefghij" * 100 + "\n")
@@ -258,7 +262,9 @@ def test_one_document_is_split_at_its_end(tmp_path):
 
 def test_the_same_again_gives_the_same_and_a_failure_leaves_the_old(tmp_path):
     (tmp_path / "a.txt").write_text("some text " * 50)
-    config = Config(source=str(tmp_path / "a.txt"), tokenizer="char96", out_dir=str(tmp_path / "out"), num_proc=1)
+    config = PrepareConfig(
+        source=str(tmp_path / "a.txt"), tokenizer="char96", out_dir=str(tmp_path / "out"), num_proc=1
+    )
     prepare(config)
     before = {name: open(tmp_path / "out" / name, "rb").read() for name in os.listdir(tmp_path / "out")}
     prepare(config)
@@ -274,7 +280,7 @@ def prepare_folder(tmp_path, documents, **options):
     folder.mkdir()
     for i, text in enumerate(documents):
         (folder / f"{i:04}.txt").write_text(text, encoding="utf-8", newline="")
-    prepare(Config(**{"source": str(folder), "tokenizer": "bytes", "out_dir": out, "num_proc": 1, **options}))
+    prepare(PrepareConfig(**{"source": str(folder), "tokenizer": "bytes", "out_dir": out, "num_proc": 1, **options}))
     return read_tokens(out)
 
 
@@ -305,14 +311,14 @@ def test_what_is_left_out_is_named(tmp_path, capsys):
     assert "日" not in out  # the first is enough
     (tmp_path / "book.txt").write_text("a\nb\né")
     with pytest.raises(ConfigError, match=r"book.txt:3 has 'é', which.* --tokenizer=chars or bytes"):
-        prepare(Config(source=str(tmp_path / "book.txt"), tokenizer="char96", out_dir=str(tmp_path / "out2")))
+        prepare(PrepareConfig(source=str(tmp_path / "book.txt"), tokenizer="char96", out_dir=str(tmp_path / "out2")))
 
 
 @pytest.mark.parametrize("size, share", [(1000, 0.1), (4_000_000, 0.1), (10_000_000, 0.05), (2_000_000_000, 0.0005)])
 def test_validation_is_a_tenth_of_small_texts(tmp_path, size, share):
     with open(tmp_path / "a.txt", "wb") as file:
         file.truncate(size)
-    config = Config(source=str(tmp_path / "a.txt"), tokenizer="bytes")
+    config = PrepareConfig(source=str(tmp_path / "a.txt"), tokenizer="bytes")
     assert prepare_owt.open_source(config).val_fraction == pytest.approx(share)
 
 
@@ -343,7 +349,7 @@ def test_the_standard_library_is_there():
 def test_broken_jsonl_is_named(tmp_path, content, words):
     (tmp_path / "a.jsonl").write_text(content)
     with pytest.raises(ConfigError) as caught:
-        prepare(Config(source=str(tmp_path), tokenizer="char96", out_dir=str(tmp_path / "out"), num_proc=1))
+        prepare(PrepareConfig(source=str(tmp_path), tokenizer="char96", out_dir=str(tmp_path / "out"), num_proc=1))
     assert all(word in str(caught.value) for word in words), str(caught.value)
 
 
@@ -351,7 +357,7 @@ def test_nulls_and_bad_rows_are_left_out_and_counted(tmp_path, capsys):
     lines = ['{"text": "one"}', '{"text": null}', "not json", '{"text": 3}', '{"text": "two"}']
     (tmp_path / "a.jsonl").write_text("\n".join(lines))
     out = str(tmp_path / "out")
-    prepare(Config(source=str(tmp_path / "a.jsonl"), tokenizer="bytes", out_dir=out, skip_bad=True))
+    prepare(PrepareConfig(source=str(tmp_path / "a.jsonl"), tokenizer="bytes", out_dir=out, skip_bad=True))
     said = capsys.readouterr().out
     assert "1 nulls left out" in said and "2 left out that cannot be read; the first:" in said and "a.jsonl:3" in said
     _, tokens = read_tokens(out)
@@ -391,7 +397,9 @@ def test_a_dead_process_is_one_line(tmp_path, monkeypatch):
 def test_a_folder_that_cannot_be_written_is_one_line(tmp_path):
     (tmp_path / "a.txt").write_text("some text")
     with pytest.raises(ConfigError, match="out_dir=.*a.txt/out cannot be written"):
-        prepare(Config(source=str(tmp_path / "a.txt"), tokenizer="bytes", out_dir=str(tmp_path / "a.txt" / "out")))
+        prepare(
+            PrepareConfig(source=str(tmp_path / "a.txt"), tokenizer="bytes", out_dir=str(tmp_path / "a.txt" / "out"))
+        )
 
 
 def test_several_quickstarts_at_once(tmp_path, monkeypatch):
@@ -454,7 +462,7 @@ def test_nanogpts_characters_are_taken_over(tmp_path):
     folder = nanogpt_folder(tmp_path / "shakespeare_char", [stoi[char] for char in text], meta)
     with pytest.raises(ConfigError, match=f"--source={folder}"):
         TokenData(folder, 16)
-    prepare(Config(source=folder))
+    prepare(PrepareConfig(source=folder))
     data = TokenData(folder, 16)
     assert tokenizer_of(data.meta).decode(data.tokens["val"]) == text[-40:]
     x, _ = data.train_batch(seed=0, step=0, rows=2, start=0, stop=2)
@@ -463,13 +471,13 @@ def test_nanogpts_characters_are_taken_over(tmp_path):
 
 def test_nanogpts_bpe_is_taken_over_and_other_tokens_are_not(tmp_path):
     folder = nanogpt_folder(tmp_path / "openwebtext", [15496, 995, 50256] * 50)
-    prepare(Config(source=folder))
+    prepare(PrepareConfig(source=folder))
     meta = TokenData(folder, 16).meta
     assert (meta["tokenizer"], meta["vocab_size"], meta["train_tokens"]) == ("gpt2", 50257, 110)
     with pytest.raises(ConfigError, match="nanoGPT's tokens stay in"):
-        Config(source=nanogpt_folder(tmp_path / "moved", [1] * 50), out_dir=str(tmp_path / "elsewhere"))
+        PrepareConfig(source=nanogpt_folder(tmp_path / "moved", [1] * 50), out_dir=str(tmp_path / "elsewhere"))
     with pytest.raises(ConfigError, match="train.bin holds token 60000"):
-        prepare(Config(source=nanogpt_folder(tmp_path / "other", [60000] * 50)))
+        prepare(PrepareConfig(source=nanogpt_folder(tmp_path / "other", [60000] * 50)))
 
 
 class Opens:
@@ -486,7 +494,7 @@ def test_a_pickle_that_runs_code_is_refused(tmp_path):
     trap = str(tmp_path / "trap")
     folder = nanogpt_folder(tmp_path / "data", [1] * 50, {"itos": Opens(trap)})
     with pytest.raises(ConfigError, match="meta.pkl is not the vocabulary.*--tokenizer=chars"):
-        prepare(Config(source=folder))
+        prepare(PrepareConfig(source=folder))
     assert not os.path.exists(trap) and not os.path.exists(os.path.join(folder, "meta.json"))
 
 

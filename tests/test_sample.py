@@ -34,7 +34,7 @@ def run(char_data, tmp_path_factory):
 def test_text_looks_like_what_was_learned(run):
     """Lines of the data are `a + b = c`: a trained model writes their form."""
     model, _ = sample.load_model(run)
-    config = sample.Config(max_new_tokens=300, temperature=0.5)
+    config = sample.SampleConfig(max_new_tokens=300, temperature=0.5)
     (text,) = sample.sample(model, CharTokenizer(), [0], config, torch.device("cpu"))
     lines = text.split("\n")[1:-1]
     well_formed = [
@@ -100,7 +100,7 @@ def test_ids_that_the_tokenizer_lacks_are_never_drawn():
     """A new model's logits are all equal: of 128 ids a quarter have no character."""
     model = GPT(GPTConfig(vocab_size=128, n_layer=1, n_head=2, d_model=36, block_size=16))
     for options in (dict(temperature=1.0), dict(temperature=1.0, top_k=100), dict(temperature=1.0, top_p=0.99)):
-        config = sample.Config(max_new_tokens=200, num_samples=2, **options)
+        config = sample.SampleConfig(max_new_tokens=200, num_samples=2, **options)
         for text in sample.sample(model, CharTokenizer(), [0], config, torch.device("cpu")):
             assert len(text) == 200 and len(set(text)) > 50
 

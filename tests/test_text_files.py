@@ -55,7 +55,7 @@ def test_a_prompt_is_read_as_the_data_is(tmp_path, name):
     if name:
         write(str(tmp_path / name), RAW)
         start = f"FILE:{tmp_path / name}"
-    prompt, ids = sample.read_prompt(sample.Config(start=start), ByteTokenizer(), 100)
+    prompt, ids = sample.read_prompt(sample.SampleConfig(start=start), ByteTokenizer(), 100)
     assert prompt == CLEAN and ids == list(CLEAN.encode())
 
 
