@@ -74,8 +74,9 @@ from engine.runlog import duration
 from optim import lr_multipliers, make_optimizers
 from train import Trainer
 from vision.augment import Augment
-from vision.data import Held, Streamed, check_labels, open_splits, workers_watched
+from vision.data import Held, Streamed, workers_watched
 from vision.mlp import MLP
+from vision.sources import check_labels, open_splits
 from vision.vit import ViT
 
 MODELS = {"mlp": MLP, "vit": ViT}

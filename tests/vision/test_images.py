@@ -17,8 +17,10 @@ from PIL import Image
 
 import vision.data
 from configurator import ConfigError
-from vision.data import Decoded, Held, Images, PixelsConfig, Split, decode, open_splits, parsed, to_square, write_pixels
+from vision.data import Decoded, Held, Images, PixelsConfig, write_pixels
+from vision.images import decode, to_square
 from vision.options import DataConfig
+from vision.sources import Split, check_labels, open_splits, parquet_files, parse_path
 from vision.train import ImageTrainConfig
 
 CPU = torch.device("cpu")
@@ -73,14 +75,14 @@ def split_labels(folder, dataset, say=lambda text: None):
     ],
 )
 def test_a_split_is_a_word_between_separators(path, split, owner):
-    assert parsed(path)[:2] == (split, owner)
+    assert parse_path(path)[:2] == (split, owner)
 
 
 @settings(deadline=None, max_examples=50)
 @given(st.text("abcdefgijkmopqs", min_size=1, max_size=6), st.sampled_from("-_. "), st.sampled_from(["train", "test"]))
 def test_a_split_inside_a_longer_word_is_none(word, separator, split):
-    assert parsed(f"{word}{separator}{split}.parquet")[0] == split
-    assert parsed(f"{word}{split}{word}.parquet")[0] is None
+    assert parse_path(f"{word}{separator}{split}.parquet")[0] == split
+    assert parse_path(f"{word}{split}{word}.parquet")[0] is None
 
 
 @pytest.mark.parametrize("pair", [("mnist", "fashion_mnist"), ("cifar10", "cifar100"), ("mnist", "emnist")])
@@ -122,7 +124,7 @@ def test_only_the_first_split_with_labels_is_for_validation(tmp_path):
     os.remove(tmp_path / "unconstrained-test.parquet")
     with pytest.raises(ConfigError, match="val split has no labels"):
         config = ImageTrainConfig(**OPTIONS, dataset="x", data_dir=str(tmp_path))
-        vision.data.check_labels(config, open_splits(config)[0], None)
+        check_labels(config, open_splits(config)[0], None)
 
 
 def test_of_the_hubs_splits_one_with_labels_is_for_validation(monkeypatch):
@@ -258,7 +260,7 @@ def test_a_class_that_one_split_lacks_is_a_note(lacking, other, tmp_path):
     os.rename(f"{folder}/{lacking}/green", tmp_path / "green")
     config, said = ImageTrainConfig(**OPTIONS, dataset="x", data_dir=folder), []
     splits, classes = open_splits(config)
-    vision.data.check_labels(config, splits, classes, said.append)
+    check_labels(config, splits, classes, said.append)
     assert classes == ["blue", "green", "red"]
     assert splits[lacking].labels.tolist() == [0, 0, 2, 2] and splits[other].labels.tolist() == [0, 0, 1, 1, 2, 2]
     assert said == [f"note: classes of {other} without an image in {lacking}: 1, green"]
@@ -457,4 +459,4 @@ def test_of_several_data_sets_one_that_is_whole_is_offered(tmp_path):
         for split in splits:
             (tmp_path / folder / f"{split}-0.parquet").write_bytes(b"")
     with pytest.raises(ConfigError, match="several data sets .*: give --dataset=plain, or a folder of one"):
-        vision.data.parquet_files(DataConfig(dataset="cifar10", data_dir=str(tmp_path)))
+        parquet_files(DataConfig(dataset="cifar10", data_dir=str(tmp_path)))

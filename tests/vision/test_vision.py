@@ -32,6 +32,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import optim
 import train
 import vision.data
+import vision.images
 import vision.regression
 import vision.train
 from configurator import ConfigError, help_text, load_config
@@ -44,9 +45,11 @@ from model import GPT
 from optim import Optimizers
 from train import TrainConfig, Trainer
 from vision.augment import OPERATION_NAMES, Augment, erase_boxes, inside, mix_boxes, moved, rand_operation
-from vision.data import Held, Order, Streamed, open_splits, random_box, rng
+from vision.data import Held, Order, Streamed, rng
+from vision.images import random_box
 from vision.mlp import MLP
 from vision.regression import RegressionConfig
+from vision.sources import Split, open_splits
 from vision.train import ImageTask, ImageTrainConfig
 from vision.vit import ViT, patches
 
@@ -344,9 +347,7 @@ def test_held_images_become_rgb_and_square(monkeypatch, workers):
         Image.new("RGBA", (10, 10), (1, 2, 3, 4)),
         Image.new("RGB", (9, 30), (9, 8, 7)),
     ]
-    split = vision.data.Split(
-        np.array([0, 1, 0, 1, 0, 1]), lambda i: png(images[i]) if i < 3 else b"torn", lambda i: f"image {i}"
-    )
+    split = Split(np.array([0, 1, 0, 1, 0, 1]), lambda i: png(images[i]) if i < 3 else b"torn", lambda i: f"image {i}")
     said = []
     config = ImageTrainConfig(**{**TINY, "channels": 3, "n_classes": 2, "workers": workers})
     held = Held(config, {"train": split, "val": split}, CPU, said.append)
@@ -877,7 +878,7 @@ def test_decoding_by_torchvision_is_the_same_picture(folder, tmp_path, monkeypat
     options = {key: value for key, value in streaming(folder, tmp_path).items() if key != "out_dir"}
     batches, by_pil = [], []
     monkeypatch.setattr(
-        vision.data, "decode", lambda raw, C, real=vision.data.decode: by_pil.append(raw[:2]) or real(raw, C)
+        vision.images, "decode", lambda raw, C, real=vision.images.decode: by_pil.append(raw[:2]) or real(raw, C)
     )
     for gpu_decode in (False, True):
         config = ImageTrainConfig(**options, gpu_decode=gpu_decode)
