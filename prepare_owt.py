@@ -18,6 +18,7 @@ import multiprocessing
 import os
 import pickle
 import random
+import shutil
 import signal
 import sysconfig
 import tempfile
@@ -33,7 +34,7 @@ from tqdm import tqdm
 
 from configurator import ConfigError, as_script, load_config
 from data import GPT2Tokenizer, code_points, is_nanogpt_folder, make_tokenizer
-from text_files import TextReader, first_line, local_files
+from text_files import MAX_DOCUMENT, TextReader, first_line, local_files
 from theta import BTT, factor_sizes
 
 
@@ -46,6 +47,7 @@ class PrepareConfig:
     text_field: str = "text"  # name of the text in .jsonl objects, .parquet columns and hub data sets
     extensions: tuple = ("txt", "jsonl", "parquet")  # of the files taken from a folder; others than these: plain text
     skip_bad: bool = False  # leave out, and count, files, lines and rows that cannot be read
+    max_document: int = MAX_DOCUMENT  # characters; longer plain text is cut, a longer line or cell cannot be read
     val_fraction: float | None = None  # of the documents; None: by size, a tenth of small texts, 0.0005 of OpenWebText
     seed: int = 2357  # of the split
     num_proc: int = 0  # tokenizing processes; 0: one a core for gpt2, else one, which is faster than reading
@@ -54,9 +56,9 @@ class PrepareConfig:
     def __post_init__(self):
         if self.val_fraction is not None and not 0 < self.val_fraction < 1:
             raise ConfigError(f"val_fraction={self.val_fraction}: make it more than 0 and less than 1")
-        for name in ("num_proc", "seed"):
-            if getattr(self, name) < 0:
-                raise ConfigError(f"{name}={getattr(self, name)}: make it at least 0")
+        for name, least in (("num_proc", 0), ("seed", 0), ("max_document", 1)):
+            if getattr(self, name) < least:
+                raise ConfigError(f"{name}={getattr(self, name)}: make it at least {least}")
         if is_nanogpt_folder(self.source):
             if self.out_dir not in (None, self.source):
                 raise ConfigError(f"out_dir={self.out_dir}: nanoGPT's tokens stay in {self.source}: leave out_dir out")
@@ -185,7 +187,7 @@ def open_source(config):
 
 
 def files_source(config, files, val_fraction):
-    reader = TextReader(config.text_field, config.skip_bad or config.source == "stdlib")
+    reader = TextReader(config.text_field, config.skip_bad or config.source == "stdlib", config.max_document)
 
     def documents():
         reader.reset()
@@ -216,7 +218,7 @@ def hub_source(config):
         raise ConfigError(
             f"val_fraction={val_fraction}: {config.dataset} cannot be split so: {first_line(error)}"
         ) from None
-    reader = TextReader(config.text_field, config.skip_bad)
+    reader = TextReader(config.text_field, config.skip_bad, config.max_document)
     # The published token counts of OpenWebText are of its texts as they are.
     as_is = config.dataset == PrepareConfig.dataset
 
@@ -224,10 +226,10 @@ def hub_source(config):
         reader.reset()
         for split, part in (("train", parts["train"]), ("val", parts["test"])):
             row = 0
-            for batch in part.select_columns(config.text_field).iter(batch_size=1000):
-                for text in batch[config.text_field]:
+            for table in part.select_columns(config.text_field).with_format("arrow").iter(batch_size=100):
+                for cell in table.column(0):
                     row += 1
-                    for document in reader.checked(text, f"{config.dataset}, row {row} of {split}", as_is=as_is):
+                    for document in reader.checked_cell(cell, f"{config.dataset}, row {row} of {split}", as_is=as_is):
                         yield document._replace(split=split)
 
     return Source(documents, reader, val_fraction, len(data), draws=False)
@@ -400,7 +402,7 @@ def move_tail(val_fraction, itemsize, paths, counts):
     )
     with open(paths["train"], "r+b") as train, open(paths["val"], "wb") as val:
         start = train.seek(-tail * itemsize, os.SEEK_END)
-        val.write(train.read())
+        shutil.copyfileobj(train, val, 2**20)
         train.truncate(start)
     counts["train_tokens"] -= tail
     counts["val_tokens"] += tail

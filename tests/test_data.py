@@ -1,6 +1,7 @@
 """Tokenizers against independent ones, preparation against plain loops, batches as pure functions."""
 
 import concurrent.futures
+import errno
 import json
 import multiprocessing
 import os
@@ -9,6 +10,7 @@ import random
 import re
 import shutil
 import string
+from contextlib import suppress
 
 import numpy as np
 import pytest
@@ -16,7 +18,7 @@ import torch
 
 import prepare_owt
 import train
-from configurator import ConfigError
+from configurator import ConfigError, RunFailed
 from conftest import ROOT, run_forked
 from data import (
     ByteTokenizer,
@@ -25,6 +27,7 @@ from data import (
     TokenData,
     VocabularyTokenizer,
     check_same_data,
+    fingerprint,
     read_meta,
     tokenizer_of,
 )  # fmt: skip
@@ -359,7 +362,7 @@ def test_nulls_and_bad_rows_are_left_out_and_counted(tmp_path, capsys):
     out = str(tmp_path / "out")
     prepare(PrepareConfig(source=str(tmp_path / "a.jsonl"), tokenizer="bytes", out_dir=out, skip_bad=True))
     said = capsys.readouterr().out
-    assert "1 nulls left out" in said and "2 left out that cannot be read; the first:" in said and "a.jsonl:3" in said
+    assert "1 nulls left out" in said and "left out because unreadable: 2; the first:" in said and "a.jsonl:3" in said
     _, tokens = read_tokens(out)
     assert bytes([*tokens["train"], *tokens["val"]]) == b"one\ntwo\n"
 
@@ -464,7 +467,7 @@ def test_nanogpts_characters_are_taken_over(tmp_path):
         TokenData(folder, 16)
     prepare(PrepareConfig(source=folder))
     data = TokenData(folder, 16)
-    assert tokenizer_of(data.meta).decode(data.tokens["val"]) == text[-40:]
+    assert tokenizer_of(data.meta).decode(data.tokens["val"].read([0], 40)[0]) == text[-40:]
     x, _ = data.train_batch(seed=0, step=0, rows=2, start=0, stop=2)
     assert tokenizer_of(data.meta).decode(x[0].tolist()) in text
 
@@ -509,7 +512,7 @@ def test_batches_are_a_function_of_seed_and_step_and_ranks_share_them(char_data)
     assert torch.equal(whole_x[:, 1:], whole_y[:, :-1])
     for seed, step in ((1, 6), (2, 5)):
         assert not torch.equal(data.train_batch(seed, step, 12, 0, 12)[0], whole_x)
-    stream = data.tokens["train"].tobytes()
+    stream = np.fromfile(os.path.join(char_data, "train.bin"), np.uint8).tobytes()
     assert all(bytes(row.to(torch.uint8).numpy()) in stream for row in whole_x)
 
 
@@ -549,6 +552,83 @@ def test_broken_data_is_named(tmp_path, spoil, words):
     with pytest.raises(ConfigError) as caught:
         TokenData(str(tmp_path), 32)
     assert all(word in str(caught.value) for word in words), str(caught.value)
+
+
+WRONG = [None, True, -1, 1.5, "96", [], {}, [96], {"a": 1}, 10**400, "\ud800", float("nan")]
+
+
+@pytest.mark.parametrize(
+    "name", ["dtype", "vocab_size", "train_tokens", "row_tokens", "tokenizer", "vocabulary", "train_fingerprint"]
+)
+def test_wrong_types_in_meta_json_are_one_line(tmp_path, char_data, name):
+    """Whatever stands in a field of meta.json, the data are read, or a ConfigError names file and field."""
+    folder = shutil.copytree(char_data, tmp_path / "data")
+    meta, named = json.loads((folder / "meta.json").read_text()), 0
+    for value in WRONG:
+        (folder / "meta.json").write_text(json.dumps({**meta, name: value}))
+        with suppress(ConfigError):
+            data = TokenData(str(folder), 32)
+            tokenizer_of(data.meta).decode(data.train_batch(0, 0, 4, 0, 4)[0][0].tolist())
+            continue
+        named += 1
+    assert named >= len(WRONG) - 2
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"[]", b"7", b'"text"', b"null", b"\xff\xfe", b"[" * 100_000, b'{"dtype": "uint8"', b"1" * 5000]
+)
+def test_a_meta_json_that_is_none_is_one_line(tmp_path, char_data, content):
+    folder = shutil.copytree(char_data, tmp_path / "data")
+    (folder / "meta.json").write_bytes(content)
+    with pytest.raises(ConfigError, match="meta.json is broken") as caught:
+        TokenData(str(folder), 32)
+    assert "\n" not in str(caught.value)
+
+
+def unreachable(*_):
+    raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+
+
+def test_data_cut_or_gone_while_they_are_read_are_one_line(tmp_path, char_data, monkeypatch):
+    """A memory map would end the process by SIGBUS."""
+    folder = shutil.copytree(char_data, tmp_path / "data")
+    data = TokenData(str(folder), 32)
+    before = data.train_batch(0, 0, 8, 0, 8)[0]
+    os.truncate(folder / "train.bin", 20)
+    with pytest.raises(RunFailed, match="train.bin has 20 bytes; it had 15945 when the run started: put"):
+        data.train_batch(0, 0, 8, 0, 8)
+    shutil.copy(os.path.join(char_data, "train.bin"), folder / "train.bin")
+    assert torch.equal(data.train_batch(0, 0, 8, 0, 8)[0], before)  # put back: the same file again
+    monkeypatch.setattr(os, "pread", unreachable)
+    with pytest.raises(RunFailed, match="train.bin cannot be read .Stale file handle.: see to its disk, then --resume"):
+        data.train_batch(0, 0, 8, 0, 8)
+
+
+def test_other_tokens_in_a_file_of_the_same_size_are_noticed(tmp_path, char_data):
+    folder, said = shutil.copytree(char_data, tmp_path / "data"), []
+    meta = TokenData(char_data, 32).meta
+    check_same_data(TokenData(str(folder), 32).meta, meta, said.append)
+    assert said == []
+    tokens = np.fromfile(folder / "train.bin", np.uint8)
+    tokens[::-1].tofile(folder / "train.bin")
+    check_same_data(TokenData(str(folder), 32).meta, meta, said.append)
+    assert len(said) == 1 and "note: the data changed since the checkpoint: train_fingerprint is" in said[0]
+    (folder / "meta.json").write_text(json.dumps(meta))  # with the fingerprint, as prepare_owt.py writes it
+    with pytest.raises(ConfigError, match="train.bin is not the file that meta.json describes"):
+        TokenData(str(folder), 32)
+
+
+@pytest.mark.parametrize("size", [0, 1, 4095, 4096, 300_000, 3_000_000])
+def test_a_fingerprint_reads_both_ends_of_a_file_and_all_of_a_small_one(tmp_path, size):
+    content = np.random.default_rng(0).bytes(size)
+    (tmp_path / "a").write_bytes(content)
+    found = {fingerprint(tmp_path / "a")}
+    for at in {0, size // 3 if size < 250_000 else 1, size - 1} if size else ():
+        (tmp_path / "a").write_bytes(content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :])
+        found.add(fingerprint(tmp_path / "a"))
+    (tmp_path / "a").write_bytes(content + b"x")
+    found.add(fingerprint(tmp_path / "a"))
+    assert len(found) == {0: 2, 1: 3}.get(size, 5) and all(len(digest) == 16 for digest in found)
 
 
 def test_a_context_longer_than_the_data_is_refused(char_data):
