@@ -275,10 +275,19 @@ class GPT(nn.Module):
 
     @classmethod
     def from_pretrained(cls, name):
-        """GPT-2's weights: a model on the Hugging Face hub ("gpt2", "gpt2-xl") or a local folder."""
-        from transformers import GPT2LMHeadModel
+        """GPT-2's weights: a model on the Hugging Face hub ("gpt2", "gpt2-xl") or a local folder. ConfigError for any other."""
+        from transformers import GPT2LMHeadModel, PretrainedConfig
 
-        theirs = GPT2LMHeadModel.from_pretrained(name)
+        kind = PretrainedConfig.get_config_dict(name)[0].get("model_type")
+        if kind != "gpt2":
+            raise ConfigError(f"{name} has model_type={kind}, but this GPT-2 needs gpt2: take another model")
+        # transformers makes random numbers of weights that are missing, and drops layers that config.json does not count.
+        theirs, report = GPT2LMHeadModel.from_pretrained(name, output_loading_info=True)
+        dropped = [key for key in report["unexpected_keys"] if ".h." in f".{key}"]
+        for names, wrong in ((report["missing_keys"], "lacks"), (dropped, "has layers beyond its n_layer:")):
+            if names:
+                more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+                raise ConfigError(f"{name} {wrong} {min(names)}{more}: take another copy")
         c = theirs.config
         wanted = dict(
             activation_function="gelu_new",

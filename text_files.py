@@ -269,7 +269,7 @@ def local_files(source, extensions, say):
         return [source]
     if not os.path.isdir(source):
         raise ConfigError(f"source={source} is neither 'owt', 'stdlib' nor a local file or folder")
-    endings = {"." + extension.lower().lstrip(".") for extension in extensions}
+    endings = {"." + str(extension).lower().lstrip(".") for extension in extensions}
     files, others = [], Counter()
     for top, folders, names in os.walk(source, onerror=lambda error: say(f"passed over: {error}")):
         folders[:] = [folder for folder in folders if not folder.startswith(".")]

@@ -1,6 +1,7 @@
 """Tokenizers against independent ones, preparation against plain loops, batches as pure functions."""
 
 import concurrent.futures
+import dataclasses
 import errno
 import json
 import multiprocessing
@@ -19,7 +20,7 @@ import torch
 import prepare_owt
 import train
 from configurator import ConfigError, RunFailed
-from conftest import ROOT, run_forked
+from conftest import ROOT, run_forked, small_disk
 from data import (
     ByteTokenizer,
     CharTokenizer,
@@ -248,7 +249,7 @@ def test_a_data_set_of_one_document_is_refused_in_one_line(tmp_path):
     datasets = pytest.importorskip("datasets")
     (tmp_path / "hub").mkdir()
     datasets.Dataset.from_dict({"text": ["all there is"]}).to_parquet(tmp_path / "hub" / "train-00000-of-00001.parquet")
-    with pytest.raises(ConfigError, match="val_fraction=0.0005: .*hub cannot be split so"):
+    with pytest.raises(ConfigError, match="val_fraction=0.0005: .*hub cannot be split like that"):
         prepare(PrepareConfig(dataset=str(tmp_path / "hub"), tokenizer="bytes", out_dir=str(tmp_path / "out")))
 
 
@@ -392,7 +393,7 @@ def test_a_dead_process_is_one_line(tmp_path, monkeypatch):
         return concurrent.futures.ProcessPoolExecutor(1, context, initializer=os._exit, initargs=(9,))
 
     monkeypatch.setattr(prepare_owt, "make_pool", pool)
-    with pytest.raises(ConfigError, match="num_proc=1: a tokenizing process died"):
+    with pytest.raises(ConfigError, match="num_proc=1: a tokenizing process was killed"):
         prepare_folder(tmp_path, ["some text"])
     assert os.listdir(tmp_path / "out") == []
 
@@ -403,6 +404,53 @@ def test_a_folder_that_cannot_be_written_is_one_line(tmp_path):
         prepare(
             PrepareConfig(source=str(tmp_path / "a.txt"), tokenizer="bytes", out_dir=str(tmp_path / "a.txt" / "out"))
         )
+
+
+@pytest.mark.parametrize("tokenizer", ["bytes", "chars"])
+def test_a_full_disk_is_one_line_and_leaves_the_old_data(tmp_path, tokenizer):
+    prepare_folder(tmp_path, ["a\n" * 10])
+    before = {name: (tmp_path / "out" / name).read_bytes() for name in sorted(os.listdir(tmp_path / "out"))}
+    (tmp_path / "in" / "large.txt").write_text("text\n" * 40_000)
+    config = PrepareConfig(source=str(tmp_path / "in"), tokenizer=tokenizer, out_dir=str(tmp_path / "out"))
+    with small_disk(50_000), pytest.raises(ConfigError, match="out cannot be written .File too large.: take another"):
+        prepare(config)
+    assert {name: (tmp_path / "out" / name).read_bytes() for name in sorted(os.listdir(tmp_path / "out"))} == before
+
+
+def test_a_folder_of_nanogpt_that_cannot_be_written_is_one_line(tmp_path):
+    folder = nanogpt_folder(tmp_path / "nanogpt", [1, 2, 3] * 50)
+    with small_disk(10), pytest.raises(ConfigError, match="nanogpt cannot be written .File too large."):
+        prepare(PrepareConfig(source=folder))
+    assert sorted(os.listdir(folder)) == ["train.bin", "val.bin"]
+
+
+@pytest.mark.parametrize(
+    "value", ["1", "-1", "0", "nan", "None", "", "x", "1e400", "(1,)", "{}", "True", "\x7f", "a/b"]
+)
+def test_any_value_of_any_option_is_taken_or_refused_in_one_line(tmp_path, value, monkeypatch, capsys):
+    """tokenizer=gpt2 and source=owt aside, which need a network."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.txt").write_text("some text\n" * 20)
+    for field in dataclasses.fields(PrepareConfig):
+        words = {"source": "a.txt", "tokenizer": "bytes", "num_proc": "1", "out_dir": "out", field.name: value}
+        with suppress(ConfigError, SystemExit):
+            prepare_owt.main([f"--{name}={text}" for name, text in words.items()])
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_a_data_set_of_the_hub_is_read_as_files_are(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    rows = ["short\r\n", None, "long " * 100, *["end"] * 20]
+    (tmp_path / "hub").mkdir()
+    datasets.Dataset.from_dict({"text": rows}).to_parquet(tmp_path / "hub" / "train-00000-of-00001.parquet")
+    options = dict(dataset=str(tmp_path / "hub"), tokenizer="bytes", val_fraction=0.5, max_document=100)
+    with pytest.raises(
+        ConfigError, match="hub, row . of (train|val) has 500 (characters|bytes of text): max_document=100"
+    ):
+        prepare(PrepareConfig(**options, out_dir=str(tmp_path / "out")))
+    prepare(PrepareConfig(**options, out_dir=str(tmp_path / "out"), skip_bad=True))
+    tokens, _ = read_tokens(str(tmp_path / "out"))
+    assert sorted(bytes([*tokens["train"], *tokens["val"]]).splitlines()) == [b"end"] * 20 + [b"short"]
 
 
 def test_several_quickstarts_at_once(tmp_path, monkeypatch):
