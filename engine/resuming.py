@@ -11,6 +11,8 @@ from engine import checkpoint, runlog
 
 # Options of a model that a resumed run may change: the parameters are the same ones.
 MAY_CHANGE = {"dropout", "activation_checkpointing"}
+# Options that checkpoints of earlier versions lack, and what they were trained with.
+BEFORE = {"base_ffn_expansion": 1}
 
 
 def load_start(config, task, model, optimizers, scaler, again, say):
@@ -41,7 +43,8 @@ def load_start(config, task, model, optimizers, scaler, again, say):
 
 def check_same_model(config, saved, shape, say):
     """A resumed run has the model it had, options of `shape`; others may change, and the change is said."""
-    for key, (value, was) in differing_options(config, saved, shape).items():
+    earlier = {key: value for key, value in BEFORE.items() if key not in saved}
+    for key, (value, was) in differing_options(config, {**earlier, **saved}, shape | earlier.keys()).items():
         raise ConfigError(
             f"{key}={value!r}, but the checkpoint in {config.out_dir} has {was!r}: give that, or another out_dir"
         )

@@ -237,6 +237,21 @@ def test_other_configs_keep_their_rates():
         TrainConfig(parametrization="standard", structure="dense", base_ffn_expansion=4)
 
 
+def test_a_checkpoint_of_before_base_ffn_expansion_keeps_its_rates(tmp_path):
+    """Checkpoints without the option were trained with 1; the config files have 4 today."""
+    options = {**TINY, "out_dir": tmp_path / "run", "max_steps": 2, "eval_interval": 2}
+    vision.train.main(words({**options, "base_ffn_expansion": 1}))
+    path = tmp_path / "run" / "ckpt.pt"
+    saved = torch.load(path, weights_only=True)
+    del saved["config"]["base_ffn_expansion"]
+    torch.save(saved, path)
+    options.update(max_steps=4, resume=True)
+    with pytest.raises(ConfigError, match="base_ffn_expansion=4, but the checkpoint in .*run has 1: give that"):
+        vision.train.main(words({**options, "base_ffn_expansion": 4}))
+    vision.train.main(words({**options, "base_ffn_expansion": 1}))
+    assert torch.load(path, weights_only=True)["step"] == 4
+
+
 def test_an_input_layer_of_rate_zero_stays_as_it_is(digits_held):
     _, _, held = digits_held
     config = ImageTrainConfig(**TINY, structure="btt", input_lr=0.0, weight_decay=0.1)
