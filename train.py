@@ -418,7 +418,8 @@ def main(argv):
 def train_gpt(config, progress):
     """Train a GPT as config says; every process calls it. progress: runlog.Progress, or Silent of ranks that say nothing."""
     rank, local_rank, world = ranks()
-    split_batch(config, world)  # a mistake is answered before data are made
+    if not os.path.isdir(config.data_dir):
+        split_batch(config, world)  # a mistake is answered before data are made
     if rank == 0:
         prepare_default(config.data_dir)
     device = choose_device(config.device, local_rank)

@@ -218,9 +218,10 @@ def read(path):
         return file.read()
 
 
-def write(path, text):
-    with open(path, "w") as file:
-        file.write(text)
+def write(path, text, content=b""):
+    """A file of this text, and bytes behind it."""
+    with open(path, "wb") as file:
+        file.write(text.encode() + content)
 
 
 # ---------------------------------------------------------------------------------------
@@ -627,6 +628,34 @@ def data_cut_while_running(lab, **options):
     return judge(done, claims)
 
 
+def shared_memory_full(lab):
+    """Streamed images that a /dev/shm of 1 MB cannot hold, as in a container with little; the same without workers."""
+    folder, draw = lab.path("images"), np.random.default_rng(0)
+    for number in range(160):
+        path = os.path.join(folder, "val" if number % 8 == 7 else "train", "ab"[number % 2])
+        os.makedirs(path, exist_ok=True)
+        pixels = draw.integers(256, size=(128, 128, 3), dtype=np.uint8)
+        write(os.path.join(path, f"{number}.ppm"), "P6 128 128 255\n", pixels.tobytes())
+    options = dict(
+        data_dir=folder, image_size=128, stream=True, n_classes=2, d_model=16, n_layer=1, structure="dense", batch_size=64,
+        micro_batch=64, max_steps=2, device="cpu", compile=False,
+    )  # fmt: skip
+
+    def run(workers):
+        words = [f"--{key}={value}" for key, value in options.items()]
+        words += [f"--out_dir={lab.path('run')}", f"--workers={workers}"]
+        small = 'mount -t tmpfs -o size=1m faults /dev/shm && exec "$@"'
+        command = ["unshare", "-m", "sh", "-c", small, "sh", sys.executable, "-m", "vision.train", *words]
+        lab.commands.append(Command(command, lab.folder))
+        return lab.commands[-1].wait()
+
+    if subprocess.run(["unshare", "-m", "mount", "-t", "tmpfs", "faults", "/dev/shm"], capture_output=True).returncode:
+        return Verdict("", True, "not tried: mounting is not permitted here", None)
+    done, again = run(workers=2), run(workers=0)
+    claims = ended_clearly(done, "shared memory is full", "--workers=0")
+    return judge(done, {**claims, "with --workers=0 it trains": again.status == 0})
+
+
 def data_replaced(lab):
     """Other tokens in a train.bin of the same size: a resumed run says so."""
     out_dir, folder = shutil.copytree(lab.unbroken(), lab.path("run")), shutil.copytree(lab.data, lab.path("other"))
@@ -753,6 +782,7 @@ def table(short):
         ("data_short", "train.bin of 20 tokens", bad_data, dict(spoil=data(20, train_tokens=20), words=["block_size"])),
         ("data_cut", "train.bin truncated while the run reads it", data_cut_while_running, {}),
         ("data_cut_ddp", "the same, 2 processes", data_cut_while_running, DDP),
+        ("shm_full", "streamed images and a /dev/shm of 1 MB", shared_memory_full, {}),
         ("data_replaced", "resumed with other data of the same size", data_replaced, {}),
         ("meta_missing", "no meta.json", bad_data, dict(spoil=no_meta, words=["meta.json is missing", again])),
         ("meta_broken", "meta.json cut", bad_data, dict(spoil=data(meta_bytes=50), words=["meta.json", again])),

@@ -1,11 +1,13 @@
 """Where images and labels come from: scikit-learn's digits, the Hugging Face hub, parquet files, a folder of class folders.
 
-Nothing is decoded here. A Split has the labels, and reads the bytes of an image when it is asked to.
+Nothing is decoded here. A Split holds the labels, and reads the bytes of an image when asked.
 """
 
+import hashlib
 import os
 import re
 from collections.abc import Callable
+from contextlib import suppress
 from typing import NamedTuple
 
 import numpy as np
@@ -24,18 +26,22 @@ class Split(NamedTuple):
     """The images of one split, not yet decoded."""
 
     labels: np.ndarray  # (n,) int64
-    read: Callable  # i -> bytes of a JPEG or PNG file, or uint8 (H, W)
+    read: Callable  # i -> bytes of an image file, or uint8 (H, W); raises exceptions of many kinds
     name: Callable  # i -> what to call it in a message
 
 
 def open_splits(config, say=lambda text: None):
-    """-> {"train": Split, "val": Split}, names of the classes or None. `say` is told what each split is made of."""
+    """The images that a DataConfig names -> {"train": Split, "val": Split}, names of the classes or None.
+
+    say  called with a line about what each split is made of
+    ConfigError if there are none.
+    """
     if config.dataset == "digits" and config.data_dir is None:
         return open_digits()
     if config.data_dir is None:
         return open_hub(config, say)
     if not os.path.isdir(config.data_dir):
-        raise ConfigError(f"data_dir={config.data_dir} is no folder: give one, or leave it out to use the hub")
+        raise ConfigError(f"data_dir={config.data_dir} is not a folder: give one, or leave it out to use the hub")
     if os.path.isdir(os.path.join(config.data_dir, "train")) and "train" not in parquet_files(config):
         try:
             return open_class_folders(config.data_dir, say)
@@ -45,7 +51,7 @@ def open_splits(config, say=lambda text: None):
 
 
 def open_digits():
-    """1797 grey images of 8 x 8, 17 levels; every fifth is for validation."""
+    """1797 grey images of 8 x 8 pixels, 17 levels; every fifth is for validation."""
     try:
         from sklearn.datasets import load_digits
     except ImportError:
@@ -63,9 +69,9 @@ def open_digits():
 
 
 def open_class_folders(root, say):
-    """root/train/CLASS/… and root/val/CLASS/…: a class is a folder of train or val, with all folders inside it.
+    """root/train/CLASS/… and root/val/CLASS/…: each folder of train or val is a class, with all folders inside it.
 
-    Its label is that of its name in alphabetical order. Names that start with a dot are ignored.
+    Labels number the classes in alphabetical order. Names that start with a dot are ignored.
     """
     val = next((name for name in VAL_NAMES if os.path.isdir(os.path.join(root, name))), None)
     if val is None:
@@ -77,9 +83,9 @@ def open_class_folders(root, say):
         names[split] = {entry.name for entry in entries if entry.is_dir()}
         loose = sum(is_image(entry.name) for entry in entries)
         if not names[split]:
-            raise ConfigError(f"{folder} has {loose} images and no folder a class: put them in {folder}/CLASS/")
+            raise ConfigError(f"{folder} has {loose} images but no folder for each class: put them in {folder}/CLASS/")
         if loose:
-            say(f"note: images of {folder} that are in no class folder, and so not read: {loose}")
+            say(f"note: images of {folder} that are in no class folder are not read: {loose}")
     classes = sorted(names["train"] | names["val"])
     for split, folder in folders.items():
         files, labels = [], []
@@ -95,6 +101,7 @@ def open_class_folders(root, say):
 
 
 def is_image(name):
+    """Whether a file of that name is an image, not hidden."""
     return name.lower().endswith(ENDINGS) and not name.startswith(".")
 
 
@@ -108,9 +115,27 @@ def image_files(folder):
 
 
 class Files(list):
+    """Paths; called with i, the bytes of file i."""
+
     def __call__(self, i):
-        with open(self[i], "rb") as file:
-            return file.read()
+        return read_file(self[i])
+
+
+def read_file(path):
+    """The bytes of a file. ValueError if it is not a regular one: opening a FIFO would wait for ever."""
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise ValueError("not a regular file")
+    with open(path, "rb") as file:
+        return file.read()
+
+
+def fingerprint_of_images(split, images=16):
+    """16 hexadecimal digits that tell splits apart, from all labels and the bytes of some images, spread evenly."""
+    digest = hashlib.sha256(np.ascontiguousarray(split.labels).tobytes())
+    for i in np.linspace(0, len(split.labels) - 1, images).astype(int):
+        with suppress(Exception):  # a broken image, which is counted where it is decoded
+            digest.update(split.read(int(i)))
+    return digest.hexdigest()[:16]
 
 
 def open_hub(config, say):
@@ -122,18 +147,18 @@ def open_hub(config, say):
     except Exception as error:  # whatever the network layer raises
         reason = str(error).strip().partition("\n")[0]
         raise ConfigError(
-            f"dataset={config.dataset}: {name} could not be loaded from the hub ({type(error).__name__}: {reason}): see to "
+            f"dataset={config.dataset}: {name} could not be loaded from the hub ({type(error).__name__}: {reason}): check "
             "name, network and login, or give --data_dir with a local copy"
         ) from None
     return open_columns(config, list(found), found.__getitem__, name, say)
 
 
 def parquet_files(config):
-    """{split: paths} of the .parquet files under data_dir; split: train, or one of VAL_NAMES.
+    """The .parquet files under data_dir -> {split: paths}; split: train, or one of VAL_NAMES.
 
-    A split's name is a word between separators in a file's name, else in that of the nearest folder. What stands
-    before it, folders too, says which data set a file belongs to: those of `dataset` are taken, if there are any, and
-    of each split those with the fewest such names. ConfigError where these are of several data sets.
+    A split's name is a word between separators in a file's name, or else in that of the nearest folder. What precedes
+    it, folders included, names the data set that a file belongs to. Those of `dataset` are taken, if there are any, and
+    of these for each split those with the fewest names before it. ConfigError if they belong to several data sets.
     """
     wanted = "-".join(name_words(os.path.basename(config.dataset)))
     paths = visible_files(config.data_dir, ".parquet")
@@ -148,7 +173,7 @@ def parquet_files(config):
         if len(several) > 1:
             if split != "train" and len(chosen) > 1:
                 continue  # another is for validation
-            whole = {owner for _, of, owner, _ in found if of in VAL_NAMES}  # those with files for validation
+            whole = {owner for _, of, owner, _ in found if of in VAL_NAMES}  # data sets with files for validation
             one = next((owner for owner in several if owner in whole), several[0])
             raise ConfigError(
                 f"data_dir={config.data_dir} has {split} files of several data sets "
@@ -160,22 +185,23 @@ def parquet_files(config):
 
 
 def visible_files(folder, ending):
-    """Paths below a folder, in alphabetical order, without names that start with a dot."""
+    """Paths of the regular files below a folder, in alphabetical order, without names that start with a dot."""
     paths = []
     for top, inside, names in os.walk(folder):
         inside[:] = [name for name in inside if not name.startswith(".")]
         paths += [os.path.join(top, name) for name in names if name.endswith(ending) and not name.startswith(".")]
-    return sorted(paths)
+    return sorted(filter(os.path.isfile, paths))
 
 
 def name_words(text):
+    """'Fashion_MNIST-2' -> ['fashion', 'mnist', '2']"""
     return re.findall(r"[a-z0-9]+", text.lower())
 
 
 def parse_path(path):
-    """'fashion_mnist/train-00000-of-00002.parquet' -> 'train', ('fashion-mnist',), all names that may be a data set's.
+    """'fashion_mnist/train-00000-of-00002.parquet' -> 'train', ('fashion-mnist',), all names that a data set might have.
 
-    None, (), set() of a path that names no split.
+    None, (), set() for a path that names no split.
     """
     parts = [name_words(part) for part in path.removesuffix(".parquet").split(os.sep)]
     for depth in reversed(range(len(parts))):
@@ -195,7 +221,7 @@ def open_parquet(config, say):
     for wanted, names in (("*train*.parquet", ("train",)), ("*test*.parquet", VAL_NAMES)):
         if not any(name in files for name in names):
             raise ConfigError(
-                f"data_dir={config.data_dir} holds neither train/ and val/ with a folder a class, nor {wanted}: see docs/vision.md"
+                f"data_dir={config.data_dir} holds neither train/ and val/ with a folder for each class, nor {wanted}: see docs/vision.md"
             )
 
     def load(split):
@@ -211,7 +237,7 @@ def open_parquet(config, say):
 
 
 def find_damage(paths):
-    """Which of the parquet files cannot be read, and where: 'FILE, rows 0 to 99: reason'. None if all can."""
+    """Which of the parquet files cannot be read, and where: 'FILE, rows 0 to 99: reason'. None if all can be."""
     from pyarrow import parquet
 
     for path in paths:
@@ -223,24 +249,29 @@ def find_damage(paths):
                 place = f"{path}, rows {first} to {first + count - 1}"
                 file.read_row_group(group)
                 first += count
-        except Exception as error:  # what pyarrow raises has no common kind
+        except Exception as error:  # what pyarrow raises has no common base class
             return f"{place}: {first_line(error)}"
 
 
 def open_columns(config, names, load, where, say, files=None):
-    """Splits of a data set in columns: load(name) -> datasets.Dataset; files: {name: paths} of those on this disk."""
+    """The splits of a data set that has columns -> as open_splits
+
+    names  of its splits; load(name) -> datasets.Dataset
+    where  what a message calls the data set
+    files  {name: paths} of the splits' parquet files, if they are on this disk
+    """
     candidates = [name for name in VAL_NAMES if name in names]
     if "train" not in names or not candidates:
         raise ConfigError(
-            f"{where} has the splits {', '.join(names)}: train, and one of {', '.join(VAL_NAMES)}, are needed"
+            f"{where} has the splits {', '.join(names)}: it needs train, and one of {', '.join(VAL_NAMES)}"
         )
 
-    def opened(name):
+    def open_split(name):
         return read_columns(config, load(name), where, name, say, (files or {}).get(name))
 
-    train, classes = opened("train")
+    train, classes = open_split("train")
     for name, after in zip(candidates, [*candidates[1:], None]):
-        val, others = opened(name)
+        val, others = open_split(name)
         if after is None or (val.labels >= 0).any():
             break
         say(f"note: {name} of {where} has no labels: {after} is for validation")
@@ -253,7 +284,7 @@ def open_columns(config, names, load, where, say, files=None):
 
 
 def read_columns(config, data, where, split, say, paths):
-    """-> Split of a datasets.Dataset, names of its classes or None. Rows that have no label are left out, with a count."""
+    """A datasets.Dataset -> Split, names of its classes or None. Rows without a label are left out, with a note."""
     import datasets
 
     name = row_names(paths) if paths else lambda i: f"image {i} of {where}, {split}"
@@ -267,8 +298,8 @@ def read_columns(config, data, where, split, say, paths):
     rows = np.flatnonzero(known)
     if len(rows) < len(known):
         say(
-            f"note: {split}: {len(known) - len(rows)} of {len(known)} rows left out, with no whole number as {label}, the first: "
-            f"{name(int(np.argmin(known)))}"
+            f"note: {split}: {len(known) - len(rows)} of {len(known)} rows left out, whose {label} is not a whole number, "
+            f"the first: {name(int(np.argmin(known)))}"
         )
     images = data.select_columns(image)
     try:
@@ -280,16 +311,13 @@ def read_columns(config, data, where, split, say, paths):
         cell = images[int(rows[i])][image]
         if not cell or not (cell["bytes"] or cell["path"]):
             raise ValueError("an empty cell")
-        if cell["bytes"]:
-            return cell["bytes"]
-        with open(cell["path"], "rb") as file:
-            return file.read()
+        return cell["bytes"] or read_file(cell["path"])
 
     return Split(labels[rows], read, lambda i: name(int(rows[i]))), classes
 
 
 def row_names(paths):
-    """Row i of all these parquet files, one behind the other -> 'FILE, row 5', from 0."""
+    """A function that names a row of these parquet files, counted from 0 through all of them: i -> 'FILE, row 5'."""
     from pyarrow import parquet
 
     ends = np.cumsum([parquet.read_metadata(path).num_rows for path in paths])
@@ -302,11 +330,11 @@ def row_names(paths):
 
 
 def whole_numbers(column):
-    """pyarrow column (n,) -> int64 (n,), and whether a cell holds a whole number (n,). TypeError where none can."""
+    """pyarrow column (n,) -> int64 (n,), and whether each cell holds a whole number (n,). TypeError if none can."""
     import pyarrow
 
     if pyarrow.types.is_floating(column.type):
-        values = column.to_numpy()  # null is nan
+        values = column.to_numpy()  # nulls become nan
         known = np.abs(values) < 2**53
         known[known] = values[known] == np.floor(values[known])
         if len(known) and not known.any():
@@ -318,6 +346,7 @@ def whole_numbers(column):
 
 
 def choose_column(option, given, known, names, where):
+    """The column `given` by an option, or if None the first `known` one, of `names`. ConfigError if it is not there."""
     found = given or next((name for name in known if name in names), None)
     if found not in names:
         raise ConfigError(f"{option}={given}: {where} has the columns {', '.join(names)}: give one of these")
@@ -325,17 +354,17 @@ def choose_column(option, given, known, names, where):
 
 
 def check_labels(config, splits, classes, say=lambda text: None):
-    """ConfigError where labels do not fit n_classes; a note where a split lacks classes that the other has."""
+    """ConfigError if labels do not fit n_classes; a note if one split lacks classes that the other has."""
     for split, data in splits.items():
         if not len(data.labels):
             raise ConfigError(f"dataset={config.dataset}: no images in its {split} split")
         if data.labels.max() < 0:
             raise ConfigError(
-                f"dataset={config.dataset}: its {split} split has no labels, all are {data.labels.max()}: give one that has"
+                f"dataset={config.dataset}: its {split} split has no labels, all are {data.labels.max()}: give a split with labels"
             )
         if data.labels.min() < 0:
             raise ConfigError(
-                f"dataset={config.dataset}: label {data.labels.min()} in {split} is out of range: from 0 on"
+                f"dataset={config.dataset}: label {data.labels.min()} in {split} is out of range: labels count from 0"
             )
     count = max(1 + int(splits["train"].labels.max()), 1 + int(splits["val"].labels.max()), len(classes or ()))
     if count > config.n_classes:

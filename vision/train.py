@@ -92,7 +92,7 @@ class ImageTask:
         """data, classes: of load_images. ConfigError where the batch does not divide."""
         self.config, self.device, self.data, self.say = config, device, data, say
         self.augment = Augment(config, data.mean, data.std, device)
-        self.meta = dict(dataset=config.dataset, classes=classes, mean=data.mean, std=data.std)
+        self.meta = dict(dataset=config.dataset, classes=classes, mean=data.mean, std=data.std, **data.fingerprints)
         self.units = config.batch_size
         self.rank, _, self.world = ranks()
         _, self.micro_steps = split_batch(config, self.world)

@@ -368,7 +368,7 @@ def test_held_images_become_rgb_and_square(monkeypatch, workers):
     held = Held(config, {"train": split, "val": split}, CPU, said.append)
     assert held.val.shape == (3, 3, 8, 8) and held.val_labels.tolist() == [0, 1, 0]
     assert held.val[:, :, 4, 4].tolist() == [[7, 7, 7], [1, 2, 3], [9, 8, 7]]
-    assert "3 broken images left out, the last: image 5 (no image of a known format)" in said and any(
+    assert "3 broken images left out, the last: image 5 (not an image of a known format)" in said and any(
         "other sizes" in text for text in said
     )
 
@@ -856,7 +856,7 @@ def test_a_dead_worker_ends_the_run_in_one_line(folder, tmp_path):
 def test_a_folder_of_broken_files_is_one_clear_line(folder, tmp_path):
     for path in glob.glob(f"{folder}/train/*/*"):
         os.truncate(path, 100)
-    with pytest.raises(ConfigError, match=r"100 broken files one behind the other: .*train/") as caught:
+    with pytest.raises(ConfigError, match=r"100 broken files in a row: .*train/") as caught:
         vision.train.main(words(streaming(folder, tmp_path)))
     assert "\n" not in str(caught.value)
 
@@ -1042,7 +1042,7 @@ def test_wrong_folders_are_one_clear_line(folder, tmp_path):
     check("val/CLASS/ holds no image")
     os.rmdir(f"{folder}/val/white")
     Image.new("RGB", (8, 8)).save(f"{folder}/val/loose.png")
-    check("1 images and no folder a class", "val/CLASS/")
+    check("1 images but no folder for each class", "val/CLASS/")
     message = error_of(dataset="colours", data_dir=str(tmp_path / "images" / "other"), n_classes=3)
     assert "neither train/ and val/" in message and "*train*.parquet" in message
 
