@@ -46,11 +46,7 @@ class PrepareConfig:
     out_dir: str | None = None  # None: data/SOURCE_TOKENIZER
     dataset: str = "Skylion007/openwebtext"  # of source="owt": its name on the hub, or a folder in the hub's layout
     text_field: str = "text"  # name of the text in .jsonl objects, .parquet columns and hub data sets
-    extensions: tuple = (
-        "txt",
-        "jsonl",
-        "parquet",
-    )  # of the files to take from a folder; others than these are plain text
+    extensions: tuple = ("txt", "jsonl", "parquet")  # of the files to take from a folder; any other is plain text
     skip_bad: bool = False  # leave out, and count, files, lines and rows that cannot be read
     max_document: int = MAX_DOCUMENT  # characters; longer plain text is cut, a longer line or cell cannot be read
     val_fraction: float | None = None  # of the documents; None: by size, a tenth of small texts, 0.0005 of OpenWebText

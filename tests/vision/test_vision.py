@@ -829,7 +829,7 @@ def test_a_folder_is_streamed_and_broken_files_passed_over_with_a_count(folder, 
     options = streaming(folder, tmp_path)
     vision.train.main(words(options))
     out = capsys.readouterr().out
-    assert "broken images passed over so far, the last here" in out and "02.jpg" in out
+    assert "broken images passed over so far, the last on this rank: " in out and "02.jpg" in out
     row = read_rows(tmp_path / "run")[-1]
     assert row["top1"] > 0.9 and row["broken"] >= 3
     vision.train.main(words(dict(options, max_steps=6, schedule="constant", out_dir=tmp_path / "two")))
