@@ -856,7 +856,7 @@ def test_a_dead_worker_ends_the_run_in_one_line(folder, tmp_path):
 def test_a_folder_of_broken_files_is_one_clear_line(folder, tmp_path):
     for path in glob.glob(f"{folder}/train/*/*"):
         os.truncate(path, 100)
-    with pytest.raises(ConfigError, match=r"100 broken files in a row: .*train/") as caught:
+    with pytest.raises(ConfigError, match=r"100 broken files in a row, the last: .*train/") as caught:
         vision.train.main(words(streaming(folder, tmp_path)))
     assert "\n" not in str(caught.value)
 
@@ -1005,7 +1005,7 @@ def test_cifar5ms_files_too(tmp_path):
         (dict(parametrization="standard"), ["parametrization='standard'", "'mup'"]),
         (dict(d_model=62), ["d_out=62", "take d_model=60 or 64"]),
         (dict(structured_layers="attn,lm_head"), ["structured_layers", "lm_head", "head"]),
-        (dict(data_dir="nowhere"), ["data_dir=nowhere", "no folder"]),
+        (dict(data_dir="nowhere"), ["data_dir=nowhere", "not a folder"]),
     ],
     ids=lambda value: ",".join(value) if isinstance(value, dict) else "",
 )  # fmt: skip
