@@ -10,15 +10,29 @@ are not options: a file may define a structure of your own (theta.Structure).
 """
 
 import ast
+import contextlib
 import dataclasses
 import difflib
+import errno
 import inspect
+import math
 import os
 import re
 import shlex
+import signal
 import sys
+import time
 import types
 import typing
+
+
+def on_one_line(text, most=2000):
+    """The text with line breaks as spaces and other control characters escaped; its middle is left out if it is very long."""
+    text = "".join(c if c.isprintable() else " " if c.isspace() else ascii(c)[1:-1] for c in str(text))
+    return text if len(text) <= most else f"{text[: most // 2]} … {text[-most // 4 :]}"
+
+
+PATIENCE = 5  # seconds that torchrun may need to end the ranks of a run after the first has failed
 
 
 class OneLineExit(SystemExit):
@@ -31,8 +45,8 @@ class OneLineExit(SystemExit):
 
     def __init__(self, message):
         rank = os.environ.get("RANK", "0")
-        super().__init__(1 if rank.isdecimal() and int(rank) else f"error: {message}")
-        self.message = message
+        self.message = on_one_line(message)
+        super().__init__(1 if rank.isdecimal() and int(rank) else f"error: {self.message}")
 
     def __str__(self):
         return self.message
@@ -65,21 +79,54 @@ class UnusedOption(ConfigError):
         return UnusedOption(self.option, self.value, self.why, self.remedy, f"{what}: ")
 
 
+def is_out_of_memory(error):
+    """Whether an exception tells that memory, of the CPU or a GPU, does not suffice for what was asked."""
+    words = ("can't allocate memory", "Storage size calculation overflowed", "CUDA out of memory")
+    return isinstance(error, MemoryError) or any(text in str(error) for text in words)
+
+
 def as_script(main):
-    """Call main(command-line arguments). An uncaught Ctrl-C prints one line and exits with 130; a closed pipe (`| head`) is no error."""
+    """Call main(command-line arguments). An uncaught Ctrl-C prints one line and exits with 130; a closed pipe (`| head`) is no error.
+
+    Whatever a script has not foreseen of its surroundings is one line, too: too little memory, a file or stdout that fails.
+    """
+    with contextlib.suppress(AttributeError):  # of a stdout that is closed, or takes all characters
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         main(sys.argv[1:])
+        if sys.stdout is not None:
+            sys.stdout.flush()  # while its failure can be one line
     except OneLineExit as error:
-        # Machines may be given other options than rank 0's, so one rank of each speaks.
-        if error.code == 1 and os.environ.get("LOCAL_RANK") == "0" and not error.spoken:
+        # Machines, and ranks, may be given other options than rank 0's. On each machine the first rank speaks at once;
+        # another, unless torchrun ends it before, because all have met the same mistake.
+        if error.code == 1 and "LOCAL_RANK" in os.environ and not error.spoken:
+            if os.environ["LOCAL_RANK"] != "0":
+                signal.signal(signal.SIGTERM, signal.SIG_DFL)
+                time.sleep(PATIENCE)
             print(f"error: rank {os.environ['RANK']}: {error}", file=sys.stderr)
         raise
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         raise SystemExit(130) from None
+    except (MemoryError, RuntimeError) as error:  # torch has no class for a CPU's memory
+        if isinstance(error, OneLineExit) or not is_out_of_memory(error):
+            raise
+        raise RunFailed(f"out of memory ({on_one_line(error, 200) or 'Python objects'}): make sizes smaller") from None
     except BrokenPipeError:  # the reader of the output has closed the pipe
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # otherwise Python complains when it flushes
+        give_up_stdout()
         raise SystemExit(141) from None  # 128 + SIGPIPE, as a shell reports it
+    except OSError as error:
+        if error.filename is None and error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
+            raise
+        if error.filename is None:  # of print
+            give_up_stdout()
+        what = "stdout" if error.filename is None else os.fsdecode(error.filename)
+        raise RunFailed(f"{what} cannot be used ({error.strerror})") from None
+
+
+def give_up_stdout():
+    """Make /dev/null take what stdout still holds, and Python would complain about when it flushes."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def choose_command(argv, commands, script, question, doc):
@@ -199,20 +246,33 @@ def read_config_file(path):
     The file becomes a module, so that torch.compile finds the names that a layer defined in it uses.
     """
     if not os.path.isfile(path):
-        raise ConfigError(f"config file {path} does not exist")
+        what = "is not a file" if os.path.exists(path) else "does not exist"
+        raise ConfigError(f"config file {path} {what}")
     module = types.ModuleType("config_file_" + re.sub(r"\W", "_", path))
     module.__file__ = path
     sys.modules[module.__name__] = module
     try:
         with open(path, encoding="utf-8") as file:
             exec(compile(file.read(), path, "exec"), vars(module))
-    except Exception as error:
-        raise ConfigError(f"config file {path} does not run: {type(error).__name__}: {error}") from error
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # exit() too, which would end the script with status 0
+        raise ConfigError(f"config file {path} does not run: {describe_error(error)}") from error
     return {
         key: value
         for key, value in vars(module).items()
         if not key.startswith("_") and not isinstance(value, types.ModuleType) and not callable(value)
     }
+
+
+def describe_error(error):
+    """Kind and message of an exception whose message may raise another, as that of a class in a config file."""
+    if isinstance(error, SystemExit) and error.code in (None, 0):
+        return "it calls exit()"
+    try:
+        return f"{type(error).__name__}: {error}"
+    except Exception:
+        return type(error).__name__
 
 
 # ---------------------------------------------------------------------------------------
@@ -277,7 +337,7 @@ def _parse(text, hint):
         return text.lower() == "true"
     try:
         return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
+    except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):  # TypeError: of {[]: 1}
         return text
 
 
@@ -288,7 +348,23 @@ def _is_bool(text):
 def _checked(key, value, fields, hints, where, Config=None):
     """`value` converted to the option's type, or ConfigError."""
     _check_key(key, fields, where, Config)
-    hint = hints[key]
+    value = _converted(key, value, hints[key], where)
+    _check_numbers(key, value, where)
+    return value
+
+
+def _check_numbers(key, value, where):
+    """ConfigError for NaN, infinity and whole numbers that 64 bits do not hold, inside tuples and dicts too."""
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ConfigError(f"{where}{key}={value} is not finite: give another number")
+    if isinstance(value, int) and not -(2**63) <= value < 2**63:
+        raise ConfigError(f"{where}{key}: a number of {value.bit_length()} bits is too large: give one below 2^63")
+    if isinstance(value, (tuple, list, dict)):
+        for each in (*value, *value.values()) if isinstance(value, dict) else value:
+            _check_numbers(key, each, where)
+
+
+def _converted(key, value, hint, where):
     for option in typing.get_args(hint) if _is_union(hint) else (hint,):
         kind = typing.get_origin(option) or option
         if kind is typing.Literal:
@@ -299,7 +375,7 @@ def _checked(key, value, fields, hints, where, Config=None):
         elif kind is tuple and isinstance(value, str):  # --structured_layers=ffn,attn or --theta ".5 0 .5"
             return tuple(_parse(word, object) for word in value.replace(",", " ").split())
         elif kind is float and isinstance(value, int) and not isinstance(value, bool):
-            return float(value)
+            return float(value) if abs(value) < 2**63 else value  # _check_numbers refuses it
         elif kind is int and isinstance(value, float) and value.is_integer():
             return int(value)  # --max_steps=1e4
         elif isinstance(value, kind) and not (kind in (int, float) and isinstance(value, bool)):
@@ -309,7 +385,8 @@ def _checked(key, value, fields, hints, where, Config=None):
     near = difflib.get_close_matches(str(value), choices, n=1)
     wrong = "is unknown" if choices and isinstance(value, str) else "has the wrong type"
     remedy = f"did you mean {near[0]!r}? give" if near else "give"
-    raise ConfigError(f"{where}{key}={value!r} {wrong}: {remedy} {_describe(hint)}")
+    shown = repr(value) if len(repr(value)) <= 200 else repr(value)[:200] + "…"
+    raise ConfigError(f"{where}{key}={shown} {wrong}: {remedy} {_describe(hint)}")
 
 
 def _is_union(hint):

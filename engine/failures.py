@@ -6,7 +6,7 @@ import time
 
 import torch
 
-from configurator import ConfigError, OneLineExit, RunFailed
+from configurator import ConfigError, OneLineExit, RunFailed, is_out_of_memory
 from engine import checkpoint, runlog
 from engine.compiling import missing_compiler
 from engine.parallel import ranks
@@ -19,10 +19,15 @@ def run_with_progress(train, config, memory):
     config  a RunConfig
     memory  words for a GPU that is full: what its use of memory depends on, and how to need less
     """
-    progress = runlog.Silent() if ranks()[0] else runlog.Progress(config.max_steps)
+    with losable_output():  # before Progress, which asks what stdout is
+        progress = runlog.Silent() if ranks()[0] else runlog.Progress(config.max_steps)
+        run_and_explain(train, config, memory, progress)
+
+
+def run_and_explain(train, config, memory, progress):
+    """As run_with_progress, with the runlog.Progress or Silent that it made."""
     try:
-        with losable_output():
-            train(config, progress)
+        train(config, progress)
     except OneLineExit as error:
         speak_for_this_rank(error)
         raise
@@ -44,7 +49,7 @@ def explain(error, config, memory):
     full = None
     if isinstance(error, torch.OutOfMemoryError):
         full = "GPU"
-    elif isinstance(error, MemoryError) or "DefaultCPUAllocator: can't allocate memory" in str(error):
+    elif is_out_of_memory(error):
         full = "CPU"
     if full is None:
         missing = missing_compiler(error)

@@ -21,7 +21,8 @@ def ranks():
 
     ConfigError where the environment holds something else.
     """
-    given = {name: os.environ[name] for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE") if name in os.environ}
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "TORCHELASTIC_RESTART_COUNT")
+    given = {name: os.environ[name] for name in names if name in os.environ}
     wrong = [f"{name}={value}" for name, value in given.items() if not value.isdecimal()]
     rank, local_rank, world = 0, 0, 1
     if not wrong:
@@ -36,8 +37,8 @@ def ranks():
             ]
     if wrong:
         raise ConfigError(
-            f"the environment has {', '.join(wrong)}: start several processes with torchrun; for one, unset RANK, LOCAL_RANK "
-            "and WORLD_SIZE"
+            f"the environment has {', '.join(wrong)}: start several processes with torchrun; for one, "
+            f"unset {', '.join(given)}"
         )
     return rank, local_rank, world
 

@@ -1,6 +1,7 @@
 """Options from dataclass, files and command line; one clear line for each mistake."""
 
 import importlib
+import os
 import re
 import subprocess
 import sys
@@ -302,6 +303,83 @@ def test_a_reader_that_has_seen_enough_is_no_error():
         f"{sys.executable} train.py --help | head -1", shell=True, cwd=ROOT, capture_output=True, text=True
     )
     assert done.stderr == "" and done.stdout.startswith("Train a structured GPT"), done.stderr
+
+
+OUTPUT = "from configurator import as_script; as_script(lambda words: print(words[0]))"
+
+
+@pytest.mark.parametrize(
+    "output, encoding, status, said",
+    [
+        ("> /dev/full", "utf-8", 1, "error: stdout cannot be used (No space left on device)\n"),
+        (">&-", "utf-8", 0, ""),
+        ("", "ascii", 0, "\\xe4\n"),
+        ("| cat", "utf-8", 0, "ä\n"),
+    ],
+)
+def test_output_that_is_lost_or_has_few_characters_is_no_traceback(output, encoding, status, said):
+    done = subprocess.run(
+        ["bash", "-o", "pipefail", "-c", f"{sys.executable} -c '{OUTPUT}' ä {output}"], cwd=ROOT, text=True,
+        capture_output=True, env={**os.environ, "PYTHONIOENCODING": encoding, "LC_ALL": "C.UTF-8"},
+    )  # fmt: skip
+    assert (done.returncode, done.stdout + done.stderr) == (status, said)
+
+
+@pytest.mark.parametrize(
+    "error, line",
+    [
+        (MemoryError(), r"out of memory \(Python objects\): make sizes smaller"),
+        (
+            RuntimeError("DefaultCPUAllocator: can't allocate memory: 64 bytes"),
+            r"out of memory \(Default.*: make sizes",
+        ),
+        (PermissionError(13, "Permission denied", "a/b"), r"a/b cannot be used \(Permission denied\)"),
+    ],
+)
+def test_what_no_script_foresees_is_one_line(error, line):
+    def failing(words):
+        raise error
+
+    with pytest.raises(RunFailed, match=line):
+        as_script(failing)
+    with pytest.raises(RuntimeError, match="^another$"):
+        error = RuntimeError("another")  # a mistake of ours keeps its traceback
+        as_script(failing)
+
+
+@pytest.mark.parametrize(
+    "text", ["exit()", "raise SystemExit(0)", "import sys; sys.exit('why')", "raise GeneratorExit"]
+)
+def test_a_config_file_that_exits_is_a_mistake(config_file, text):
+    with pytest.raises(
+        ConfigError, match="config.py does not run: (it calls exit\\(\\)|SystemExit: why|GeneratorExit: )$"
+    ):
+        load_config(Options, [config_file(text)])
+
+
+def test_every_message_is_one_printable_line_of_some_length():
+    message = ConfigError("a\nb\x1b[31m\udcff\0 ä").message
+    assert message == r"a b\x1b[31m\udcff\x00 ä"
+    assert len(ConfigError("x" * 10_000).message) < 2000 and ConfigError("x" * 1999).message == "x" * 1999
+
+
+@pytest.mark.parametrize(
+    "word, message",
+    [
+        ("--lr=1e400", "--lr=inf is not finite: give another number"),
+        ("--lr=-1e400", "--lr=-inf is not finite"),
+        ("--steps=9223372036854775808", "--steps: a number of 64 bits is too large: give one below 2^63"),
+        ("--lr=1" + "0" * 400, "--lr: a number of 1329 bits is too large"),
+        ("--theta=(1, 1e400)", "--theta=inf is not finite"),
+        ("--table={'a': {'b': [1e400]}}", "--table=inf is not finite"),
+        ("--steps={[]: 1}", "has the wrong type: give a whole number"),
+        ("--steps=" + "-" * 100_000 + "1", "has the wrong type: give a whole number"),
+    ],
+)
+def test_numbers_are_finite_and_fit_64_bits(word, message):
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        load_config(Options, [word])
+    assert load_config(Options, ["--steps=9223372036854775807"]).steps == 2**63 - 1
 
 
 def test_options_are_read_anew_by_each_call(tmp_path):

@@ -111,11 +111,22 @@ def test_arrays_are_told_apart_by_length_and_content():
 
 
 def test_a_mistake_on_another_machine_is_said_there(tiny):
-    """Before the ranks have joined: the first rank of each machine prints it, and the others leave it to that one."""
-    for local_rank, said in (("0", 1), ("1", 0)):
-        env = {"RANK": "9", "LOCAL_RANK": local_rank, "WORLD_SIZE": "16"}
-        done = run_script("train.py", *tiny, "--n_head=5", env=env)
-        assert done.returncode == 1 and done.stderr.count("error: rank 9: ") == done.stderr.count("\n") == said
+    """Before the ranks have joined: the first rank of each machine prints it."""
+    env = {"RANK": "9", "LOCAL_RANK": "0", "WORLD_SIZE": "16"}
+    done = run_script("train.py", *tiny, "--n_head=5", env=env)
+    assert done.returncode == 1 and done.stderr.count("error: rank 9: ") == done.stderr.count("\n") == 1
+
+
+def test_a_mistake_of_one_rank_alone_is_said_unless_torchrun_ends_it_first(tmp_path, processes=2):
+    """A config file that fails on rank 1 only: on both, rank 0 speaks for all."""
+    (tmp_path / "config.py").write_text("import os\nif int(os.environ['RANK']) >= int(os.environ['FIRST']): exit()\n")
+    code = "import configurator; configurator.as_script(lambda words: configurator.read_config_file(words[0]))"
+    (tmp_path / "script.py").write_text(code)
+    for first, rank in (("1", "rank 1: "), ("0", "")):
+        done = run_script(tmp_path / "script.py", tmp_path / "config.py", env={"FIRST": first}, processes=processes)
+        said = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+        line = f"error: {rank}config file {tmp_path}/config.py does not run: it calls exit()"
+        assert done.returncode == 1 and said == [line], done.stderr
 
 
 JOIN = """

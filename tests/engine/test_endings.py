@@ -11,7 +11,7 @@ import torch
 
 import train
 from configurator import ConfigError, RunFailed
-from conftest import ROOT, environment
+from conftest import ROOT, environment, read_rows
 from engine import checkpoint
 from engine.device import choose_device
 from engine.runlog import RunLog, read_log
@@ -85,6 +85,12 @@ def test_a_process_whose_output_is_lost_runs_to_its_end(tmp_path, redirection, s
     env = environment({"PYTHONIOENCODING": "ascii"})
     done = subprocess.run(["bash", "-o", "pipefail", "-c", line], cwd=ROOT, env=env, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, said) and end.read_text() == "to the end"
+
+
+def test_a_run_without_stdout_trains_to_its_end(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "stdout", None)  # as Python has it where stdout is closed
+    train.main([*tiny, "--max_steps=2"])
+    assert read_rows(tmp_path / "run")[-1]["step"] == 2
 
 
 def test_characters_without_an_encoding_are_escaped_and_the_streams_come_back(monkeypatch, tmp_path):
