@@ -20,6 +20,7 @@ from theta import ALIGNMENT, STRUCTURES, SizeError, all_options, check_mixture, 
 
 # Layers that `structured_layers` and `overrides` may name, singly or as a group ("attn" means the four attn.* roles).
 ROLES = ("embed", "attn.q", "attn.k", "attn.v", "attn.proj", "ffn.up", "ffn.down", "lm_head")
+MOST_WIDE, MOST_MODULES = 2**24, 2**16  # a width, a context or a vocabulary; a number of layers or experts
 BASE_WIDTH = 768  # `lr` is the rate of a dense layer of this width
 
 
@@ -63,10 +64,8 @@ class BlockConfig:
         return (3 / self.n_layer) ** self.depth_exponent if self.parametrization == "mup" else 1.0
 
     def __post_init__(self):
-        for name in ("n_layer", "n_head", "d_model", "d_head"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ConfigError(f"{name}={value}: make it at least 1")
+        check_sizes(self, "n_head", "d_model", "d_head")
+        check_sizes(self, "n_layer", "num_experts", most=MOST_MODULES)
         if not 0 <= self.depth_exponent <= 1:
             raise ConfigError(f"depth_exponent={self.depth_exponent}: make it 0 to 1")
         if self.parametrization == "standard" and self.depth_exponent != 0.5:
@@ -334,10 +333,7 @@ class GPTConfig(BlockConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        for name in ("block_size", "vocab_size", "d_embed"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ConfigError(f"{name}={value}: make it at least 1")
+        check_sizes(self, "block_size", "vocab_size", "d_embed")
         if self.d_embed and self.parametrization == "standard":
             raise ConfigError(
                 f"d_embed={self.d_embed} with parametrization='standard', which ties embedding and head: take 'mup'"
@@ -447,6 +443,14 @@ class RunConfig:
             raise ConfigError(
                 f"init_from={path} is in out_dir={self.out_dir}, where this run saves: give another out_dir"
             )
+
+
+def check_sizes(config, *names, most=MOST_WIDE):
+    """ConfigError if one of the named options of config, where it is not None, is less than 1 or more than `most`."""
+    for name in names:
+        value = getattr(config, name)
+        if value is not None and not 1 <= value <= most:
+            raise ConfigError(f"{name}={value}: make it at least 1 and at most {most}")
 
 
 def check_seed(name, value):

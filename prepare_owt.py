@@ -60,6 +60,10 @@ class PrepareConfig:
         for name, least in (("num_proc", 0), ("seed", 0), ("max_document", 1)):
             if getattr(self, name) < least:
                 raise ConfigError(f"{name}={getattr(self, name)}: make it at least {least}")
+        if self.max_document > 2**31:
+            raise ConfigError(
+                f"max_document={self.max_document}: make it at most {2**31}, all of which memory must hold"
+            )
         if is_nanogpt_folder(self.source):
             if self.out_dir not in (None, self.source):
                 raise ConfigError(f"out_dir={self.out_dir}: nanoGPT's tokens stay in {self.source}: leave out_dir out")

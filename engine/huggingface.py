@@ -20,7 +20,10 @@ def load_gpt2(name):
     ConfigError where weights are missing or the model differs from GPT-2 in more than its sizes; errors of transformers pass through.
     """
     from transformers import GPT2LMHeadModel, PretrainedConfig
+    from transformers.utils import logging
 
+    logging.set_verbosity_error()  # what it would report is checked below, and told in one line
+    logging.disable_progress_bar()
     kind = PretrainedConfig.get_config_dict(name)[0].get("model_type")
     if kind != "gpt2":
         raise ConfigError(f"{name} has model_type={kind}, but this GPT-2 needs gpt2: take another model")

@@ -9,6 +9,7 @@ launches are not timed. The default sizes for a CPU are small.
 
 import itertools
 import json
+import math
 import time
 
 import torch
@@ -17,7 +18,7 @@ from configurator import ConfigError, load_config
 from einsum_linear import make_linear
 from engine.compiling import order_loops
 from engine.device import choose_device, choose_dtype, device_name, write_rows
-from engine.runlog import duration, save_figure, whole_file, writing
+from engine.runlog import duration, is_number, lines_of, save_figure, whole_file, writing
 from kernels import btt as btt_kernels
 from lab.bench_options import LayersConfig, MixturesConfig
 from moe import Mixture, Mixtures, make_mixture
@@ -91,13 +92,22 @@ class Clock:
 def rows_of_layers(path):
     """The rows of a JSON file that `layers` wrote."""
     try:
-        with open(path) as file:
-            rows = [row for row in json.load(file) if row["what"] == "layer"]
-    except (OSError, ValueError, TypeError, KeyError):
+        rows = [row for row in json.loads("".join(lines_of(path))) if row["what"] == "layer"]
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
         rows = []
-    if not rows:
+    if not rows or not all(map(is_row_of_layer, rows)):
         raise ConfigError(f"draw={path} has no rows of layers: give the --json of an earlier `lab.bench layers`")
     return rows
+
+
+def is_row_of_layer(row):
+    """Whether this is a row that draw_layers can draw, of a file that may hold anything."""
+    figures = ("tokens", "ms", "times_faster_than_dense", "training_flops", "bytes", "copy_bytes_per_second", "flops")
+    words = ("layer", "method", "device", "dtype")
+    numbers = [row.get(key) for key in figures]
+    return all(isinstance(row.get(key), str) for key in words) and all(
+        is_number(n) and 0 < n < math.inf for n in numbers
+    )
 
 
 def save_rows(path, rows, device):
@@ -376,7 +386,7 @@ def draw_layers(rows, png):
         "btt, torch": ("BTT by torch.bmm", "tab:red", "x"),
         "chosen": ("BTT, kernels.btt", "tab:blue", "o"),
     }
-    tokens = max(row["tokens"] for row in rows if row["tokens"] <= 32_768)
+    tokens = max([row["tokens"] for row in rows if row["tokens"] <= 32_768] or [min(row["tokens"] for row in rows)])
     layers = list(dict.fromkeys(row["layer"] for row in rows if row["tokens"] == tokens))
     wide = max(6, 0.75 * len(layers))  # inches
     figure, (bars, roofline) = plt.subplots(
@@ -386,9 +396,10 @@ def draw_layers(rows, png):
         mine = [row for row in rows if row["method"].startswith(kind)]
         ms = {row["layer"]: row["ms"] for row in mine if row["tokens"] == tokens}
         share = {row["layer"]: 1 / row["times_faster_than_dense"] for row in mine if row["tokens"] == tokens}
-        at = [j + 0.27 * (i - 1) for j in range(len(layers))]
-        bars.bar(at, [share[layer] for layer in layers], 0.26, label=label, color=colour)
-        for x, layer in zip(at, layers):
+        measured = [layer for layer in layers if layer in share]  # --methods may have left this kind out
+        at = [layers.index(layer) + 0.27 * (i - 1) for layer in measured]
+        bars.bar(at, [share[layer] for layer in measured], 0.26, label=label, color=colour)
+        for x, layer in zip(at, measured):
             bars.text(x, share[layer] + 0.03, f"{ms[layer]:.2f}", ha="center", va="bottom", fontsize=7, rotation=90)
         roofline.scatter(
             [row["training_flops"] / row["bytes"] for row in mine], [row["training_flops"] / row["ms"] / 1e9 for row in mine],

@@ -142,8 +142,8 @@ class CheckConfig:
         check_seed("seed", self.seed)
         if self.widths is None:
             return
-        few = len(set(self.widths)) < self.least_widths
-        if few or not all(isinstance(width, int) and width > 0 for width in self.widths):
+        whole = all(isinstance(width, int) and width > 0 for width in self.widths)
+        if not whole or len(set(self.widths)) < self.least_widths:
             least = {1: "a whole number", 2: "two whole numbers"}[self.least_widths]
             raise ConfigError(f"widths={self.widths}: give {least} or more, such as 64,128,256")
         self.widths = tuple(sorted(set(self.widths)))
@@ -188,7 +188,7 @@ class DepthConfig(CheckConfig):
     def __post_init__(self):
         self.widths = (self.width,)
         super().__post_init__()
-        if len(set(self.n_layers)) < 2 or not all(isinstance(n, int) and n > 0 for n in self.n_layers):
+        if not all(isinstance(n, int) and n > 0 for n in self.n_layers) or len(set(self.n_layers)) < 2:
             raise ConfigError(f"n_layers={self.n_layers}: give two whole numbers or more, such as 3,6,12")
         if self.lr <= 0:
             raise ConfigError(f"lr={self.lr}: make it more than 0")

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from configurator import ConfigError
+from engine.runlog import lines_of
 
 
 class Curve(NamedTuple):
@@ -89,8 +90,7 @@ def merged(curves):
 def read_curves(path):
     """-> the Curves of a file that write_curves wrote, and what their loss is."""
     try:
-        with open(path) as file:
-            saved = json.load(file)
+        saved = json.loads("".join(lines_of(path)))
         curves = [
             Curve(
                 each.pop("group"),
@@ -102,9 +102,9 @@ def read_curves(path):
             for each in saved["curves"]
         ]
         return curves, saved["loss"]
-    except OSError as error:
-        raise ConfigError(f"{path} cannot be read ({error.strerror})") from None
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except ConfigError:
+        raise
+    except (RecursionError, ValueError, KeyError, TypeError, AttributeError):
         raise ConfigError(f"{path} is no file of lab.scaling_laws rates: leave it out") from None
 
 

@@ -9,6 +9,7 @@ import math
 from dataclasses import dataclass
 
 from configurator import ConfigError, as_script, load_config
+from options import check_sizes
 from theta import NAMED_THETAS, check_theta, factor_sizes, multiplications, num_parameters, show_theta, taxonomy
 
 
@@ -20,9 +21,7 @@ class StructuresConfig:
     plot: bool | str = False  # draw every named structure at its (omega, psi, nu): --plot, or --plot=FILE
 
     def __post_init__(self):
-        for name in ("d_in", "d_out"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name}={getattr(self, name)}: make it at least 1")
+        check_sizes(self, "d_in", "d_out")
         if self.theta is not None:
             factor_sizes(self.d_in, self.d_out, self.theta)
 
@@ -148,3 +147,7 @@ def main(argv):
 def run_command():
     """The command `python einsum_linear.py`."""
     as_script(main)
+
+
+if __name__ == "__main__":
+    run_command()

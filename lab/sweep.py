@@ -30,7 +30,7 @@ import time
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from configurator import ConfigError, as_script, load_config, split_options, split_words
+from configurator import ConfigError, as_script, describe_error, load_config, split_options, split_words
 from engine.ownership import owning, wait_until_free
 from engine.runlog import read_config_json, read_log, writing
 from lab.children import ignore_signals, start_child, stop_as_by_ctrl_c, stop_children
@@ -69,20 +69,26 @@ def module_of(script):
 
 def read_sweep(path, small=False, common="", out=None):
     """Run a sweep file -> Sweep; arguments as the options of SweepConfig. ConfigError if the file defines no sweep."""
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise ConfigError(f"{path} is not a file: give a file of config/sweeps/")
     try:
         values = runpy.run_path(path)
     except OSError as error:
         raise ConfigError(f"{path} cannot be read ({error.strerror}): give a file of config/sweeps/") from None
-    except Exception as error:
-        raise ConfigError(f"{path} is no sweep file, {type(error).__name__}: {error}") from None
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # exit() too
+        raise ConfigError(f"{path} is no sweep file, {describe_error(error)}") from None
     name = os.path.splitext(os.path.basename(path))[0]
     if small:
         name, values = f"{name}_small", small_version(path, values)
     runs = values.get("runs")
     if not isinstance(runs, list) or not runs or not all(isinstance(run, dict) for run in runs):
         raise ConfigError(f"{path} has no list `runs` of dicts of options")
-    script = values.get("script", "train.py")
-    if not os.path.isfile(script):
+    shared, script = values.get("common", {}), values.get("script", "train.py")
+    if not isinstance(shared, dict) or not all(isinstance(key, str) for each in (shared, *runs) for key in each):
+        raise ConfigError(f"{path}: `common` and each of `runs` are dicts of options, {{name: value}}")
+    if not isinstance(script, str) or not os.path.isfile(script):
         raise ConfigError(f"{path}: script={script!r} is no file here: give train.py, vision/train.py or another")
     added = split_options("common", common)
     for key in added:
@@ -94,8 +100,11 @@ def read_sweep(path, small=False, common="", out=None):
     for run, name in zip(runs, run_names(runs)):
         if name in named:
             raise ConfigError(f"{path}: two runs are the same, {name}: leave one out, or give them different seeds")
-        named[name] = {**values.get("common", {}), **run, **added, "out_dir": os.path.join(out, name)}
-    return Sweep(named, script, split_words(f"{path}: config", values.get("config", "")), values.get("fit"))
+        named[name] = {**shared, **run, **added, "out_dir": os.path.join(out, name)}
+    words, fit = values.get("config", ""), values.get("fit")
+    if not isinstance(words, str) or not isinstance(fit, (str, type(None))):
+        raise ConfigError(f"{path}: `config` and `fit` are words of a command line: make them strings")
+    return Sweep(named, script, split_words(f"{path}: config", words), fit)
 
 
 def small_version(path, values):
@@ -106,7 +115,10 @@ def small_version(path, values):
     for key in small:
         if key not in SMALL:
             raise ConfigError(f"{path}: small defines {key!r}, which is unknown: it may define {', '.join(SMALL)}")
-    return {**values, **small, "common": {**values.get("common", {}), **small.get("common", {})}}
+    commons = values.get("common", {}), small.get("common", {})
+    if not all(isinstance(common, dict) for common in commons):
+        raise ConfigError(f"{path}: `common` is a dict of options, {{name: value}}, in small too")
+    return {**values, **small, "common": {**commons[0], **commons[1]}}
 
 
 def run_names(runs):

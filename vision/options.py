@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from configurator import ConfigError, UnusedOption
-from options import BlockConfig
+from options import BlockConfig, check_sizes
 
 # Options of attention, with their values in a model that has none.
 ATTENTION = {"n_head": 1, "d_head": None, "align_heads": False, "share_router": False}
@@ -66,9 +66,8 @@ class ImageConfig(MLPConfig):
             self.shuffle_pixels = self.model == "mlp"
         refuse(self, "model='vit' has patches", self.model == "vit", shuffle_pixels=False)
         super().__post_init__()
-        for name in ("image_size", "patch_size", "n_classes"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name}={getattr(self, name)}: make it at least 1")
+        check_sizes(self, "image_size", "patch_size", most=4096)
+        check_sizes(self, "n_classes")
         if self.channels not in (1, 3):
             raise ConfigError(f"channels={self.channels}: 3, or 1 for grey images")
         if self.model == "vit" and self.image_size % self.patch_size:

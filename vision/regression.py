@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, fields
 from functools import partial
 
 from configurator import as_script, load_config
-from options import RunConfig, at_least, check_seed
+from options import RunConfig, at_least, check_seed, check_sizes
 from vision.options import ATTENTION, MLPConfig, refuse
 
 
@@ -40,7 +40,8 @@ class RegressionConfig(RunConfig, MLPConfig):
         refuse(self, "the MLP has none", True, **ATTENTION)
         MLPConfig.__post_init__(self)
         RunConfig.__post_init__(self)
-        at_least(1, self, "d_in", "teacher_layers", "teacher_width", "batch_size", "eval_inputs")
+        at_least(1, self, "teacher_layers", "batch_size", "eval_inputs")
+        check_sizes(self, "d_in", "teacher_width")
         at_least(0, self, "input_lr")
         check_seed("teacher_seed", self.teacher_seed)
         self.check_layers()
