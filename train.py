@@ -253,7 +253,7 @@ class Trainer:
         self.scaler.update()
         self.optimizers.zero_grad(set_to_none=True)
         if self.mixtures is not None:
-            self.mixtures.balance(self.update_reports)
+            self.mixtures.balance(self.update_reports, self.config.router_balance)
             self.reports.add_(self.update_reports)
         return norm.view(1)
 
