@@ -3,6 +3,7 @@
     python -m lab.sweep config/sweeps/quickstart.py                       # those that are not finished, one after the other
     python -m lab.sweep config/sweeps/gpt_theta.py --small                # the file's small version: minutes, not days
     python -m lab.sweep config/sweeps/gpt_theta.py --small --common="--data_dir=data/mine"      # options for all runs
+    python -m lab.sweep config/sweeps/moe.py --config=config/published.py     # config files that follow the file's
     python -m lab.sweep config/sweeps/quickstart.py --jobs=4              # on every GPU one trains while three start
     python -m lab.sweep config/sweeps/quickstart.py --commands            # only print them, one a line
 
@@ -36,10 +37,11 @@ from engine.runlog import read_log
 class SweepConfig:
     small: bool = False  # the sweep file's small version
     common: str = ""  # options for all runs, laid over the file's: --common="--data_dir=data/mine --max_steps=500"
+    config: str = ""  # config files that follow the sweep file's own; options of `common` and of a run still win
     jobs: int = 1  # runs at a time on every GPU, of which one trains and the others start; or on the CPU
     gpus: int | None = None  # GPUs to use; None: all there are, or that CUDA_VISIBLE_DEVICES names
     commands: bool = False  # print the commands of the runs that are not finished, and do nothing
-    out: str | None = None  # folder of all runs; None: out/sweeps/ and the sweep file's name
+    out: str | None = None  # folder of all runs; None: out/sweeps/ and the names of the sweep file and of `config`
     only: str = ""  # runs whose name contains this
 
     def __post_init__(self):
@@ -63,8 +65,8 @@ def module_of(script):
     return os.path.splitext(script)[0].replace(os.sep, ".")
 
 
-def read_sweep(path, small=False, common="", out=None):
-    """-> Sweep; ConfigError for what is none."""
+def read_sweep(path, small=False, common="", out=None, config=""):
+    """-> Sweep; ConfigError for what is none. config: config files that follow those of the sweep file."""
     try:
         values = runpy.run_path(path)
     except OSError as error:
@@ -74,6 +76,8 @@ def read_sweep(path, small=False, common="", out=None):
     name = os.path.splitext(os.path.basename(path))[0]
     if small:
         name, values = f"{name}_small", small_version(path, values)
+    files = split_words("config", config)
+    name = "_".join([name, *(os.path.splitext(os.path.basename(file))[0] for file in files)])
     runs = values.get("runs")
     if not isinstance(runs, list) or not runs or not all(isinstance(run, dict) for run in runs):
         raise ConfigError(f"{path} has no list `runs` of dicts of options")
@@ -91,7 +95,8 @@ def read_sweep(path, small=False, common="", out=None):
         if name in named:
             raise ConfigError(f"{path}: two runs are the same, {name}: leave one out, or give them different seeds")
         named[name] = {**values.get("common", {}), **run, **added, "out_dir": os.path.join(out, name)}
-    return Sweep(named, script, split_words(f"{path}: config", values.get("config", "")), values.get("fit"))
+    configs = split_words(f"{path}: config", values.get("config", "")) + files
+    return Sweep(named, script, configs, values.get("fit"))
 
 
 def small_version(path, values):
@@ -224,7 +229,7 @@ def main(argv):
     config = load_config(SweepConfig, [word for word in argv if word not in files])
     if len(files) != 1:
         raise ConfigError("lab.sweep: give one sweep file, such as config/sweeps/quickstart.py")
-    sweep = read_sweep(files[0], config.small, config.common, config.out)
+    sweep = read_sweep(files[0], config.small, config.common, config.out, config.config)
     chosen = [name for name in sweep.runs if config.only in name]
     if not chosen:
         raise ConfigError(f"only={config.only!r} is in no run's name, such as {next(iter(sweep.runs))}")
