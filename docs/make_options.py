@@ -16,8 +16,8 @@ PAGE = ROOT / "docs" / "options.md"
 # Command: the classes whose fields are its options, as MODULE.CLASS.
 COMMANDS = {
     "train": ["options.TrainConfig"],
-    "sample": ["sample.Config"],
-    "prepare_owt": ["prepare_owt.Config"],
+    "sample": ["sample.SampleConfig"],
+    "prepare_owt": ["prepare_owt.PrepareConfig"],
     "einsum_linear": ["lab.structures.StructuresConfig"],
     "vision.train": ["vision.train.ImageTrainConfig"],
     "vision.regression": ["vision.regression.RegressionConfig"],
@@ -25,6 +25,7 @@ COMMANDS = {
     "lab.sweep": ["lab.sweep.SweepConfig"],
     "lab.scaling_laws plot": ["lab.scaling_laws.PlotConfig"],
     "lab.scaling_laws fit": ["lab.scaling_laws.FitConfig"],
+    "lab.scaling_laws rates": ["lab.scaling_laws.RatesConfig"],
     "lab.coverage": ["lab.coverage.CoverageConfig"],
     "lab.search": ["lab.search.SearchConfig"],
     "lab.convert": ["lab.convert.ConvertConfig"],

@@ -156,16 +156,17 @@ def test_help_lists_every_option_with_default_and_comment(capsys):
 @pytest.mark.parametrize(
     "where",
     ["options.TrainConfig", "vision.train.ImageTrainConfig", "vision.regression.RegressionConfig",
-     "prepare_owt", "sample", "lab.convert.ConvertConfig", "lab.search.SearchConfig",
+     "prepare_owt.PrepareConfig", "sample.SampleConfig", "lab.convert.ConvertConfig", "lab.search.SearchConfig",
      "lab.sweep.SweepConfig", "lab.structures.StructuresConfig", "lab.coverage.CoverageConfig",
      "lab.mup_check.CoordsConfig",
-     "lab.mup_check.LandscapeConfig", "lab.scaling_laws.PlotConfig", "lab.scaling_laws.FitConfig", "lab.bench_options.StepConfig",
+     "lab.mup_check.LandscapeConfig", "lab.scaling_laws.PlotConfig", "lab.scaling_laws.FitConfig",
+     "lab.scaling_laws.RatesConfig", "lab.bench_options.StepConfig",
      "lab.bench_options.SampleBenchConfig", "lab.bench_options.DataBenchConfig", "lab.bench_options.LayersConfig",
      "lab.bench_options.MixturesConfig"],
 )  # fmt: skip
 def test_help_says_what_every_option_does(where):
     """Those of the classes it inherits from, too; a field that is more than one line loses its comment."""
-    module, _, name = where.rpartition(".") if where.endswith("Config") else (where, "", "Config")
+    module, _, name = where.rpartition(".")
     Config = getattr(importlib.import_module(module), name)
     lines = help_text(Config).splitlines()
     hidden = getattr(Config, "hidden", ())
@@ -278,13 +279,13 @@ else:
         ("sample.py --temperature=-1", "error: temperature=-1.0: make it at least 0"),
         ("prepare_owt.py --tokenizer=words", "error: --tokenizer='words' is unknown"),
         ("vision.data --image_size=0", "error: image_size=0"),
-        ("lab.bench --help", "Timings."),
+        ("lab.bench --help", "Time layers, mixtures"),
         ("lab.bench step --stepz=3", "error: unknown option --stepz"),
         ("lab.bench mixtures --tokens=x", "error: --tokens='x' has the wrong type"),
         ("lab.convert --source=gpt2", "error: out_dir='' and export=''"),
         ("lab.mup_check lr_landscape --steps=0", "error: steps=0"),
         ("lab.mup_check depth --n_layers=3,", "error: n_layers=(3,)"),
-        ("lab.search --rank=2", "error: --rank is every trial's own"),
+        ("lab.search --rank=2", "error: --rank is set by each trial"),
         ("lab.search --trials=0", "error: trials=0"),
     ],
 )

@@ -32,6 +32,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import optim
 import train
 import vision.data
+import vision.images
 import vision.regression
 import vision.train
 from configurator import ConfigError, help_text, load_config, read_config_file
@@ -44,9 +45,11 @@ from model import GPT
 from optim import Optimizers
 from train import TrainConfig, Trainer
 from vision.augment import OPERATION_NAMES, Augment, crop_boxes, erase_boxes, inside, mix_boxes, moved, rand_operation
-from vision.data import Held, Order, Streamed, open_splits, random_box, rng
+from vision.data import Held, Order, Streamed, rng
+from vision.images import random_box
 from vision.mlp import MLP
 from vision.regression import RegressionConfig
+from vision.sources import Split, open_splits
 from vision.train import ImageTask, ImageTrainConfig
 from vision.vit import ViT, patches
 
@@ -172,7 +175,7 @@ def test_a_run_with_unshuffled_pixels_resumes_as_it_was(tmp_path, capsys):
         vision.train.main(words(more))
     capsys.readouterr()
     vision.train.main(words({**more, "shuffle_pixels": False}))
-    assert "going on from step 2" in capsys.readouterr().out
+    assert "resuming from step 2" in capsys.readouterr().out
 
 
 def test_start_at_zero_and_rates_of_the_published_input_layer():
@@ -232,6 +235,21 @@ def test_other_configs_keep_their_rates():
     assert (imagenet.branch_scale, imagenet.beta2, imagenet.base_width) == (1, 0.95, 256)
     with pytest.raises(ConfigError, match="base_ffn_expansion=4 with parametrization='standard'"):
         TrainConfig(parametrization="standard", structure="dense", base_ffn_expansion=4)
+
+
+def test_a_checkpoint_of_before_base_ffn_expansion_keeps_its_rates(tmp_path):
+    """Checkpoints without the option were trained with 1; the config files have 4 today."""
+    options = {**TINY, "out_dir": tmp_path / "run", "max_steps": 2, "eval_interval": 2}
+    vision.train.main(words({**options, "base_ffn_expansion": 1}))
+    path = tmp_path / "run" / "ckpt.pt"
+    saved = torch.load(path, weights_only=True)
+    del saved["config"]["base_ffn_expansion"]
+    torch.save(saved, path)
+    options.update(max_steps=4, resume=True)
+    with pytest.raises(ConfigError, match="base_ffn_expansion=4, but the checkpoint in .*run has 1: give that"):
+        vision.train.main(words({**options, "base_ffn_expansion": 4}))
+    vision.train.main(words({**options, "base_ffn_expansion": 1}))
+    assert torch.load(path, weights_only=True)["step"] == 4
 
 
 def test_an_input_layer_of_rate_zero_stays_as_it_is(digits_held):
@@ -374,15 +392,13 @@ def test_held_images_become_rgb_and_square(monkeypatch, workers):
         Image.new("RGBA", (10, 10), (1, 2, 3, 4)),
         Image.new("RGB", (9, 30), (9, 8, 7)),
     ]
-    split = vision.data.Split(
-        np.array([0, 1, 0, 1, 0, 1]), lambda i: png(images[i]) if i < 3 else b"torn", lambda i: f"image {i}"
-    )
+    split = Split(np.array([0, 1, 0, 1, 0, 1]), lambda i: png(images[i]) if i < 3 else b"torn", lambda i: f"image {i}")
     said = []
     config = ImageTrainConfig(**{**TINY, "channels": 3, "n_classes": 2, "workers": workers})
     held = Held(config, {"train": split, "val": split}, CPU, said.append)
     assert held.val.shape == (3, 3, 8, 8) and held.val_labels.tolist() == [0, 1, 0]
     assert held.val[:, :, 4, 4].tolist() == [[7, 7, 7], [1, 2, 3], [9, 8, 7]]
-    assert "3 broken images left out, the last: image 5 (no image of a known format)" in said and any(
+    assert "3 broken images left out, the last: image 5 (not an image of a known format)" in said and any(
         "other sizes" in text for text in said
     )
 
@@ -718,7 +734,14 @@ def straight(tmp_path_factory):
 
 
 def test_a_run_leaves_what_it_should(straight, capsys):
-    assert sorted(os.listdir(straight)) == ["ckpt.pt", "ckpt_prev.pt", "config.json", "log.jsonl", "loss.png"]
+    assert sorted(os.listdir(straight)) == [
+        "ckpt.pt",
+        "ckpt_prev.pt",
+        "config.json",
+        "log.jsonl",
+        "loss.png",
+        "run.lock",
+    ]
     rows = read_rows(straight)
     last, config = rows[-1], ImageTrainConfig(**TINY_VIT)
     assert [row["step"] for row in rows] == list(range(21))
@@ -905,7 +928,7 @@ def test_a_folder_is_streamed_and_broken_files_passed_over_with_a_count(folder, 
     options = streaming(folder, tmp_path)
     vision.train.main(words(options))
     out = capsys.readouterr().out
-    assert "broken images passed over so far, the last here" in out and "02.jpg" in out
+    assert "broken images passed over so far, the last on this rank: " in out and "02.jpg" in out
     row = read_rows(tmp_path / "run")[-1]
     assert row["top1"] > 0.9 and row["broken"] >= 3
     vision.train.main(words(dict(options, max_steps=6, schedule="constant", out_dir=tmp_path / "two")))
@@ -929,10 +952,20 @@ def test_a_dead_worker_ends_the_run_in_one_line(folder, tmp_path):
     assert "error: a process that decodes images ended" in rest and "fewer --workers" in rest
 
 
+def test_a_fifo_among_the_images_is_a_broken_one(folder, tmp_path):
+    path = sorted(glob.glob(f"{folder}/val/*/*"))[0]
+    os.remove(path)
+    os.mkfifo(path)
+    config = ImageTrainConfig(**{k: v for k, v in streaming(folder, tmp_path).items() if k != "out_dir"})
+    data = Streamed(config, open_splits(config)[0], CPU)
+    (_, labels), *_ = data.val_batches(0, 1, 12)
+    assert labels[0] == -1 and data.last_broken.startswith(path)
+
+
 def test_a_folder_of_broken_files_is_one_clear_line(folder, tmp_path):
     for path in glob.glob(f"{folder}/train/*/*"):
         os.truncate(path, 100)
-    with pytest.raises(ConfigError, match=r"100 broken files one behind the other: .*train/") as caught:
+    with pytest.raises(ConfigError, match=r"100 broken files in a row, the last: .*train/") as caught:
         vision.train.main(words(streaming(folder, tmp_path)))
     assert "\n" not in str(caught.value)
 
@@ -963,13 +996,30 @@ def test_streamed_images_against_pil(folder, tmp_path):
     assert boxes[0] != boxes[1] and not np.array_equal(items[0][0], items[1][0])
 
 
+def test_small_shared_memory_means_pipes_and_the_same_batches(folder, tmp_path, monkeypatch):
+    """Workers that find it full lose their batch, for which the trainer would wait for ever."""
+    options = {key: value for key, value in streaming(folder, tmp_path).items() if key != "out_dir"}
+    config, said = ImageTrainConfig(**{**options, "workers": 1}), []
+    batches = []
+    for free in (1 << 40, 700 << 10):
+        blocks = type("", (), dict(f_bavail=free // 1024, f_frsize=1024))
+        monkeypatch.setattr(vision.data.os, "statvfs", lambda path, blocks=blocks: blocks)
+        data = Streamed(config, open_splits(config)[0], CPU, said.append)
+        batches.append((*data.draw(0, 8, 0, 8), *next(iter(data.val_batches(0, 1, 8)))))
+        assert data.shares_memory == (free > 1 << 30)
+    assert len(said) == 1 and "/dev/shm has 0.7 MiB free" in said[0] and "pipes" in said[0]
+    assert all(torch.equal(one, other) for one, other in zip(*batches, strict=True))
+    monkeypatch.setattr(torch.UntypedStorage, "_share_fd_cpu_", lambda *args: pytest.fail("shared memory is used"))
+    next(iter(data.val_batches(0, 1, 8)))
+
+
 def test_decoding_by_torchvision_is_the_same_picture(folder, tmp_path, monkeypatch):
     """gpu_decode's way, on the CPU: boxes by the workers, JPEGs by torchvision, the rest by PIL."""
     pytest.importorskip("torchvision")
     options = {key: value for key, value in streaming(folder, tmp_path).items() if key != "out_dir"}
     batches, by_pil = [], []
     monkeypatch.setattr(
-        vision.data, "decode", lambda raw, C, real=vision.data.decode: by_pil.append(raw[:2]) or real(raw, C)
+        vision.images, "decode", lambda raw, C, real=vision.images.decode: by_pil.append(raw[:2]) or real(raw, C)
     )
     for gpu_decode in (False, True):
         config = ImageTrainConfig(**options, gpu_decode=gpu_decode)
@@ -1087,7 +1137,7 @@ def test_cifar5ms_files_too(tmp_path):
         (dict(parametrization="standard"), ["parametrization='standard'", "'mup'"]),
         (dict(d_model=62), ["d_out=62", "take d_model=60 or 64"]),
         (dict(structured_layers="attn,lm_head"), ["structured_layers", "lm_head", "head"]),
-        (dict(data_dir="nowhere"), ["data_dir=nowhere", "no folder"]),
+        (dict(data_dir="nowhere"), ["data_dir=nowhere", "not a folder"]),
     ],
     ids=lambda value: ",".join(value) if isinstance(value, dict) else "",
 )  # fmt: skip
@@ -1124,7 +1174,7 @@ def test_wrong_folders_are_one_clear_line(folder, tmp_path):
     check("val/CLASS/ holds no image")
     os.rmdir(f"{folder}/val/white")
     Image.new("RGB", (8, 8)).save(f"{folder}/val/loose.png")
-    check("1 images and no folder a class", "val/CLASS/")
+    check("1 images but no folder for each class", "val/CLASS/")
     message = error_of(dataset="colours", data_dir=str(tmp_path / "images" / "other"), n_classes=3)
     assert "neither train/ and val/" in message and "*train*.parquet" in message
 
