@@ -78,7 +78,7 @@ def lines_of(path):
     """The lines of a text file. ConfigError if it cannot be read, or is a pipe, which could block for ever."""
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):
-            raise ConfigError(f"{path} cannot be read: it is no regular file")
+            raise ConfigError(f"{path} is not a regular file: remove it, or give another out_dir")
         with open(path, errors="replace") as file:
             return file.readlines()
     except OSError as error:
