@@ -1,0 +1,356 @@
+"""BTT products that keep z on chip, in Gluon: for Hopper GPUs and blocks of 32 or 64.
+
+    z[n, g, f] = Σ_a x[n, g, a] · A[g, a, f]        y[n, f, e] = Σ_g z[n, g, f] · B[f, g, e]
+
+A program has a slice of both cores and takes tiles of 16 tokens; several programs read the same x, all but the first of them
+from L2. The product kernel makes y of x, or dx of dy (the same two products with the cores exchanged and transposed). The
+gradient kernel makes dA and dB of a slice of the blocks γ and φ, and dx too if it has all φ.
+
+z and dz pass between warps as (g, f, n), tokens last, in 16-byte rows of 8 tokens. Row (g, f) lies in bank group
+(g xor f) mod 8: a warp that has one f and eight g, and one that has one g and eight f, both touch eight bank groups,
+so neither side has bank conflicts.
+
+Places. The registers of a matrix product hold numbers 2q and 2q + 1 (and 2q + 8 ...) of the axis that is summed in lane q
+of four. Its order is free as long as both operands agree: if place 16t + 8h + 2q + b stands for number 8q + 4t + 2h + b,
+a lane has 8 neighbours, which are one 16-byte access of memory. `in_places` renames an axis so.
+"""
+
+import triton
+import triton.language as tl
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
+
+# Renamed between Triton 3.6 and 3.9.
+copy_async = async_copy.async_load if hasattr(async_copy, "async_load") else async_copy.async_copy_global_to_shared
+
+# ---------------------------------------------------------------------------------------
+# Layouts. Bases of a linear layout: what bit after bit of an offset (register, lane, warp) adds to the coordinates.
+
+
+@gluon.constexpr_function
+def _bits(size):
+    return size.bit_length() - 1
+
+
+@gluon.constexpr_function
+def exchange_layout(G, F, BM):
+    """Of z (g, f, n) in shared memory: bits of an offset are n0 n1 n2 | g0^f0 g1^f1 g2^f2 | n3.. f0.. g3.."""
+    bases = [[0, 0, 1], [0, 0, 2], [0, 0, 4], [1, 0, 0], [2, 0, 0], [4, 0, 0]]
+    bases += [[0, 0, 1 << i] for i in range(3, _bits(BM))]
+    bases += [[(1 << i) if i < 3 else 0, 1 << i, 0] for i in range(_bits(F))]
+    bases += [[1 << i, 0, 0] for i in range(3, _bits(G))]
+    return gl.SharedLinearLayout(bases)
+
+
+@gluon.constexpr_function
+def rows_layout(blocks, rows, K):
+    """Of (block, row, k) in shared memory, K contiguous numbers a row in 16-byte chunks. In eight bank groups each: one chunk
+    of eight rows (ldmatrix), eight neighbouring chunks (copies), and four chunks of two rows (16 bytes a lane)."""
+    chunks = _bits(K // 8)
+    bases = [[0, 0, 1], [0, 0, 2], [0, 0, 4]] + [[0, 0, 8 << i] for i in range(chunks)]
+    if chunks == 1:  # bank group = n1 n0 c0^n2
+        first = [[0, 1, 0], [0, 2, 0], [0, 4, 8]]
+    elif chunks == 2:  # (n0 ^ b0) c1^n2 c0^n1
+        first = [[0, 1, 0], [0, 2, 8], [0, 4, 16]]
+    else:  # c2^n0 c1^n1 c0^n2
+        first = [[0, 1, 32], [0, 2, 16], [0, 4, 8]]
+    bases += first + [[0, 1 << i, 0] for i in range(3, _bits(rows))]
+    blocks_bits = _bits(blocks)
+    more = [[1 << i, 0, 0] for i in range(blocks_bits)]
+    if chunks == 2 and blocks_bits:
+        more[0] = [1, 1, 0]
+    return gl.SharedLinearLayout(bases + more)
+
+
+@gluon.constexpr_function
+def copy_layout(blocks, rows, K, W):
+    """Of a copy of (block, row, k): 16 bytes a lane; a warp takes chunks of a row, of neighbouring blocks, of several rows."""
+    chunks = K // 8
+    near = max(1, min(blocks, 8 // chunks))
+    return gl.BlockedLayout([1, 1, 8], [near, 32 // chunks // near, chunks], [W, 1, 1], [2, 0, 1])
+
+
+@gluon.constexpr_function
+def token_rows_layout(blocks, BM, K, W, K_LAST):
+    """Of (block, n, k) in registers, a lane with 8 neighbouring k of a token: (block, k, n) if not K_LAST."""
+    regs = [[0, 0, 1], [0, 0, 2], [0, 0, 4]]
+    rows = [[0, 1 << i, 0] for i in range(3, _bits(BM))]
+    wide = [[0, 0, 1 << i] for i in range(5, _bits(K))]
+    more = [[W << i, 0, 0] for i in range(_bits(blocks // W))]
+    regs += rows + wide + more
+    lanes = [[0, 0, 8], [0, 0, 16], [0, 1, 0], [0, 2, 0], [0, 4, 0]]
+    warps = [[1 << i, 0, 0] for i in range(_bits(W))]
+    shape = [blocks, BM, K]
+    if not K_LAST:
+        regs = [[b, k, n] for b, n, k in regs[:3] + wide + rows + more]
+        lanes = [[b, k, n] for b, n, k in lanes]
+        shape = [blocks, K, BM]
+    return gl.DistributedLinearLayout(regs, lanes, warps, [], shape)
+
+
+@gluon.jit
+def in_places(t):
+    """Renames axis 1 of (block, k, column): numbers -> places."""
+    B: gl.constexpr = t.shape[0]
+    K: gl.constexpr = t.shape[1]
+    C: gl.constexpr = t.shape[2]
+    return t.reshape([B, K // 32, 4, 2, 2, 2, C]).permute([0, 1, 3, 4, 2, 5, 6]).reshape([B, K, C])
+
+
+@gluon.jit
+def in_numbers(t):
+    """Renames axis 2 of (block, row, k): places -> numbers."""
+    B: gl.constexpr = t.shape[0]
+    R: gl.constexpr = t.shape[1]
+    K: gl.constexpr = t.shape[2]
+    return t.reshape([B, R, K // 32, 4, 4, 2]).permute([0, 1, 2, 4, 3, 5]).reshape([B, R, K])
+
+
+@gluon.jit
+def _tanh(u):
+    return gl.inline_asm_elementwise("tanh.approx.f32 $0, $1;", "=f,f", [u], dtype=gl.float32, is_pure=True, pack=1)
+
+
+@gluon.jit
+def gelu_of(x):
+    """x/2 (1 + tanh(√(2/π) (x + 0.044715 x³))), in the dtype of x."""
+    u = x.to(gl.float32)
+    h = 0.5 * u
+    return (h + h * _tanh(u * (0.7978845608 + 0.0356774081 * u * u))).to(x.dtype)
+
+
+@gluon.jit
+def gelu_and_slope_of(x):
+    """gelu(x) and its derivative, both in the dtype of x."""
+    u = x.to(gl.float32)
+    s = u * u
+    t = _tanh(u * (0.7978845608 + 0.0356774081 * s))
+    h = 0.5 * u
+    slope = 0.5 + 0.5 * t + h * (1 - t * t) * (0.7978845608 + 0.1070322243 * s)
+    return (h + h * t).to(x.dtype), slope.to(x.dtype)
+
+
+@gluon.jit
+def load_core(base, B: gl.constexpr, R: gl.constexpr, K: gl.constexpr, SB: gl.constexpr, SR: gl.constexpr, W: gl.constexpr):
+    """(block, row, k) of a core, k contiguous, blocks SB and rows SR numbers apart."""
+    C: gl.constexpr = copy_layout(B, R, K, W)
+    b = gl.arange(0, B, gl.SliceLayout(1, gl.SliceLayout(2, C)))
+    r = gl.arange(0, R, gl.SliceLayout(0, gl.SliceLayout(2, C)))
+    k = gl.arange(0, K, gl.SliceLayout(0, gl.SliceLayout(1, C)))
+    return gl.load(base + b[:, None, None] * SB + r[None, :, None] * SR + k[None, None, :])
+
+
+# ---------------------------------------------------------------------------------------
+# y of x, or dx of dy
+
+
+@gluon.jit(do_not_specialize=["N"])
+def product_kernel(
+    x, first, second, y, N, x_stride,
+    G: gl.constexpr, AL: gl.constexpr, F: gl.constexpr, EL: gl.constexpr, BM: gl.constexpr, FB: gl.constexpr,
+    CHUNKS: gl.constexpr, SECOND_SHARED: gl.constexpr, BACKWARD: gl.constexpr, GELU: gl.constexpr, W: gl.constexpr,
+):  # fmt: skip
+    """FB of the blocks φ of y[n, f, e] = Σ_g Σ_a x[n, g, a] first[g, a, f] second[f, g, e].
+
+    The cores stay in registers, or the second one in shared memory. x comes from memory straight into the registers of the
+    first product, a chunk (of the blocks γ of a tile) ahead. BACKWARD: `first` is stored as (g, f, a) and `second` as
+    (f, e, g), as the cores B and A are for dx of dy.
+    """
+    mma: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [W, 1, 1], [1, 16, 8])
+    a_op: gl.constexpr = gl.DotOperandLayout(0, mma, 2)
+    b_op: gl.constexpr = gl.DotOperandLayout(1, mma, 2)
+    GC: gl.constexpr = G // CHUNKS
+    X: gl.constexpr = token_rows_layout(GC, BM, AL, W, False)
+    Y: gl.constexpr = token_rows_layout(FB, BM, EL, W, True)
+    Z: gl.constexpr = exchange_layout(GC, FB, BM)
+    dtype: gl.constexpr = x.dtype.element_ty
+    SLICES: gl.constexpr = F // FB
+    f0 = (gl.program_id(0) % SLICES) * FB
+    tiles = (N + BM - 1) // BM
+    tile = gl.program_id(0) // SLICES
+    step = gl.num_programs(0) // SLICES
+
+    gx = gl.arange(0, GC, gl.SliceLayout(1, gl.SliceLayout(2, X)))
+    ax = gl.arange(0, AL, gl.SliceLayout(0, gl.SliceLayout(2, X)))
+    nx = gl.arange(0, BM, gl.SliceLayout(0, gl.SliceLayout(1, X)))
+    x_at = x + gx[:, None, None] * AL + ax[None, :, None] + nx[None, None, :] * x_stride
+    x_next = gl.load(x_at + tile.to(gl.int64) * BM * x_stride, mask=tile * BM + nx[None, None, :] < N, other=0.0)
+
+    first_t = ()
+    second_t = ()
+    z_s = ()
+    for c in gl.static_range(CHUNKS):
+        if BACKWARD:  # stored as (g, f, a); a becomes places
+            t = load_core(first + c * GC * F * AL + f0 * AL, GC, FB, AL, F * AL, AL, W).permute([0, 2, 1])
+        else:
+            t = load_core(first + c * GC * AL * F + f0, GC, AL, FB, AL * F, F, W)
+        first_t = first_t + (gl.convert_layout(in_places(t).permute([0, 2, 1]), a_op),)
+        if BACKWARD:  # stored as (f, e, g); e becomes places
+            t = load_core(second + f0 * EL * G + c * GC, FB, EL, GC, EL * G, G, W)
+        else:
+            t = load_core(second + f0 * G * EL + c * GC * EL, FB, GC, EL, G * EL, EL, W).permute([0, 2, 1])
+        t = in_places(t)
+        if SECOND_SHARED:
+            if BACKWARD:
+                second_t = second_t + (gl.allocate_shared_memory(dtype, [FB, EL, GC], rows_layout(FB, EL, GC), t),)
+            else:
+                t = t.permute([0, 2, 1])
+                second_t = second_t + (gl.allocate_shared_memory(dtype, [FB, GC, EL], rows_layout(FB, GC, EL), t),)
+        else:
+            second_t = second_t + (gl.convert_layout(t.permute([0, 2, 1]), b_op),)
+        z_s = z_s + (gl.allocate_shared_memory(dtype, [GC, FB, BM], Z),)
+
+    fy = f0 + gl.arange(0, FB, gl.SliceLayout(1, gl.SliceLayout(2, Y)))
+    ny = gl.arange(0, BM, gl.SliceLayout(0, gl.SliceLayout(2, Y)))
+    ey = gl.arange(0, EL, gl.SliceLayout(0, gl.SliceLayout(1, Y)))
+    y_at = y + fy[:, None, None] * EL + ey[None, None, :] + ny[None, :, None] * (F * EL)
+    while tile < tiles:
+        for c in gl.static_range(CHUNKS):
+            x_t = x_next
+            ahead = tile if c + 1 < CHUNKS else tile + step
+            at = x_at + (ahead.to(gl.int64) * BM * x_stride + (c + 1) % CHUNKS * (GC * AL))
+            x_next = gl.load(at, mask=ahead * BM + nx[None, None, :] < N, other=0.0)
+            if GELU:
+                x_t = gelu_of(x_t)
+            x_t = gl.convert_layout(in_places(x_t), b_op)
+            z_s[c].store(mma_v2(first_t[c], x_t, gl.zeros([GC, FB, BM], gl.float32, mma)).to(dtype))
+        y_t = gl.zeros([FB, BM, EL], gl.float32, mma)
+        for c in gl.static_range(CHUNKS):
+            s = second_t[c]
+            if SECOND_SHARED:
+                if BACKWARD:
+                    s = s.permute([0, 2, 1]).load(b_op)
+                else:
+                    s = s.load(b_op)
+            y_t = mma_v2(z_s[c].permute([1, 2, 0]).load(a_op), s, y_t)
+        y_t = gl.convert_layout(in_numbers(y_t.to(dtype)), Y)
+        gl.store(y_at + tile.to(gl.int64) * (BM * F * EL), y_t, mask=tile * BM + ny[None, :, None] < N)
+        tile += step
+
+
+# ---------------------------------------------------------------------------------------
+# Gradients
+
+
+@gluon.jit
+def copy_tile(to, base, tile, stride, N, B: gl.constexpr, BM: gl.constexpr, K: gl.constexpr, W: gl.constexpr):
+    C: gl.constexpr = copy_layout(B, BM, K, W)
+    b = gl.arange(0, B, gl.SliceLayout(1, gl.SliceLayout(2, C)))
+    n = gl.arange(0, BM, gl.SliceLayout(0, gl.SliceLayout(2, C)))
+    k = gl.arange(0, K, gl.SliceLayout(0, gl.SliceLayout(1, C)))
+    at = base + tile.to(gl.int64) * BM * stride + (b[:, None, None] * K + k[None, None, :] + n[None, :, None] * stride)
+    copy_async(to, at, mask=tile * BM + n[None, :, None] < N)
+
+
+@gluon.jit(do_not_specialize=["N"])
+def gradients_kernel(
+    x, dy, A, B, dx, sums, N, x_stride, dy_stride,
+    G: gl.constexpr, AL: gl.constexpr, F: gl.constexpr, EL: gl.constexpr, BM: gl.constexpr, GB: gl.constexpr,
+    FB: gl.constexpr, DX: gl.constexpr, GELU: gl.constexpr, B_SHARED: gl.constexpr, STAGES: gl.constexpr, W: gl.constexpr,
+):  # fmt: skip
+    """dA and dB of GB blocks γ and FB blocks φ, summed over every so-manieth tile of tokens, and with DX (FB = F) dx of the
+    blocks γ. sums (parts, A and B), float32."""
+    mma: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [W, 1, 1], [1, 16, 8])
+    a_op: gl.constexpr = gl.DotOperandLayout(0, mma, 2)
+    b_op: gl.constexpr = gl.DotOperandLayout(1, mma, 2)
+    dtype: gl.constexpr = x.dtype.element_ty
+    X: gl.constexpr = token_rows_layout(GB, BM, AL, W, True)
+    Z: gl.constexpr = exchange_layout(GB, FB, BM)
+    F_BLOCKS: gl.constexpr = F // FB
+    BLOCKS: gl.constexpr = (G // GB) * F_BLOCKS
+    pid = gl.program_id(0)
+    part = pid // BLOCKS
+    f0 = (pid % F_BLOCKS) * FB
+    g0 = (pid % BLOCKS) // F_BLOCKS * GB
+    step = gl.num_programs(0) // BLOCKS
+    tiles = (N + BM - 1) // BM
+
+    x_s = gl.allocate_shared_memory(dtype, [STAGES, GB, BM, AL], rows_layout(GB, BM, AL))
+    dy_s = gl.allocate_shared_memory(dtype, [STAGES, FB, BM, EL], rows_layout(FB, BM, EL))
+    x_g = x + g0 * AL
+    dy_f = dy + f0 * EL
+    tile = part
+    for i in gl.static_range(STAGES - 1):
+        copy_tile(x_s.index(i), x_g, tile + i * step, x_stride, N, GB, BM, AL, W)
+        copy_tile(dy_s.index(i), dy_f, tile + i * step, dy_stride, N, FB, BM, EL, W)
+        async_copy.commit_group()
+    # core A (g, a, f) with a in places, B (f, g, e)
+    A_t = in_places(load_core(A + g0 * AL * F + f0, GB, AL, FB, AL * F, F, W))
+    A_s = gl.allocate_shared_memory(dtype, [GB, AL, FB], rows_layout(GB, AL, FB), A_t)
+    B_t = load_core(B + f0 * G * EL + g0 * EL, FB, GB, EL, G * EL, EL, W)
+    if B_SHARED:
+        B_s = gl.allocate_shared_memory(dtype, [FB, GB, EL], rows_layout(FB, GB, EL), B_t)
+    else:
+        B_r = gl.convert_layout(B_t.permute([0, 2, 1]), b_op)
+    z_s = gl.allocate_shared_memory(dtype, [GB, FB, BM], Z)
+    dz_s = gl.allocate_shared_memory(dtype, [GB, FB, BM], Z)
+    dA = gl.zeros([GB, AL, FB], gl.float32, mma)
+    dB = gl.zeros([FB, EL, GB], gl.float32, mma)
+    gx = gl.arange(0, GB, gl.SliceLayout(1, gl.SliceLayout(2, X)))
+    nx = gl.arange(0, BM, gl.SliceLayout(0, gl.SliceLayout(2, X)))
+    ax = gl.arange(0, AL, gl.SliceLayout(0, gl.SliceLayout(1, X)))
+    dx_at = dx + g0 * AL + gx[:, None, None] * AL + ax[None, None, :] + nx[None, :, None] * (G * AL)
+    slot = 0
+    while tile < tiles:
+        async_copy.wait_group(STAGES - 2)
+        x_t = x_s.index(slot)
+        dy_t = dy_s.index(slot)
+        x_r = x_t.load(X)
+        if GELU:
+            x_r, slope = gelu_and_slope_of(x_r)
+            x_t.store(x_r)
+        x_r = gl.convert_layout(in_places(x_r.permute([0, 2, 1])).permute([0, 2, 1]), a_op)
+        z = mma_v2(x_r, A_s.load(b_op), gl.zeros([GB, BM, FB], gl.float32, mma))
+        z_s.permute([0, 2, 1]).store(z.to(dtype))
+        if B_SHARED:
+            B_r = B_s.permute([0, 2, 1]).load(b_op)
+        dz = mma_v2(dy_t.load(a_op), B_r, gl.zeros([FB, BM, GB], gl.float32, mma))
+        dz_s.permute([1, 2, 0]).store(dz.to(dtype))
+        ahead = tile + (STAGES - 1) * step
+        into = slot + (STAGES - 1)
+        into = gl.where(into >= STAGES, into - STAGES, into)
+        copy_tile(x_s.index(into), x_g, ahead, x_stride, N, GB, BM, AL, W)
+        copy_tile(dy_s.index(into), dy_f, ahead, dy_stride, N, FB, BM, EL, W)
+        async_copy.commit_group()
+        dB = mma_v2(dy_t.permute([0, 2, 1]).load(a_op), z_s.permute([1, 2, 0]).load(b_op), dB)
+        dA = mma_v2(x_t.permute([0, 2, 1]).load(a_op), dz_s.permute([0, 2, 1]).load(b_op), dA)
+        if DX:
+            A_r = A_s.permute([0, 2, 1]).load(b_op)
+            dx_t = mma_v2(dz_s.permute([0, 2, 1]).load(a_op), A_r, gl.zeros([GB, BM, AL], gl.float32, mma))
+            dx_t = gl.convert_layout(in_numbers(dx_t), X)
+            if GELU:
+                dx_t = dx_t * slope.to(gl.float32)
+            gl.store(dx_at + tile.to(gl.int64) * (BM * G * AL), dx_t.to(dtype), mask=tile * BM + nx[None, :, None] < N)
+        tile += step
+        slot = gl.where(slot + 1 >= STAGES, 0, slot + 1)
+    async_copy.wait_group(0)
+    SIZE: gl.constexpr = G * AL * F + F * G * EL
+    to = sums + part.to(gl.int64) * SIZE
+    g = g0 + gl.arange(0, GB, gl.SliceLayout(1, gl.SliceLayout(2, mma)))
+    a = gl.arange(0, AL, gl.SliceLayout(0, gl.SliceLayout(2, mma)))
+    f = f0 + gl.arange(0, FB, gl.SliceLayout(0, gl.SliceLayout(1, mma)))
+    gl.store(to + g[:, None, None] * (AL * F) + a[None, :, None] * F + f[None, None, :], dA)
+    f = f0 + gl.arange(0, FB, gl.SliceLayout(1, gl.SliceLayout(2, mma)))
+    e = gl.arange(0, EL, gl.SliceLayout(0, gl.SliceLayout(2, mma)))
+    g = g0 + gl.arange(0, GB, gl.SliceLayout(0, gl.SliceLayout(1, mma)))
+    gl.store(to + G * AL * F + f[:, None, None] * (G * EL) + g[None, None, :] * EL + e[None, :, None], dB)
+
+
+# ---------------------------------------------------------------------------------------
+# Sums of parts
+
+
+@triton.jit
+def sum_parts_kernel(sums, dA, dB, PARTS, SIZE_A: tl.constexpr, SIZE_B: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """dA and dB, in their dtype, of sums (parts, A and B), in a fixed order."""
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    part = tl.arange(0, ROWS)
+    total = tl.zeros((ROWS, BLOCK), tl.float32)
+    for first in range(0, PARTS, ROWS):
+        rows = first + part
+        mask = (rows[:, None] < PARTS) & (at[None, :] < SIZE_A + SIZE_B)
+        total += tl.load(sums + rows[:, None].to(tl.int64) * (SIZE_A + SIZE_B) + at[None, :], mask, 0.0)
+    result = tl.sum(total, 0)
+    tl.store(dA + at, result.to(dA.dtype.element_ty), at < SIZE_A)
+    tl.store(dB + at - SIZE_A, result.to(dB.dtype.element_ty), (at >= SIZE_A) & (at < SIZE_A + SIZE_B))
