@@ -1,6 +1,6 @@
 """BTT products that keep z on chip, in Gluon: for Hopper GPUs and blocks of 32 or 64.
 
-    z[n, g, f] = Σ_a x[n, g, a] · A[g, a, f]        y[n, f, e] = Σ_g z[n, g, f] · B[f, g, e]
+    z[n, g, r, f] = Σ_a x[n, g, a] · A[g, a, (r f)]        y[n, f, e] = Σ_{g r} z[n, g, r, f] · B[f, (g r), e]
 
 A program has a slice of both cores and takes tiles of 16 tokens; several programs read the same x, all but the first of them
 from L2. The product kernel makes y of x, or dx of dy (the same two products with the cores exchanged and transposed). The
@@ -132,12 +132,17 @@ def gelu_and_slope_of(x):
 
 
 @gluon.jit
-def load_core(base, B: gl.constexpr, R: gl.constexpr, K: gl.constexpr, SB: gl.constexpr, SR: gl.constexpr, W: gl.constexpr):
-    """(block, row, k) of a core, k contiguous, blocks SB and rows SR numbers apart."""
+def load_core(
+    base, B: gl.constexpr, R: gl.constexpr, K: gl.constexpr, SB: gl.constexpr, SR: gl.constexpr,
+    RUN: gl.constexpr, SK: gl.constexpr, W: gl.constexpr,
+):  # fmt: skip
+    """(block, row, k) of a core; blocks are SB numbers apart, rows SR, and runs of RUN contiguous numbers of k are SK apart."""
     C: gl.constexpr = copy_layout(B, R, K, W)
     b = gl.arange(0, B, gl.SliceLayout(1, gl.SliceLayout(2, C)))
     r = gl.arange(0, R, gl.SliceLayout(0, gl.SliceLayout(2, C)))
     k = gl.arange(0, K, gl.SliceLayout(0, gl.SliceLayout(1, C)))
+    if RUN < K:
+        k = k // RUN * SK + k % RUN
     return gl.load(base + b[:, None, None] * SB + r[None, :, None] * SR + k[None, None, :])
 
 
@@ -148,14 +153,14 @@ def load_core(base, B: gl.constexpr, R: gl.constexpr, K: gl.constexpr, SB: gl.co
 @gluon.jit(do_not_specialize=["N"])
 def product_kernel(
     x, first, second, y, N, x_stride,
-    G: gl.constexpr, AL: gl.constexpr, F: gl.constexpr, EL: gl.constexpr, BM: gl.constexpr, FB: gl.constexpr,
+    G: gl.constexpr, AL: gl.constexpr, F: gl.constexpr, EL: gl.constexpr, R: gl.constexpr, BM: gl.constexpr, FB: gl.constexpr,
     CHUNKS: gl.constexpr, SECOND_SHARED: gl.constexpr, BACKWARD: gl.constexpr, GELU: gl.constexpr, W: gl.constexpr,
 ):  # fmt: skip
-    """FB of the blocks φ of y[n, f, e] = Σ_g Σ_a x[n, g, a] first[g, a, f] second[f, g, e].
+    """FB of the blocks φ of y[n, f, e] = Σ_{g r} Σ_a x[n, g, a] first[g, a, (r f)] second[f, (g r), e].
 
     The cores stay in registers, or the second one in shared memory. x comes from memory straight into the registers of the
-    first product, a chunk (of the blocks γ of a tile) ahead. BACKWARD: `first` is stored as (g, f, a) and `second` as
-    (f, e, g), as the cores B and A are for dx of dy.
+    first product, a chunk (of the blocks γ of a tile) ahead. BACKWARD: `first` is stored as (g, (f r), a) and `second`
+    as (f, e, (r g)), as the cores B and A are for dx of dy.
     """
     mma: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [W, 1, 1], [1, 16, 8])
     a_op: gl.constexpr = gl.DotOperandLayout(0, mma, 2)
@@ -163,7 +168,7 @@ def product_kernel(
     GC: gl.constexpr = G // CHUNKS
     X: gl.constexpr = token_rows_layout(GC, BM, AL, W, False)
     Y: gl.constexpr = token_rows_layout(FB, BM, EL, W, True)
-    Z: gl.constexpr = exchange_layout(GC, FB, BM)
+    Z: gl.constexpr = exchange_layout(GC, FB * R, BM) if BACKWARD else exchange_layout(GC * R, FB, BM)
     dtype: gl.constexpr = x.dtype.element_ty
     SLICES: gl.constexpr = F // FB
     f0 = (gl.program_id(0) % SLICES) * FB
@@ -181,25 +186,28 @@ def product_kernel(
     second_t = ()
     z_s = ()
     for c in gl.static_range(CHUNKS):
-        if BACKWARD:  # stored as (g, f, a); a becomes places
-            t = load_core(first + c * GC * F * AL + f0 * AL, GC, FB, AL, F * AL, AL, W).permute([0, 2, 1])
-        else:
-            t = load_core(first + c * GC * AL * F + f0, GC, AL, FB, AL * F, F, W)
+        if BACKWARD:  # (g, f r, a)
+            t = load_core(first + c * GC * F * R * AL + f0 * R * AL, GC, FB * R, AL, F * R * AL, AL, AL, 0, W).permute([0, 2, 1])
+        else:  # (g, a, r f)
+            t = load_core(first + c * GC * AL * R * F + f0, GC, AL, R * FB, AL * R * F, R * F, FB, F, W)
         first_t = first_t + (gl.convert_layout(in_places(t).permute([0, 2, 1]), a_op),)
-        if BACKWARD:  # stored as (f, e, g); e becomes places
-            t = load_core(second + f0 * EL * G + c * GC, FB, EL, GC, EL * G, G, W)
-        else:
-            t = load_core(second + f0 * G * EL + c * GC * EL, FB, GC, EL, G * EL, EL, W).permute([0, 2, 1])
+        if BACKWARD:  # (f, e, r g)
+            t = load_core(second + f0 * EL * R * G + c * GC, FB, EL, R * GC, EL * R * G, R * G, GC, G, W)
+        else:  # (f, g r, e)
+            t = load_core(second + (f0 * G + c * GC) * R * EL, FB, GC * R, EL, G * R * EL, EL, EL, 0, W).permute([0, 2, 1])
         t = in_places(t)
         if SECOND_SHARED:
             if BACKWARD:
-                second_t = second_t + (gl.allocate_shared_memory(dtype, [FB, EL, GC], rows_layout(FB, EL, GC), t),)
+                second_t = second_t + (gl.allocate_shared_memory(dtype, [FB, EL, R * GC], rows_layout(FB, EL, R * GC), t),)
             else:
                 t = t.permute([0, 2, 1])
-                second_t = second_t + (gl.allocate_shared_memory(dtype, [FB, GC, EL], rows_layout(FB, GC, EL), t),)
+                second_t = second_t + (gl.allocate_shared_memory(dtype, [FB, GC * R, EL], rows_layout(FB, GC * R, EL), t),)
         else:
             second_t = second_t + (gl.convert_layout(t.permute([0, 2, 1]), b_op),)
-        z_s = z_s + (gl.allocate_shared_memory(dtype, [GC, FB, BM], Z),)
+        if BACKWARD:
+            z_s = z_s + (gl.allocate_shared_memory(dtype, [GC, FB * R, BM], Z),)
+        else:
+            z_s = z_s + (gl.allocate_shared_memory(dtype, [GC * R, FB, BM], Z),)
 
     fy = f0 + gl.arange(0, FB, gl.SliceLayout(1, gl.SliceLayout(2, Y)))
     ny = gl.arange(0, BM, gl.SliceLayout(0, gl.SliceLayout(2, Y)))
@@ -214,7 +222,8 @@ def product_kernel(
             if GELU:
                 x_t = gelu_of(x_t)
             x_t = gl.convert_layout(in_places(x_t), b_op)
-            z_s[c].store(mma_v2(first_t[c], x_t, gl.zeros([GC, FB, BM], gl.float32, mma)).to(dtype))
+            z = mma_v2(first_t[c], x_t, gl.zeros([GC, R * FB, BM], gl.float32, mma)).to(dtype)
+            z_s[c].reshape([GC, R * FB, BM]).store(z)
         y_t = gl.zeros([FB, BM, EL], gl.float32, mma)
         for c in gl.static_range(CHUNKS):
             s = second_t[c]
@@ -223,7 +232,11 @@ def product_kernel(
                     s = s.permute([0, 2, 1]).load(b_op)
                 else:
                     s = s.load(b_op)
-            y_t = mma_v2(z_s[c].permute([1, 2, 0]).load(a_op), s, y_t)
+            if BACKWARD:  # (g, f, r, n) -> (f, n, r g)
+                z_t = z_s[c].reshape([GC, FB, R, BM]).permute([1, 3, 2, 0]).reshape([FB, BM, R * GC])
+            else:
+                z_t = z_s[c].permute([1, 2, 0])
+            y_t = mma_v2(z_t.load(a_op), s, y_t)
         y_t = gl.convert_layout(in_numbers(y_t.to(dtype)), Y)
         gl.store(y_at + tile.to(gl.int64) * (BM * F * EL), y_t, mask=tile * BM + ny[None, :, None] < N)
         tile += step
@@ -246,8 +259,8 @@ def copy_tile(to, base, tile, stride, N, B: gl.constexpr, BM: gl.constexpr, K: g
 @gluon.jit(do_not_specialize=["N"])
 def gradients_kernel(
     x, dy, A, B, dx, sums, N, x_stride, dy_stride,
-    G: gl.constexpr, AL: gl.constexpr, F: gl.constexpr, EL: gl.constexpr, BM: gl.constexpr, GB: gl.constexpr,
-    FB: gl.constexpr, DX: gl.constexpr, GELU: gl.constexpr, B_SHARED: gl.constexpr, STAGES: gl.constexpr, W: gl.constexpr,
+    G: gl.constexpr, AL: gl.constexpr, F: gl.constexpr, EL: gl.constexpr, R: gl.constexpr, BM: gl.constexpr,
+    GB: gl.constexpr, FB: gl.constexpr, DX: gl.constexpr, GELU: gl.constexpr, B_SHARED: gl.constexpr, STAGES: gl.constexpr, W: gl.constexpr,
 ):  # fmt: skip
     """dA and dB of GB blocks γ and FB blocks φ, summed over every so-manieth tile of tokens, and with DX (FB = F) dx of the
     blocks γ. sums (parts, A and B), float32."""
@@ -256,7 +269,7 @@ def gradients_kernel(
     b_op: gl.constexpr = gl.DotOperandLayout(1, mma, 2)
     dtype: gl.constexpr = x.dtype.element_ty
     X: gl.constexpr = token_rows_layout(GB, BM, AL, W, True)
-    Z: gl.constexpr = exchange_layout(GB, FB, BM)
+    Z: gl.constexpr = exchange_layout(GB * R, FB, BM)
     F_BLOCKS: gl.constexpr = F // FB
     BLOCKS: gl.constexpr = (G // GB) * F_BLOCKS
     pid = gl.program_id(0)
@@ -275,18 +288,18 @@ def gradients_kernel(
         copy_tile(x_s.index(i), x_g, tile + i * step, x_stride, N, GB, BM, AL, W)
         copy_tile(dy_s.index(i), dy_f, tile + i * step, dy_stride, N, FB, BM, EL, W)
         async_copy.commit_group()
-    # core A (g, a, f) with a in places, B (f, g, e)
-    A_t = in_places(load_core(A + g0 * AL * F + f0, GB, AL, FB, AL * F, F, W))
-    A_s = gl.allocate_shared_memory(dtype, [GB, AL, FB], rows_layout(GB, AL, FB), A_t)
-    B_t = load_core(B + f0 * G * EL + g0 * EL, FB, GB, EL, G * EL, EL, W)
+    # core A (g, a, r f) with a in places, B (f, g r, e)
+    A_t = in_places(load_core(A + g0 * AL * R * F + f0, GB, AL, R * FB, AL * R * F, R * F, FB, F, W))
+    A_s = gl.allocate_shared_memory(dtype, [GB, AL, R * FB], rows_layout(GB, AL, R * FB), A_t)
+    B_t = load_core(B + (f0 * G + g0) * R * EL, FB, GB * R, EL, G * R * EL, EL, EL, 0, W)
     if B_SHARED:
-        B_s = gl.allocate_shared_memory(dtype, [FB, GB, EL], rows_layout(FB, GB, EL), B_t)
+        B_s = gl.allocate_shared_memory(dtype, [FB, GB * R, EL], rows_layout(FB, GB * R, EL), B_t)
     else:
         B_r = gl.convert_layout(B_t.permute([0, 2, 1]), b_op)
-    z_s = gl.allocate_shared_memory(dtype, [GB, FB, BM], Z)
-    dz_s = gl.allocate_shared_memory(dtype, [GB, FB, BM], Z)
-    dA = gl.zeros([GB, AL, FB], gl.float32, mma)
-    dB = gl.zeros([FB, EL, GB], gl.float32, mma)
+    z_s = gl.allocate_shared_memory(dtype, [GB * R, FB, BM], Z)
+    dz_s = gl.allocate_shared_memory(dtype, [GB * R, FB, BM], Z)
+    dA = gl.zeros([GB, AL, R * FB], gl.float32, mma)
+    dB = gl.zeros([FB, EL, GB * R], gl.float32, mma)
     gx = gl.arange(0, GB, gl.SliceLayout(1, gl.SliceLayout(2, X)))
     nx = gl.arange(0, BM, gl.SliceLayout(0, gl.SliceLayout(2, X)))
     ax = gl.arange(0, AL, gl.SliceLayout(0, gl.SliceLayout(1, X)))
@@ -301,11 +314,11 @@ def gradients_kernel(
             x_r, slope = gelu_and_slope_of(x_r)
             x_t.store(x_r)
         x_r = gl.convert_layout(in_places(x_r.permute([0, 2, 1])).permute([0, 2, 1]), a_op)
-        z = mma_v2(x_r, A_s.load(b_op), gl.zeros([GB, BM, FB], gl.float32, mma))
-        z_s.permute([0, 2, 1]).store(z.to(dtype))
+        z = mma_v2(x_r, A_s.load(b_op), gl.zeros([GB, BM, R * FB], gl.float32, mma))
+        z_s.reshape([GB, R * FB, BM]).permute([0, 2, 1]).store(z.to(dtype))
         if B_SHARED:
             B_r = B_s.permute([0, 2, 1]).load(b_op)
-        dz = mma_v2(dy_t.load(a_op), B_r, gl.zeros([FB, BM, GB], gl.float32, mma))
+        dz = mma_v2(dy_t.load(a_op), B_r, gl.zeros([FB, BM, GB * R], gl.float32, mma))
         dz_s.permute([1, 2, 0]).store(dz.to(dtype))
         ahead = tile + (STAGES - 1) * step
         into = slot + (STAGES - 1)
@@ -314,10 +327,11 @@ def gradients_kernel(
         copy_tile(dy_s.index(into), dy_f, ahead, dy_stride, N, FB, BM, EL, W)
         async_copy.commit_group()
         dB = mma_v2(dy_t.permute([0, 2, 1]).load(a_op), z_s.permute([1, 2, 0]).load(b_op), dB)
-        dA = mma_v2(x_t.permute([0, 2, 1]).load(a_op), dz_s.permute([0, 2, 1]).load(b_op), dA)
+        dz_g = dz_s.reshape([GB, R * FB, BM]).permute([0, 2, 1])
+        dA = mma_v2(x_t.permute([0, 2, 1]).load(a_op), dz_g.load(b_op), dA)
         if DX:
             A_r = A_s.permute([0, 2, 1]).load(b_op)
-            dx_t = mma_v2(dz_s.permute([0, 2, 1]).load(a_op), A_r, gl.zeros([GB, BM, AL], gl.float32, mma))
+            dx_t = mma_v2(dz_g.load(a_op), A_r, gl.zeros([GB, BM, AL], gl.float32, mma))
             dx_t = gl.convert_layout(in_numbers(dx_t), X)
             if GELU:
                 dx_t = dx_t * slope.to(gl.float32)
@@ -325,16 +339,17 @@ def gradients_kernel(
         tile += step
         slot = gl.where(slot + 1 >= STAGES, 0, slot + 1)
     async_copy.wait_group(0)
-    SIZE: gl.constexpr = G * AL * F + F * G * EL
+    SIZE: gl.constexpr = R * (G * AL * F + F * G * EL)
     to = sums + part.to(gl.int64) * SIZE
     g = g0 + gl.arange(0, GB, gl.SliceLayout(1, gl.SliceLayout(2, mma)))
     a = gl.arange(0, AL, gl.SliceLayout(0, gl.SliceLayout(2, mma)))
-    f = f0 + gl.arange(0, FB, gl.SliceLayout(0, gl.SliceLayout(1, mma)))
-    gl.store(to + g[:, None, None] * (AL * F) + a[None, :, None] * F + f[None, None, :], dA)
+    rf = gl.arange(0, R * FB, gl.SliceLayout(0, gl.SliceLayout(1, mma)))
+    rf = rf // FB * F + f0 + rf % FB
+    gl.store(to + (g[:, None, None] * AL + a[None, :, None]) * (R * F) + rf[None, None, :], dA)
     f = f0 + gl.arange(0, FB, gl.SliceLayout(1, gl.SliceLayout(2, mma)))
     e = gl.arange(0, EL, gl.SliceLayout(0, gl.SliceLayout(2, mma)))
-    g = g0 + gl.arange(0, GB, gl.SliceLayout(0, gl.SliceLayout(1, mma)))
-    gl.store(to + G * AL * F + f[:, None, None] * (G * EL) + g[None, None, :] * EL + e[None, :, None], dB)
+    gr = g0 * R + gl.arange(0, GB * R, gl.SliceLayout(0, gl.SliceLayout(1, mma)))
+    gl.store(to + R * G * AL * F + (f[:, None, None] * (G * R) + gr[None, None, :]) * EL + e[None, :, None], dB)
 
 
 # ---------------------------------------------------------------------------------------
