@@ -5,8 +5,8 @@
 Every option is a field of one dataclass. Its type is its annotation, its default
 is its value, and the comment after it is what `--help` prints. Config files hold
 plain Python assignments (`batch_tokens = 8 * 1024`); later files win over earlier
-ones, and the command line wins over all files. Functions and classes in a config file are
-no options: one may add a structure of your own (theta.Structure).
+ones, and the command line wins over all files. Functions and classes in a config file
+are not options: a file may define a structure of your own (theta.Structure).
 """
 
 import ast
@@ -22,7 +22,7 @@ import typing
 
 
 class OneLineExit(SystemExit):
-    """Uncaught, it ends the program with one line on stderr and exit status 1, without a traceback.
+    """Uncaught, it ends the program with one line on stderr, exit status 1 and no traceback.
 
     Only rank 0 of a distributed run prints the line.
     """
@@ -36,25 +36,25 @@ class OneLineExit(SystemExit):
 
 
 class RunFailed(OneLineExit, RuntimeError):
-    """A run that cannot continue though its options are in order: its loss is not finite, a disk or the GPU is full.
+    """A run with correct options that cannot continue: its loss is not finite, or a disk or the GPU is full.
 
-    One line that says what happened, what is saved and what to do. Code may catch it as RuntimeError.
+    The one line states what happened, what is saved and what to do. Code may catch it as RuntimeError.
     """
 
 
 class ConfigError(OneLineExit, ValueError):
-    """A user's mistake: one line that names option, value and remedy. Code may catch it as ValueError."""
+    """A user's mistake. The one line names option, value and remedy. Code may catch it as ValueError."""
 
     def about(self, what):
-        """The same error, with what it is about in front of its message."""
+        """The same error, its message prefixed with what it is about."""
         return type(self)(f"{what}: {self.message}")
 
 
 class UnusedOption(ConfigError):
-    """An option that does nothing beside the others. One that a config file gives is dropped, with a note."""
+    """An option that has no effect given the others. If it comes from a config file, load_config drops it with a note."""
 
     def __init__(self, option, value, why, remedy="leave it out", where=""):
-        """why follows option and value: " with structure='dense', which has none"."""
+        """why: text that follows option and value, such as " with structure='dense', which has none"."""
         super().__init__(f"{where}{option}={value}{why}: {remedy}")
         self.option, self.value, self.why, self.remedy = option, value, why, remedy
 
@@ -63,21 +63,21 @@ class UnusedOption(ConfigError):
 
 
 def as_script(main):
-    """Call main(words of the command line). Ctrl-C that nobody caught is one line, and status 130; `| head` is no error."""
+    """Call main(command-line arguments). An uncaught Ctrl-C prints one line and exits with 130; a closed pipe (`| head`) is no error."""
     try:
         main(sys.argv[1:])
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         raise SystemExit(130) from None
-    except BrokenPipeError:  # who read the output has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains as it flushes
-        raise SystemExit(141) from None  # 128 + SIGPIPE, as a shell says it
+    except BrokenPipeError:  # the reader of the output has closed the pipe
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # otherwise Python complains when it flushes
+        raise SystemExit(141) from None  # 128 + SIGPIPE, as a shell reports it
 
 
 def choose_command(argv, commands, script, question, doc):
-    """commands[argv[0]], of a script that has several; after printing `doc` SystemExit for --help; ConfigError where there is none such."""
+    """commands[argv[0]] of a script with several commands. --help prints `doc` and exits; an unknown command is a ConfigError."""
     if argv[:1] in (["--help"], ["-h"]):
-        print(f"{doc.strip()}\n\n--help behind a command prints its options.")
+        print(f"{doc.strip()}\n\n--help after a command prints its options.")
         raise SystemExit(0)
     if not argv or argv[0] not in commands:
         raise ConfigError(f"{' '.join([script, *argv[:1]])}: {question}, {' or '.join(commands)}")
@@ -89,10 +89,10 @@ def load_config(Config, argv):
 
     Config files (`*.py`) are read first, in order, then `--key=value`, `--key value` and
     bare `--flag`. Raises ConfigError for an unknown key or a value of the wrong type;
-    whatever `Config.__post_init__` rejects, it should reject with ConfigError too. An option of a file that
-    the others leave without effect (UnusedOption) is dropped with a note; given on the command line it is an error.
+    `Config.__post_init__` should raise ConfigError too for whatever it rejects. An option that has no effect
+    (UnusedOption) is dropped with a note if a config file gives it, and is an error on the command line.
 
-    A script calls this twice, before its slow imports and in its main: the second call returns what the first made.
+    A script calls this twice, before its slow imports and in its main. The second call returns what the first made.
     """
     if (Config, *argv) in _loaded:
         return _loaded.pop((Config, *argv))
@@ -124,7 +124,7 @@ def load_config(Config, argv):
             del values[error.option]
 
 
-_loaded = {}  # (dataclass, *command line): what a script's first call of load_config made, for its second
+_loaded = {}  # (dataclass, *command line): the config of a script's first call of load_config, for its second
 
 
 def _runs_a_script():
@@ -133,7 +133,7 @@ def _runs_a_script():
 
 
 def help_text(Config):
-    """One line an option: name, default and the comment of its field in the source. Not of those in Config.hidden."""
+    """One line for each option: name, default and the comment on its field. Options in Config.hidden are left out."""
     comments, hidden = _field_comments(Config), getattr(Config, "hidden", ())
     module = sys.modules["__main__" if _runs_a_script() else Config.__module__]
     lines = [inspect.cleandoc(module.__doc__ or ""), "", "options:"]
@@ -146,7 +146,7 @@ def help_text(Config):
 
 
 def _field_comments(Config):
-    """{field name: comment after it}, of the dataclass and those it inherits from."""
+    """{field name: comment after it}, for the dataclass and its bases."""
     comments = {}
     for cls in reversed(Config.__mro__):
         if not dataclasses.is_dataclass(cls):
@@ -175,7 +175,7 @@ def _split_argv(argv, fields, hints, Config):
             if hints[key] is bool or bool in typing.get_args(hints[key]):  # bare, or followed by its value
                 text = rest.pop(0) if rest and rest[0].lower() in ("true", "false", "none") else "True"
             elif not rest or (rest[0].startswith("--") and hints[key] is not str):
-                raise ConfigError(f"--{key} needs a value: --{key}={fields[key].default!r}, say")
+                raise ConfigError(f"--{key} needs a value, such as --{key}={fields[key].default!r}")
             else:
                 text = rest.pop(0)
                 if tuple in (hints[key], *typing.get_args(hints[key])):  # --theta .5 0 .5 0 .5 .5 0
@@ -186,9 +186,9 @@ def _split_argv(argv, fields, hints, Config):
 
 
 def read_config_file(path):
-    """Run a config file -> {name: value} of what it assigns, but for modules, functions, classes and _names.
+    """Run a config file -> {name: value} of its assignments, without modules, functions, classes and _names.
 
-    It is a module while the program runs: torch.compile finds the names that a layer defined in it uses.
+    The file becomes a module, so that torch.compile finds the names that a layer defined in it uses.
     """
     if not os.path.isfile(path):
         raise ConfigError(f"config file {path} does not exist")
@@ -208,18 +208,18 @@ def read_config_file(path):
 
 
 # ---------------------------------------------------------------------------------------
-# Options inside an option: words as on a command line, such as --against="config/gpt2_dense.py --rank=2; …"
+# Options inside an option, written as on a command line, such as --against="config/gpt2_dense.py --rank=2; …"
 
 
 def split_words(option, text):
-    """The words of `text`, as a shell splits them; `option` is what a ConfigError calls it."""
+    """The words of `text`, split as by a shell. A ConfigError calls the text `option`."""
     return sum(split_configs(option, text, separator=""), [])
 
 
 def split_configs(option, text, separator=";"):
-    """Words of several configs, ';' between: "config/a.py --rank=2; config/b.py" -> [["config/a.py", "--rank=2"], …].
+    """Words of several configs separated by ';': "config/a.py --rank=2; config/b.py" -> [["config/a.py", "--rank=2"], …].
 
-    As a shell reads them: quotes hold a word together, ';' inside them separates nothing. Empty configs are left out.
+    Words are split as by a shell, and ';' inside quotes does not separate. Empty configs are left out.
     """
     reader = shlex.shlex(text, posix=True, punctuation_chars=separator)
     reader.whitespace_split, reader.commenters = True, ""
@@ -237,13 +237,13 @@ def split_configs(option, text, separator=";"):
 
 
 def split_options(option, text):
-    """'--key=value --key value --flag' -> {key: value}; a value that is no Python literal is text, a flag is True."""
+    """'--key=value --key value --flag' -> {key: value}. A value that is not a Python literal is text, a flag is True."""
     options, words = {}, split_words(option, text)
     while words:
         word = words.pop(0)
         key, equals, value = word.removeprefix("--").partition("=")
         if not word.startswith("--") or not key:
-            raise ConfigError(f"{option}={text!r}: {word!r} is no option, write each as --key=value")
+            raise ConfigError(f"{option}={text!r}: {word!r} is not an option, write each as --key=value")
         if not equals:
             value = words.pop(0) if words and not words[0].startswith("--") else "True"
         options[key] = _parse(value, object)
@@ -261,7 +261,7 @@ def _check_key(key, fields, where="--", Config=None):
 
 
 def _parse(text, hint):
-    """Command-line text -> Python value. Text that is no literal stays a string, and so does all text of a `str` option."""
+    """Command-line text -> Python value. Text that is not a literal stays a string; so does the text of a `str` option."""
     kinds = set(typing.get_args(hint) if _is_union(hint) else (hint,))
     if str in kinds and not (types.NoneType in kinds and text == "None") and not (bool in kinds and _is_bool(text)):
         return text
@@ -278,7 +278,7 @@ def _is_bool(text):
 
 
 def _checked(key, value, fields, hints, where, Config=None):
-    """`value` as the option's type, or ConfigError."""
+    """`value` converted to the option's type, or ConfigError."""
     _check_key(key, fields, where, Config)
     hint = hints[key]
     for option in typing.get_args(hint) if _is_union(hint) else (hint,):

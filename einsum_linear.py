@@ -1,25 +1,25 @@
-"""Linear layers whose matrix is a small einsum of small cores.
+"""Linear layers whose matrix is an einsum of small cores.
 
 The index of the input is written as three indices (α β γ), that of the output as
-three (δ ε φ), and two cores joined by a rank index ρ do the work of d_out × d_in weights:
+three (δ ε φ), and two cores joined by a rank index ρ take the place of the d_out × d_in matrix:
 
     y[δ ε φ] = Σ_{α β γ ρ}  B[β γ ε φ ρ] · A[α γ δ φ ρ] · x[α β γ]
 
 Seven exponents θ = (θα θβ θγ θδ θε θφ θρ) give the sizes, d_α = d_in^θα … d_δ = d_out^θδ …
 d_ρ = min(d_in, d_out)^θρ, and every θ is a structure: low-rank, Kronecker, Tensor-Train,
-Monarch, Block Tensor-Train (BTT) and all between (Potapczynski, Qiu et al., "Searching for
+Monarch, Block Tensor-Train (BTT) and everything between (Potapczynski, Qiu et al., "Searching for
 Efficient Linear Layers over a Continuous Space of Structured Matrices", NeurIPS 2024, section 3).
-Tensor-Trains and BTTs of three and more cores belong to the family as ChainLinear.
+Tensor-Trains and BTTs of three or more cores are ChainLinear.
 
     python einsum_linear.py --d_in=1024 --d_out=4096                            # all named structures
     python einsum_linear.py --d_in=1024 --d_out=4096 --theta=.5,0,.5,0,.5,.5,0  # one point of the space
-    python einsum_linear.py --plot=taxonomy.png                                 # where each lies in (ω ψ ν)
+    python einsum_linear.py --plot=taxonomy.png                                 # their places in (ω ψ ν)
 
-What needs no tensor, θ, sizes and the named structures, is in theta.py: to add a structure, write a function there.
+θ, sizes and the named structures need no tensors and are in theta.py: to add a structure, write a function there.
 In code a b g = α β γ, d e f = δ ε φ, r = ρ and n is the number of tokens.
 """
 
-if __name__ == "__main__":  # the command, whose own file answers mistakes before torch is imported
+if __name__ == "__main__":  # lab/structures.py is the command; it reports mistakes before torch is imported
     from lab import structures
 
     raise SystemExit(structures.run_command())
@@ -37,9 +37,9 @@ from theta import ChainSizes, Sizes, factor_sizes, layer_sizes, multiplications,
 
 
 class Dense(nn.Linear):
-    """A plain matrix, with the interface of CoreLinear but for `product`: its forward is torch's.
+    """A plain matrix, with the interface of CoreLinear except `product`: its forward is torch's.
 
-    `normalize` caps its RMS and gives it a gain, as those of a core there.
+    `normalize` caps its RMS and gives it a gain, as CoreLinear does for a core.
     """
 
     def __init__(self, d_in, d_out, bias=False, zero_init=False, normalize=False, gain=True):
@@ -47,7 +47,7 @@ class Dense(nn.Linear):
         super().__init__(d_in, d_out, bias=bias)
         self.normalize = normalize
         self.gains = nn.Parameter(torch.ones(1)) if normalize and gain else None
-        self.matrix = None  # what forward uses inside multiplied_out
+        self.matrix = None  # the effective matrix, inside multiplied_out
 
     def reset_parameters(self):
         self.fan_ins, self.init_std = [self.in_features], [init_std(self.in_features, self.out_features)]
@@ -83,7 +83,7 @@ class Dense(nn.Linear):
 
 
 def apply_together(layers, x):
-    """[layer(x) for layer in layers]; in training as one layer where a GPU does that faster: dense ones, some BTTs."""
+    """[layer(x) for layer in layers]. In training, dense layers and BTTs that gain from it on a GPU run as one layer."""
     if torch.is_grad_enabled() and joins(x, [getattr(layer, "btt_sizes", None) for layer in layers]):
         ys = btt_joined(x, [layer.effective_cores() for layer in layers])
         return [layer.finish(y, x) for layer, y in zip(layers, ys)]
@@ -98,16 +98,16 @@ def apply_together(layers, x):
 
 
 class CoreLinear(nn.Module):
-    """A linear layer made of cores. This class has the cores, their RMS cap, their gains and the bias; a structure adds
+    """A linear layer made of cores. This class holds the cores, their RMS caps, their gains and the bias. A structure adds
 
-        product(x)        (..., d_in) -> W x, (n, …) with n the product of the leading axes, without bias
+        product(x)        (..., d_in) -> W x, (n, …), n being the product of the leading axes; without bias
         flops_per_token   2 × multiplications
         materialize()     W, (d_out, d_in)
         load_dense(W)     sets the cores to the best approximation of W (d_out, d_in)
 
     A core is a batched matrix, a parameter of shape (batch, fan_in, fan_out); `shapes` lists them. Its learning rate
-    follows from `fan_ins` (optim.py), its first values from `init_std`, one number a core; where those of the shapes are
-    not the right ones, `fan_ins` and `stds` say so. `zero_init` zeroes the last core.
+    follows from `fan_ins` (optim.py) and its initial values from `init_std`, one number for each core. Both follow from
+    the shapes unless the arguments `fan_ins` and `stds` override them. `zero_init` sets the last core to zero.
     `normalize` caps each core's RMS at its initial value and gives it a learnable scale ("Compute Better Spent",
     ICML 2024, section 4); `gain=False` leaves the scale out, for a layer whose output is normalised anyway.
     """
@@ -124,7 +124,7 @@ class CoreLinear(nn.Module):
         self.gains = nn.Parameter(torch.ones(len(shapes))) if normalize and gain else None
         self.bias = nn.Parameter(torch.zeros(d_out)) if bias else None
         self.zero_init = zero_init
-        self.matrix = None  # what forward uses inside multiplied_out
+        self.matrix = None  # the effective matrix, inside multiplied_out
         self.reset_parameters()
 
     def reset_parameters(self):
@@ -134,7 +134,7 @@ class CoreLinear(nn.Module):
             nn.init.zeros_(self.cores[-1])
 
     def effective_cores(self):
-        """The cores as used: under the RMS cap and with their gains. No host synchronisation."""
+        """The cores as forward uses them: under the RMS cap and times their gains. The host does not wait for the device."""
         cores = list(self.cores)
         if self.normalize:
             for i, std in enumerate(self.init_std):
@@ -144,7 +144,7 @@ class CoreLinear(nn.Module):
 
     @torch.no_grad()
     def load_cores(self, cores):
-        """Set the cores so that the effective ones are these; without gains under the cap, so up to a scale."""
+        """Set the cores so that the effective cores are these. Under a cap without gains, this holds up to a scale."""
         for i, (core, std) in enumerate(zip(cores, self.init_std)):
             self.cores[i].copy_(core.reshape(self.cores[i].shape))
             if self.gains is not None:
@@ -158,17 +158,17 @@ class CoreLinear(nn.Module):
         return self.finish(self.product(x), x)
 
     def finish(self, y, x):
-        """(n, …) outputs -> (..., d_out) as x's leading axes say, plus bias."""
+        """Outputs (n, …) -> (..., d_out) with the leading axes of x, plus bias."""
         y = y.reshape(*x.shape[:-1], self.out_features)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
 
 @contextmanager
 def multiplied_out(model):
-    """In this block the structured layers of a model are dense matrices, multiplied out once: for a few tokens at a time.
+    """Within this context the structured layers of a model use their matrices, multiplied out once: for few tokens at a time.
 
-    So are dense ones under an RMS cap. A GPU that decodes waits for launches and for weights, not for FLOPs. Parameters
-    must stay as they are meanwhile.
+    So do dense layers under an RMS cap. While it decodes, a GPU waits for launches and for weights, not for FLOPs.
+    Parameters must not change within the context.
     """
     layers = [module for module in model.modules() if isinstance(module, (EinsumLinear, ChainLinear))]
     layers += [module for module in model.modules() if isinstance(module, Dense) and module.normalize]
@@ -185,7 +185,7 @@ def multiplied_out(model):
 
 
 def _excess(core, std):
-    """By what factor the RMS of a core is above its initial value; 1 where it is not."""
+    """The factor by which the RMS of a core exceeds its initial value, at least 1."""
     return (torch.linalg.vector_norm(core) / (std * math.sqrt(core.numel()))).clamp(min=1)
 
 
@@ -193,15 +193,15 @@ class EinsumLinear(CoreLinear):
     """y = W x with W[δ ε φ, α β γ] = Σ_ρ B[β γ ε φ ρ] · A[α γ δ φ ρ].
 
     The core used first contracts its input index for every γ, the one used second contracts
-    what is left for every φ. Either may come first, with the same result: `order` is "AB" or
-    "BA", whichever costs fewer multiplications. Cores, in the order of use:
+    what is left for every φ. Both orders give the same result; `order` is "AB" or "BA",
+    whichever costs fewer multiplications. Cores, in the order of use:
 
         order   cores[0]              cores[1]
         "AB"    A (γ, α, ρ·φ·δ)       B (φ, β·γ·ρ, ε)
         "BA"    B (γ, β, ρ·φ·ε)       A (φ, α·γ·ρ, δ)
 
     In memory x is (γ β α) and y is (φ ε δ), last index fastest: a Kronecker product (γ = φ = 1) is then
-    B ⊗ A, and a BTT (β = δ = 1) reads x and passes z between its two products without a copy.
+    B ⊗ A, and a BTT (β = δ = 1) needs no copy of x, nor of z between its two products.
     """
 
     def __init__(self, sizes, **kwargs):
@@ -217,7 +217,7 @@ class EinsumLinear(CoreLinear):
 
     @property
     def btt_sizes(self):
-        """Sizes for kernels.btt, if that computes it: β = δ = 1, and not multiplied out. Else None."""
+        """BTTSizes if kernels.btt computes this layer (β = δ = 1, not multiplied out), otherwise None."""
         a, b, g, d, e, f, r = self.sizes
         return BTTSizes(g, a, f, e, r) if b == d == 1 and self.matrix is None else None
 
@@ -240,7 +240,7 @@ class EinsumLinear(CoreLinear):
         return y  # (n, φ, ε, δ)
 
     def materialize(self):
-        """The matrix W, (d_out, d_in), from the definition in one step (not through forward)."""
+        """The matrix W, (d_out, d_in), by the definition in one einsum, independent of forward."""
         a, b, g, d, e, f, r = self.sizes
         first, second = self.effective_cores()
         if self.order == "AB":
@@ -251,12 +251,12 @@ class EinsumLinear(CoreLinear):
 
     @torch.no_grad()
     def load_dense(self, W):
-        """The best approximation of W (d_out, d_in) in Frobenius norm, exactly.
+        """Set the cores to the best approximation of W (d_out, d_in) in the Frobenius norm, which is exact.
 
         For every (γ φ) the slice of W between (δ ε) and (α β), rearranged to (αδ) × (βε), is a
-        matrix of rank ρ, and no two slices share a parameter: a truncated SVD each. For low-rank
-        that is the SVD of W, for BTT and Monarch one of each block, for Kronecker and
-        Tensor-Train that of the rearrangement (Van Loan and Pitsianis, 1993).
+        matrix of rank ρ, and no two slices share a parameter: each is a truncated SVD. For low-rank
+        it is the SVD of W, for BTT and Monarch an SVD of each block, for Kronecker and
+        Tensor-Train the SVD of the rearranged W (Van Loan and Pitsianis, 1993).
         """
         a, b, g, d, e, f, r = self.sizes
         slices = W.double().reshape(f, e, d, g, b, a).permute(3, 0, 5, 2, 4, 1)  # (γ, φ, α, δ, β, ε)
@@ -285,12 +285,12 @@ class ChainLinear(CoreLinear):
     """A Tensor-Train or Block Tensor-Train of any number of cores.
 
     The input is (i_1 … i_c) and the output (j_1 … j_c), last index fastest. Core k turns i_k into
-    j_k, passing rank indices r_1 … r_{c-1} on (r_0 = r_c = 1):
+    j_k and r_{k-1} into r_k (the ranks r_0 and r_c are 1):
 
         W[j_1 … j_c, i_1 … i_c] = Σ_{r_1 … r_{c-1}} Π_k G_k[r_{k-1} i_k, j_k r_k]
 
-    In a Tensor-Train (`blocks=False`) that is all. In a Block Tensor-Train core k is another
-    matrix for every value of the other indices it meets, j_1 … j_{k-1} and i_{k+1} … i_c.
+    This is a Tensor-Train (`blocks=False`). In a Block Tensor-Train core k has another matrix
+    for every value of the other indices present at that step, j_1 … j_{k-1} and i_{k+1} … i_c.
 
         cores[k]    (batch, i_k·r_{k-1}, j_k·r_k),  batch = j_1 ⋯ j_{k-1} · i_{k+1} ⋯ i_c for BTT, 1 for TT
     """
@@ -299,7 +299,7 @@ class ChainLinear(CoreLinear):
         ranks = [1] + [rank] * (len(in_sizes) - 1) + [1]
         shapes, mults = [], 0
         for k, (i, j) in enumerate(zip(in_sizes, out_sizes)):
-            others = math.prod(out_sizes[:k]) * math.prod(in_sizes[k + 1 :])  # values of the indices it leaves alone
+            others = math.prod(out_sizes[:k]) * math.prod(in_sizes[k + 1 :])  # of the indices that core k leaves alone
             shapes.append((others if blocks else 1, i * ranks[k], j * ranks[k + 1]))
             mults += others * i * ranks[k] * j * ranks[k + 1]
         super().__init__(math.prod(in_sizes), math.prod(out_sizes), shapes, **kwargs)
@@ -342,17 +342,17 @@ class ChainLinear(CoreLinear):
         return torch.einsum(*(argument for k in ks for argument in (self._view(k, cores[k]), self._ids(k))), out)
 
     def materialize(self):
-        """The matrix W, (d_out, d_in), as one einsum of all cores (not through forward)."""
+        """The matrix W, (d_out, d_in), by one einsum of all cores, independent of forward."""
         c = len(self.in_sizes)
         W = self._contract(self.effective_cores(), range(c), [*range(c, 2 * c), *range(c)])
         return W.reshape(self.out_features, self.in_features)
 
     @torch.no_grad()
     def load_dense(self, W, sweeps=10):
-        """A good approximation of W (d_out, d_in): core by core by SVD, then alternating least squares.
+        """Set the cores to a good approximation of W (d_out, d_in): SVDs core by core, then alternating least squares.
 
         Given the others, the best core k solves W = L · G_k · R for every value of (i_k, j_k), and
-        of the batch in a BTT, where L joins the cores before it and R those after it: G_k = L⁺ W R⁺.
+        in a BTT of its batch axes, where L joins the cores before it and R those after it: G_k = L⁺ W R⁺.
         """
         c = len(self.in_sizes)
         i_ids, j_ids, r_ids = list(range(c)), list(range(c, 2 * c)), list(range(2 * c, 3 * c + 1))
@@ -378,7 +378,7 @@ class ChainLinear(CoreLinear):
         self.load_cores(_balanced(cores))
 
     def _part(self, cores, ks, shared, out, rows):
-        """Cores ks joined, as matrices: (*shared, rows, columns), size 1 in shared axes that they do not have."""
+        """The product of cores ks as matrices (*shared, rows, columns), of size 1 in shared axes that they do not have."""
         has = {label for k in ks for label in self._ids(k)}
         part = self._contract(cores, ks, [label for label in shared if label in has] + out)
         for axis, label in enumerate(shared):
@@ -388,7 +388,7 @@ class ChainLinear(CoreLinear):
         return part.reshape(*lead, math.prod(part.shape[len(shared) :][:rows]), -1)
 
     def _by_svd(self, W):
-        """Peel off one core after the other: what is left is the remainder of a truncated SVD."""
+        """Split off one core after the other by truncated SVDs; the last core is the remainder."""
         c = len(self.in_sizes)
         rest, cores = W.reshape(self.out_features, self.in_features).T, []
         done, r = 1, 1  # outputs made and batched so far (in a BTT), rank to the left
@@ -426,16 +426,16 @@ class ChainLinear(CoreLinear):
 
 
 def _balanced(cores):
-    """Cores of the same product and equal RMS."""
+    """The cores rescaled to equal RMS, with the same product."""
     sizes = [core.square().mean().sqrt() for core in cores]
     mean = math.prod(sizes) ** (1 / len(cores))
     return [core * (mean / size) if size > 0 else core for core, size in zip(cores, sizes)]
 
 
 def draw(tensor, std):
-    """Fill a tensor with normal numbers of that standard deviation.
+    """Fill a tensor with normal numbers of this standard deviation.
 
-    Not on the meta device: there only sizes are asked for, and torch takes a millisecond to draw nothing.
+    On the meta device there is nothing to fill, and torch would spend a millisecond on it.
     """
     if not tensor.is_meta:
         nn.init.normal_(tensor, std=std)
@@ -459,10 +459,10 @@ def make_linear(
                "btt"        Block Tensor-Train of `num_cores` cores: every √d_out × √d_in block has the given `rank`
                "einsum"     any `theta`; its ρ sets the rank
                or any other in theta.STRUCTURES
-    options    of the structure: rank, num_blocks, num_cores, … as theta.STRUCTURES has them. heads_out is the number of
-               heads that the output is made of, heads_in of the input: blocks of a BTT or Monarch then are heads
-    normalize, gain and zero_init are as in CoreLinear; normalize=None caps all but dense matrices.
-    Raises ConfigError, also for an option that the structure does not read.
+    options    of the structure: rank, num_blocks, num_cores, … (theta.STRUCTURES). heads_out is the number of heads in the
+               output, heads_in in the input: the blocks of a BTT or Monarch then are heads
+    normalize, gain, zero_init  as in CoreLinear; normalize=None caps all but dense matrices
+    Raises ConfigError if no layer can be made, and for an option that the structure does not read.
     """
     sizes = layer_sizes(d_in, d_out, structure, theta=theta, **options)
     normalize = sizes is not None if normalize is None else normalize
@@ -479,15 +479,17 @@ def make_linear(
 
 
 def check_layer(layer, structure):
-    """ConfigError where a layer of a user's own is not one that a model can use; lab.convert asks for more."""
+    """ConfigError if a model cannot use this layer of a user's structure. (lab.convert also needs load_dense.)"""
     kind = type(layer).__name__
     if not isinstance(layer, (CoreLinear, Dense)):
         raise ConfigError(
-            f"structure={structure!r}: {kind} is no CoreLinear: derive it from einsum_linear.CoreLinear, "
+            f"structure={structure!r}: {kind} is not a CoreLinear: derive it from einsum_linear.CoreLinear, "
             "whose docstring lists what a structure adds"
         )
     if not hasattr(layer, "flops_per_token"):
-        raise ConfigError(f"structure={structure!r}: {kind} has no flops_per_token: set it to 2 × its multiplications")
+        raise ConfigError(
+            f"structure={structure!r}: {kind} has no flops_per_token: set it to twice its multiplications"
+        )
     if "input_fn" not in inspect.signature(layer.forward).parameters:
         raise ConfigError(
             f"structure={structure!r}: {kind}.forward takes no `input_fn`, the function that an FFN applies to its input: "

@@ -1,21 +1,21 @@
-"""Mixtures of experts: of the matrices of every linear layer, or of whole FFNs.
+"""Mixtures of experts. The experts are matrices, in every linear layer, or whole FFNs.
 
 moe="linear" makes every linear layer a mixture (Potapczynski, Qiu et al., "Searching for Efficient Linear Layers over
 a Continuous Space of Structured Matrices", NeurIPS 2024, section 5): a router picks top_k of num_experts matrices for
-each token, and the softmax over their logits weighs them. A BTT of rank num_experts · rank is such a mixture already:
-expert e is slice e of its rank index, and the gates scale z, what passes between its two products,
+each token and weighs them by the softmax of their logits. A BTT of rank num_experts · rank already is such a mixture:
+expert e is slice e of its rank index, and the gates scale z, the result of the first of its two products,
 
     z[n, g, E r f] = Σ_a x[n, g, a] · A[g, a, (E r f)]     y[n, f, e] = Σ_{g E r} gate[n, E] · z[n, g, E r, f] · B[f, (g E r), e]
 
-of which only the picked slices are computed. A low-rank matrix is the BTT of one block (g = f = 1), a Monarch one of
-rank 1: "low_rank" and "monarch" are mixtures in the same way, and "dense" is one of whole matrices.
-moe="ffn" is the standard MoE: each block has num_experts FFNs, their layers of whatever structure, and one router.
+of which only the picked slices are computed. A low-rank matrix is a BTT of one block (g = f = 1), a Monarch matrix a BTT
+of rank 1, so the same holds for "low_rank" and "monarch"; the experts of "dense" are whole matrices.
+moe="ffn" is the standard MoE: each block has num_experts FFNs, with layers of any structure, and one router.
 
-Time and memory follow top_k: the n · k pairs of a token and its expert are sorted by expert, and each expert
-multiplies its own rows (grouped_products); BTT-MoE and low-rank-MoE on a GPU have kernels of their own (kernels/moe.py).
-No token is dropped. Nothing waits for the device, no shape depends on values. Gradients of the gates come from what they scale.
+Time and memory grow with top_k: the n · k pairs of a token and an expert are sorted by expert, and each expert multiplies
+its own rows (kernels/grouped.py). On a GPU, BTT-MoE and low-rank-MoE have kernels of their own (kernels/moe.py). No token
+is dropped, the host never waits for the device, and no shape depends on values. Gates get gradients from what they scale.
 
-Shapes: n tokens, k = top_k, m = n · k rows of a token and an expert, E experts; g a f e r as in einsum_linear.
+Shapes: n tokens, k = top_k, m = n · k rows, one for each token and expert of it, E experts; g a f e r as in einsum_linear.
 """
 
 import math
@@ -31,12 +31,12 @@ from kernels import routing
 from kernels.btt import BTTSizes
 from kernels.common import compute_dtype, gelu
 from kernels.grouped import Collect, Spread, btt_experts, btt_moe, dense_experts, dense_moe, sort_by_expert
-from kernels.moe import btt_mixture, routed_btt_mixture, way_for
+from kernels.moe import btt_mixture, mixture_method, routed_btt_mixture
 from options import check_top_k
 from theta import check_mixture
 
 AUXILIARY, Z = 0.01, 0.1  # loss = cross-entropy + AUXILIARY · mean over routers of (load balance + Z · z-loss)
-BALANCE = 0.1  # step of the routers' biases, in standard deviations of their logits
+BALANCE = 0.1  # largest step of the routers' biases, in standard deviations of their logits
 
 # ---------------------------------------------------------------------------------------
 # Routers
@@ -45,15 +45,15 @@ BALANCE = 0.1  # step of the routers' biases, in standard deviations of their lo
 class Router(nn.Module):
     """Picks top_k experts for each token: x (..., d_in) -> index (n, k) int64, gate (n, k) of rows that sum to 1.
 
-    Logits are float32, also under autocast: of 16 bits, many would tie. The rows of the matrix start at one length
-    and with mean 0, so that no expert is ahead at first: neither by chance, nor by the mean that inputs from a GELU
-    have. With top_k = 1 the only gate is 1, and the router learns from the auxiliary loss alone.
+    Logits are float32 even under autocast: many 16-bit logits would tie. All rows of the matrix start with the same length
+    and mean 0, so that no expert has an advantage at first, neither by chance nor because inputs from a GELU have a
+    positive mean. With top_k = 1 the only gate is 1, and the router learns from the auxiliary loss alone.
 
-    `bias` (E,) is added to the logits that experts are picked by, not to those that the gates are made of. It has no
-    gradient: Mixtures.balance moves it after every update.
+    `bias` (E,) is added to the logits when experts are picked, but not in the gates. It has no gradient:
+    Mixtures.balance changes it after every update.
 
-    In training `routing` keeps what the router made of the last batch, until Mixtures reads it: index, gate without
-    gradient, and the logits (n, E).
+    In training `routing` holds the result for the last batch until Mixtures reads it: index, gate (without gradient)
+    and logits (n, E).
     """
 
     def __init__(self, d_in, num_experts, top_k):
@@ -67,7 +67,7 @@ class Router(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self):
-        if self.weight.is_meta:  # as einsum_linear.draw
+        if self.weight.is_meta:  # as in einsum_linear.draw
             return
         nn.init.normal_(self.weight)
         self.weight -= self.weight.mean(dim=1, keepdim=True)
@@ -88,7 +88,7 @@ class Router(nn.Module):
 
     def route(self, x):
         """x (n, d_in) -> index, gate, logits"""
-        if routing.way_for(x, self.out_features) == "kernel":
+        if routing.router_method(x, self.out_features) == "kernel":
             logits, index, gate = torch.ops.nanoeinsum.route(
                 x.to(compute_dtype(x)), self.weight.float(), self.bias, self.top_k
             )
@@ -100,6 +100,7 @@ class Router(nn.Module):
         return index, logits.gather(1, index).softmax(dim=1), logits
 
     def keep(self, index, gate, logits):
+        """In training, keep the result for Mixtures."""
         if self.training:
             self.routing = index, gate.detach(), logits
 
@@ -107,8 +108,8 @@ class Router(nn.Module):
 def pick(logits, k):
     """The k largest of each row of (n, E) logits -> (n, k) int64.
 
-    Ties are broken fairly: row i looks at the experts in the order i, i + 1, … (mod E), so that equal logits,
-    for which topk would always pick the same experts, reach all experts in turn.
+    Ties are broken fairly: row i considers the experts in the order i, i + 1, … (mod E). With equal logits topk alone
+    would pick the same experts for every row.
     """
     n, E = logits.shape
     turn = (torch.arange(n, device=logits.device)[:, None] + torch.arange(E, device=logits.device)) % E
@@ -116,14 +117,14 @@ def pick(logits, k):
 
 
 class Mixtures:
-    """The routers of a model, read together: GPT(config).mixtures, None of a model without mixtures.
+    """The routers of a model, read together: GPT(config).mixtures, which is None for a model without mixtures.
 
-    A report is what is known of one router and one batch: (4 + 2 E,) float32, whose sums over batches and processes,
-    divided by those of the first column, are the means. Only the auxiliary loss has a gradient. Its columns: 1; the
-    auxiliary loss; entropy of a token's gates; standard deviation of logits; E shares of the rows; E mean gates.
+    A report describes one router and one batch in (4 + 2 E,) float32 numbers: 1; the auxiliary loss; entropy of a token's
+    gates; standard deviation of the logits; E shares of the rows; E mean gates. Sums over batches and processes, divided
+    by the sum of the first number, are means. Only the auxiliary loss has a gradient.
 
-    names          of the R routers, by the layer that each serves: "blocks.0.attn.q"
-    reports        (R, 4 + 2 E) of the last batch in training, without gradient
+    names          of the R routers, each by its layer: "blocks.0.attn.q"
+    reports        (R, 4 + 2 E) for the last batch in training, without gradient
     cross_entropy  of the last batch in training, without gradient: the loss before add_loss
     """
 
@@ -131,7 +132,7 @@ class Mixtures:
 
     @classmethod
     def of(cls, model):
-        """The model's Mixtures, or None where it has no routers."""
+        """The model's Mixtures, or None if it has no routers."""
         named = {name.removesuffix(".router"): m for name, m in model.named_modules() if isinstance(m, Router)}
         return cls(named) if named else None
 
@@ -140,14 +141,14 @@ class Mixtures:
         self.reports = self.cross_entropy = None
 
     def no_reports(self, device):
-        """Reports of no batch at all, to sum others into."""
+        """Zeros to sum reports in."""
         return torch.zeros(len(self.routers), self.LOADS + 2 * self.routers[0].out_features, device=device)
 
     def add_loss(self, loss):
-        """The loss of a batch in training, and what the routers add to it; None where there is no loss."""
+        """The loss of a batch in training plus the auxiliary loss of its routers. None stays None."""
         routings = [router.routing for router in self.routers]
         for router in self.routers:
-            router.routing = None  # it holds the graph of the batch
+            router.routing = None  # it holds the autograd graph of the batch
         if loss is None:
             return None
         reports = router_reports(routings)
@@ -156,13 +157,13 @@ class Mixtures:
 
     @torch.no_grad()
     def balance(self, reports):
-        """After an update: experts with few rows are picked more easily from now on, those with many less.
+        """After an update, raise the biases of experts that got few rows and lower those of experts that got many.
 
-        reports (R, 4 + 2 E), summed over the whole batch, all processes: their biases stay equal.
-        The auxiliary loss alone, shared by all routers, does not keep experts alive at high rates and small batches:
-        its gradient drowns in that of the cross-entropy, which Adam scales it with. A bias balances by itself (Wang et
-        al., "Auxiliary-Loss-Free Load Balancing Strategy for Mixture-of-Experts", 2024), here by steps in proportion to
-        what is amiss and to the size of the logits, whatever these grow to.
+        reports (R, 4 + 2 E): sums over the whole batch and all processes, so that biases stay equal on all processes.
+        The auxiliary loss alone does not keep experts alive at high rates and small batches: Adam scales its gradient
+        together with that of the cross-entropy, which is far larger. The bias balances without a gradient (Wang et al.,
+        "Auxiliary-Loss-Free Load Balancing Strategy for Mixture-of-Experts", 2024). Here a step is proportional to
+        the imbalance and to the standard deviation of the logits, so that it keeps up as they grow.
         """
         means = reports / reports[:, :1]
         load = means[:, self.LOADS :].chunk(2, dim=1)[0]
@@ -171,11 +172,11 @@ class Mixtures:
             router.bias += step
 
     def figures(self, reports):
-        """Summed reports, (R, 4 + 2 E) on any device, as {name: plain numbers}: what a row of the log has.
+        """Summed reports, (R, 4 + 2 E) on any device, as {name: plain numbers} for the log.
 
-        load            share of the rows that each expert got, 1/E where they are even
-        token_entropy   of the gates of a token, in nats, mean over tokens: 0 where one expert has all the weight, at most log k
-        mean_entropy    of the mean of the gates: at most log E, where all experts have the same weight
+        load            share of the rows that each expert got; 1/E if they are balanced
+        token_entropy   entropy of a token's gates in nats, mean over tokens: from 0 (one expert has all the weight) to log k
+        mean_entropy    entropy of the mean gates: log E if all experts have the same weight
         """
         sums = reports.cpu().double()
         means = sums / sums[:, :1]
@@ -193,12 +194,12 @@ class Mixtures:
 
 
 def router_reports(routings):
-    """Routings of R routers, n tokens each -> their reports, (R, 4 + 2 E). All at once: one by one, each would take 20 small kernels.
+    """Routings of R routers of n tokens -> reports (R, 4 + 2 E). One router at a time would launch 20 small kernels for each.
 
     The load balance (Fedus et al., "Switch Transformers", JMLR 2022, eq. 4) is E · Σ_e load_e · p_e with the mean
-    probability p_e under the softmax of all logits, 1 where both are even. The z-loss (Zoph et al., "ST-MoE", 2022,
-    eq. 5) is the mean of logsumexp², which keeps logits small. Their means are over the tokens of this
-    batch: with several micro-batches or processes each has an auxiliary loss of its own, and the mean of these counts.
+    probability p_e under the softmax of all logits; it is 1 if both are uniform. The z-loss (Zoph et al., "ST-MoE", 2022,
+    eq. 5) is the mean of logsumexp², which keeps logits small. Both are means over the tokens of one micro-batch on one
+    process; training minimises the mean of these auxiliary losses.
     """
     index, gate, logits = (torch.stack(tensors) for tensors in zip(*routings))  # (R, n, k), (R, n, k), (R, n, E)
     zeros = torch.zeros_like(logits)
@@ -212,14 +213,14 @@ def router_reports(routings):
 
 
 def auxiliary_loss(reports):
-    """What the routers add to the cross-entropy. reports (R, 4 + 2 E) of one batch."""
+    """The term that the routers add to the cross-entropy. reports (R, 4 + 2 E) of one batch."""
     return AUXILIARY * reports[:, Mixtures.AUX].mean()
 
 
 def set_top_k(model, top_k, option="top_k"):
-    """Let all mixtures of the model pick top_k experts for each token from now on, as many as in training or not.
+    """From now on all mixtures of the model pick top_k experts for each token.
 
-    option: what a ConfigError calls it.
+    ConfigError if the model has no mixtures or too few experts; it calls the number `option`.
     """
     mixtures = [module for module in model.modules() if hasattr(module, "top_k")]
     if not mixtures:
@@ -230,9 +231,9 @@ def set_top_k(model, top_k, option="top_k"):
 
 
 def checkpoint_routed(function, x, **kwargs):
-    """torch.utils.checkpoint of a block with routers: their routings are outputs, too.
+    """torch.utils.checkpoint of a block with routers, whose routings become outputs.
 
-    What a checkpointed function leaves behind on the side is made again in the backward pass, and would then be kept.
+    Otherwise the recomputation in the backward pass would set Router.routing again, and nobody would clear it.
     """
     routers = [module for module in function.modules() if isinstance(module, Router)]
 
@@ -256,23 +257,23 @@ def checkpoint_routed(function, x, **kwargs):
 class Mixture(CoreLinear):
     """A linear layer of num_experts matrices, of which top_k are picked for each token. The experts share bias, RMS cap and gains.
 
-    What an expert's share in the layer means for initialisation and learning rates (structure-aware µP, einsum_linear.init_std
-    and optim.lr_multipliers). A token sees the k picked experts side by side: one layer of k · r ranks for a BTT, whose second core is
-    scaled by gates that sum to 1, about 1/k each. That layer starts and learns as it would without gates if
+    Initialisation and learning rates (structure-aware µP, einsum_linear.init_std and optim.lr_multipliers): a token sees
+    its k experts side by side, for a BTT as one layer of rank k · r whose second core is scaled by gates that sum to 1,
+    about 1/k each. That layer starts and learns as it would without gates if
 
-    - the first core has the std of its shape in it, fan-in a and fan-out k·r·f, and the rate of fan-in a;
-    - the second, of fan-in k·g·r, has k times the std and k times the rate that such a core has: the gates' 1/k is
-      undone. Its rate, lr · 768 / (k·g·r · 2) times k, is that of one expert alone, whatever k: the experts' updates
-      have one direction, and the gates average them. Its std is up to √k above that of one expert alone: at first the
-      experts are independent, and their average would be √k smaller.
+    - the first core has the std of fan-in a and fan-out k·r·f, and the rate of fan-in a;
+    - the second, of fan-in k·g·r, has k times the std and k times the rate of such a core, which undoes the gates' 1/k.
+      Its rate, lr · 768 / (k·g·r · 2) times k, is that of one expert alone for any k: the updates of the experts point
+      in one direction, and the gates average them. Its std is up to √k times that of one expert alone: at first the
+      experts are independent, and their average would be √k times smaller.
 
-    For whole matrices likewise: std √k · init_std(d_in, d_out), rate lr · 768 / d_in. The layers inside an FFN that is
-    an expert are mixed by nobody, and start as one expert alone (active=1).
+    The same holds for whole matrices: std √k · init_std(d_in, d_out), rate lr · 768 / d_in. Gates do not mix the layers
+    inside an FFN that is an expert; these start as one expert alone (active=1).
 
-    x (..., d_in) -> (..., d_out), by a router of its own; or, where `mix` gets index and gate from elsewhere, router is None.
+    x (..., d_in) -> (..., d_out) by its own router. The router is None if the caller passes index and gate to `mix`.
 
-    The interface is CoreLinear's, but for what depends on the experts that a token picked: product(x, index, gate) and
-    materialize(gate). There is no load_dense: no matrix has experts to find. In addition: experts(rows, ends, gate).
+    The interface is that of CoreLinear, except that product(x, index, gate) and materialize(gate) depend on the picked
+    experts, that there is no load_dense, and that experts(rows, ends, gate) computes rows sorted by expert.
     """
 
     def __init__(self, d_in, d_out, num_experts, top_k, routed, shapes, **kwargs):
@@ -293,7 +294,7 @@ class Mixture(CoreLinear):
 
 
 class BTTMixture(Mixture):
-    """Experts are rank slices of a BTT: cores A (g, a, E·r·f) and B (f, g·E·r, e), as of kernels.btt with rank E·r."""
+    """Experts are rank slices of a BTT of rank E·r, with cores A (g, a, E·r·f) and B (f, g·E·r, e) as in kernels.btt."""
 
     def __init__(self, sizes, num_experts, top_k, active, routed, **kwargs):
         a, _, g, _, e, f, r = sizes
@@ -309,15 +310,15 @@ class BTTMixture(Mixture):
         a, _, g, _, e, f, r = self.sizes
         return 2 * self.top_k * g * r * f * (a + e)
 
-    def way_for(self, x):
-        """The name of what computes it for x, of kernels.moe.way_for."""
+    def method_for(self, x):
+        """The method that computes the layer for x: kernels.moe.mixture_method."""
         a, _, g, _, e, f, r = self.sizes
-        return way_for(x, BTTSizes(g, a, f, e, r), self.num_experts, self.top_k, self.router is not None)
+        return mixture_method(x, BTTSizes(g, a, f, e, r), self.num_experts, self.top_k, self.router is not None)
 
     def forward(self, x, input_fn=None):
-        if self.way_for(x) != "routed":
+        if self.method_for(x) != "routed":
             return super().forward(x, input_fn)
-        # The kernels that make the gradients of x make the router's and the GELU's, too.
+        # The kernels for the gradient of x also compute those of the router and of the GELU.
         dtype, router = compute_dtype(x), self.router
         x = x if input_fn in (None, gelu) else input_fn(x)
         A, B = (core.to(dtype) for core in self.effective_cores())
@@ -328,17 +329,17 @@ class BTTMixture(Mixture):
 
     def product(self, x, index, gate):
         A, B = self.effective_cores()
-        if self.way_for(x) == "grouped":
+        if self.method_for(x) == "grouped":
             return btt_moe(x, A, B, index, gate, self.num_experts)
         dtype = compute_dtype(x)
         return btt_mixture(x.to(dtype), A.to(dtype), B.to(dtype), index, gate, self.num_experts)
 
     def experts(self, x, ends, gate=None):
-        """Rows sorted by expert (m, d_in), where each expert's end (E,), gates (m,) -> (m, d_out), without bias."""
+        """Rows (m, d_in) sorted by expert, the end of each expert's rows (E,), gates (m,) or None -> (m, d_out), without bias."""
         return btt_experts(x, *self.effective_cores(), ends, gate)
 
     def materialize(self, gate):
-        """The matrix (d_out, d_in) of a token whose gates are these, (E,)."""
+        """The matrix (d_out, d_in) of a token with these gates, (E,), 0 for experts that were not picked."""
         a, _, g, _, e, f, r = self.sizes
         A, B = self.effective_cores()
         A, B = A.view(g, a, self.num_experts, r, f), B.view(f, g, self.num_experts, r, e)
@@ -346,7 +347,7 @@ class BTTMixture(Mixture):
 
 
 class DenseMixture(Mixture):
-    """Experts are whole matrices: one core (E, d_in, d_out), without a cap by default, as dense layers are."""
+    """Experts are whole matrices: one core (E, d_in, d_out), like dense layers without a cap by default."""
 
     def __init__(self, d_in, d_out, num_experts, top_k, active, routed, normalize=False, **kwargs):
         std = math.sqrt(active) * init_std(d_in, d_out)
@@ -363,19 +364,20 @@ class DenseMixture(Mixture):
         return dense_moe(x, *self.effective_cores(), index, gate)
 
     def experts(self, x, ends, gate=None):
-        """Rows sorted by expert (m, d_in), where each expert's end (E,), gates (m,) -> (m, d_out), without bias."""
+        """Rows (m, d_in) sorted by expert, the end of each expert's rows (E,), gates (m,) or None -> (m, d_out), without bias."""
         return dense_experts(x, *self.effective_cores(), ends, gate)
 
     def materialize(self, gate):
-        """The matrix (d_out, d_in) of a token whose gates are these, (E,)."""
+        """The matrix (d_out, d_in) of a token with these gates, (E,), 0 for experts that were not picked."""
         return torch.einsum("k,kio->oi", gate, *self.effective_cores())
 
 
 def make_mixture(d_in, d_out, num_experts, top_k, routed=True, mixed=True, **options):
-    """A d_in -> d_out mixture whose experts are what make_linear makes of `options`: `rank` is the rank of one expert.
+    """A d_in -> d_out mixture whose experts are make_linear(d_in, d_out, **options): `rank` is the rank of one expert.
 
-    routed  with a router of its own, else index and gate are given to it
+    routed  it has a router of its own; otherwise the caller passes index and gate to Mixture.mix
     mixed   gates mix its outputs; False inside an FFN that is itself an expert
+    ConfigError if layers of this structure cannot be experts.
     """
     with torch.device("meta"):
         expert = make_linear(d_in, d_out, **options)
@@ -388,7 +390,7 @@ def make_mixture(d_in, d_out, num_experts, top_k, routed=True, mixed=True, **opt
 
 
 def mix_together(router, layers, x):
-    """[layer(x) for layer in layers], mixtures that share a router: a token is sent to the same experts in all of them."""
+    """[layer(x) for layer in layers] for mixtures that share a router: a token goes to the same experts in all of them."""
     index, gate = router(x)
     return [layer.mix(x, index, gate) for layer in layers]
 

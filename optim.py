@@ -1,8 +1,8 @@
-"""Learning-rate multipliers of structure-aware µP, and the optimizers made from them.
+"""Learning-rate multipliers of structure-aware µP, and the optimizers that use them.
 
-A core is a batched matrix, and so has a fan-in of its own. Adam moves every entry by about the
-learning rate; for the change of the layer's output to be of size 1 at any width, a core's rate
-must fall as 1/fan_in, and the cores of a layer share the change between them ("Compute Better
+A core is a batched matrix with a fan-in of its own. Adam changes every entry by about the
+learning rate. For the change of a layer's output to have size 1 at any width, a core's rate
+must fall as 1/fan_in, and the cores of a layer must share the change ("Compute Better
 Spent", ICML 2024, section 3.2):
 
     parameter                                   learning rate
@@ -10,23 +10,23 @@ Spent", ICML 2024, section 3.2):
     dense matrix, router of a mixture           lr · base_width / d_in
     embeddings, norms, biases, gains            lr
 
-The rule is right for the product of the cores, of every structure. An example changes a core by at most its rate
-times signs, s_out s_inᵀ in each of its matrices, of spectral norm rate · sqrt(fan_in · fan_out). With rates of
-1/fan_in, and the other cores at their initial norms of sqrt(fan_out/fan_in), the matrix of the layer changes by
-‖ΔW‖ ~ sqrt(d_out/d_in) at any width and rank: the spectral condition (Yang et al., arXiv 2310.17813).
-Inputs that the core is not yet aligned with see a smaller change: of a random one, sqrt(rank/d_in) is in the rows of a
-low-rank layer, and an entry that serves many places (Kronecker, Tensor-Train, ω > 0) follows their mean. So the change
-of activations falls with the width in the first steps, and no longer once the cores have lined up; rates raised by
-sqrt(d_in/rank), or by the root of the number of places, overshoot then (results/mup).
+The rule holds for the product of the cores, in every structure. One example changes each matrix of a core by at most
+its rate times signs, s_out s_inᵀ, of spectral norm rate · sqrt(fan_in · fan_out). With rates of 1/fan_in, and the other
+cores at their initial norms of sqrt(fan_out/fan_in), the matrix of the layer changes by ‖ΔW‖ ~ sqrt(d_out/d_in) at any
+width and rank: the spectral condition (Yang et al., arXiv 2310.17813). Inputs that the core is not yet aligned with see
+a smaller change: only a share sqrt(rank/d_in) of a random input lies in the row space of a low-rank layer, and an entry
+used in many places (Kronecker, Tensor-Train, ω > 0) follows the mean of their gradients. So in the first steps the
+change of activations falls with the width; once the cores are aligned it does not. Rates raised by sqrt(d_in/rank), or by
+the root of the number of places, would then overshoot (results/mup).
 
 So `lr` is the rate of a dense layer of width 768. A core of a mixture has the fan-in of one
-expert (moe.Mixture says why). The initial standard deviations are with the layers
+expert (moe.Mixture explains why). The initial standard deviations are defined with the layers
 (einsum_linear.init_std). Under parametrization="standard" every multiplier is 1.
 
 To train with another optimizer, edit make_optimizers: give each torch optimizer its share of the parameters, in groups of
-parameter_groups (tests/test_optimizers.py has an example). Cores are 3-D, (batch, fan_in, fan_out); embeddings are matrices
-to `dim()`, too. A group's rate is lr · lr_mult: a second base rate goes into lr_mult.
-All else (the loop, checkpoints, FSDP2, CUDA graphs) knows the Optimizers only.
+parameter_groups (tests/test_optimizers.py has an example). Cores are 3-D, (batch, fan_in, fan_out); embeddings are 2-D,
+like matrices. A group's rate is lr · lr_mult: a second base rate goes into lr_mult.
+Everything else (the loop, checkpoints, FSDP2, CUDA graphs) uses the class Optimizers alone.
 """
 
 from contextlib import contextmanager
@@ -42,9 +42,9 @@ from options import BASE_WIDTH
 def lr_multipliers(model, base_width=BASE_WIDTH, base_ffn_expansion=1):
     """{parameter name: learning-rate multiplier}, a float for each of the model's parameters.
 
-    base_width          the width of which `lr` is a dense layer's rate
-    base_ffn_expansion  `lr` is the rate of an ffn.down that reads base_width times this many features: a factor on the
-                        multipliers of ffn.down (4 where the model that `lr` was tuned on has the usual FFN)
+    base_width          `lr` is the rate of a dense layer with this many inputs
+    base_ffn_expansion  `lr` is the rate of an ffn.down with base_width times this many inputs: a factor on the multipliers
+                        of ffn.down (4 if `lr` was tuned on a model of width base_width with the usual FFN)
     """
     multipliers = {name: 1.0 for name, _ in model.named_parameters()}
     if model.config.parametrization == "standard":
@@ -63,9 +63,9 @@ def lr_multipliers(model, base_width=BASE_WIDTH, base_ffn_expansion=1):
 def make_optimizers(model, config, multipliers=None):
     """The optimizers of a run -> Optimizers. Here: AdamW for all parameters.
 
-    config       with lr, weight_decay, beta2, base_width and base_ffn_expansion, such as a RunConfig
+    config       a RunConfig, or an object with its lr, weight_decay, beta2, base_width and base_ffn_expansion
     multipliers  {parameter name: learning-rate multiplier}; None: lr_multipliers of the config
-    Called after the model is sharded, for then its parameters are other objects.
+    Call it after the model is sharded, which replaces its parameters.
     """
     if multipliers is None:
         multipliers = lr_multipliers(model, config.base_width, config.base_ffn_expansion)
@@ -76,22 +76,21 @@ def make_optimizers(model, config, multipliers=None):
 
 
 def parameter_groups(named_parameters, multipliers, weight_decay):
-    """Groups for a torch optimizer: one for the parameters that share a multiplier and a weight decay.
+    """Groups for a torch optimizer, one for each pair of multiplier and weight decay.
 
-    A group keeps its multiplier as "lr_mult", from which Optimizers.set_lr makes its rate. Matrices decay, vectors do
-    not, and a step takes lr · weight_decay off a matrix whatever its multiplier: decay is divided by it, so
-    that it does not grow where the rate does.
+    A group stores its multiplier as "lr_mult", from which Optimizers.set_lr computes its rate. Matrices decay, vectors do
+    not. Decay is divided by the multiplier, so that a step shrinks every matrix by the factor 1 - lr · weight_decay.
     """
     groups = {}
     for name, parameter in named_parameters:
-        multiplier = multipliers[name]  # 0: one that does not learn, and so does not decay
+        multiplier = multipliers[name]  # 0: the parameter neither learns nor decays
         decay = weight_decay / multiplier if parameter.dim() >= 2 and multiplier else 0.0
         groups.setdefault((multiplier, decay), []).append(parameter)
     return [{"params": params, "lr_mult": mult, "weight_decay": decay} for (mult, decay), params in groups.items()]
 
 
 def adamw(groups, lr, betas):
-    """torch's AdamW of parameter_groups. On a GPU its step is ready to be recorded as a CUDA graph."""
+    """torch's AdamW for these parameter_groups. On a GPU its step can be recorded as a CUDA graph."""
     first = groups[0]["params"][0]
     fused = first.device.type in ("cuda", "cpu")
     return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=1e-8, fused=fused, capturable=in_graphs(first))
@@ -100,35 +99,35 @@ def adamw(groups, lr, betas):
 def in_graphs(parameter):
     """Whether a CUDA graph may update the parameter.
 
-    Never where it is sharded: to learn the shapes of an AdamW whose rate is a tensor, torch would do a step on zeros of
-    the whole model.
+    Not if it is sharded: to find the shapes of an AdamW whose rate is a tensor, torch would run a step on zeros of the
+    whole model.
     """
     return parameter.is_cuda and not isinstance(parameter, DTensor)
 
 
 class Optimizers:
-    """torch optimizers that share out a model's parameters, used as one.
+    """Several torch optimizers, which divide a model's parameters among them, used as one.
 
     parts        torch optimizers; each parameter that learns is in one of their groups, and each group has its "lr_mult".
-                 What they keep of a parameter are tensors
+                 Their state of a parameter consists of tensors
     multipliers  {parameter name: learning-rate multiplier}, for tables
-    GradScaler takes it for one optimizer, so an overflow in the gradients of one part skips the step of all.
+    GradScaler treats it as one optimizer, so an overflow in the gradients of one part skips the step of all.
     """
 
     def __init__(self, model, parts, multipliers):
         self.model, self.parts, self.multipliers = model, parts, multipliers
         self.average_decay = None
         for group in self.param_groups:
-            if in_graphs(group["params"][0]):  # a recorded graph reads a tensor anew at every replay
+            if in_graphs(group["params"][0]):  # a recorded graph reads the rate again at every replay
                 group["lr"] = torch.zeros((), device=group["params"][0].device)
 
     @property
     def param_groups(self):
-        """The groups of all parts, as a torch optimizer's."""
+        """The groups of all parts, as in a torch optimizer."""
         return [group for part in self.parts for group in part.param_groups]
 
     def set_lr(self, lr):
-        """Each group's rate from the base rate: assigned, so it is the same however often it is done."""
+        """Set each group's rate to lr · lr_mult. The rate is assigned, not multiplied, so repeated calls do no harm."""
         for group in self.param_groups:
             if torch.is_tensor(group["lr"]):
                 group["lr"].fill_(lr * group["lr_mult"])
@@ -145,10 +144,10 @@ class Optimizers:
         for part in self.parts:
             part.zero_grad(set_to_none)
 
-    # -- a running mean of the weights
+    # -- running means of the weights
 
     def keep_average(self, decay):
-        """Have every step update a running mean of the weights, "ema" in the state of each parameter, and so in checkpoints."""
+        """From now on every step updates a running mean of each parameter, "ema" in its state and so in checkpoints."""
         self.average_decay = decay
 
     def _update_averages(self):
@@ -162,7 +161,7 @@ class Optimizers:
     @contextmanager
     @torch.no_grad()
     def averaged(self):
-        """In this block the weights are their running means, where there are any."""
+        """Within this context the weights are their running means, if there are any."""
         means = [(p, state["ema"]) for part in self.parts for p, state in part.state.items() if "ema" in state]
         now = [p.clone() for p, _ in means]
         try:
@@ -173,12 +172,12 @@ class Optimizers:
             for (p, _), weight in zip(means, now):
                 p.copy_(weight)
 
-    # -- state, by the names of parameters, whichever part has them
+    # -- state, by the names of parameters
 
     def state_dict(self):
-        """{parameter name: {key: tensor}}: the parts' own tensors, DTensors of a sharded model. Without rates, which
-        belong to the schedule. TypeError where a part keeps something other than tensors."""
-        self.model.state_dict()  # FSDP2 splits its root again, which an evaluation leaves with parameters no part knows
+        """{parameter name: {key: tensor}}: the tensors of the parts themselves, DTensors if the model is sharded. Rates are
+        not included: they belong to the schedule. TypeError if a part keeps something other than tensors."""
+        self.model.state_dict()  # makes FSDP2 shard its root again: after an evaluation its parameters are others than those of the parts
         states = {p: state for part in self.parts for p, state in part.state.items()}
         named = {name: states[p] for name, p in self.model.named_parameters() if p in states}
         for name, state in named.items():
@@ -191,20 +190,20 @@ class Optimizers:
 
     @torch.no_grad()
     def load_state_dict(self, state):
-        """Put back what state_dict gave, as whole tensors on any device: copied, not shared."""
+        """Load a state_dict of whole tensors on any device. They are copied, not shared."""
         for name, tensors in self.allocate_state(state).items():
             for key, tensor in tensors.items():
                 copy_whole(tensor, state[name][key])
 
     def allocate_state(self, state):
-        """Zeros for what `state`, {name: {key: tensor}}, has, in the place of what was kept -> state_dict().
+        """Replace the state by zeros of the shapes in `state`, {name: {key: tensor}} -> state_dict().
 
-        A tensor of its parameter's shape is placed and split as the parameter is; others are whole on every rank.
+        A tensor with the shape of its parameter is placed and split like the parameter; others are whole on every rank.
         """
         names = {p: name for name, p in self.model.named_parameters()}
         for part in self.parts:
             for group in part.param_groups:
-                # torch's step counters are on the host, but where a kernel reads them.
+                # torch's step counters are on the host, unless a kernel reads them.
                 numbers_on_device = group.get("fused") or group.get("capturable")
                 for p in group["params"]:
                     if names.get(p) in state:
@@ -221,7 +220,7 @@ def _zeros_beside(parameter, tensor, numbers_on_device):
 
 
 def copy_whole(target, whole):
-    """Copy a whole tensor into `target`, of a DTensor this rank's part: every rank has the whole, nothing is sent."""
+    """Copy a whole tensor into `target`; of a DTensor, this rank's part. Every rank has the whole tensor, nothing is sent."""
     if isinstance(target, DTensor):
         whole = distribute_tensor(whole, target.device_mesh, target.placements, src_data_rank=None)
     target.copy_(whole)

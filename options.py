@@ -1,11 +1,11 @@
-"""Options of a model and of a run: the comment after a field says what it means; what goes together is checked below.
+"""Options of a model and of a run. The comment after a field is its help; __post_init__ checks values and combinations.
 
     BlockConfig   a stack of blocks and the structures in it, of any model
     GPTConfig     a GPT (model.py)
-    RunConfig     a run, whatever it trains
+    RunConfig     a training run of any model
     TrainConfig   the training of a GPT (train.py)
 
-No torch here: a mistake on the command line is answered before torch is imported.
+This file does not import torch, so that a mistake on the command line is reported before that slow import.
 """
 
 import copy
@@ -18,48 +18,48 @@ from typing import Literal
 from configurator import ConfigError, UnusedOption
 from theta import ALIGNMENT, STRUCTURES, SizeError, all_options, check_mixture, find_structure, layer_sizes
 
-# What `structured_layers` and `overrides` may name, one by one or as a group ("attn" is the four attn.* roles).
+# Layers that `structured_layers` and `overrides` may name, singly or as a group ("attn" means the four attn.* roles).
 ROLES = ("embed", "attn.q", "attn.k", "attn.v", "attn.proj", "ffn.up", "ffn.down", "lm_head")
-BASE_WIDTH = 768  # width of which `lr` is a dense layer's rate
+BASE_WIDTH = 768  # `lr` is the rate of a dense layer of this width
 
 
 @dataclass
 class BlockConfig:
-    """Options of a stack of blocks and of the structures in it, of whatever model: GPT here, those of vision/."""
+    """Options of a stack of blocks and of the structures in it, for any model: the GPT, and the models of vision/."""
 
     n_layer: int = 12  # transformer blocks
     n_head: int = 12  # attention heads
     d_model: int = 768  # width of the residual stream
     d_head: int | None = None  # width of a head; None: d_model / n_head
     dropout: float = 0.0  # probability, on embeddings, attention and residual branches
-    bias: bool = False  # biases in linear layers and norms (GPT-2: True)
-    parametrization: Literal["mup", "standard"] = "mup"  # structure-aware muP, or plain GPT-2's init, rates, tied head
-    structure: str = "btt"  # of structured layers: dense, low_rank, kronecker, tt, monarch, btt, einsum, or your own
+    bias: bool = False  # biases in linear layers and norms (True in GPT-2)
+    parametrization: Literal["mup", "standard"] = "mup"  # structure-aware muP, or GPT-2's init and tied head, one rate
+    structure: str = "btt"  # of structured layers: dense, low_rank, kronecker, tt, monarch, btt, einsum or your own
     theta: tuple | None = None  # with structure="einsum": seven exponents (alpha beta gamma delta epsilon phi rho)
-    rank: int = 1  # of low_rank, tt and btt
-    num_blocks: int | None = None  # of monarch; None: near the square root of the width
-    num_cores: int = 2  # of tt and btt
-    structure_options: dict | None = None  # of a structure of your own: {"bands": 4} (theta.Structure)
-    align_heads: bool = False  # with btt and monarch: blocks of q, k, v and of proj's input are heads
-    structured_layers: tuple = ("attn", "ffn", "lm_head")  # or embed, attn.q .k .v .proj, ffn.up .down
+    rank: int = 1  # of low_rank, tt and btt; of one expert in a mixture
+    num_blocks: int | None = None  # of monarch; None: about the square root of the width
+    num_cores: int = 2  # number of cores of tt and btt
+    structure_options: dict | None = None  # options of a structure of your own: {"bands": 4} (theta.Structure)
+    align_heads: bool = False  # of btt and monarch: the blocks of q, k, v and of proj's input are heads
+    structured_layers: tuple = ("attn", "ffn", "lm_head")  # also embed, attn.q .k .v .proj, ffn.up .down
     overrides: dict | None = None  # by layer: {"attn.q": "dense", "ffn": {"structure": "btt", "rank": 4}}
-    moe: Literal["none", "linear", "ffn"] = "none"  # mixtures: each structured layer of attn and ffn, or whole FFNs
-    num_experts: int = 8  # of a mixture; `rank` is the rank of one
+    moe: Literal["none", "linear", "ffn"] = "none"  # mixtures of each structured layer of attn and ffn, or of FFNs
+    num_experts: int = 8  # experts of a mixture
     top_k: int = 2  # experts picked for each token; with 1, routers learn from the auxiliary loss alone
     share_router: bool = False  # with moe="linear": q, k and v pick the same experts
     normalize: bool = True  # cap the RMS of each core of structured layers at its initial value
-    normalize_dense: bool = False  # that of dense matrices, too: they then tolerate high learning rates too
-    depth_exponent: float = 0.5  # mup: branches are scaled by (3 / n_layer) to this power; 1: CompleteP's rule, 0: none
-    activation_checkpointing: bool = False  # keep only the blocks' inputs for backward: less memory, 1/3 more FLOPs
+    normalize_dense: bool = False  # the same cap for dense matrices: they then tolerate high learning rates, too
+    depth_exponent: float = 0.5  # mup: branches are scaled by (3 / n_layer) to this power; 1: as in CompleteP, 0: not
+    activation_checkpointing: bool = False  # keep only the inputs of blocks for backward: less memory, 1/3 more FLOPs
 
     roles = ROLES  # of the model's layers
-    causal = True  # a position attends to none after it
-    width_options = ("d_model", "d_head")  # that set the widths of layers, in the order in which a remedy names them
+    causal = True  # a position does not attend to later ones
+    width_options = ("d_model", "d_head")  # options that set widths of layers, in the order of remedies
 
     @property
     def branch_scale(self):
-        """What a residual branch is multiplied by, 1 at 3 layers: with 1 / sqrt(n_layer) the sum of all keeps its size at
-        first, with CompleteP's 1 / n_layer (Dey et al., 2025, arXiv 2505.01618) so does its change."""
+        """The factor of residual branches, 1 at 3 layers. With 1 / sqrt(n_layer) the sum of all branches has the same size
+        at initialisation at any depth; with CompleteP's 1 / n_layer (Dey et al., 2025, arXiv 2505.01618) its change has."""
         return (3 / self.n_layer) ** self.depth_exponent if self.parametrization == "mup" else 1.0
 
     def __post_init__(self):
@@ -86,9 +86,9 @@ class BlockConfig:
             overridable = ("structure", *of_structures, "bias", "normalize")
             if not isinstance(options, dict) or not options.keys() <= set(overridable):
                 if isinstance(options, dict):
-                    find_structure(options.get("structure", self.structure))  # whose options may be these
+                    find_structure(options.get("structure", self.structure))  # an unknown one is the likelier mistake
                 raise ConfigError(
-                    f"overrides: {name}={override!r}: give a structure, or a dict of {', '.join(overridable)}"
+                    f"overrides: {name}={override!r}: give a structure, or a dict with keys among {', '.join(overridable)}"
                 )
         self._check_structure_options()
         if self.d_head is None and self.d_model % self.n_head:
@@ -108,10 +108,11 @@ class BlockConfig:
         of_roles = [self.layer_options(role) for role in self.layer_widths()]
         dense = [options for options in of_roles if options["structure"] == "dense"]
         if self.normalize_dense and not dense:
-            raise UnusedOption("normalize_dense", True, ", but no layer is dense", "leave it out, or make one dense")
+            remedy = "leave it out, or make a layer dense"
+            raise UnusedOption("normalize_dense", True, ", but no layer is dense", remedy)
         if self.parametrization == "standard" and any(options["normalize"] for options in dense):
             raise ConfigError(
-                "the RMS cap of dense layers is for their initial size under muP, not for GPT-2's 0.02: "
+                "the RMS cap of dense layers assumes their initial size under muP, not GPT-2's std of 0.02: "
                 f"leave out normalize_dense={self.normalize_dense} and overrides of it, or take parametrization='mup'"
             )
 
@@ -121,7 +122,7 @@ class BlockConfig:
         for name in self.structure_options:
             if name in STRUCTURE_FIELDS or name in ALIGNMENT:
                 remedy = f"--{name}" if name in STRUCTURE_FIELDS else "--align_heads"
-                raise ConfigError(f"structure_options: {name} is an option itself, give {remedy}")
+                raise ConfigError(f"structure_options: {name} is a command-line option: give {remedy}")
             if name not in find_structure(self.structure).options:
                 why = f" with structure={self.structure!r}, which has no {name}"
                 raise UnusedOption("structure_options", self.structure_options, why)
@@ -133,9 +134,9 @@ class BlockConfig:
         return {**attention, "ffn.up": (C, 4 * C), "ffn.down": (4 * C, C)}
 
     def check_layers(self):
-        """ConfigError where the sizes of a layer do not factor, or options do not go with its structure.
+        """ConfigError if the sizes of a layer do not factor, or if an option does not fit its structure.
 
-        It offers values of options with which all layers of the model have sizes.
+        The message offers values with which all layers of the model have sizes.
         """
         for role in self.layer_widths():
             try:
@@ -152,10 +153,10 @@ class BlockConfig:
         if self.is_mixture(role):
             check_mixture(options["structure"], sizes)
 
-    # Remedies, which are tried before they are offered.
+    # Remedies: each is tried before it is offered.
 
     def _remedy(self, role, error):
-        """Options, as text, with which all layers have sizes, that of `role` too."""
+        """Options, as text, with which all layers have sizes, the one that plays `role` included."""
         if error.option in ("d_in", "d_out"):
             found = {option: self.nearest(option) for option in self.width_options if getattr(self, option)}
             texts = [f"{option}={' or '.join(map(str, values))}" for option, values in found.items() if values]
@@ -176,21 +177,21 @@ class BlockConfig:
         return f"overrides={ {**(self.overrides or {}), **dense} }"
 
     def nearest(self, option, at_least=None):
-        """[the value below, the value above] of a width option nearest to its own, with which all layers have sizes.
+        """[the next lower value, the next higher value] of a width option with which all layers have sizes.
 
-        at_least: only the first from there on. A value is left out where none is found within 200 steps.
+        at_least: search from this value upwards only. A value is left out if none is found within 200 steps.
         """
         own = getattr(self, option) if at_least is None else at_least
         step = self.n_head if option == "d_model" and self.d_head is None else 1
         below, above = range(own // step * step, 0, -step), range(-(-own // step) * step, own + 200 * step, step)
-        only_above = at_least is not None or option == "vocab_size"  # the data need what they need
+        only_above = at_least is not None or option == "vocab_size"  # which must hold all tokens of the data
         found = []
         for values in (above,) if only_above else (below[:200], above):
             found += list(itertools.islice((value for value in values if self._fits(**{option: value})), 1))
         return sorted(set(found))
 
     def _two_widths(self):
-        """d_model and vocab_size that fit together, as text, where neither can be mended alone."""
+        """[d_model and vocab_size that work together, as text], for a model in which no change of one alone works."""
         if "vocab_size" not in self.width_options:
             return []
         trial = copy.copy(self)
@@ -203,7 +204,7 @@ class BlockConfig:
         return []
 
     def _heads_that_fit(self):
-        """Values, as text, of n_head, d_model or d_head, one of which makes heads of whole widths."""
+        """A value of n_head, of d_model and of d_head, as text, each of which alone makes all heads equally wide."""
         heads = [h for h in range(1, self.d_model + 1) if self.d_model % h == 0]
         heads.sort(key=lambda h: abs(h - self.n_head))
         share = max(1, round(self.d_model / self.n_head))
@@ -214,7 +215,7 @@ class BlockConfig:
         return ", or ".join(texts or self._two_widths()) or f"n_head={heads[0]}"
 
     def _fits(self, **changes):
-        """Whether all layers have sizes with these options changed."""
+        """Whether all layers have sizes after these changes of options."""
         trial = copy.copy(self)
         vars(trial).update(changes)
         if trial.d_head is None and trial.d_model % trial.n_head:
@@ -250,10 +251,10 @@ class BlockConfig:
     def is_mixture(self, role):
         """Whether the layer that plays `role` is a mixture, or, with moe="ffn", part of one.
 
-        moe="linear": a layer of attn or ffn is a mixture where it is structured. It is where an override names it a
-        structure other than "dense", and it is not where one names it "dense"; else where structured_layers has it,
-        also with structure="dense" (which makes mixtures of dense matrices), or an override gives the structure of all
-        other options, unless that is dense. moe="ffn": experts are whole FFNs, whatever structures their layers have.
+        moe="linear": a layer of attn or ffn is a mixture if it is structured. An override that names a structure decides:
+        "dense" means no mixture, any other a mixture. Otherwise a layer is a mixture if structured_layers has it, even
+        with structure="dense" (a mixture of dense matrices), or if an override changes its other options and `structure`
+        is not dense. moe="ffn": experts are whole FFNs, whatever the structures of their layers.
         """
         if self.moe == "ffn":
             return _covers("ffn", role)
@@ -270,16 +271,16 @@ class BlockConfig:
         return self.d_head or self.d_model // self.n_head
 
     def _override_of(self, role):
-        """The override of a layer, and its name in `overrides`: (name, dict of options), or None."""
+        """The override that applies to a layer: (its name in `overrides`, dict of options), or None."""
         covering = [name for name in self.overrides or {} if _covers(name, role)]
         if not covering:
             return None
-        name = max(covering, key=len)  # the narrowest: attn.q rather than attn
+        name = max(covering, key=len)  # the most specific: attn.q rather than attn
         override = self.overrides[name]
         return name, {"structure": override} if isinstance(override, str) else override
 
     def layer_options(self, role):
-        """make_linear's options for the layer that plays `role`: an override, else the structure, else dense."""
+        """make_linear's options for the layer that plays `role`: from an override, or `structure` and its options, or dense."""
         ours = {name: getattr(self, name) for name in STRUCTURE_FIELDS if name != "structure_options"}
         ours.update(self.structure_options or {})
         if covering := self._override_of(role):
@@ -305,7 +306,7 @@ class BlockConfig:
         return options
 
 
-# {field: default} of those that say which structure: what lab.search chooses, and what names lab.scaling_laws' groups.
+# {field: default} of the fields that define a structure: lab.search chooses them, lab.scaling_laws groups runs by them.
 STRUCTURE_FIELDS = {
     field.name: field.default
     for field in fields(BlockConfig)
@@ -314,7 +315,7 @@ STRUCTURE_FIELDS = {
 
 
 def as_fields(options):
-    """A structure and its options, {"structure": "banded", "bands": 4}, as fields of BlockConfig."""
+    """A structure and its options, such as {"structure": "banded", "bands": 4}, as fields of BlockConfig."""
     own = {name: value for name, value in options.items() if name not in STRUCTURE_FIELDS}
     mine = {name: value for name, value in options.items() if name in STRUCTURE_FIELDS}
     return {**mine, "structure_options": own} if own else mine
@@ -324,10 +325,10 @@ def as_fields(options):
 class GPTConfig(BlockConfig):
     """Options of a GPT (model.py)."""
 
-    block_size: int = 1024  # context length, tokens
-    vocab_size: int = 50304  # at least the data's; GPT-2's 50257 rounded up to a width that factors
-    d_embed: int | None = None  # width of the token embedding, which the layer "embed" brings to d_model; None: d_model
-    fused_loss: bool = True  # LM head and loss in chunks of tokens where the logits are large; False: logits whole
+    block_size: int = 1024  # context length in tokens
+    vocab_size: int = 50304  # at least that of the data; 50304: GPT-2's 50257, rounded up to a width that factors
+    d_embed: int | None = None  # width of the token embedding, which the layer "embed" maps to d_model; None: d_model
+    fused_loss: bool = True  # compute large logits and their loss in chunks of tokens; False: all logits at once
 
     width_options = ("vocab_size", "d_embed", "d_model", "d_head")
 
@@ -349,7 +350,7 @@ class GPTConfig(BlockConfig):
 
 
 def check_top_k(name, top_k, num_experts):
-    """ConfigError where top_k is not between 1 and num_experts; name: what the option is called."""
+    """ConfigError unless 1 <= top_k <= num_experts. name: the option in the message."""
     if not 1 <= top_k <= num_experts:
         raise ConfigError(f"{name}={top_k} of num_experts={num_experts}: make it at least 1 and at most {num_experts}")
 
@@ -360,42 +361,42 @@ def _covers(name, role):
 
 @dataclass
 class RunConfig:
-    """Options of a run, whatever it trains. A training config inherits from this and from a BlockConfig."""
+    """Options of a training run of any model. A training config inherits from this class and from a BlockConfig."""
 
-    out_dir: str = "out/run"  # where log, picture and checkpoints go
-    seed: int = 1337  # of weights, batches and dropout
-    device: str = "auto"  # cuda, cpu, mps; auto: a GPU where there is one
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # matrix products; auto: 16 bits on GPUs
-    compile: bool | Literal["blocks"] | None = None  # torch.compile; None: on a GPU; blocks: one graph for all blocks
-    cuda_graphs: bool | None = None  # an update as a CUDA graph, or two with an exchange between; None: where it can be
-    shard: Literal["none", "fsdp"] = "none"  # fsdp: parameters, gradients and optimizer state over all processes
-    bucket_mb: int = 0  # MiB of gradients that copies exchange at a time, by DDP, as they compute; 0: all, afterwards
-    timeout: float = 600.0  # seconds without progress after which a run of several processes ends
-    max_steps: int = 10_000  # updates in all
-    micro_batch: int = 16  # sequences, or images, a process takes at a time; the rest of its batch is accumulated
+    out_dir: str = "out/run"  # folder of the log, the picture and the checkpoints
+    seed: int = 1337  # random seed of weights, batches and dropout
+    device: str = "auto"  # cuda, cpu, mps; auto: a GPU if there is one
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of matrix products; auto: 16 bits on GPUs
+    compile: bool | Literal["blocks"] | None = None  # torch.compile; None: on a GPU; blocks: compile block by block
+    cuda_graphs: bool | None = None  # record an update as CUDA graphs; None: whenever possible
+    shard: Literal["none", "fsdp"] = "none"  # fsdp: split parameters, gradients and optimizer state over all processes
+    bucket_mb: int = 0  # MiB of gradients that DDP exchanges at a time, during backward; 0: all at once after backward
+    timeout: float = 600.0  # seconds without progress after which a run of several processes stops
+    max_steps: int = 10_000  # number of updates
+    micro_batch: int = 16  # sequences or images that a process takes at a time; gradients accumulate over its batch
     eval_interval: int = 500  # steps between evaluations, each followed by a checkpoint
     eval_top_k: int | None = None  # experts picked for each token in evaluation; None: top_k
-    save: bool = True  # False: no checkpoints, log and picture only
-    save_minutes: float = 0.0  # also save every so often, in minutes; 0: after evaluations alone, and at SIGUSR1
-    keep_every: int = 0  # steps between checkpoints that stay, ckpt_step500.pt; 0: the newest two alone
-    keep_best: bool = False  # the checkpoint of the lowest validation loss stays, ckpt_best.pt
-    log_interval: int = 10  # steps between lines on the screen and in log.jsonl
-    lr: float = 2e-3  # peak rate; under mup of a dense layer of width base_width, and of biases, norms and embeddings
-    base_width: int = BASE_WIDTH  # mup: `lr` is the rate of a dense layer that reads so many features
-    base_ffn_expansion: int = 1  # mup: for ffn.down, so many times base_width features; published: 4 in small vision
-    warmup_steps: int = 200  # of linear warm-up
-    schedule: Literal["cosine", "constant", "wsd"] = "cosine"  # after the warm-up; wsd: warm-up, stable, linear decay
-    min_lr_ratio: float = 0.1  # last rate / peak rate, for cosine and wsd
-    decay_fraction: float = 0.2  # of max_steps, for the decay of wsd
-    weight_decay: float = 0.1  # of matrices; a step takes lr * weight_decay off them
-    beta2: float = 0.95  # Adam's
-    grad_clip: float = 1.0  # largest norm of the gradient; 0: no limit
-    init_from: str = ""  # weights to start from: another run's out_dir, a checkpoint, or nanoGPT's ckpt.pt
-    resume: bool = False  # continue from out_dir's newest checkpoint, if there is one; torchrun's restarts always do
-    wandb: bool = False  # log to Weights & Biases too (WANDB_MODE=offline works)
-    wandb_project: str = "nanoeinsum"  # its project there
+    save: bool = True  # write checkpoints; False: write log and picture only
+    save_minutes: float = 0.0  # minutes between further checkpoints; 0: only after evaluations and at SIGUSR1
+    keep_every: int = 0  # steps between checkpoints that are kept, ckpt_step500.pt; 0: keep the newest two only
+    keep_best: bool = False  # keep the checkpoint of the lowest validation loss, ckpt_best.pt
+    log_interval: int = 10  # steps between log lines, on the screen and in log.jsonl
+    lr: float = 2e-3  # peak learning rate; mup: of dense layers of width base_width and of biases, norms and embeddings
+    base_width: int = BASE_WIDTH  # mup: `lr` is the rate of a dense layer with this many inputs
+    base_ffn_expansion: int = 1  # mup: `lr` is the rate of ffn.down with this times base_width inputs; published: 1, 4
+    warmup_steps: int = 200  # steps of linear warm-up
+    schedule: Literal["cosine", "constant", "wsd"] = "cosine"  # after warm-up; wsd: constant, then linear decay
+    min_lr_ratio: float = 0.1  # final rate / peak rate, of cosine and wsd
+    decay_fraction: float = 0.2  # share of max_steps in which wsd decays
+    weight_decay: float = 0.1  # of matrices; a step shrinks them by the factor 1 - lr * weight_decay
+    beta2: float = 0.95  # beta2 of Adam
+    grad_clip: float = 1.0  # largest norm of the gradient, above which it is scaled down; 0: no limit
+    init_from: str = ""  # initial weights: another run's out_dir, a checkpoint, or nanoGPT's ckpt.pt
+    resume: bool = False  # resume from out_dir's newest checkpoint, if there is one; restarts by torchrun always do
+    wandb: bool = False  # also log to Weights & Biases (WANDB_MODE=offline works)
+    wandb_project: str = "nanoeinsum"  # project in Weights & Biases
 
-    # What nanoGPT calls an option, and what does its work here.
+    # Names of options in nanoGPT, and what takes their place here.
     elsewhere = {
         "learning_rate": "lr", "max_iters": "max_steps", "lr_decay_iters": "max_steps", "warmup_iters": "warmup_steps",
         "min_lr": "min_lr_ratio, a share of lr", "decay_lr": "schedule", "eval_iters": "eval_tokens",
@@ -403,7 +404,7 @@ class RunConfig:
         "batch_size": "micro_batch, sequences that a process takes at a time",
         "gradient_accumulation_steps": "batch_tokens, tokens of all processes in an update",
         "always_save_checkpoint": "save", "backend": "device, which chooses it", "beta1": "0.9, in optim.py",
-        "eval_only": "max_steps, with resume: at the last step a run evaluates", "wandb_run_name": "out_dir", "out": "out_dir",
+        "eval_only": "max_steps with resume: a run evaluates at its last step", "wandb_run_name": "out_dir", "out": "out_dir",
     }  # fmt: skip
 
     def __post_init__(self):
@@ -413,7 +414,7 @@ class RunConfig:
         at_least(0, self, "weight_decay", "grad_clip")
         at_least(1, self, "base_width", "base_ffn_expansion")
         for name, default in (("base_width", BASE_WIDTH), ("base_ffn_expansion", 1)):
-            standard = getattr(self, "parametrization", "mup") == "standard"  # a run alone has none
+            standard = getattr(self, "parametrization", "mup") == "standard"  # RunConfig itself has no parametrization
             if standard and getattr(self, name) != default:
                 why = " with parametrization='standard', where all parameters learn at lr"
                 raise UnusedOption(name, getattr(self, name), why)
@@ -432,7 +433,7 @@ class RunConfig:
                 raise ConfigError(f"{name}={getattr(self, name)}: make it more than 0 and less than 1")
 
     def _check_init_from(self):
-        """Of its values in nanoGPT, and of this run's own folder."""
+        """ConfigError for the values of nanoGPT, and for this run's own folder."""
         path = self.init_from
         if not path:
             return
@@ -449,13 +450,13 @@ class RunConfig:
 
 
 def check_seed(name, value):
-    """ConfigError where torch and numpy do not take the seed; name: what the option is called."""
+    """ConfigError if torch or numpy does not accept the seed. name: the option in the message."""
     if not 0 <= value < 2**63:
         raise ConfigError(f"{name}={value}: make it at least 0 and less than 2^63")
 
 
 def at_least(least, config, *names):
-    """ConfigError where one of the named options of config is less than `least`."""
+    """ConfigError if one of the named options of config is less than `least`."""
     for name in names:
         if getattr(config, name) < least:
             raise ConfigError(f"{name}={getattr(config, name)}: make it at least {least}")
@@ -463,10 +464,10 @@ def at_least(least, config, *names):
 
 @dataclass
 class TrainConfig(RunConfig, GPTConfig):
-    data_dir: str = "data/owt_gpt2"  # of prepare_owt.py's files; data/stdlib_char96 prepares itself
-    batch_tokens: int = 524_288  # tokens an update, all processes together
-    eval_tokens: int = 2_097_152  # validation tokens, the same ones every time
-    sample_tokens: int = 0  # tokens of text to print at the end
+    data_dir: str = "data/owt_gpt2"  # folder that prepare_owt.py wrote; data/stdlib_char96 is made when it is missing
+    batch_tokens: int = 524_288  # tokens per update, of all processes together
+    eval_tokens: int = 2_097_152  # validation tokens per evaluation, the same ones every time
+    sample_tokens: int = 0  # tokens of sampled text to print at the end; 0: none
 
     def __post_init__(self):
         GPTConfig.__post_init__(self)
@@ -475,6 +476,6 @@ class TrainConfig(RunConfig, GPTConfig):
         at_least(0, self, "sample_tokens")
         if self.sample_tokens and not self.save:
             raise ConfigError(
-                f"sample_tokens={self.sample_tokens}: the text is the checkpoint's, so not with save=False"
+                f"sample_tokens={self.sample_tokens} with save=False: the text is sampled from the checkpoint, leave one of them out"
             )
         self.check_layers()

@@ -50,6 +50,7 @@ import torch
 
 from engine import checkpoint
 from engine.device import choose_device
+from generate import generate
 from model import GPT
 from moe import set_top_k
 
@@ -89,7 +90,7 @@ def sample(model, tokenizer, ids, config, device):
     prompt = torch.tensor([ids] * config.num_samples, device=device)  # (num_samples, T)
     generator = torch.Generator(device).manual_seed(config.seed)
     draws = (config.temperature, config.top_k, config.top_p, generator)
-    out = model.generate(prompt, config.max_new_tokens, *draws, vocab_size=tokenizer.vocab_size)
+    out = generate(model, prompt, config.max_new_tokens, *draws, vocab_size=tokenizer.vocab_size)
     return [tokenizer.decode(row[len(ids) :]) for row in out.tolist()]
 
 

@@ -1,17 +1,17 @@
-"""θ, and what follows from it without a tensor: its taxonomy, the sizes of a layer, the named structures.
+"""θ and what follows from it without tensors: the taxonomy, the sizes of a layer, the named structures.
 
 The index of the input is written as three indices (α β γ), that of the output as three (δ ε φ), and two cores
-joined by a rank index ρ do the work of d_out × d_in weights:
+joined by a rank index ρ take the place of the d_out × d_in matrix:
 
     y[δ ε φ] = Σ_{α β γ ρ}  B[β γ ε φ ρ] · A[α γ δ φ ρ] · x[α β γ]
 
 Seven exponents θ = (θα θβ θγ θδ θε θφ θρ) give the sizes, d_α = d_in^θα … d_δ = d_out^θδ … d_ρ = min(d_in, d_out)^θρ
 (Potapczynski, Qiu et al., "Searching for Efficient Linear Layers over a Continuous Space of Structured Matrices",
-NeurIPS 2024, section 3). einsum_linear.py makes layers of the sizes. This file needs no torch, so that options are
-checked before torch is imported.
+NeurIPS 2024, section 3). einsum_linear.py makes layers of these sizes. This file does not import torch, so that options
+are checked before that slow import.
 
 To add a structure, write a function (d_in, d_out, options) that returns its sizes, and enter it in STRUCTURES with the
-options that it reads; here, or in a file of your own that stands before the config files (Structure says how).
+options that it reads, here or in a file of your own named before the config files (see Structure).
 In code a b g = α β γ, d e f = δ ε φ, r = ρ.
 """
 
@@ -30,7 +30,7 @@ from configurator import ConfigError, UnusedOption
 def check_theta(theta):
     """θ as a tuple of seven floats, or ConfigError."""
     if not isinstance(theta, (tuple, list)) or not all(isinstance(t, (int, float)) for t in theta):
-        raise ConfigError(f"theta={theta!r} is no structure: give seven numbers, such as (.5, 0, .5, 0, .5, .5, 0)")
+        raise ConfigError(f"theta={theta!r} is not a structure: give seven numbers, such as (.5, 0, .5, 0, .5, .5, 0)")
     theta = tuple(float(t) for t in theta)
     if len(theta) != 7:
         raise ConfigError(
@@ -48,12 +48,12 @@ def check_theta(theta):
 
 
 def show_theta(theta):
-    """θ as it is written in messages."""
+    """θ as messages show it."""
     return "(" + " ".join(f"{t:g}" for t in theta) + ")"
 
 
 def _near_theta(theta):
-    """A θ near these seven numbers, as it is written in messages: exponents to four digits whose sums are 1."""
+    """A valid θ near these seven numbers, as messages show it: exponents of four digits whose sums are 1."""
     clamped = [min(1.0, max(0.0, t)) for t in theta]
     near = []
     for group in (clamped[:3], clamped[3:6]):
@@ -66,7 +66,7 @@ def _near_theta(theta):
 
 
 def canonical(seven):
-    """Exponents or sizes (α β γ δ ε φ ρ), with the two cores named so that A first is the cheaper order."""
+    """Exponents or sizes (α β γ δ ε φ ρ), with the cores named so that applying A first is cheaper."""
     a, b, g, d, e, f, r = seven
     return (b, a, g, e, d, f, r) if min(a, e) < min(b, d) else (a, b, g, d, e, f, r)
 
@@ -74,9 +74,9 @@ def canonical(seven):
 def taxonomy(theta):
     """θ -> (ω, ψ, ν) of a square layer of width d, as d grows (the paper's section 4):
 
-    ω  parameter sharing: parameters per FLOP scale as d^-ω, 0 is best
-    ψ  rank: rank(W) scales as d^ψ, 1 is full rank
-    ν  compute: FLOPs scale as d^(1 + ν), dense has 1
+    ω  parameter sharing: parameters per FLOP scale as d^-ω; 0 means that none are shared
+    ψ  rank: rank(W) scales as d^ψ; 1 is full rank
+    ν  compute: FLOPs scale as d^(1 + ν); 1 for a dense matrix
     """
     a, b, _, d, e, _, r = canonical(check_theta(theta))
     omega = min(a + d, b + e) - min(a, e)
@@ -107,17 +107,17 @@ class ChainSizes(NamedTuple):
     in_sizes: tuple
     out_sizes: tuple
     rank: int  # of the index between two cores
-    blocks: bool  # a Block Tensor-Train, else a Tensor-Train
+    blocks: bool  # True: a Block Tensor-Train, False: a Tensor-Train
 
 
 class SizeError(ConfigError):
-    """An option, or a width, of which no layer can be made: with values of it that work for this layer, best first.
+    """A value of an option, or a width, with which no layer can be made, and values that work for this layer, best first.
 
-    options.BlockConfig.check_layers offers one that works for the whole model instead.
+    options.BlockConfig.check_layers offers a value that works for the whole model instead.
     """
 
     def __init__(self, option, problem, values, remedy):
-        """remedy: what to take, in words, of which `values` are the numbers."""
+        """remedy: what to take, in words; `values`: the same as numbers."""
         super().__init__(f"{problem}: {remedy}")
         self.option, self.problem, self.values, self.remedy = option, problem, values, remedy
 
@@ -128,14 +128,14 @@ class SizeError(ConfigError):
 def factor_sizes(d_in, d_out, theta, rank=None):
     """The seven sizes of θ for a d_in → d_out layer.
 
-    Of all exact factorisations of d_in into (α β γ) and of d_out into (δ ε φ) that are within a
-    factor 2 of θ in every index, those count that have the most of the rank that θ promises
-    (promised_rank): of a Kronecker product of width 512 (16 × 32 and 16 × 32), not (16 × 32 and
-    32 × 16), whose rank is 256. Of these the one nearest to θ in log space. Ties: the
-    input takes the larger γ and the output the smaller φ, and where γ = φ = 1 the smaller α and ε.
-    `rank`, where given, is d_ρ instead of min(d_in, d_out)^θρ.
-    Raises ConfigError where θ is not a structure, where no factorisation lies within that factor
-    2, and where ρ is larger than the blocks' own rank.
+    Candidates are the exact factorisations of d_in into (α β γ) and of d_out into (δ ε φ) that are within a
+    factor 2 of θ in every index. First come those that fall least short of the rank that θ promises
+    (promised_rank): a Kronecker product of width 512 is (16 × 32 and 16 × 32), not (16 × 32 and 32 × 16),
+    whose rank is 256. Among them the one nearest to θ in log space is taken. On a tie the
+    input takes the smaller α, then the smaller β, and the output the smaller φ, then the smaller ε.
+    `rank`, if given, is d_ρ instead of min(d_in, d_out)^θρ.
+    Raises ConfigError if θ is not a structure, if no factorisation is within that factor 2,
+    and if ρ is larger than the rank of the blocks.
     """
     return _best_sizes(d_in, d_out, check_theta(theta), rank)
 
@@ -149,14 +149,14 @@ def blocks_rank(sizes):
 def _best_sizes(d_in, d_out, theta, rank):
     narrow = min(d_in, d_out)
     rho = max(1, round(narrow ** theta[6])) if rank is None else rank
-    pairs = []  # (distance, what decides between equally near ones), sizes
+    pairs = []  # (distance, tie-breakers), sizes
     inputs, outputs = _both_near_factors(d_in, d_out, theta[0:3], theta[3:6])
     for far_in, (a, b, g) in inputs:
         for far_out, (d, e, f) in outputs:
             pairs.append(((round(far_in + far_out, 9), (a, b, g), (f, e, d)), Sizes(a, b, g, d, e, f, rho)))
     most = blocks_rank(min(pairs)[1])
     if rho > most:
-        problem = f"rank {rho} is beyond the blocks of theta={show_theta(theta)} of a {d_in} -> {d_out} layer"
+        problem = f"rank {rho} is too large for the blocks of theta={show_theta(theta)} in a {d_in} -> {d_out} layer"
         if rank is not None:
             raise SizeError("rank", problem, range(most, 0, -1), f"take rank <= {most}")
         largest = next(k / 100 for k in range(100, -1, -1) if round(narrow ** (k / 100)) <= most)
@@ -169,9 +169,9 @@ def _best_sizes(d_in, d_out, theta, rank):
 
 
 def promised_rank(d_in, d_out, theta, rank=None):
-    """The rank that a matrix of θ should have at least: full where ψ = 1, else 0.9 d^ψ, for sizes are rounded.
+    """The least rank that a matrix of θ should have: full rank if ψ = 1, otherwise 0.9 d^ψ, because sizes are rounded.
 
-    d = min(d_in, d_out); `rank` in place of d^θρ, where given.
+    d = min(d_in, d_out). `rank`, if given, takes the place of d^θρ.
     """
     a, b, _, d, e, _, r = theta
     narrow = min(d_in, d_out)
@@ -180,19 +180,19 @@ def promised_rank(d_in, d_out, theta, rank=None):
 
 
 def rank_of(sizes):
-    """The rank of a matrix of these Sizes or ChainSizes, unless its cores are special: no decomposition, a product.
+    """The rank of a matrix of these Sizes or ChainSizes with random cores, computed from the sizes alone.
 
-    It is the least number of values that any cut through x, the cores and y has to pass, which no matrix exceeds. Random
-    cores reach it but for rare sizes: of named structures and the published θ, 3 of 3,514 layers measured had 2 to 3%
-    less, all of them Tensor-Trains of uneven factors; of sizes drawn at random 3 of 3,443, 6 to 13% less.
+    It is the smallest cut through x, the cores and y, an upper bound for every matrix. Random cores reach it except for
+    rare sizes: of named structures and the published θ, 3 of 3,514 measured layers had 2 to 3% less, all of them
+    Tensor-Trains of uneven factors; of sizes drawn at random, 3 of 3,443 had 6 to 13% less.
     """
     if isinstance(sizes, Sizes):
         a, b, g, d, e, f, r = sizes
         return min(a * b * g, d * e * f, g * f * r * min(b * d, a * e))  # x, y, between the cores in either order
     ins, outs, r, c = *sizes[:3], len(sizes.in_sizes)
-    if sizes.blocks:  # what core k passes on: j_1 … j_k, i_{k+1} … i_c and the rank index
+    if sizes.blocks:  # the output of core k: j_1 … j_k, i_{k+1} … i_c and the rank index
         return min(math.prod(outs[:k]) * math.prod(ins[k:]) * (r if 0 < k < c else 1) for k in range(c + 1))
-    before, behind = 1, 1  # least cut so far, with the last core before it or after it
+    before, behind = 1, 1  # smallest cut so far, with the last core before or behind it
     for k, (i, j) in enumerate(zip(ins, outs)):
         across = r if k else 1
         before, behind = min(before, behind * across) * j, min(behind, before * across) * i
@@ -200,7 +200,7 @@ def rank_of(sizes):
 
 
 def near_factors(name, d, exponents):
-    """[(squared distance to d^exponents in log space, factors)] within a factor 2 in each, nearest first, or ConfigError."""
+    """[(squared distance to d^exponents in log space, factors)], all within a factor 2, nearest first, or SizeError."""
     exponents = tuple(exponents)
     if near := _near_factors(d, exponents):
         return near
@@ -218,7 +218,7 @@ def near_factors(name, d, exponents):
 
 
 def _both_near_factors(d_in, d_out, in_exponents, out_exponents):
-    """near_factors of either width, or one error about both."""
+    """near_factors of both widths, or one error for both."""
     try:
         inputs = near_factors("d_in", d_in, in_exponents)
     except SizeError as error:
@@ -233,7 +233,7 @@ def _both_near_factors(d_in, d_out, in_exponents, out_exponents):
 
 @cache
 def _near_factors(d, exponents):
-    """An index of exponent 0 is absent: its size is 1."""
+    """near_factors, [] where there are none. An index of exponent 0 is absent: its size is 1."""
     ideals = [d**e for e in exponents]
     near = []
     for sizes in _factorisations(d, tuple(ideals)):
@@ -243,7 +243,7 @@ def _near_factors(d, exponents):
 
 
 def _factorisations(d, ideals):
-    """All ways to write d as a product of as many factors, each within a factor 2 of its ideal; 1 where that is 1."""
+    """All factorisations of d with one factor for each ideal, within a factor 2 of it; an ideal of 1 gives 1."""
     ideal, *rest = ideals
     for size in (d,) if not rest else _divisors(d) if ideal > 1 else (1,):
         if ideal / (2 + 1e-9) <= size <= ideal * (2 + 1e-9) and (ideal > 1 or size == 1):
@@ -267,14 +267,14 @@ def _divisors(n):
 
 
 def multiplications(sizes):
-    """Multiplications a token in either order: {"AB": A first, "BA": B first}."""
+    """Multiplications per token in both orders: {"AB": A first, "BA": B first}."""
     a, b, g, d, e, f, r = sizes
     size_A, size_B = a * g * d * f * r, b * g * e * f * r
     return {"AB": size_A * b + size_B * d, "BA": size_B * a + size_A * e}
 
 
 def num_parameters(sizes):
-    """Entries of both cores."""
+    """Number of entries of both cores."""
     a, b, g, d, e, f, r = sizes
     return a * g * d * f * r + b * g * e * f * r
 
@@ -284,16 +284,16 @@ def num_parameters(sizes):
 
 
 class Structure(NamedTuple):
-    """A named structure, all that the project knows of it.
+    """A named structure: everything that the rest of the project needs to know about it.
 
-    function  (d_in, d_out, options) -> Sizes, ChainSizes, or None for a plain matrix. It may also return a function of
-              make_linear's bias, normalize, gain and zero_init that makes the layer, a CoreLinear as a rule
-              (einsum_linear.py). options: {name: value}, of every structure's options.
-    options   {name: default} of those that it reads. An option that several structures read has one default.
-    theta     θ of a square layer of rank 1, which gives its place in the taxonomy; None where it has no such place
+    function  (d_in, d_out, options) -> Sizes, ChainSizes, or None for a plain matrix. It may also return a function
+              (bias, normalize, gain, zero_init) -> layer, usually a CoreLinear (einsum_linear.py).
+              options: {name: value}, of all structures' options
+    options   {name: default} of those that it reads. An option that several structures read has one default
+    theta     θ of a square layer of rank 1, which places it in the taxonomy; None if it has no place there
 
-    The options may be given in `overrides`. One that is a field of options.BlockConfig, as `rank` is, is an option of
-    the command line, too; any other is given in `structure_options`. Say in my_structures.py:
+    `overrides` may give any of these options. Those that are fields of options.BlockConfig, such as `rank`, are also
+    command-line options; `structure_options` gives the others. For example, write in my_structures.py:
 
         import theta
 
@@ -302,7 +302,7 @@ class Structure(NamedTuple):
 
         theta.STRUCTURES["banded"] = theta.Structure(banded, options={"bands": 4})
 
-    and name that file first, wherever config files are read:
+    and name that file before the config files:
 
         python train.py my_structures.py config/quickstart.py --structure=banded --structure_options="{'bands': 8}"
     """
@@ -316,7 +316,7 @@ LOW_RANK = (1, 0, 0, 0, 1, 0, 0)
 KRONECKER = TENSOR_TRAIN = (0.5, 0.5, 0, 0.5, 0.5, 0, 0)
 BTT = (0.5, 0, 0.5, 0, 0.5, 0.5, 0)
 
-# Points of the space by name: square layers, ranks as d^ρ.
+# Points of the space by name: square layers of rank d^ρ.
 NAMED_THETAS = {
     "low-rank, r = d^0.5": (1, 0, 0, 0, 1, 0, 0.5),
     "low-rank, r = d^0.75": (1, 0, 0, 0, 1, 0, 0.75),
@@ -359,8 +359,8 @@ def btt(d_in, d_out, options):
 def monarch(d_in, d_out, options):
     """Block-diagonal, permute, block-diagonal (Dao et al., "Monarch", ICML 2022): BTT of rank 1, or `num_blocks` blocks.
 
-    With b blocks either block-diagonal factor has b of them and min(d_in, d_out) values pass
-    between, every block sending as many to every other: γ = φ = b and ρ = min(d_in, d_out) / b².
+    Each of the two block-diagonal factors has b blocks, and min(d_in, d_out) values pass between
+    them, the same number from every block to every other: γ = φ = b and ρ = min(d_in, d_out) / b².
     """
     b, narrow = options["num_blocks"], min(d_in, d_out)
     if b is None:
@@ -380,9 +380,9 @@ def einsum(d_in, d_out, options):
 
 
 def btt_theta(d_in, d_out, options):
-    """θ of a BTT: half and half, or, with aligned heads, the full-rank BTT (a 0 1-a 0 1-a a) whose blocks are heads.
+    """θ of a BTT: a = 1/2, or with aligned heads the full-rank BTT (a 0 1-a 0 1-a a) whose blocks are heads.
 
-    heads_out: output block φ is a head and ε runs through it; heads_in: the same for γ and α of the input.
+    heads_out: each output block φ is a head, of width ε. heads_in: each input block γ is a head, of width α.
     """
     if options["heads_out"]:
         a = math.log(options["heads_out"]) / math.log(d_out)
@@ -394,20 +394,20 @@ def btt_theta(d_in, d_out, options):
 
 
 def chain_sizes(d_in, d_out, options, blocks):
-    """As factor_sizes: of the factors of the output near to equal ones, those that leave the matrix its full rank."""
+    """ChainSizes of nearly equal factors. As in factor_sizes, those of the output are chosen for the highest rank."""
     cores, rank = options["num_cores"], options["rank"]
     exponents = (1 / cores,) * cores
     inputs, outputs = _both_near_factors(d_in, d_out, exponents, exponents)
     in_sizes = inputs[0][1]
 
     def most(out_sizes):
-        """What passes between two cores has no more than this rank: (i_1; j_c) in a BTT, (i_1 j_1; i_c j_c) in a TT."""
+        """The largest useful rank between two cores: (i_1; j_c) in a BTT, (i_1 j_1; i_c j_c) in a TT."""
         if blocks:
             return min(in_sizes[0], out_sizes[-1])
         return min(in_sizes[0] * out_sizes[0], in_sizes[-1] * out_sizes[-1])
 
     if rank > (limit := most(outputs[0][1])):
-        problem = f"rank {rank} is beyond a {d_in} -> {d_out} {'btt' if blocks else 'tt'} of {cores} cores"
+        problem = f"rank {rank} is too large for a {d_in} -> {d_out} {'btt' if blocks else 'tt'} of {cores} cores"
         raise SizeError("rank", problem, range(limit, 0, -1), f"take rank <= {limit}")
     possible = [(far, sizes) for far, sizes in outputs if rank <= most(sizes)]
     lost = [-rank_of(ChainSizes(in_sizes, sizes, rank, blocks)) for _, sizes in possible]
@@ -416,7 +416,7 @@ def chain_sizes(d_in, d_out, options, blocks):
 
 
 def _makes(function, *arguments):
-    """Whether function(*arguments) makes sizes."""
+    """Whether function(*arguments) raises no ConfigError."""
     try:
         function(*arguments)
     except ConfigError:
@@ -424,7 +424,7 @@ def _makes(function, *arguments):
     return True
 
 
-ALIGNMENT = {"heads_in": None, "heads_out": None}  # set by options.BlockConfig.align_heads, not by name
+ALIGNMENT = {"heads_in": None, "heads_out": None}  # options.BlockConfig.align_heads sets them, users do not
 
 STRUCTURES = {
     "dense": Structure(dense, theta=NAMED_THETAS["dense"]),
@@ -438,14 +438,14 @@ STRUCTURES = {
 
 
 def all_options():
-    """{option: default} of all structures that there are."""
+    """{option: default} of all structures."""
     defaults = {}
     for structure, (_, options, _) in STRUCTURES.items():
         for name, default in options.items():
             if defaults.setdefault(name, default) != default:
                 raise ConfigError(
-                    f"structure {structure!r} has {name}={default!r} by default, others {defaults[name]!r}: "
-                    "take that, or another name"
+                    f"structure {structure!r} has the default {name}={default!r}, another has {defaults[name]!r}: "
+                    "make them equal, or rename one"
                 )
     return defaults
 
@@ -457,23 +457,23 @@ def find_structure(name):
         hint = f"did you mean {near[0]!r}? " if near else ""
         raise ConfigError(
             f"structure={name!r} is unknown: {hint}choose one of {', '.join(STRUCTURES)}, "
-            "or give the file that adds it among the config files, my_structures.py say"
+            "or name the file that adds it, such as my_structures.py, among the config files"
         )
     return STRUCTURES[name]
 
 
 def layer_sizes(d_in, d_out, structure="btt", **options):
-    """Sizes of a d_in -> d_out layer of a named structure: Sizes, ChainSizes, None of a dense one (or what your own returns).
+    """Sizes of a d_in -> d_out layer: Sizes, ChainSizes, None if it is dense, or what a structure of your own returns.
 
-    options: of any structure; those that are not given have their defaults. Raises ConfigError where they do not
-    make a layer, and UnusedOption for one that the structure does not read.
+    options: those of any structure; the others have their defaults. Raises ConfigError if no layer can be made of them,
+    and UnusedOption for one that the structure does not read.
     """
     function, heeded, _ = find_structure(structure)
     defaults = all_options()
     options = {**defaults, **options}
     for name, value in options.items():
         if name not in defaults:
-            raise ConfigError(f"{name}={value!r} is no structure's option: leave it out")
+            raise ConfigError(f"{name}={value!r}: no structure has this option, leave it out")
         if value != defaults[name] and name not in heeded:
             others = ", ".join(key for key, other in STRUCTURES.items() if name in other.options)
             remedy = f"make it {defaults[name]}, or take {others}"
@@ -496,7 +496,7 @@ def layer_sizes(d_in, d_out, structure="btt", **options):
 
 
 def check_mixture(structure, sizes):
-    """ConfigError where layers of these sizes have no experts: rank slices of a BTT, or whole matrices."""
+    """ConfigError if a mixture cannot have such layers: its experts are rank slices of a BTT, or whole matrices."""
     if sizes is not None and not (isinstance(sizes, Sizes) and sizes.beta == sizes.delta == 1):
         raise ConfigError(
             f"structure={structure!r} cannot be a mixture, whose experts are rank slices of a BTT, or matrices: "

@@ -4,8 +4,8 @@
     torchrun --standalone --nproc_per_node=8 train.py config/gpt2_btt.py --batch_tokens=524288
     torchrun --standalone --nproc_per_node=8 train.py config/gpt2_btt.py --resume
 
-Writes config.json, log.jsonl, loss.png and ckpt.pt to out_dir, and experts.png of mixtures. Under torchrun each process
-drives one GPU (NCCL), or shares the CPU (gloo); batch_tokens is the batch of all of them together.
+Writes config.json, log.jsonl, loss.png and ckpt.pt to out_dir, and experts.png if there are mixtures. Under torchrun each
+process drives one GPU (NCCL), or all share the CPU (gloo); batch_tokens counts the batch of all processes together.
 """
 
 import math
@@ -17,7 +17,7 @@ from functools import partial
 from configurator import ConfigError, RunFailed, as_script, load_config
 from options import GPTConfig, TrainConfig
 
-if __name__ == "__main__":  # a mistake is answered before torch is imported, which takes seconds
+if __name__ == "__main__":  # report mistakes before torch is imported, which takes seconds
     as_script(partial(load_config, TrainConfig))
 
 import torch
@@ -52,10 +52,10 @@ from sample import load_model, sample
 
 
 def lr_at(step, config):
-    """Learning rate of update number `step` (0 is the first, which the log calls step 1): a function of the step alone."""
+    """Learning rate of update number `step`, which depends on the step alone. 0 is the first; the log calls it step 1."""
     if step < config.warmup_steps:
         return config.lr * (step + 1) / config.warmup_steps
-    left = config.max_steps - step  # updates from here on, this one counted
+    left = config.max_steps - step  # remaining updates, including this one
     if config.schedule == "cosine":
         progress = (step - config.warmup_steps) / max(1, config.max_steps - config.warmup_steps)
         fraction = 0.5 * (1 + math.cos(math.pi * progress))
@@ -67,15 +67,15 @@ def lr_at(step, config):
 
 
 class Trainer:
-    """One run: a model, its optimizers, and the loop that trains it; all processes together. Also of images (vision/).
+    """One run on all processes: a model, its optimizers and the loop that trains it. vision/ uses it, too.
 
         trainer = Trainer(config, TokenTask(config, device, data), device)
         stopped = trainer.run()
 
     config    a RunConfig
-    task      what is learned from what: a TokenTask, or another object with the same attributes and methods
-    watchdog  of init_distributed; None: nobody watches, of one process
-    progress  runlog.Progress; None: silent
+    task      the model, its data and its units: a TokenTask, or another object with the same attributes and methods
+    watchdog  from init_distributed; None: no watchdog, for a single process
+    progress  runlog.Progress; None: prints nothing
     """
 
     def __init__(self, config, task, device, watchdog=None, progress=None):
@@ -84,13 +84,13 @@ class Trainer:
         self.say = self.progress.say
         self.rank, _, self.world = ranks()
         self.dtype = choose_dtype(config.dtype, device)
-        self.state = dict(step=0, seconds=0.0, best_val_loss=math.inf, wandb_id=None)  # and the tensors: a checkpoint
+        self.state = dict(step=0, seconds=0.0, best_val_loss=math.inf, wandb_id=None)  # checkpoints add tensors
         self.setup()
 
     # -- before the loop
 
     def setup(self):
-        """Model, optimizers and the update that they make: compiled, sharded, copied, as a CUDA graph, as config says."""
+        """Make the model, the optimizers and the update: compiled, sharded or copied, and recorded, as the config demands."""
         config, device = self.config, self.device
         as_graph = choose_cuda_graphs(config, device, self.dtype, self.world)
         compiling = choose_compiling(config, device)
@@ -99,23 +99,23 @@ class Trainer:
         torch.manual_seed(config.seed)
         torch.set_float32_matmul_precision("high")
         with device:
-            self.model = self.task.make_model()  # as written; its parameters are those of `fast` and `parallel`
+            self.model = self.task.make_model()  # uncompiled; shares its parameters with `fast` and `parallel`
         self.dropout = DropoutSeeds(config, as_graph)
         spread = spread_model(self.model, config, device, compiling, self.task.micro_steps)
-        self.fast, self.parallel, self.flat = spread  # to evaluate, to train; gradients to exchange afterwards
+        self.fast, self.parallel, self.flat = spread  # to evaluate, to train; gradients to exchange after the passes
         self.optimizers = self.task.make_optimizers(self.model)
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
         self.autocast = torch.autocast(device.type, self.dtype, enabled=self.dtype != torch.float32)
         self.mixtures = self.model.mixtures
-        if self.mixtures is not None:  # the routers' reports: summed until they are read; of one update
+        if self.mixtures is not None:  # sums of the routers' reports: since the last log of them, and of one update
             self.reports, self.update_reports = self.mixtures.no_reports(device), self.mixtures.no_reports(device)
         if as_graph and self.world == 1:
             self.update = Graphed(self.update)
-        elif as_graph:  # exchanges stay outside: NCCL would not end before the graphs that hold one
+        elif as_graph:  # exchanges stay outside: NCCL cannot shut down while a graph contains one
             self.run_passes, self.step_optimizers = Graphed(self.run_passes), Graphed(self.step_optimizers)
 
     def start(self):
-        """Load what the run starts from, open its log, say what it will do, and evaluate once where that is not done."""
+        """Load the initial state, open the log, print the plan, and evaluate if that has not been done yet."""
         config, say = self.config, self.say
         forward = self.task.flops(self.model)
         peak = peak_flops(device_name(self.device)) if self.dtype != torch.float32 else None
@@ -126,22 +126,26 @@ class Trainer:
             self.state["wandb_id"] = self.recorder.open(resume_step, self.state["wandb_id"])
         units = dict(unit=self.task.unit, flops=forward)
         table = runlog.model_table(
-            self.model, self.optimizers.multipliers, config.lr, **units, passes=partial(self.task.passes, self.model)
+            self.model,
+            self.optimizers.multipliers,
+            config.lr,
+            **units,
+            layer_uses=partial(self.task.layer_uses, self.model),
         )
         say(*table, sep="\n")
         where = (self.world, self.task.micro_steps, device_name(self.device), self.dtype, peak)
         plan = runlog.plan(config, self.model, *where, self.state["step"], **units, batch=self.task.units)
         say(*plan, sep="\n")
         self.stop, self.saves, self.turn = StopSignal(say, config.save), checkpoint.Saves(config, say), Turn()
-        self.launched = deque()  # updates that the device was given and the host has not waited for
-        self.ahead = 1 if self.device.type == "cuda" else 0  # so many of them, that the device never waits for the host
-        self.turn_step = self.state["step"] + 5  # compiled, and recorded as a CUDA graph, by then
+        self.launched = deque()  # updates given to the device that the host has not waited for
+        self.ahead = 1 if self.device.type == "cuda" else 0  # number of these: the device never waits for the host
+        self.turn_step = self.state["step"] + 5  # by then the update is compiled, and recorded as a CUDA graph
         if math.isinf(self.state["best_val_loss"]):  # not evaluated yet
             self.evaluate(self.recorder.totals(self.state["step"]))
         self.recorder.start_clock()
 
     def load_state(self):
-        """Take what the run starts from -> its step; None of a new run."""
+        """Load the checkpoint that the run starts from -> its step, or None for a new run."""
         again = self.config.resume or self.watchdog.restarts > 0
         saved = load_start(self.config, self.task, self.model, self.optimizers, self.scaler, again, self.say)
         if saved is None:
@@ -153,7 +157,7 @@ class Trainer:
     # -- the loop
 
     def run(self):
-        """Train to max_steps, with log, evaluations and checkpoints -> whether it was asked to stop before."""
+        """Train to max_steps, with log, evaluations and checkpoints -> whether a signal stopped it before the end."""
         self.start()
         config, state, stopping = self.config, self.state, False
         while state["step"] < config.max_steps and not stopping:
@@ -164,7 +168,7 @@ class Trainer:
             while self.launched and (evaluating or stopping or saving or len(self.launched) > self.ahead):
                 row, stop_asked, save_asked = self.finish_step()
                 stopping, saving = stopping or stop_asked, saving or save_asked
-                latest = not self.launched  # the model is as of this row
+                latest = not self.launched  # the weights are those after this row's update
                 if latest and (evaluating or stopping):
                     self.evaluate(row)
                     continue
@@ -176,7 +180,7 @@ class Trainer:
         return stopping
 
     def launch_step(self):
-        """Give the next update to the device: rate, batch, update; the host does not wait for its end."""
+        """Give the next update to the device: learning rate, batch, update. The host does not wait for it to finish."""
         step = self.state["step"]
         lr = lr_at(step, self.config)
         self.optimizers.set_lr(lr)
@@ -193,7 +197,7 @@ class Trainer:
         self.state["step"] = step + 1
 
     def update(self, *batch):
-        """Of a batch, this process's share -> (3,) float32: its loss and auxiliary loss, norm of the whole gradient.
+        """Update on this process's share of a batch -> (3,) float32: its loss, its auxiliary loss, norm of the whole gradient.
 
         It never waits for the device, so that it can be a CUDA graph.
         """
@@ -205,9 +209,9 @@ class Trainer:
         return torch.cat((losses, self.step_optimizers()))
 
     def run_passes(self, *batch):
-        """Forward and backward passes on this process's share of a batch, as of task.batch.
+        """Forward and backward passes on this process's share of a batch (task.batch).
 
-        -> (2,) float32: means of the loss and of the auxiliary one.
+        -> (2,) float32: means of the loss and of the auxiliary loss.
         """
         with torch.no_grad():
             x, y = self.task.prepare(*batch)  # (micro_steps, micro_batch, …)
@@ -226,9 +230,9 @@ class Trainer:
         return torch.stack((total, total_aux))
 
     def micro_step(self, i, x, y, micro_steps):
-        """Passes on micro-batch i of so many, x, y (micro_batch, …) -> its loss, its auxiliary loss or None."""
+        """Passes on micro-batch i of micro_steps, x, y (micro_batch, …) -> its loss, its auxiliary loss or None."""
         with exchange_gradients(self.parallel, wanted=i == micro_steps - 1):
-            self.watchdog.beat()  # whoever hangs between two of these is behind the others
+            self.watchdog.beat()  # a rank that hangs between two beats falls behind the others
             self.dropout.seed_micro_batch(self.rank * micro_steps + i)
             with self.autocast:
                 _, loss = self.parallel(x, y)
@@ -254,14 +258,14 @@ class Trainer:
         return norm.view(1)
 
     def finish_step(self):
-        """Wait for the oldest launched update -> its row, stop_asked, save_asked: whether any process was asked to."""
+        """Wait for the oldest launched update -> its row of the log, and whether any process was asked to stop, and to save."""
         step, lr, numbers = self.launched.popleft()
         loss, aux, stop_asked, save_asked, norm = numbers.wait()
-        # GradScaler itself skips updates with overflown float16 gradients; anything else non-finite is an end.
+        # GradScaler skips updates whose float16 gradients overflowed; any other non-finite number ends the run.
         if not math.isfinite(loss) or not (math.isfinite(norm) or self.scaler.is_enabled()):
             saved, lr = checkpoint.describe_newest(self.config.out_dir), f"{self.config.lr:g}"
             raise RunFailed(
-                f"step {step}: loss {loss}, gradient norm {norm}; stopped, nothing of it is saved. "
+                f"step {step}: loss {loss}, gradient norm {norm}; stopped, this step is not saved. "
                 f"{saved}; resume with a lower lr (it is {lr}) or more warmup_steps"
             )
         self.recorder.finish_step(step)
@@ -273,7 +277,7 @@ class Trainer:
         return row, stop_asked > 0, save_asked > 0
 
     def evaluate(self, row):
-        """Figures of validation and of routing into the row; the row to the log; then a checkpoint, where one is wanted."""
+        """Add figures of validation and routing to the row, log it, and write a checkpoint if config.save."""
         config, state = self.config, self.state
         if config.eval_top_k:
             set_top_k(self.model, config.eval_top_k)
@@ -291,7 +295,7 @@ class Trainer:
         self.recorder.start_clock()
 
     def save(self, best=False):
-        """Write a checkpoint; best: of the lowest validation loss so far."""
+        """Write a checkpoint. best: it has the lowest validation loss so far."""
         self.state["seconds"] = self.recorder.seconds
         with self.watchdog.paused():
             self.saves.save(
@@ -313,19 +317,19 @@ class Trainer:
     # -- after the loop
 
     def finish(self, stopped):
-        """Leave the processes' group, and pictures and a message behind."""
+        """Leave the process group, write the pictures, and tell how to resume if the run was stopped."""
         self.turn.give()
         self.watchdog.stop()
         if self.world > 1:
             dist.destroy_process_group()
         if stopped:
             out_dir = self.config.out_dir
-            saved = f"saved in {out_dir}: go on with --resume" if self.config.save else "not saved (save=False)"
+            saved = f"saved in {out_dir}: continue with --resume" if self.config.save else "not saved (save=False)"
             self.say(f"stopped at step {self.state['step']}, {saved}")
         self.recorder.close()
 
     def say_summary(self):
-        """The run's main figures, and where its files are."""
+        """Print the run's main figures and where its files are."""
         on_gpu = self.device.type == "cuda"
         memory = torch.cuda.max_memory_allocated(self.device) / 2**30 if on_gpu else None
         log = os.path.join(self.config.out_dir, "log.jsonl")
@@ -333,27 +337,27 @@ class Trainer:
 
 
 class TokenTask:
-    """What a Trainer does not know of a run: which model learns which data, and what they are counted in. Here: tokens.
+    """The part of a run that depends on what is learned: model, data and units. Here a GPT, and tokens.
 
-    unit, units   what an update takes, and how many of all processes together
-    loss_unit     what the loss is, for its picture
-    shape         names of the options that make another model, which a resumed run must not change
-    meta          plain values about the data, for the checkpoint
-    micro_steps   in which a process takes its share of a batch
+    unit, units   the unit of a batch, and how many an update takes on all processes together
+    loss_unit     unit of the loss, for its picture
+    shape         names of the options that define the model, which a resumed run must not change
+    meta          plain values that describe the data, for the checkpoint
+    micro_steps   number of micro-batches in a process's share of a batch
     """
 
     unit, loss_unit = "token", "nats per token"
     shape = {field.name for field in fields(GPTConfig)} - {"fused_loss"}
 
     def __init__(self, config, device, data):
-        """data: TokenData. ConfigError where the batch does not divide."""
+        """data: TokenData. ConfigError if the batch does not divide into micro-batches."""
         self.config, self.device, self.data = config, device, data
         self.meta, self.units = data.meta, config.batch_tokens
         self.rank, _, self.world = ranks()
-        self.rows, self.micro_steps = split_batch(config, self.world)  # sequences of an update; the above
+        self.rows, self.micro_steps = split_batch(config, self.world)  # rows: sequences of an update
 
     def make_model(self):
-        """-> a model with model(x, y) -> (…, loss), `mixtures` (None without), and `blocks`, which are sharded one by one."""
+        """-> a model: model(x, y) returns (…, loss); `mixtures` may be None; `blocks` are sharded one by one."""
         return GPT(self.config)
 
     def make_optimizers(self, model):
@@ -361,11 +365,11 @@ class TokenTask:
         return make_optimizers(model, self.config)
 
     def flops(self, model):
-        """Of a forward pass on one unit."""
+        """FLOPs of a forward pass on one unit."""
         return model.flops_per_token()
 
-    def passes(self, model, role):
-        """How often a unit makes a layer of this role work."""
+    def layer_uses(self, model, role):
+        """How often one unit passes through the layer that plays `role`."""
         return 1
 
     def batch(self, step):
@@ -377,22 +381,22 @@ class TokenTask:
         return [to_device(tensor.reshape(shape), self.device) for tensor in tensors]
 
     def prepare(self, x, y):
-        """A batch -> x, y, (micro_steps, micro_batch, …) both: the first part of an update, and of its CUDA graph."""
+        """A batch -> x and y, both (micro_steps, micro_batch, …). Runs inside the update, and so inside its CUDA graph."""
         return x, y
 
     @torch.no_grad()
     def evaluate(self, trainer):
-        """-> figures of the evaluation's row: val_loss, the mean in nats a token.
+        """-> {"val_loss": mean over the validation tokens, in nats per token}, for the log.
 
-        Every rank takes its share, sums and counts are added up.
+        Every rank evaluates its share; sums and counts are added up.
         """
         model, micro_batch = trainer.fast, self.config.micro_batch
         model.eval()
         rows = self.data.val_rows(self.config.eval_tokens)
         offsets = rows[self.rank :: self.world]
-        sums = []  # of the losses, and numbers of tokens
-        # As many passes on every rank, for under FSDP a pass takes all of them; of one shape, so that nothing is
-        # compiled anew: rows that do not count fill up.
+        sums = []  # sums of losses, and numbers of tokens
+        # Every rank runs the same number of passes, because under FSDP a pass involves all ranks, and all have one shape,
+        # so that nothing is compiled again: rows that do not count fill the last ones.
         for start in range(0, -(-len(rows) // self.world), micro_batch):
             trainer.watchdog.beat()
             chosen = offsets[start : start + micro_batch]
@@ -410,16 +414,16 @@ class TokenTask:
 
 
 def main(argv):
-    """Train as the words of the command line say. OneLineExit where that cannot be, or fails."""
+    """Train as the command line demands. Errors are a OneLineExit."""
     config = load_config(TrainConfig, argv)
     what = f"micro_batch={config.micro_batch} sequences of {config.block_size} tokens"
     run_with_progress(train_gpt, config, f"{what}: lower micro_batch (batch_tokens stays)")
 
 
 def train_gpt(config, progress):
-    """Train a GPT as config says; every process calls it. progress: runlog.Progress, or Silent of ranks that say nothing."""
+    """Train a GPT. Every process calls it. progress: runlog.Progress, or runlog.Silent on ranks that print nothing."""
     rank, local_rank, world = ranks()
-    split_batch(config, world)  # a mistake is answered before data are made
+    split_batch(config, world)  # reports mistakes before data are prepared
     if rank == 0:
         prepare_default(config.data_dir)
     device = choose_device(config.device, local_rank)
@@ -435,11 +439,10 @@ def train_gpt(config, progress):
 
 
 def check_vocabulary(config, meta, say):
-    """ConfigError where the data, of a meta.json, have more tokens than the model; a note where far fewer."""
+    """ConfigError if the data's vocabulary (meta.json) is larger than the model's; a note if it is far smaller."""
     have, need = config.vocab_size, meta["vocab_size"]
-    takes = next(
-        iter(config.nearest("vocab_size", at_least=need)), need
-    )  # the first that the head's structure has sizes for
+    # The smallest for which the head's structure has sizes.
+    takes = next(iter(config.nearest("vocab_size", at_least=need)), need)
     if need > have:
         raise ConfigError(
             f"vocab_size={have} is smaller than the {need} of {config.data_dir}: take --vocab_size={takes}"
@@ -449,14 +452,14 @@ def check_vocabulary(config, meta, say):
 
 
 def print_sample(config, device):
-    """Text from the checkpoint just saved."""
+    """Print text sampled from the newest checkpoint."""
     try:
         model, meta = load_model(config.out_dir)
         tokenizer = tokenizer_of(meta)
         options = SampleConfig(max_new_tokens=config.sample_tokens, seed=config.seed)
         (text,) = sample(model.to(device), tokenizer, tokenizer.document_start, options, device)
         print(f"{'-' * 30} sample {'-' * 30}\n{text}\n{'-' * 68}")
-    except Exception as error:  # no network for GPT-2's merges, a full GPU: the run is whole all the same
+    except Exception as error:  # no network for GPT-2's merges, a full GPU: the run itself is complete
         print(f"no sample ({type(error).__name__}): {error}")
 
 

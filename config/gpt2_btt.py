@@ -1,4 +1,4 @@
-# GPT-2 small's shape with every linear layer a Block Tensor-Train, on OpenWebText.
+# GPT-2 small's shape; every linear layer is a Block Tensor-Train. On OpenWebText.
 #   python prepare_owt.py
 #   torchrun --standalone --nproc_per_node=8 train.py config/gpt2_btt.py
 # On one GPU the same batch takes 8 times as many micro-steps.

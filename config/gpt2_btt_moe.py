@@ -1,5 +1,5 @@
-# GPT-2 small's shape, every linear layer of its blocks a mixture of Block Tensor-Trains: 2 of 8 experts of rank 2 a token,
-# the FLOPs of config/gpt2_btt.py (rank 4) and routers, with four times the parameters in the blocks.
+# GPT-2 small's shape; every linear layer of its blocks is a mixture of Block Tensor-Trains. Each token uses 2 of 8 experts of
+# rank 2: the FLOPs of config/gpt2_btt.py (rank 4) plus routers, with four times the parameters in the blocks.
 #   torchrun --standalone --nproc_per_node=8 train.py config/gpt2_btt_moe.py
 out_dir = "out/gpt2_btt_moe"
 data_dir = "data/owt_gpt2"

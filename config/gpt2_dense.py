@@ -1,4 +1,4 @@
-# GPT-2 small as published: dense layers, standard parametrisation. The baseline, and the shape of GPT.from_pretrained.
+# GPT-2 small as published: dense layers, standard parametrisation. The baseline; engine/huggingface.py loads GPT-2's weights into it.
 #   torchrun --standalone --nproc_per_node=8 train.py config/gpt2_dense.py
 out_dir = "out/gpt2_dense"
 data_dir = "data/owt_gpt2"

@@ -86,13 +86,13 @@ def start_wandb(project, config, run_id):
 # Before the run
 
 
-def model_table(model, multipliers, lr, unit="token", flops=None, passes=lambda role: 1):
+def model_table(model, multipliers, lr, unit="token", flops=None, layer_uses=lambda role: 1):
     """Lines of a table of what will be trained: a row a layer, which counts that layer in all blocks.
 
     multipliers  {parameter name: learning-rate multiplier}, as of optim.lr_multipliers
     lr           the base rate
     unit, flops  what the model takes, and the FLOPs of its forward pass on one; None: model.flops_per_token()
-    passes       role of a layer -> how often that makes the layer work: of an image, the number of its patches
+    layer_uses   role of a layer -> how often one unit passes through it: an image once for each of its patches
     rank         of the matrix, where it is not full, as its sizes have it (theta.rank_of)
     The last row has the sums of those above. A tied head's parameters are among the embeddings'. Behind the table stands
     a note about each structure whose layers cost more than dense ones.
@@ -101,7 +101,7 @@ def model_table(model, multipliers, lr, unit="token", flops=None, passes=lambda 
     rates = {parameter: lr * multipliers[name] for parameter, name in names.items()}
     roles = _layers_by_role(model)
     tied = {role for role, alike in roles.items() if _kind(names[alike[0].cores[0]]) == "embeddings"}
-    layers = [_layer_row(model.config, role, alike, role in tied, rates, passes) for role, alike in roles.items()]
+    layers = [_layer_row(model.config, role, alike, role in tied, rates, layer_uses) for role, alike in roles.items()]
     cores = {core for role in roles.keys() - tied for layer in roles[role] for core in layer.cores}
     others = {kind: [] for kind in KINDS}
     for parameter, name in names.items():
@@ -150,7 +150,7 @@ def _layers_by_role(model):
     return roles
 
 
-def _layer_row(config, role, alike, tied, rates, passes):
+def _layer_row(config, role, alike, tied, rates, layer_uses):
     layer = alike[0]
     return _table_row(
         f"{len(alike)} x {role}" if len(alike) > 1 else role,
@@ -158,7 +158,7 @@ def _layer_row(config, role, alike, tied, rates, passes):
         [(layer.in_features, layer.out_features)] if _is_dense(layer) else [core.shape for core in layer.cores],
         _rank(layer),
         "tied" if tied else sum(core.numel() for layer in alike for core in layer.cores),
-        sum(layer.flops_per_token for layer in alike) * passes(role),
+        sum(layer.flops_per_token for layer in alike) * layer_uses(role),
         [rates[core] for core in layer.cores],
         _init_stds(config, role, layer),
     )

@@ -1,9 +1,9 @@
 """Attention of short contexts with the norms of queries and keys inside: Triton kernels, forward and backward.
 
-A program takes one head of one text at a time: all its rows of q, k and v, at most 128, lie on one multiprocessor. So q and k are
-normalised where they are read, no row sums and no normalised copies go through memory, and the backward pass makes the
-scores again from q and k. Forward moves 4 tensors (q, k, v, y), backward 7 (q, k, v, dy, dq, dk, dv); LayerNorms and
-torch's attention move 8 and 17. Longer contexts, other dtypes and CPUs take torch's (model.Attention).
+A program processes one head of one text at a time. All its rows of q, k and v, at most 128, fit on one multiprocessor, so
+that it normalises q and k as it reads them, writes neither row sums nor normalised copies to memory, and recomputes the
+scores in the backward pass. Forward moves 4 tensors (q, k, v, y), backward 7 (q, k, v, dy, dq, dk, dv); LayerNorms and
+torch's attention move 8 and 17. model.Attention uses torch for longer contexts, other dtypes and CPUs.
 
 Sums are float32 and in a fixed order: the same inputs give the same bits.
 """
@@ -18,13 +18,13 @@ try:
 except ImportError:  # no GPU: plain torch
     triton = None
 
-LONGEST = 128  # rows of one head that a program holds
-WIDEST = 64  # of a head: wider ones have too little room on a multiprocessor, and torch's kernels are faster
+LONGEST = 128  # most rows of one head that a program can hold
+WIDEST = 64  # most columns of a head: wider ones hardly fit on a multiprocessor, and torch's kernels are faster
 EPSILON = 1e-5  # of torch.nn.LayerNorm
 
 
 def fits_attention(q, q_norm, k_norm):
-    """Whether short_attention takes q (B, T, heads, width of a head) and the norms of q and k: two LayerNorms, or none."""
+    """Whether short_attention supports q (B, T, heads, width) and the norms of q and k: two LayerNorms, or two Identities."""
     norms = (q_norm, k_norm)
     none = all(type(norm) is torch.nn.Identity for norm in norms)
     fits = takes_kernels(q) and q.shape[1] <= LONGEST and q.shape[3] <= WIDEST
@@ -32,7 +32,7 @@ def fits_attention(q, q_norm, k_norm):
 
 
 def _is_plain_layer_norm(norm, width):
-    """A LayerNorm over a head, with a weight and without bias."""
+    """Whether this is a LayerNorm over a head, with a weight and without bias."""
     if type(norm) is not torch.nn.LayerNorm or norm.normalized_shape != (width,) or norm.eps != EPSILON:
         return False
     return norm.weight is not None and norm.bias is None
@@ -41,8 +41,9 @@ def _is_plain_layer_norm(norm, width):
 def short_attention(q, k, v, q_weight, k_weight, scale, causal):
     """softmax(scale · LN(q) LN(k)ᵀ) v, head by head.
 
-    q, k, v (B, T, heads, width), of one 16-bit dtype; weights (width,) of the LayerNorms without bias of q and k, or both
-    None: no norms. causal: a row sees none behind it -> y (B, T, heads, width). See `fits_attention`.
+    q, k, v (B, T, heads, width) of one 16-bit dtype for which fits_attention holds -> y (B, T, heads, width).
+    q_weight, k_weight (width,): weights of the LayerNorms of q and k, or both None for no norms.
+    causal: a row does not see later rows.
     """
     if q_weight is None:
         q_weight = k_weight = q.new_empty(0, dtype=torch.float32)
@@ -53,12 +54,12 @@ if triton is not None:
 
     @triton.jit
     def _load_rows(base, t, h, stride, T: tl.constexpr, H: tl.constexpr):
-        """(t, h) rows of one head, zeros outside."""
+        """Rows t, columns h of one head; zeros outside."""
         return tl.load(base + t[:, None] * stride + h[None, :], (t[:, None] < T) & (h[None, :] < H), 0.0)
 
     @triton.jit
     def _normalise(u, weight, h, H: tl.constexpr, EPS: tl.constexpr, NORM: tl.constexpr):
-        """LayerNorm over h -> normalised (float32), 1 / std, and times the weight in the dtype of u."""
+        """LayerNorm over h -> normalised u (float32), 1 / std, normalised u times the weight in the dtype of u."""
         x = u.to(tl.float32)
         if not NORM:
             return x, tl.zeros_like(tl.sum(x, 1)), u
@@ -69,7 +70,7 @@ if triton is not None:
 
     @triton.jit
     def _normalise_backward(d, x, r, weight, h, H: tl.constexpr, NORM: tl.constexpr):
-        """Gradient of what went into the norm, and of its weight, summed over rows; x is normalised."""
+        """Gradients of the input of the norm, and of its weight summed over rows. x: the normalised input."""
         if not NORM:
             return d, tl.zeros_like(tl.sum(d, 0))
         d_weight = tl.sum(d * x, 0)
@@ -79,7 +80,7 @@ if triton is not None:
 
     @triton.jit
     def _probabilities(q, k, t, scale, T: tl.constexpr, CAUSAL: tl.constexpr):
-        """exp(scores - the largest of their row), float32, and the sums of the rows."""
+        """exp(scores - maximum of their row) in float32, and the sums of the rows."""
         s = tl.dot(q, k.T) * (scale * 1.4426950408889634)  # exp(x) = exp2(x log2 e)
         seen = t[None, :] < T
         if CAUSAL:
@@ -94,7 +95,7 @@ if triton is not None:
         T: tl.constexpr, H: tl.constexpr, TP: tl.constexpr, HP: tl.constexpr, EPS: tl.constexpr, NORM: tl.constexpr,
         CAUSAL: tl.constexpr, STAGES: tl.constexpr,
     ):  # fmt: skip
-        """One head of one text after the other; the next ones are loaded meanwhile."""
+        """Computes y, one head of one text after the other, and loads the next ones meanwhile."""
         t, h = tl.arange(0, TP), tl.arange(0, HP)
         w_q, w_k = h.to(tl.float32), h.to(tl.float32)
         if NORM:
@@ -117,7 +118,7 @@ if triton is not None:
         heads, count, T: tl.constexpr, H: tl.constexpr, TP: tl.constexpr, HP: tl.constexpr, EPS: tl.constexpr,
         NORM: tl.constexpr, CAUSAL: tl.constexpr, STAGES: tl.constexpr,
     ):  # fmt: skip
-        """d_weights (programs, 2, H): gradients of both weights, a part a program."""
+        """Computes all gradients. d_weights (programs, 2, H): each program's share of the gradients of both weights."""
         t, h = tl.arange(0, TP), tl.arange(0, HP)
         w_q, w_k = h.to(tl.float32), h.to(tl.float32)
         if NORM:
@@ -125,7 +126,7 @@ if triton is not None:
         dw_q, dw_k = tl.zeros((HP,), tl.float32), tl.zeros((HP,), tl.float32)
         for item in tl.range(tl.program_id(0), count, tl.num_programs(0), num_stages=STAGES):
             text, head = (item // heads).to(tl.int64), item % heads
-            own = text * T * (heads * H) + head * H  # in tensors (B, T, heads, H) without gaps
+            own = text * T * (heads * H) + head * H  # offset in contiguous tensors (B, T, heads, H)
             q_t = _load_rows(q + text * q_text + head * H, t, h, q_row, T, H)
             k_t = _load_rows(k + text * k_text + head * H, t, h, k_row, T, H)
             v_t = _load_rows(v + text * v_text + head * H, t, h, v_row, T, H)
@@ -150,12 +151,12 @@ if triton is not None:
             tl.store(d_weights + tl.program_id(0) * (2 * H) + H + h, dw_k, h < H)
 
 
-# Warps, programs a multiprocessor, heads that are loaded and computed at a time: the fastest of twelve on an H100.
+# (warps, programs per multiprocessor, pipeline stages): the fastest of twelve choices on an H100.
 FORWARD, BACKWARD = (8, 1, 3), (8, 1, 2)
 
 
 def _launch(q, q_weight, causal, shape):
-    """Programs, heads in all, and constants of a launch."""
+    """-> grid, number of heads of all texts, constants of a launch"""
     (B, T, heads, H), (warps, programs, stages) = q.shape, shape
     return (min(B * heads, programs * multiprocessors(q)),), B * heads, dict(
         T=T, H=H, TP=pow2(T, 16), HP=pow2(H, 16), EPS=EPSILON, NORM=q_weight.numel() > 0, CAUSAL=causal, STAGES=stages,
@@ -164,7 +165,7 @@ def _launch(q, q_weight, causal, shape):
 
 
 def _whole_heads(*tensors):
-    """Tensors (B, T, heads, width) whose rows of (heads, width) are whole in memory."""
+    """Tensors (B, T, heads, width), copied if their rows of (heads, width) are not contiguous."""
     whole = [tensor.stride(3) == 1 and tensor.stride(2) == tensor.shape[3] for tensor in tensors]
     return [tensor if fine else tensor.contiguous() for tensor, fine in zip(tensors, whole)]
 

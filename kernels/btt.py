@@ -1,20 +1,21 @@
-"""The products inside a structured layer: Triton kernels for BTT, plain torch for the rest.
+"""The products inside a structured layer: Triton kernels for BTT, plain torch for all other structures.
 
-A BTT is two block-diagonal products with a permutation between them (rows n are tokens):
+A BTT consists of two block-diagonal products with a permutation between them (rows n are tokens):
 
     z[n, g, r, f] = Σ_a x[n, g, a] · A[g, a, (r f)]        y[n, f, e] = Σ_{g r} z[n, g, r, f] · B[f, (g r), e]
 
-It needs few FLOPs, so that time goes where the bytes go: z, and copies of it in another order, are what
-makes it slower than a dense product when it is written as two calls of torch.bmm. btt() has four methods,
-and takes the one that a cost model expects to be the fastest (results/kernels.md):
+It needs few FLOPs, so its time is that of moving bytes. Written as two calls of torch.bmm it can be slower than a
+dense product, because z and permuted copies of it go through memory. btt() has four methods and uses the one that a
+cost model expects to be the fastest (results/kernels.md):
 
-    fused   one kernel forward, one backward; z never leaves the chip. Where both cores fit on a multiprocessor
-    staged  a kernel a product; z crosses device memory once, transposed, so that both sides read whole rows of it
-    dense   the matrix is multiplied out, then cuBLAS. Where the cores hold nearly as many FLOPs as the matrix
-    torch   two calls of torch.bmm. Where blocks are too wide for the kernels; of a low-rank layer, two cuBLAS products
+    fused   one kernel forward, one backward; z never leaves the chip. Both cores must fit on a multiprocessor
+    staged  one kernel for each product; z goes through device memory once, transposed, so that both kernels access
+            whole rows of it
+    dense   multiply out the matrix, then cuBLAS. Fastest if the cores need nearly as many FLOPs as the matrix
+    torch   two calls of torch.bmm (of a low-rank layer, two cuBLAS products), if blocks are too wide for the kernels
 
-Sums are float32 and in a fixed order: the same inputs give the same bits. On a CPU, in float32 and without
-Triton there is plain torch, `two_products`, which also serves every other θ.
+Sums are float32 and in a fixed order: the same inputs give the same bits. CPUs, float32 and systems without Triton use
+plain torch, `two_products`, as does every other θ.
 """
 
 from typing import NamedTuple
@@ -50,11 +51,11 @@ except ImportError:  # no GPU: plain torch
 class TwoProducts(torch.autograd.Function):
     """y[f s n t] = Σ_{q g r} second[f, q g r, t] · Σ_p first[g, p, r f s] · x[g p n q]
 
-    n is the number of tokens, the other letters are sizes of a layer (EinsumLinear.product).
+    n is the number of tokens; the other letters are sizes of a layer (EinsumLinear.product).
     x (g, p, n, q), first (g, p, r·f·s), second (f, q·g·r, t), all of one dtype -> y (f, s, n, t).
-    Left to autograd the permutations turn into copies, forward and backward; written out here, each product
-    has the orientation in which its operands are views and its result is what the next one reads. For a BTT
-    (q = s = 1) that leaves one copy of the output, one of the input gradient, and one of z's gradient.
+    Autograd would turn the permutations into copies, forward and backward. Written out here, each product is
+    oriented so that its operands are views and the next product can read its result directly. For a BTT
+    (q = s = 1) this leaves one copy of the output, one of the input gradient and one of z's gradient.
     """
 
     @staticmethod
@@ -71,7 +72,7 @@ class TwoProducts(torch.autograd.Function):
 
     @staticmethod
     def turn(z, sizes):
-        """z as the second product reads it: (g, r·f·s, n·q) -> (f, s·n, q·g·r), a view where q = 1."""
+        """z permuted for the second product: (g, r·f·s, n·q) -> (f, s·n, q·g·r), a view if q = 1."""
         g, p, n, q, f, t, r, s = sizes
         return z.view(g, r, f, s, n, q).permute(2, 3, 4, 5, 0, 1).reshape(f, s * n, q * g * r)
 
@@ -89,7 +90,7 @@ class TwoProducts(torch.autograd.Function):
 
 
 def two_products(x, first, second):
-    """TwoProducts in the compute dtype."""
+    """TwoProducts in the compute dtype of x."""
     dtype = compute_dtype(x)
     return TwoProducts.apply(x.to(dtype), first.to(dtype), second.to(dtype))
 
@@ -107,13 +108,13 @@ def btt_matrix(A, B):
 # BTT
 
 
-def btt(x, A, B, way=None, input_fn=None):
+def btt(x, A, B, method=None, input_fn=None):
     """y = W x for a Block Tensor-Train W of two cores, or y = W input_fn(x).
 
     x (..., g·a), A (g, a, r·f), B (f, g·r, e) -> y (..., f·e), in x's dtype or autocast's.
-    way: "fused", "staged", "dense" or "torch"; None takes what should be the fastest (way_for).
-    input_fn: an elementwise function. If it is `gelu`, the kernels apply it to what they read of x, forward and backward,
-    which saves a copy of x in memory and two passes over it.
+    method: "fused", "staged", "dense" or "torch"; None: the one that should be the fastest (btt_method).
+    input_fn: an elementwise function. The kernels apply `gelu` to x as they read it, forward and backward, which saves a
+    copy of x in memory and two passes over it. ValueError if the shapes do not fit together.
     """
     sizes = g, a, f, e, r = _sizes(A, B)
     if x.shape[-1] != g * a or B.shape[1] != g * r or A.shape[2] != r * f:
@@ -121,16 +122,16 @@ def btt(x, A, B, way=None, input_fn=None):
     dtype = compute_dtype(x)
     x_2d, A, B = x.to(dtype).reshape(-1, g * a), A.to(dtype), B.to(dtype)
     n = x_2d.shape[0]
-    if way is None:
-        way = way_for(x, sizes)
-    after_gelu = input_fn is gelu and way in ("fused", "staged")
+    if method is None:
+        method = btt_method(x, sizes)
+    after_gelu = input_fn is gelu and method in ("fused", "staged")
     if input_fn is not None and not after_gelu:
         x_2d = input_fn(x_2d)
-    if way == "fused":
+    if method == "fused":
         y = torch.ops.nanoeinsum.btt_fused(x_2d, A, B, after_gelu)
-    elif way == "staged":
+    elif method == "staged":
         y, _ = torch.ops.nanoeinsum.btt_staged(x_2d, A, B, after_gelu)
-    elif way == "dense":
+    elif method == "dense":
         by_kernel = runs_triton(x_2d) and pow2(a) * pow2(e) <= MOST_ENTRIES
         W = torch.ops.nanoeinsum.btt_multiplied_out(A, B) if by_kernel else btt_matrix(A, B)
         y = torch.nn.functional.linear(x_2d, W)
@@ -141,19 +142,19 @@ def btt(x, A, B, way=None, input_fn=None):
 
 
 def joins(x, sizes):
-    """Whether layers of these sizes (a list of BTTSizes; None: no BTT) on one input should be faster as one BTT.
+    """Whether layers with these sizes (BTTSizes, or None if not a BTT) should run faster on one input if joined into one BTT.
 
-    Side by side they are a BTT whose output blocks are all of theirs. Of the staged kernels the first then reads x once
-    for all, and so does the last of backward, which sums the gradients of x too.
+    Joined, they are a BTT that has the output blocks of all of them. The first staged kernel then reads x once for all
+    layers, and so does the last one of the backward pass, which also sums the gradients of x.
     """
     if sizes[0] is None or any(other != sizes[0] for other in sizes):
         return False
     joined = sizes[0]._replace(f=len(sizes) * sizes[0].f)
-    return way_for(x, sizes[0]) == way_for(x, joined) == "staged"
+    return btt_method(x, sizes[0]) == btt_method(x, joined) == "staged"
 
 
 def btt_joined(x, cores):
-    """[btt(x, A, B) for A, B in cores], of equal sizes, as one BTT."""
+    """[btt(x, A, B) for A, B in cores], for cores of equal sizes, computed as one BTT."""
     g, a, f, e, r = _sizes(*cores[0])
     A = torch.cat([A.view(g, a, r, f) for A, _ in cores], dim=3).flatten(2)
     B = torch.cat([B for _, B in cores])
@@ -164,30 +165,30 @@ class BTTSizes(NamedTuple):
     """Sizes of a BTT of two cores, A (g, a, r·f) and B (f, g·r, e)."""
 
     g: int  # γ, blocks of the input
-    a: int  # α, width of such a block
+    a: int  # α, width of an input block
     f: int  # φ, blocks of the output
-    e: int  # ε, width of such a block
+    e: int  # ε, width of an output block
     r: int  # ρ, rank
 
 
-# Of one H100, measured (results/kernels.md): bytes/s of streaming kernels, FLOP/s of large cuBLAS products. Only
-# their ratio decides, and it is much the same on its neighbours.
+# Measured on an H100 (results/kernels.md): bytes/s of streaming kernels, FLOP/s of large cuBLAS products. Only their
+# ratio matters, and it is similar on related GPUs.
 BANDWIDTH, FLOP_RATE = 2.6e12, 650e12
 
 
-def way_for(x, sizes):
-    """The method that btt takes for x (..., g·a): "fused", "staged", "dense" or "torch"."""
+def btt_method(x, sizes):
+    """The method that btt uses for x (..., g·a): "fused", "staged", "dense" or "torch"."""
     if takes_kernels(x):
-        return choose_way(x.numel() // (sizes.g * sizes.a), sizes)
+        return fastest_method(x.numel() // (sizes.g * sizes.a), sizes)
     return "torch"
 
 
-def choose_way(n, sizes):
-    """The method with the least expected time, forward and backward. n: number of tokens."""
+def fastest_method(n, sizes):
+    """The method with the least expected time, forward and backward, for n tokens."""
     if n == 0:
         return "torch"
     if fused_blocks(sizes) is not None and n >= 16 * 64:
-        return "fused"  # reads x and dy and writes y and dx, little more
+        return "fused"  # moves little more than x, y, dx and dy
     seconds = expected_seconds(n, sizes)
     if not staged_fits(sizes):
         del seconds["staged"]
@@ -195,31 +196,31 @@ def choose_way(n, sizes):
 
 
 def expected_seconds(n, sizes):
-    """{way: seconds of forward and backward of n tokens}, by bytes and FLOPs, of all but fused."""
+    """{method: expected seconds of forward and backward for n tokens}, from bytes and FLOPs; all methods but fused."""
     g, a, f, e, r = sizes
     d_in, d_out, z = g * a, f * e, g * r * f
     dense = 3 * 2 * n * d_in * d_out / FLOP_RATE + 12 * d_in * d_out / BANDWIDTH
-    # x z | z y | dy z dz | dz x dx, of 2 bytes each
+    # Tensors moved, 2 bytes a number: x z | z y | dy z dz | dz x dx.
     staged = 2 * n * (3 * d_in + 2 * d_out + 6 * z) / BANDWIDTH + 5e-6
-    # The same, and copies of z, dz, y, dy and dx; a low-rank layer has none of these.
+    # torch also copies z, dz, y, dy and dx, except in a low-rank layer.
     copied = 0 if g == f == 1 else 2 * d_in + 4 * d_out + 4 * z
     products = 3 * 2 * n * r * (d_in * f + g * d_out)
     return {"dense": dense, "staged": staged, "torch": staged + 2 * n * copied / BANDWIDTH + products / FLOP_RATE}
 
 
 # ---------------------------------------------------------------------------------------
-# Fused: a tile of tokens, both cores and what is between stay on one multiprocessor
+# Fused: a tile of tokens, both cores and z stay on one multiprocessor
 
 
 class FusedBlocks(NamedTuple):
-    tokens: int  # BM: tokens a tile
-    g_block: int  # GB: blocks γ of which a program of the backward kernel makes the gradients
+    tokens: int  # BM: tokens in a tile
+    g_block: int  # GB: number of blocks γ whose gradients a program of the backward kernel computes
     warps: int  # of the forward kernel
     backward_warps: int
 
 
 def fused_blocks(sizes):
-    """Block sizes of the fused kernels for a layer, or None where they do not fit on a multiprocessor."""
+    """Block sizes of the fused kernels for a layer, or None if it does not fit on a multiprocessor."""
     g, a, f, e, r = sizes
     G, AP, F, EP, R = pow2(g), pow2(a, 16), pow2(f), pow2(e, 16), pow2(r)
     tokens = 16
@@ -274,7 +275,7 @@ if triton is not None:
         GB: tl.constexpr, AP: tl.constexpr, FB: tl.constexpr, EP: tl.constexpr, RB: tl.constexpr, BM: tl.constexpr,
         GELU: tl.constexpr,
     ):  # fmt: skip
-        """y of one tile of tokens after the other; the cores are read once. Sizes …B and …P are rounded up to powers of 2."""
+        """Computes y, one tile of tokens after the other; reads the cores once. Sizes …B and …P are rounded up to powers of 2."""
         g, a, f, e = tl.arange(0, GB), tl.arange(0, AP), tl.arange(0, FB), tl.arange(0, EP)
         offsets, mask = _core_a(g, a, tl.arange(0, RB * FB), G, AL, F, R, FB)
         A_t = tl.load(A + offsets, mask, 0.0)  # (GB, RB·FB, AP)
@@ -285,7 +286,7 @@ if triton is not None:
             x_t = _load_tokens(x, n, x_stride, g, a, N, G, AL)  # (GB, BM, AP)
             if GELU:
                 x_t = gelu_of_tile(x_t)
-            # z is made with tokens as its last index: then what moves between warps are rows of 16 bytes and more.
+            # Tokens are the last index of z, so that warps exchange rows of at least 16 bytes.
             z = tl.dot(A_t, x_t.permute(0, 2, 1)).to(x_t.dtype)  # (GB, RB·FB, BM)
             z = z.reshape(GB, RB, FB, BM).permute(2, 0, 1, 3).reshape(FB, GB * RB, BM)
             y_t = tl.dot(z.permute(0, 2, 1), B_t)  # (FB, BM, EP)
@@ -298,10 +299,9 @@ if triton is not None:
         GB: tl.constexpr, AP: tl.constexpr, FB: tl.constexpr, EP: tl.constexpr, RB: tl.constexpr, BM: tl.constexpr,
         G_BLOCKS: tl.constexpr, GELU: tl.constexpr,
     ):  # fmt: skip
-        """All three gradients. For a block of γ everything is local: x and dx of it, dA of it, its rows of dB; only dy is read by all.
+        """Computes all three gradients. Each program has one block of γ, for which x, dx, dA and rows of dB are local; all read dy.
 
-        A program has one such block and every n-th tile of tokens, n being the number of parts; it writes its sums dA and
-        dB to its own part.
+        It has every n-th tile of tokens, n being the number of parts, and writes its sums dA and dB to its own part.
         """
         part = tl.program_id(0) // G_BLOCKS
         g0 = (tl.program_id(0) % G_BLOCKS) * GB
@@ -382,7 +382,7 @@ def btt_fused_backward(
 
 
 def _sum_parts(sums, A, B):
-    """(parts, sizes of A and B) in float32 -> dA, dB in their dtype; copies, for an operator's results may not share memory."""
+    """(parts, sizes of A and B), float32 -> dA, dB in the dtype of A and B; copies, as results of an operator must not share memory."""
     total = sums.sum(dim=0)
     dA, dB = total.split([A.numel(), B.numel()])
     return torch.empty_like(A).copy_(dA.view_as(A)), torch.empty_like(B).copy_(dB.view_as(B))
@@ -407,24 +407,24 @@ btt_fused.register_autograd(_fused_gradients, setup_context=_fused_setup)
 
 
 # ---------------------------------------------------------------------------------------
-# Staged: z in device memory as (g, r, f, n), tokens last. The first product writes it and the second reads it by
-# whole rows; every operand is then in the layout that Hopper's matrix units read. A program has one core's block and
+# Staged: z is in device memory as (g, r, f, n), tokens last. The first product writes whole rows of it and the second
+# reads them, and every operand has the layout that Hopper's matrix units need. A program has one block of a core and
 # every n-th tile of tokens, n being the number of parts.
 
-MAX_WIDTH = 256  # of α and ε: sums of a tile stay in registers
+MAX_WIDTH = 256  # largest α and ε, for which the sums of a tile stay in registers
 
 
 class Tile(NamedTuple):
-    rows: int  # of a core's block and of z that a program has
+    rows: int  # rows of a core's block, and of z, in a program
     width: int  # α or ε, padded
-    tokens: int  # of a tile
-    stages: int  # tiles that are loaded ahead and multiplied
+    tokens: int  # tokens in a tile
+    stages: int  # tiles in flight: one is multiplied while the others are loaded
     warps: int
-    held: int  # numbers of 16 bits in shared memory
+    held: int  # 16-bit numbers in shared memory
 
 
 def _staged_tiles(sizes):
-    """Of the first and the second product, of the second one's backward and of the first one's: a Tile."""
+    """A Tile for each kernel: first product, second product, backward of the second, backward of the first."""
     g, a, f, e, r = sizes
     AP, EP, GR, RF = (pow2(size, 16) for size in (a, e, g * r, r * f))
 
@@ -442,7 +442,7 @@ def _staged_tiles(sizes):
 
 
 def staged_fits(sizes):
-    """Whether the staged kernels take a layer."""
+    """Whether the staged kernels support a layer of these sizes."""
     g, a, f, e, r = sizes
     rows_fit = r * f <= MAX_ROWS and g * r <= 2 * MAX_ROWS
     return rows_fit and max(a, e) <= MAX_WIDTH and all(2 * t.held <= SHARED_MEMORY for t in _staged_tiles(sizes))
@@ -498,7 +498,7 @@ if triton is not None:
         F: tl.constexpr, EL: tl.constexpr, GR: tl.constexpr, EP: tl.constexpr, KB: tl.constexpr,
         BM: tl.constexpr, PARTS, STAGES: tl.constexpr,
     ):  # fmt: skip
-        """dz_f (g·r, n) = B_f dy_fᵀ and dB_f = z_f dy_f, for KB of the g·r rows."""
+        """dz_f (g·r, n) = B_f dy_fᵀ and dB_f = z_f dy_f, for KB of the g·r rows"""
         K_BLOCKS: tl.constexpr = (GR + KB - 1) // KB
         pid = tl.program_id(0)
         f = pid % F
@@ -553,7 +553,7 @@ if triton is not None:
 
 
 def _parts(blocks, n, tokens, tensor):
-    """So many programs share the tokens of one block that there are about 4 programs a multiprocessor."""
+    """Number of programs that share the tokens of one block: about 4 programs per multiprocessor in all."""
     return max(1, min(triton.cdiv(n, tokens), round(4 * multiprocessors(tensor) / blocks)))
 
 
@@ -628,10 +628,10 @@ btt_staged.register_autograd(_staged_gradients, setup_context=_staged_setup)
 
 
 # ---------------------------------------------------------------------------------------
-# Dense: the matrix multiplied out. A program has one block (φ γ), of few ranks: sums of outer products, without
-# the batched products of tiny matrices, and copies of their results, that torch makes of it.
+# Dense: the matrix is multiplied out. A program computes one block (φ γ) as a sum of a few outer products. torch would
+# use batched products of tiny matrices and copy their results.
 
-MOST_ENTRIES = 16_384  # of a block of W that a program holds
+MOST_ENTRIES = 16_384  # most entries of a block of W that a program can hold
 
 if triton is not None:
 
@@ -677,7 +677,7 @@ def _block_constants(sizes):
 
 @torch.library.custom_op("nanoeinsum::btt_multiplied_out", mutates_args=())
 def btt_multiplied_out(A: torch.Tensor, B: torch.Tensor) -> torch.Tensor:
-    """btt_matrix by a kernel."""
+    """btt_matrix, computed by a kernel."""
     A, B, sizes = A.contiguous(), B.contiguous(), _sizes(A, B)
     W = A.new_empty(sizes.f * sizes.e, sizes.g * sizes.a)
     _dense_matrix_kernel[(sizes.g * sizes.f,)](A, B, W, **_block_constants(sizes))

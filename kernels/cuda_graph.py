@@ -8,14 +8,14 @@ import torch
 
 
 class Graphed:
-    """function(*tensors) -> tensor: called as it is a few times, then recorded, then replayed.
+    """function(*tensors) -> tensor, which is called directly a few times, then recorded, then replayed.
 
-    The function's tensors must all be on the current GPU, have the same shapes every time, and
-    its work must not depend on values that the host reads. What it changes in place (weights,
-    gradients, an optimizer made with capturable=True) changes by a replay as by a call.
+    All tensors must be on the current GPU and have the same shapes in every call, and the function's
+    work must not depend on values that the host reads. A replay changes in place what a call does:
+    weights, gradients, the state of an optimizer made with capturable=True.
     """
 
-    CALLS_BEFORE = 3  # torch.compile, autotuning and the optimizer's state happen in these
+    CALLS_BEFORE = 3  # in these torch.compile and autotuning run, and the optimizer makes its state
 
     def __init__(self, function):
         self.function, self.calls, self.graph = function, 0, None
@@ -23,7 +23,7 @@ class Graphed:
     def __call__(self, *inputs):
         if self.calls < self.CALLS_BEFORE:
             self.calls += 1
-            stream = torch.cuda.Stream()  # recording needs a stream of its own; what is made before it, too
+            stream = torch.cuda.Stream()  # recording needs its own stream, and so does what is allocated before it
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
                 output = self.function(*inputs)
@@ -37,4 +37,4 @@ class Graphed:
         for mine, new in zip(self.inputs, inputs):
             mine.copy_(new, non_blocking=True)
         self.graph.replay()
-        return self.output.clone()  # the next replay writes over it
+        return self.output.clone()  # the next replay overwrites the output

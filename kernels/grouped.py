@@ -1,9 +1,9 @@
-"""Mixtures computed expert by expert: rows sorted by the expert that they go to, and each expert's rows times its matrices.
+"""Mixtures computed expert by expert: rows are sorted by expert, and each expert's rows are multiplied by its matrices.
 
-Nothing waits for the device and no shape depends on values. On a GPU the products are torch's grouped GEMM where that takes
-them (grouped_products); BTT-MoE and low-rank-MoE there have kernels of their own (moe.py).
+On a GPU the host never waits for the device, no shape depends on values, and the products use torch's grouped GEMM if it
+supports them (product_method). BTT-MoE and low-rank-MoE have GPU kernels of their own (moe.py).
 
-Shapes: n tokens, k experts a token, m = n · k rows of a token and an expert, E experts; g a f e r as in btt.py.
+Shapes: n tokens, k experts per token, m = n · k rows, one for each token and expert of it, E experts; g a f e r as in btt.py.
 """
 
 import torch
@@ -15,8 +15,8 @@ from kernels.common import compute_dtype
 def sort_by_expert(index, num_experts):
     """index (n, k) -> order (m,), inverse (m,), ends (E,), all int64.
 
-    Row i of the sorted ones is row order[i] of the unsorted, which is of token order[i] // k; unsorted row j is in
-    place inverse[j]; the rows of expert e end before ends[e].
+    Sorted row i is unsorted row order[i], which belongs to token order[i] // k. Unsorted row j becomes sorted row
+    inverse[j]. The sorted rows of expert e end before ends[e].
     """
     experts, order = index.flatten().sort(stable=True)
     inverse = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
@@ -25,7 +25,7 @@ def sort_by_expert(index, num_experts):
 
 
 class Spread(torch.autograd.Function):
-    """Tokens (n, d) -> sorted rows (m, d). Backward sums a token's rows in a fixed order, as index_add would not."""
+    """Tokens (n, d) -> sorted rows (m, d). Backward sums a token's rows in a fixed order, which index_add would not."""
 
     @staticmethod
     def forward(ctx, x, order, inverse):
@@ -61,14 +61,14 @@ def grouped_products(x: torch.Tensor, W: torch.Tensor, ends: torch.Tensor) -> to
     x (b, m, p) with rows sorted by expert, W (b, E, p, q), of one dtype; ends (E,) int64 -> (b, m, q)
     """
     products = {"loop": products_by_loop, "library": products_by_library, "tiles": products_by_tiles}
-    return products[way_for(x, W)](x, W, ends)
+    return products[product_method(x, W)](x, W, ends)
 
 
 @torch.library.custom_op("nanoeinsum::grouped_gradients", mutates_args=())
 def grouped_gradients(x: torch.Tensor, dy: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
-    """The gradient of W: dW[b, e] = Σ over e's rows of x[b, i]ᵀ dy[b, i], 0 where it has none. -> (b, E, p, q)"""
+    """The gradient of W, (b, E, p, q): dW[b, e] = Σ over e's rows i of x[b, i]ᵀ dy[b, i]; 0 for an expert without rows."""
     gradients = {"loop": gradients_by_loop, "library": gradients_by_library, "tiles": gradients_by_tiles}
-    return gradients[way_for(x, dy)](x, dy, ends)
+    return gradients[product_method(x, dy)](x, dy, ends)
 
 
 @grouped_products.register_fake
@@ -96,7 +96,7 @@ grouped_products.register_autograd(_backward, setup_context=_setup)
 
 
 def products_by_loop(x, W, ends):
-    """On a CPU, which may look at the ends."""
+    """grouped_products on a CPU, where reading `ends` costs nothing."""
     y, start = x.new_empty(x.shape[0], x.shape[1], W.shape[3]), 0
     for e, end in enumerate(ends.tolist()):
         y[:, start:end] = x[:, start:end] @ W[:, e]
@@ -105,6 +105,7 @@ def products_by_loop(x, W, ends):
 
 
 def gradients_by_loop(x, dy, ends):
+    """grouped_gradients on a CPU."""
     dW, start = x.new_empty(x.shape[0], len(ends), x.shape[2], dy.shape[2]), 0
     for e, end in enumerate(ends.tolist()):
         dW[:, e] = x[:, start:end].transpose(1, 2) @ dy[:, start:end]
@@ -112,12 +113,13 @@ def gradients_by_loop(x, dy, ends):
     return dW
 
 
-def way_for(*operands):
-    """How the products of these tensors are computed:
+def product_method(*operands):
+    """The method of products with these operands:
 
     "loop"     expert by expert, on a CPU
-    "library"  by torch's grouped GEMM, where that does not read the ends: bfloat16 from Hopper on, widths of 16 bytes
-    "tiles"    on other GPUs
+    "library"  torch's grouped GEMM, where it does not make the host read the ends: bfloat16 on Hopper and newer GPUs,
+               rows of a multiple of 16 bytes
+    "tiles"    batched products of tiles, on all other GPUs
     """
     if not operands[0].is_cuda:
         return "loop"
@@ -130,35 +132,37 @@ def way_for(*operands):
 
 
 def _offsets(ends, b, m):
-    """Ends of the b · E groups of rows where the b batches follow each other."""
+    """Ends of the b · E groups of rows when the b batches are concatenated."""
     return (torch.arange(b, device=ends.device)[:, None] * m + ends).flatten().int()
 
 
 def products_by_library(x, W, ends):
+    """grouped_products by torch's grouped GEMM."""
     b, m, p = x.shape
     y = F.grouped_mm(x.reshape(b * m, p).contiguous(), W.flatten(0, 1), offs=_offsets(ends, b, m))
     return y.view(b, m, -1)
 
 
 def gradients_by_library(x, dy, ends):
+    """grouped_gradients by torch's grouped GEMM."""
     b, m, p = x.shape
     rows = dy.reshape(b * m, -1).contiguous()
     dW = F.grouped_mm(x.reshape(b * m, p).contiguous().t(), rows, offs=_offsets(ends, b, m))
     return dW.view(b, len(ends), p, -1)
 
 
-TILE = 64  # rows of one expert that are multiplied at a time
+TILE = 64  # rows of one expert in a tile
 
 
 def tiles(m, ends):
-    """Rows in tiles of one expert each -> expert of every tile (T,), place of every row (m,) in the T · TILE rows of all.
+    """Put rows into tiles of one expert each -> expert of each tile (T,), place of each row (m,) among the T · TILE places.
 
-    An expert's last tile may not be full: m rows never need more than m / TILE + E tiles, and that is how many are made.
+    The last tile of an expert may be partly empty: T = m // TILE + E tiles are always enough.
     """
     E, T = len(ends), m // TILE + len(ends)
     counts = ends.diff(prepend=ends.new_zeros(1))
     tile_ends = (-(-counts // TILE)).cumsum(0)
-    first_row = torch.cat((tile_ends.new_zeros(1), tile_ends[:-1])) * TILE  # of each expert, in tiles
+    first_row = torch.cat((tile_ends.new_zeros(1), tile_ends[:-1])) * TILE  # place of each expert's first row
     expert_of_tile = torch.searchsorted(tile_ends, torch.arange(T, device=ends.device), right=True).clamp(max=E - 1)
     row = torch.arange(m, device=ends.device)
     expert = torch.searchsorted(ends, row, right=True)
@@ -166,18 +170,19 @@ def tiles(m, ends):
 
 
 def _tiled(x, T, place):
-    """(b, m, p) -> (b, T, TILE, p), 0 where no row is."""
+    """(b, m, p) -> (b, T, TILE, p), 0 at places without a row."""
     return x.new_zeros(x.shape[0], T * TILE, x.shape[2]).index_copy(1, place, x).view(x.shape[0], T, TILE, -1)
 
 
 def products_by_tiles(x, W, ends):
-    """Without reading the ends: a matrix is copied for every tile that it multiplies."""
+    """grouped_products without reading the ends: each tile gets a copy of its expert's matrix."""
     expert, place = tiles(x.shape[1], ends)
     y = _tiled(x, len(expert), place) @ W[:, expert]  # (b, T, TILE, q)
     return y.flatten(1, 2)[:, place]
 
 
 def gradients_by_tiles(x, dy, ends):
+    """grouped_gradients without reading the ends."""
     expert, place = tiles(x.shape[1], ends)
     of_tiles = _tiled(x, len(expert), place).transpose(2, 3) @ _tiled(dy, len(expert), place)  # (b, T, p, q)
     owner = expert == torch.arange(len(ends), device=ends.device)[:, None]  # (E, T)
@@ -199,7 +204,7 @@ def btt_moe(x, A, B, index, gate, num_experts):
 
 
 def btt_experts(x, A, B, ends, gate=None):
-    """Sorted rows x (m, g·a), each through its expert's slice of the BTT, times gate (m,) -> (m, f·e)."""
+    """Sorted rows x (m, g·a), each through its expert's slice of the BTT and times its gate (m,), if any -> (m, f·e)."""
     (g, a, _), (f, gEr, e), E, m = A.shape, B.shape, len(ends), len(x)
     r, dtype = gEr // (g * E), compute_dtype(x)
     A = A.to(dtype).view(g, a, E, r * f).transpose(1, 2)  # (g, E, a, r·f)
@@ -220,7 +225,7 @@ def dense_moe(x, W, index, gate):
 
 
 def dense_experts(x, W, ends, gate=None):
-    """Sorted rows x (m, d_in), each times its expert's matrix and its gate (m,) -> (m, d_out)."""
+    """Sorted rows x (m, d_in), each times its expert's matrix and its gate (m,), if any -> (m, d_out)."""
     dtype = compute_dtype(x)
     y = grouped_products(x.to(dtype)[None], W.to(dtype)[None], ends)[0]
     return y if gate is None else (y * gate[:, None]).to(dtype)

@@ -1,10 +1,10 @@
-"""The LM head and its cross-entropy as one operation, a chunk of tokens at a time.
+"""The LM head and its cross-entropy as one operation, computed in chunks of tokens.
 
-The logits are by far the largest tensor of a GPT: of 32 sequences of 1024 tokens and 50304 words
-they take 3.3 GB in 16 bits, and their gradient as much again. Here the logits of a chunk are made,
-turned into their own gradient in place, multiplied into the gradients of x and of the head, and
-forgotten, all in the forward pass; the backward pass only scales. It works for any head, dense or
-structured, where torch.nn.functional.linear_cross_entropy (of newer torch) takes a dense matrix.
+The logits are by far the largest tensor of a GPT: for 32 sequences of 1024 tokens and a vocabulary of
+50304 they take 3.3 GB in 16 bits, and their gradient as much again. Here the forward pass computes
+the logits of a chunk, replaces them by their gradient in place, accumulates the gradients of x and of
+the head, and discards them; the backward pass only scales. This works for any head, dense or structured;
+torch.nn.functional.linear_cross_entropy (in newer torch) needs a dense matrix.
 """
 
 import torch
@@ -16,21 +16,21 @@ try:
 except ImportError:  # no GPU: plain torch
     triton = None
 
-IGNORED = -1  # target of a token without loss
+IGNORED = -1  # target of tokens that do not count in the loss
 
 
 @torch.compiler.disable  # the chunks of a head are a few large products: nothing to fuse
 def linear_cross_entropy(head, x, targets, chunk):
-    """Mean cross-entropy of head(x), in nats, without the whole of head(x) in memory.
+    """Mean cross-entropy of head(x), in nats, without ever holding all of head(x) in memory.
 
     head     module, (n, d_model) -> (n, vocab_size)
     x        (N, d_model)
-    targets  (N,) int64; IGNORED where no loss is wanted
-    chunk    tokens at a time
+    targets  (N,) int64; IGNORED for tokens that do not count
+    chunk    number of tokens at a time
     -> scalar, float32
     """
     parameters = tuple(head.parameters())
-    # Asked here: inside a Function gradients are off, and needs_input_grad is true of parameters under no_grad too.
+    # Decided here: inside a Function gradients are off, and needs_input_grad is true even under no_grad.
     wanted = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, *parameters))
     total = _ChunkedLoss.apply(head, chunk, wanted, x, targets, *parameters)
     return total / (targets != IGNORED).sum()
@@ -65,16 +65,16 @@ class _ChunkedLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dtotal):
-        # A token's gradient in the sum is of size 1, well within 16 bits; in the mean it would not be.
+        # The gradient of a token in the sum has size 1, well within the range of 16 bits; in the mean it would be tiny.
         dx, *gradients = (gradient * dtotal for gradient in ctx.saved_tensors)
         gradients = iter(gradients)
         return None, None, None, dx, None, *(next(gradients) if trained else None for trained in ctx.trained)
 
 
 def cross_entropy(logits, targets, gradient):
-    """-> sum of the losses, float32, and its gradient in the place of the logits (None where `gradient` is false).
+    """-> sum of the losses, float32, and its gradient, which may overwrite the logits (None if not `gradient`).
 
-    logits (n, vocab_size), targets (n,) int64, IGNORED where no loss is wanted.
+    logits (n, vocab_size), targets (n,) int64, IGNORED for tokens that do not count.
     """
     if triton is not None and (logits.is_cuda or _interpreted()):
         return _cross_entropy_by_triton(logits, targets, gradient)
@@ -101,7 +101,7 @@ def _cross_entropy_by_triton(logits, targets, gradient):
         logits, targets, losses, logits.shape[1], gradient=gradient, IGNORED=IGNORED, BLOCK=block, num_warps=8
     )  # fmt: skip
     if gradient:
-        torch.autograd.graph.increment_version(logits)  # a head that saved its output for backward gets an error
+        torch.autograd.graph.increment_version(logits)  # autograd then rejects a head that saved its output
     return losses.sum(), logits if gradient else None
 
 
@@ -111,7 +111,7 @@ if triton is not None:
     def _cross_entropy_kernel(
         logits, targets, losses, V: tl.constexpr, gradient: tl.constexpr, IGNORED: tl.constexpr, BLOCK: tl.constexpr
     ):
-        """One program a token. Twice over its row: for the sum of exponentials, then, from L2, for the gradient."""
+        """One program per token reads its row twice: for the sum of exponentials, then, from the L2 cache, for the gradient."""
         token = tl.program_id(0).to(tl.int64)
         row = logits + token * V
         target = tl.load(targets + token)
@@ -127,7 +127,7 @@ if triton is not None:
         at_target = tl.load(row + tl.maximum(target, 0)).to(tl.float32)
         tl.store(losses + token, weight * (log_total - at_target))
         if gradient:
-            tl.debug_barrier()  # every thread has read the target's logit before one of them writes over it
+            tl.debug_barrier()  # all threads must read the target's logit before any of them overwrites it
             for start in range(0, V, BLOCK):
                 inside = start + columns < V
                 x = tl.load(row + start + columns, inside, 0.0).to(tl.float32)

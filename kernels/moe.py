@@ -1,16 +1,16 @@
-"""BTT-MoE and low-rank-MoE on a GPU: Triton kernels that compute only the experts that were picked.
+"""BTT-MoE and low-rank-MoE on a GPU: Triton kernels that compute only the picked experts.
 
-Expert e is slice e of the rank index of a BTT. A token whose experts are the set S passes a BTT of rank |S|, made of
-the slices in S, with its gates between the two cores:
+Expert e is slice e of the rank index of a BTT. For a token with the set S of experts, the layer is a BTT of rank |S|,
+made of the slices in S, with the gates between its two cores:
 
     z[n, g, j, f] = Σ_a x[n, g, a] · A[g, a, e_j, f]        y[n, f, e] = Σ_{g j} gate[n, j] · z[n, g, j, f] · B[f, g, e_j, e]
 
-Tokens with the same set share all weights. So tokens are sorted by set: of E = 8 experts there are 28 sets of 2. A tile
-of them is a plain BTT of rank 2, every token is in one tile, and nothing is added up between experts in memory. The
-four kernels are those of btt.py's staged method, with rows gathered and scattered. Shapes depend on no data: there is
-room for a partly filled tile a set. Gradients of the gates come from the z before the gate, nothing is divided by it.
+Tokens with the same set share all weights, so tokens are sorted by set; E = 8 experts have 28 sets of 2. For a tile of
+one set the layer is a plain BTT of rank 2. Every token is in one tile, and no sums over experts go through memory. The
+four kernels are those of btt.py's staged method, with gathered and scattered rows. Shapes do not depend on data: every
+set has room for one partly filled tile. The gradient of a gate is computed from z before the gate, without a division.
 Sums are float32 in a fixed order. A low-rank matrix is a BTT of one block (g = f = 1), too large for one program: it has
-kernels of its own, which go through it in parts.
+kernels of its own, which process it in parts.
 """
 
 import functools
@@ -27,17 +27,17 @@ try:
 except ImportError:
     triton = None
 
-MOST_WIDTH = 512  # of α and ε: tiles of x and dy fit in shared memory
-MOST_SUMS = 32_768  # of a core's gradient, float32, that a program can hold
-MOST_REGISTERS = {4: 128, 3: 168, 2: None}  # of a thread, by the number of programs of 4 warps on a multiprocessor
+MOST_WIDTH = 512  # largest α and ε, for which tiles of x and dy fit in shared memory
+MOST_SUMS = 32_768  # most float32 entries of a core's gradient that a program can hold
+MOST_REGISTERS = {4: 128, 3: 168, 2: None}  # per thread, by the number of programs of 4 warps on a multiprocessor
 
 
-def way_for(x, sizes, num_experts, k, own_router):
-    """How a mixture of BTTs, top k of num_experts, is computed for x (..., g·a):
+def mixture_method(x, sizes, num_experts, k, own_router):
+    """The method that computes a mixture of BTTs, top k of num_experts, for x (..., g·a):
 
-    "routed"   by the kernels of this file, which make the router's gradient, too: of a router that no other layer has
-    "picked"   by the kernels of this file, of index and gate: btt_mixture
-    "grouped"  expert by expert, anywhere: grouped.btt_moe
+    "routed"   routed_btt_mixture, whose kernels include the router, if no other layer shares it
+    "picked"   btt_mixture, with index and gate from a router outside
+    "grouped"  grouped.btt_moe, expert by expert, on any device
 
     sizes: kernels.btt.BTTSizes, r being the rank of one expert. own_router: whether the layer has a router of its own.
     """
@@ -47,7 +47,7 @@ def way_for(x, sizes, num_experts, k, own_router):
 
 
 def kernels_fit(sizes, num_experts, k):
-    """Whether the kernels have room for a layer: for all sets of k experts, and for its cores or parts of them."""
+    """Whether the kernels have room for a layer: for all sets of k experts, and for its cores, or parts of them if low-rank."""
     g, a, f, e, r = sizes
     rows = pow2(k * r) * max(pow2(g), pow2(f))
     in_one_program = rows <= MAX_ROWS and rows * pow2(max(a, e)) <= MOST_SUMS and max(a, e) <= MOST_WIDTH
@@ -58,7 +58,7 @@ def btt_mixture(x, A, B, index, gate, num_experts):
     """y of the experts that each token picked, weighed by their gates.
 
     x (n, g·a), A (g, a, E·r·f) with columns (expert, rank, f), B (f, g·E·r, e) with rows (g, expert, rank), all of one
-    16-bit dtype; index (n, k) int64, no expert twice in a row; gate (n, k) -> y (n, f·e). For layers of way_for "picked".
+    16-bit dtype; index (n, k) int64, no expert twice in a row; gate (n, k) -> y (n, f·e). The layer's mixture_method must be "picked".
     """
     index, ascending = index.sort(dim=1)
     gate = gate.gather(1, ascending).float()
@@ -71,19 +71,19 @@ def btt_mixture(x, A, B, index, gate, num_experts):
 
 
 def routed_btt_mixture(x, W, bias, A, B, k, after_gelu=False):
-    """btt_mixture of the k experts that a router of its own picks -> y, and the router's index, gate and logits.
+    """btt_mixture of the k experts that the layer's own router picks -> y, and the router's index, gate and logits.
 
-    Of x, or of gelu(x), which the kernels make of what they read.
-    W (E, g·a) float32, bias (E,) as of routing.route. The router's gradient is made where that of x is, which is then
-    written once. gate has no gradient of its own: a loss of the router is one of its logits. For layers of
-    way_for "routed".
+    The input is x, or with after_gelu gelu(x), which the kernels compute as they read x.
+    W (E, g·a) float32, bias (E,) as in routing.route. The kernel for the gradient of x adds the router's part, so that it is
+    written once. `gate` gets no gradient: a loss of the router must use its logits. The layer's mixture_method must be
+    "routed".
     """
     y, logits, index, gate, *_ = torch.ops.nanoeinsum.routed_btt_mixture(x, W, bias, A, B, k, after_gelu)
     return y, index, gate, logits
 
 
 def router_fits(sizes, num_experts):
-    """Whether kernels that fit a layer have room for a block of the router's matrix, too."""
+    """Whether kernels that have room for a layer also have room for a block of the router's matrix."""
     return num_experts <= 16 and not sizes.g == sizes.f == 1
 
 
@@ -92,12 +92,12 @@ if triton is not None:
 
     @triton.jit
     def _expert_ranks(sets, of_set, j, r, K: tl.constexpr, R: tl.constexpr):
-        """Rank index of slot j's expert and its rank r."""
+        """Rank index in the core of rank r of slot j's expert."""
         return tl.load(sets + of_set * K + j, j < K, 0) * R + r
 
     @triton.jit
     def _a_columns(sets, of_set, c, F: tl.constexpr, FB: tl.constexpr, K: tl.constexpr, R: tl.constexpr):
-        """Columns of core A for rows c = (slot rank f) of z, where f < FB runs fastest, and which there are."""
+        """Columns of core A for rows c = (slot rank f) of z, where f < FB runs fastest, and a mask of rows that exist."""
         jr, f = c // FB, c % FB
         rank = _expert_ranks(sets, of_set, jr // R, jr % R, K, R)
         return rank * F + f, (jr < K * R) & (f < F)
@@ -122,19 +122,19 @@ if triton is not None:
                 x_t = gelu_of_tile(x_t)
             z_t = tl.dot(A_g, x_t.T).to(z.dtype.element_ty)  # (CB, BM)
             rows = z + (g * (K * R * F) + c // FB * F + c % FB)[:, None].to(tl.int64) * z_stride
-            # Places without a token get the zeros that no x gives: what is padding is never uninitialised.
+            # Empty places, whose x is 0, get zeros, so that padding is never uninitialised.
             tl.store(rows + column[None, :], z_t, there[:, None])
 
     @triton.jit
     def _b_rows(sets, of_set, k, G: tl.constexpr, E: tl.constexpr, K: tl.constexpr, R: tl.constexpr, KB: tl.constexpr):
-        """Rows of core B for rows k = (g slot rank) of z, where slot·rank < KB runs fastest, and which there are."""
+        """Rows of core B for rows k = (g slot rank) of z, where slot·rank < KB runs fastest, and a mask of rows that exist."""
         g, jr = k // KB, k % KB
         rank = _expert_ranks(sets, of_set, jr // R, jr % R, K, R)
         return g * (E * R) + rank, (g < G) & (jr < K * R)
 
     @triton.jit
     def _by_row(gates, column, places, slot, K: tl.constexpr, KP: tl.constexpr, BM: tl.constexpr):
-        """Gates of a tile by rows of z, (KP, BM). A load a slot, not one an element."""
+        """Gates of a tile for each row of z, (KP, BM), with one load per slot instead of one per element."""
         result = tl.zeros((KP, BM), tl.float32)
         for j in tl.static_range(K):
             result = tl.where((slot == j)[:, None], tl.load(gates + j * places + column)[None, :], result)
@@ -163,7 +163,7 @@ if triton is not None:
 
     @triton.jit
     def _share(set_tiles, tile_set, part, SETS: tl.constexpr, PARTS: tl.constexpr):
-        """What a program of PARTS has of the tiles, whatever their sets: (first, last + 1, its first set, its last set + 1)."""
+        """The tiles of program `part` of PARTS, and their sets: (first tile, last tile + 1, first set, last set + 1)."""
         tiles = tl.load(set_tiles + SETS)
         size = tl.maximum(1, tl.cdiv(tiles, PARTS))
         start, stop = part * size, tl.minimum((part + 1) * size, tiles)
@@ -177,7 +177,7 @@ if triton is not None:
         EP: tl.constexpr, KB: tl.constexpr, KP: tl.constexpr, JP: tl.constexpr, BM: tl.constexpr,
         BLOCKS: tl.constexpr, SETS: tl.constexpr, PARTS: tl.constexpr,
     ):  # fmt: skip
-        """dz_f = gate B_f dy_fᵀ, dB_f = (gate z_f) dy_f, of KP rows of z and set by set, and their share of the gates' gradients."""
+        """dz_f = gate B_f dy_fᵀ and dB_f = (gate z_f) dy_f for KP rows of z, set by set, and their share of the gates' gradients."""
         pid = tl.program_id(0)
         block, f, part = pid % BLOCKS, pid // BLOCKS % F, pid // (BLOCKS * F)
         k, e, j = block * KP + tl.arange(0, KP), tl.arange(0, EP), tl.arange(0, JP)
@@ -199,11 +199,11 @@ if triton is not None:
                 dy_t = tl.load(dy + tokens[:, None].to(tl.int64) * dy_stride + f * EL + e[None, :], mask_y, 0.0)
                 z_t = tl.load(at[:, None] + column[None, :], there[:, None], 0.0)  # (KP, BM)
                 gate = tl.load(gates + j[None, :] * places + column[:, None], (j < K)[None, :], 0.0)  # (BM, JP)
-                # z goes from memory to the tensor cores as it is: dy is multiplied by each slot's gate instead, and
-                # every row of z by all of them, of which it keeps its own.
+                # z goes from memory to the tensor cores unchanged. Instead, dy is multiplied by the gate of each slot;
+                # each row of z is multiplied by all these products and keeps that of its own slot.
                 gated = (dy_t[:, None, :] * gate[:, :, None]).to(dy_t.dtype).reshape(BM, JP * EP)
                 dB_f = tl.dot(z_t, gated, dB_f)
-                d_gated = tl.dot(dy_t, B_f.T)  # (BM, KP), tokens first: sums over z are within a warp
+                d_gated = tl.dot(dy_t, B_f.T)  # (BM, KP), tokens first, so that sums over rows of z stay within a warp
                 share, of_row = d_gated * z_t.T, tl.zeros((BM, KP), tl.float32)
                 for i in tl.static_range(K):
                     mine = (slot == i)[None, :]
@@ -222,7 +222,7 @@ if triton is not None:
         F: tl.constexpr, K: tl.constexpr, E: tl.constexpr, FP: tl.constexpr, QP: tl.constexpr, BM: tl.constexpr,
         SETS: tl.constexpr, MORE: tl.constexpr,
     ):  # fmt: skip
-        """out (n, QP): gradient of the logits, from that of the gates and, where MORE, dlogits; of 16 bits, and then what these lack."""
+        """out (n, QP): gradient of the logits from that of the gates, plus dlogits if MORE: rounded to 16 bits, and the rounding error."""
         tile, q, f = tl.program_id(0), tl.arange(0, QP), tl.arange(0, FP)
         if tile < tl.load(set_tiles + SETS):
             of_set, column = tl.load(tile_set + tile), tile * BM + tl.arange(0, BM)
@@ -253,14 +253,14 @@ if triton is not None:
         AP: tl.constexpr, FB: tl.constexpr, CB: tl.constexpr, QP: tl.constexpr, BM: tl.constexpr,
         SETS: tl.constexpr, PARTS: tl.constexpr, ROUTER: tl.constexpr, GELU: tl.constexpr,
     ):  # fmt: skip
-        """dx_g (n, a) = dz_gᵀ A_gᵀ and dA_gᵀ = dz_g x_g set by set; where ROUTER, dx_g += d W_g and dW_g = dᵀ x_g for its logits."""
+        """dx_g (n, a) = dz_gᵀ A_gᵀ and dA_gᵀ = dz_g x_g, set by set. If ROUTER, also dx_g += d W_g and dW_g = dᵀ x_g."""
         pid = tl.program_id(0)
         g, part = pid % G, pid // G
         a, c, q = tl.arange(0, AP), tl.arange(0, CB), tl.arange(0, QP)
         at = dz + (g * (K * R * F) + c // FB * F + c % FB).to(tl.int64) * z_stride
         at_W = q[:, None] * (G * AL) + g * AL + a[None, :]
         dW_g = tl.zeros((QP, AP), tl.float32)
-        if ROUTER:  # once for what 16 bits have of the logits' gradient, once for what they lack
+        if ROUTER:  # once for the logits' gradient in 16 bits, once for its rounding error
             W_g = tl.load(W + (q % E)[:, None] * (G * AL) + g * AL + a[None, :], (a < AL)[None, :], 0.0)
             W_g = W_g.to(x.dtype.element_ty)  # (QP, AP)
         start, stop, set_0, set_1 = _share(set_tiles, tile_set, part, SETS, PARTS)
@@ -299,7 +299,7 @@ if triton is not None:
         sums, set_tiles, members, out, BLOCKS: tl.constexpr, OUTER: tl.constexpr, INNER: tl.constexpr,
         E: tl.constexpr, K: tl.constexpr, MEMBERS: tl.constexpr, SETS: tl.constexpr, PARTS: tl.constexpr, BS: tl.constexpr,
     ):  # fmt: skip
-        """out (block, outer, expert, inner): sums (part + set, block, slot, outer, inner) of all sets that an expert is in, in order."""
+        """out (block, outer, expert, inner): sums (part + set, block, slot, outer, inner) of all sets with this expert, in order."""
         expert, i = tl.program_id(0) % E, tl.program_id(0) // E * BS + tl.arange(0, BS)
         block, rest = i // (OUTER * INNER), i % (OUTER * INNER)
         size = tl.maximum(1, tl.cdiv(tl.load(set_tiles + SETS), PARTS))  # tiles of a part, as in _share
@@ -321,12 +321,12 @@ def _sizes(x, A, B, num_experts):
 
 
 def _row_sizes(g, f, slots):
-    """Rows of z that a program holds, padded: (g slot·rank) of one f, (slot·rank f) of one g."""
+    """Rows of z in a program, padded: (g slot·rank) of one f, and (slot·rank f) of one g."""
     return max(16, pow2(g) * pow2(slots)), max(16, pow2(slots) * pow2(f))
 
 
 def _outputs(x, A, B, plan, num_experts):
-    """y, and z (g·slot·rank·f, places) for backward, both empty."""
+    """Uninitialised y, and z (g·slot·rank·f, places) for backward."""
     g, _, f, e, r = _sizes(x, A, B, num_experts)
     return x.new_empty(x.shape[0], f * e), x.new_empty(g * len(plan.gate) * r * f, row_stride_of_z(len(plan.token)))
 
@@ -352,9 +352,9 @@ def _forward(x, A, B, plan, num_experts, tokens, after_gelu=False):
 
 
 def _backward(x, dy, z, A, B, plan, num_experts, tokens, W=None, dlogits=None, after_gelu=False):
-    """-> dx, dA, dB and dgate (n, k), or, of a layer with a router W, dW in its stead, and dx with that of the router.
+    """-> dx, dA, dB, dgate (n, k). For a layer with router W: dx including the router's part, dA, dB, dW.
 
-    dlogits (n, E) or None: gradient of the router's logits from elsewhere.
+    dlogits (n, E) or None: gradient of the router's logits from other losses.
     """
     (g, a, f, e, r), E = _sizes(x, A, B, num_experts), num_experts
     (k, places), tiles = plan.gate.shape, len(plan.tile_set)
@@ -370,7 +370,7 @@ def _backward(x, dy, z, A, B, plan, num_experts, tokens, W=None, dlogits=None, a
     def empty(*size):
         return torch.empty(size, dtype=torch.float32, device=x.device)
 
-    blocks, width = max(1, rows // 64), pow2(k) * pow2(e, 16)  # sums of a row of z, which every slot has
+    blocks, width = max(1, rows // 64), pow2(k) * pow2(e, 16)  # width: sums per row of z, over all slots
     resident = 4 if width <= 64 else 3 if width <= 128 else 2
     parts = _parts(f * blocks, tiles, resident, x)
     dz, shares, sums_B = torch.empty_like(z), empty(f * blocks, k, places), empty(parts + n_sets, f, k, g * r * e)
@@ -406,14 +406,14 @@ def _backward(x, dy, z, A, B, plan, num_experts, tokens, W=None, dlogits=None, a
 
 
 def _gate_gradient(shares, plan):
-    """Gradients by slot and place, (k, places) -> by token, (n, k)."""
+    """Gradients of the gates by slot and place, (k, places) -> by token, (n, k)."""
     return shares[:, plan.place.long()].t().contiguous()
 
 
 def _parts(blocks, tiles, resident, tensor):
-    """So many programs share the tiles: all of them run at once, `resident` to a multiprocessor, and have as many tiles each.
+    """Number of programs that share the tiles: all run at once, `resident` on a multiprocessor, with equally many tiles each.
 
-    Tiles are dealt out whatever their sets, since of these a few may have most tokens.
+    Tiles are distributed regardless of their sets, because a few sets may have most of the tokens.
     """
     return max(1, min(tiles, resident * multiprocessors(tensor) // blocks))
 
@@ -421,7 +421,7 @@ def _parts(blocks, tiles, resident, tensor):
 def _sum_experts(sums, set_tiles, members, out, sizes, parts):
     """Fill `out`, whose axes are (block, outer, expert, inner), from sums (part + set, block, slot, outer · inner).
 
-    Along the tiles neither the part nor the set goes back, so that their sum tells all pairs apart.
+    Along the tiles neither part nor set decreases, so that part + set differs for all pairs that occur.
     """
     (blocks, outer, inner), size = sizes, 512
     E, count = members.shape
@@ -437,7 +437,7 @@ def _btt(
     x: torch.Tensor, A: torch.Tensor, B: torch.Tensor, gate: torch.Tensor, token: torch.Tensor, gates: torch.Tensor,
     place: torch.Tensor, set_tiles: torch.Tensor, tile_set: torch.Tensor, num_experts: int, tokens: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-    """-> y, z. `gate` stands for its gradient, its values are in `gates`."""
+    """-> y, z. The argument `gate` only receives the gradient; its values are in `gates`."""
     plan = Plan(token, gates, place, set_tiles, tile_set)
     return _forward(whole_rows(x), A.contiguous(), B.contiguous(), plan, num_experts, tokens)
 
@@ -484,7 +484,7 @@ def _routed(
     torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor,
     torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor,
 ]:  # fmt: skip
-    """-> y, logits, index, gate; z and the plan for backward"""
+    """-> y, logits, index, gate, and for backward z and the plan"""
     x, E = whole_rows(x), len(W)
     logits, index, gate = route_rows(x, W, bias, k, after_gelu)
     tokens = tile_tokens(len(x), math.comb(E, k))
@@ -531,7 +531,7 @@ def _routed_setup(ctx, inputs, output):
 
 def _routed_gradients(ctx, dy, dlogits, *_):
     x, z, *saved = ctx.saved_tensors
-    if dy is None:  # only the router's loss was asked for
+    if dy is None:  # the loss depends on the router alone
         dy = x.new_zeros(x.shape[0], saved[2].shape[0] * saved[2].shape[2])
     dx, dA, dB, dW = torch.ops.nanoeinsum.routed_btt_mixture_backward(x, dy, dlogits, z, *saved, ctx.after_gelu)
     return dx, dW, None, dA, dB, None, None
@@ -541,7 +541,7 @@ _routed.register_autograd(_routed_gradients, setup_context=_routed_setup)
 
 
 # ---------------------------------------------------------------------------------------
-# Low-rank mixtures: x (n, a), A (a, E·r), B (E·r, e), without the axes of one block. Three kernels, each used twice:
+# Low-rank mixtures: x (n, a), A (a, E·r), B (E·r, e), without the block axes of size 1. Three kernels, each used twice:
 #
 #     _to_ranks_kernel        z = A_Sᵀ xᵀ                   dz = gate B_S dyᵀ, and the gates' gradients
 #     _from_ranks_kernel      y = (gate z)ᵀ B_S             dx = dzᵀ A_Sᵀ
@@ -555,7 +555,7 @@ if triton is not None:
         z_stride, places, SETS: tl.constexpr, D: tl.constexpr, K: tl.constexpr, R: tl.constexpr, CB: tl.constexpr, DB: tl.constexpr,
         BM: tl.constexpr, BACKWARD: tl.constexpr,
     ):  # fmt: skip
-        """out (slot·rank, place) = core_S rowsᵀ, for one tile of tokens and CB ranks of one slot. core: (ranks, D) by its strides."""
+        """out (slot·rank, place) = core_S rowsᵀ, for one tile of tokens and CB ranks of one slot. core: (ranks, D) with any strides."""
         C_BLOCKS: tl.constexpr = (R + CB - 1) // CB
         block, tile = tl.program_id(0) % (K * C_BLOCKS), tl.program_id(0) // (K * C_BLOCKS)
         j, c = block // C_BLOCKS, block % C_BLOCKS * CB + tl.arange(0, CB)
@@ -585,7 +585,7 @@ if triton is not None:
         SETS: tl.constexpr, D: tl.constexpr, K: tl.constexpr, R: tl.constexpr, CB: tl.constexpr, DB: tl.constexpr,
         BM: tl.constexpr, GATED: tl.constexpr,
     ):  # fmt: skip
-        """out (n, d) = zᵀ core_S, for one tile of tokens and DB of the D columns; every slot times its gate where GATED."""
+        """out (n, d) = zᵀ core_S, for one tile of tokens and DB of the D columns; each slot times its gate if GATED."""
         D_BLOCKS: tl.constexpr = (D + DB - 1) // DB
         tile, d = tl.program_id(0) // D_BLOCKS, tl.program_id(0) % D_BLOCKS * DB + tl.arange(0, DB)
         if tile < tl.load(set_tiles + SETS):
@@ -614,7 +614,7 @@ if triton is not None:
         D: tl.constexpr, K: tl.constexpr, R: tl.constexpr, CB: tl.constexpr, DB: tl.constexpr,
         BM: tl.constexpr, SETS: tl.constexpr, PARTS: tl.constexpr, GATED: tl.constexpr,
     ):  # fmt: skip
-        """sums (part + set, slot·rank, d) = z rows, set by set; z times the gate where GATED."""
+        """sums (part + set, slot·rank, d) = z rows, set by set; z times the gate if GATED."""
         D_BLOCKS: tl.constexpr = (D + DB - 1) // DB
         C_BLOCKS: tl.constexpr = (R + CB - 1) // CB
         pid = tl.program_id(0)
@@ -641,7 +641,7 @@ if triton is not None:
 
 
 def _rank_block(r):
-    """CB: ranks that a program takes at a time, of one expert."""
+    """CB: number of ranks of one expert that a program processes at a time."""
     return min(64, pow2(r, 16))
 
 

@@ -1,9 +1,9 @@
-"""Routing on a GPU: which experts a token goes to, and places for tokens, sorted by them, as Triton kernels.
+"""Routing on a GPU, as Triton kernels: the experts of each token, and tokens sorted by them.
 
-    route       logits, the k largest and their gates, from one reading of x; what moe.Router does in plain torch
-    make_plan   tokens sorted by the set of their experts, into tiles of one set each, by counting
+    route       logits, the k largest and their gates in one pass over x; moe.Router does the same in plain torch
+    make_plan   sorts tokens by their sets of experts (counting sort) into tiles of one set each
 
-Nothing waits for the device and no shape depends on data. Sums are in a fixed order.
+The host never waits for the device and no shape depends on data. Sums are in a fixed order.
 """
 
 import functools
@@ -33,7 +33,7 @@ if triton is not None:
         D: tl.constexpr, E: tl.constexpr, K: tl.constexpr, EP: tl.constexpr, BM: tl.constexpr, DB: tl.constexpr,
         GELU: tl.constexpr,
     ):  # fmt: skip
-        """logits (n, E) = x Wᵀ, or gelu(x) Wᵀ; index and gate (n, K) of the K largest logits + bias, ascending in the expert."""
+        """logits (n, E) = x Wᵀ, or gelu(x) Wᵀ; index and gate (n, K) of the K largest logits + bias, sorted by expert."""
         n, e = tl.program_id(0) * BM + tl.arange(0, BM), tl.arange(0, EP)
         sums = tl.zeros((BM, EP), tl.float32)
         for start in tl.range(0, D, DB):
@@ -46,7 +46,7 @@ if triton is not None:
             sums = tl.dot(x_t.to(tl.float32), W_t, sums, input_precision="tf32x3")
         real = (e < E)[None, :]
         tl.store(logits + n[:, None].to(tl.int64) * E + e[None, :], sums, (n < N)[:, None] & real)
-        # Of equal ones the first in the order n, n + 1, … (mod E), as moe.pick has it. NaN is never larger than another.
+        # Ties go to the first in the order n, n + 1, … (mod E), as in moe.pick. NaN counts as -inf.
         key = sums + tl.load(bias + e, e < E, 0.0)[None, :]
         key = tl.where(key == key, key, float("-inf"))
         turn = tl.where(real, (e[None, :] + E - n[:, None] % E) % E, 2 * EP)
@@ -66,8 +66,8 @@ if triton is not None:
             tl.store(gate + n * K + j, tl.sum(tl.where(mine, weight, 0.0), 1), n < N)
 
 
-def way_for(x, num_experts):
-    """How a router is computed for x (..., d): "kernel", by the op `route`, or "torch"."""
+def router_method(x, num_experts):
+    """The method that computes a router for x (..., d): "kernel" (the op `route`) or "torch"."""
     return "kernel" if takes_kernels(x) and num_experts <= 128 else "torch"
 
 
@@ -77,13 +77,13 @@ def route(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """x (n, d), W (E, d) float32, bias (E,) float32 -> logits (n, E) float32, index (n, k) int64, gate (n, k) float32.
 
-    The gates are the softmax of the k logits that are largest with the bias; a row's experts are in ascending order.
+    The k experts with the largest logits + bias are picked, in ascending order; gates are the softmax of their logits.
     """
     return route_rows(whole_rows(x), W, bias, k)
 
 
 def route_rows(x, W, bias, k, after_gelu=False):
-    """What `route` does, of gelu(x) where asked."""
+    """The work of `route`: on x, or on gelu(x) if after_gelu."""
     W, bias = W.contiguous(), bias.contiguous()
     (n, d), E = x.shape, len(W)
     logits, gate = (x.new_empty(n, width, dtype=torch.float32) for width in (E, k))
@@ -113,7 +113,7 @@ def _route_setup(ctx, inputs, output):
 
 def _route_backward(ctx, dlogits, _, dgate):
     x, W, index, gate = ctx.saved_tensors
-    of_picked = gate * (dgate - (gate * dgate).sum(1, keepdim=True))  # through the softmax
+    of_picked = gate * (dgate - (gate * dgate).sum(1, keepdim=True))  # backward through the softmax
     d = dlogits.scatter_add(1, index, of_picked).to(x.dtype)
     return d @ W.to(x.dtype), (d.t() @ x).to(W.dtype), None, None
 
@@ -124,30 +124,30 @@ route.register_autograd(_route_backward, setup_context=_route_setup)
 # ---------------------------------------------------------------------------------------
 # Places
 
-MOST_SETS = 128  # of experts: with more of them tiles stay nearly empty
+MOST_SETS = 128  # sets of experts: with more, most tiles would be nearly empty
 
 
 class Plan(NamedTuple):
-    """Places for n tokens in T tiles of one set of experts each. Tiles of a set follow each other; behind them all are empty ones."""
+    """Places for n tokens in T tiles, each for one set of experts. Tiles are sorted by set; unused ones come last."""
 
-    token: torch.Tensor  # (places,) int32: token at each place, -1 where there is none
-    gate: torch.Tensor  # (k, places) float32: its gates, 0 where there is none
+    token: torch.Tensor  # (places,) int32: token at each place, -1 if the place is empty
+    gate: torch.Tensor  # (k, places) float32: gates of that token, 0 if the place is empty
     place: torch.Tensor  # (n,) int32: place of each token
-    set_tiles: torch.Tensor  # (sets + 1,) int32: number of each set's first tile; the last: of tiles in use
-    tile_set: torch.Tensor  # (T,) int32
+    set_tiles: torch.Tensor  # (sets + 1,) int32: index of each set's first tile; last, the number of tiles in use
+    tile_set: torch.Tensor  # (T,) int32: set of each tile
 
 
 class Tables(NamedTuple):
-    """What is the same for all tokens, int32."""
+    """Constant tables of the sets of experts, int32."""
 
     sets: torch.Tensor  # (sets, k): experts of a set, ascending
-    members: torch.Tensor  # (E, sets of an expert): set · k + slot, wherever the expert is
-    addends: torch.Tensor  # (k, E): their sum over the experts of a set is the set's number
+    members: torch.Tensor  # (E, sets of an expert): set · k + slot of the expert in the set
+    addends: torch.Tensor  # (k, E): a set's number is the sum of addends[slot, expert] over its experts
 
 
 @functools.cache
 def set_tables(num_experts, k, device):
-    """The Tables of all sets of k experts, on the device."""
+    """Tables of all sets of k experts, on the device."""
     sets = sorted(itertools.combinations(range(num_experts), k), key=lambda s: s[::-1])
     # The number of {e_0 < e_1 < …} is C(e_0, 1) + C(e_1, 2) + …, the combinatorial number system.
     addends = [[math.comb(e, i + 1) for e in range(num_experts)] for i in range(k)]
@@ -162,7 +162,7 @@ if triton is not None:
     def _count_kernel(
         index, addends, number, counts, N, E: tl.constexpr, K: tl.constexpr, SP: tl.constexpr, BN: tl.constexpr
     ):
-        """Number of each token's set, and how many tokens of this block have each."""
+        """The number of each token's set, and how many tokens of this block have each set."""
         n, s = tl.program_id(0) * BN + tl.arange(0, BN), tl.arange(0, SP)
         of_token = tl.where(n < N, 0, SP)
         for j in tl.static_range(K):
@@ -173,7 +173,7 @@ if triton is not None:
 
     @triton.jit
     def _scan_kernel(counts, before, totals, BLOCKS, SP: tl.constexpr, CHUNK: tl.constexpr):
-        """Of one set: tokens in all blocks before each, and in all."""
+        """For one set: tokens in all blocks before each block, and in all blocks."""
         s, total = tl.program_id(0), 0
         for start in tl.range(0, BLOCKS, CHUNK):
             b = start + tl.arange(0, CHUNK)
@@ -188,11 +188,11 @@ if triton is not None:
         SETS: tl.constexpr, K: tl.constexpr, SP: tl.constexpr, BN: tl.constexpr, TOKENS: tl.constexpr,
         TP: tl.constexpr,
     ):  # fmt: skip
-        """The places of a block's tokens, what stands at them, and TP entries of the table of tiles."""
+        """Fills the places of a block's tokens, and TP entries of the table of tiles."""
         pid = tl.program_id(0)
         n, s = pid * BN + tl.arange(0, BN), tl.arange(0, SP)
         tiles = (tl.load(totals + s, s < SETS, 0) + TOKENS - 1) // TOKENS
-        last = tl.cumsum(tiles, 0)  # of each set, its last tile's number + 1
+        last = tl.cumsum(tiles, 0)  # end of each set's tiles
         start = (last - tiles) * TOKENS + tl.load(before + pid * SP + s, s < SETS, 0)
         of_token = tl.load(number + n, n < N, SP)
         same = (of_token[:, None] == s[None, :]).to(tl.int32)  # (BN, SP)
@@ -210,16 +210,16 @@ if triton is not None:
 
 
 def make_plan(index, gate, num_experts, tokens):
-    """Plan for index (n, k), each row ascending, with gates (n, k), in tiles of `tokens` tokens."""
+    """The Plan for index (n, k), each row ascending, and gates (n, k), with tiles of `tokens` tokens."""
     return Plan(*torch.ops.nanoeinsum.mixture_plan(index, gate.detach(), num_experts, tokens))
 
 
 def tile_tokens(n, n_sets):
-    """Tokens in a tile: fewer where a set has few."""
+    """Number of tokens in a tile: smaller if sets have few tokens."""
     return 64 if n >= 64 * n_sets else 32
 
 
-# An operator, so that its tables are made once and not by every replay of a compiled or recorded step.
+# An operator, so that its tables are made once and not in every replay of a compiled or recorded step.
 @torch.library.custom_op("nanoeinsum::mixture_plan", mutates_args=())
 def _plan(
     index: torch.Tensor, gate: torch.Tensor, num_experts: int, tokens: int

@@ -51,6 +51,7 @@ from engine.device import choose_device, choose_dtype, device_name, peak_flops
 from engine.heartbeat import init_distributed
 from engine.parallel import ranks
 from engine.runlog import duration, short
+from generate import generate
 from kernels.cuda_graph import Graphed
 from lab.bench_layers import Clock, bench_layers, bench_mixtures, save_rows
 from model import GPT
@@ -334,7 +335,7 @@ def bench_sample(argv):
         idx = torch.randint(config.vocab_size, (batch, config.context), device=device)
 
         def cached(idx=idx):
-            return model.generate(idx, config.tokens)
+            return generate(model, idx, config.tokens)
 
         def recomputed(idx=idx):
             for _ in range(config.tokens // 10):
@@ -344,7 +345,7 @@ def bench_sample(argv):
                 torch.cuda.synchronize()
 
         def prompt(idx=idx):
-            return model.generate(idx, 5).tolist()  # reading the prompt, recording the graph
+            return generate(model, idx, 5).tolist()  # reading the prompt, recording the graph
 
         with clock:
             seconds_of = {f.__name__: seconds(f, repeats=3) for f in (cached, recomputed, prompt)}

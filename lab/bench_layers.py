@@ -47,7 +47,7 @@ def bench_layers(argv):
     name = device_name(device)
     print(f"{name}, torch {torch.__version__}, {dtype}: {bandwidth / 1e12:.3g} TB/s, {rate / 1e12:.3g} TFLOP/s; ms")
     print(
-        f"{'layer':<16}{'tokens':>8}  {'way':<22}{'fwd':>8}{'fwd+bwd':>9}{'floor':>8}{'/floor':>8}{'dense/':>8}  error"
+        f"{'layer':<16}{'tokens':>8}  {'method':<22}{'fwd':>8}{'fwd+bwd':>9}{'floor':>8}{'/floor':>8}{'dense/':>8}  error"
     )
     rows = []
     clock = Clock([tokens * (d_in * d_out + 100 * (d_in + d_out)) for tokens, (d_in, d_out, _) in cases])
@@ -125,7 +125,7 @@ def format_row(row):
     cells = [f"{row[key]:>{width}.3f}" for key, width in (("forward_ms", 8), ("ms", 9), ("floor_ms", 8))]
     ratios = [f"{row[key]:>8.2f}" for key in ("times_floor", "times_faster_than_dense")]
     error = f"  {row['error']:.1e}" if "error" in row else ""
-    return f"{row['layer']:<16}{row['tokens']:>8}  {row['way']:<22}" + "".join(cells + ratios) + error
+    return f"{row['layer']:<16}{row['tokens']:>8}  {row['method']:<22}" + "".join(cells + ratios) + error
 
 
 def ceilings(device, dtype):
@@ -189,7 +189,7 @@ def time_layer(d_in, d_out, rank, tokens, config, device, dtype, bandwidth, rate
     floors[1] = floors[0] + max(size * tokens * (2 * d_in + d_out) / bandwidth, 4 * tokens * mults / rate)
     repeats = max(2, min(20, 2**30 // (tokens * (d_in + d_out))))
 
-    def row(way, forward, parameters):
+    def row(method, forward, parameters):
         gradients = [x, *parameters]
 
         def both():
@@ -199,7 +199,7 @@ def time_layer(d_in, d_out, rank, tokens, config, device, dtype, bandwidth, rate
             forward_ms = milliseconds(forward, device, repeats)
         ms = milliseconds(both, device, repeats)
         return {
-            "layer": f"{d_in}-{d_out}:{rank}", "d_in": d_in, "d_out": d_out, "rank": rank, "tokens": tokens, "way": way,
+            "layer": f"{d_in}-{d_out}:{rank}", "d_in": d_in, "d_out": d_out, "rank": rank, "tokens": tokens, "method": method,
             "forward_ms": forward_ms, "ms": ms, "floor_forward_ms": 1e3 * floors[0], "floor_ms": 1e3 * floors[1],
             "times_floor": ms / (1e3 * floors[1]), "training_flops": 6 * tokens * mults, "bytes": io * 3,
         }  # fmt: skip
@@ -207,16 +207,16 @@ def time_layer(d_in, d_out, rank, tokens, config, device, dtype, bandwidth, rate
     rows = [row("dense", lambda: torch.nn.functional.linear(x, W), [W])]
     rows[0]["training_flops"] = 6 * tokens * d_in * d_out
     sizes = btt_kernels.BTTSizes(g, a, f, e, r)
-    chosen = btt_kernels.choose_way(tokens, sizes) if btt_kernels.runs_triton(x) else "torch"
-    for way in config.ways:
-        if way in ("fused", "staged") and not btt_kernels.runs_triton(x):
+    chosen = btt_kernels.fastest_method(tokens, sizes) if btt_kernels.runs_triton(x) else "torch"
+    for method in config.methods:
+        if method in ("fused", "staged") and not btt_kernels.runs_triton(x):
             continue  # no kernels on this device
-        if way == "fused" and btt_kernels.fused_blocks(sizes) is None:
+        if method == "fused" and btt_kernels.fused_blocks(sizes) is None:
             continue
-        if way == "staged" and not btt_kernels.staged_fits(sizes):
+        if method == "staged" and not btt_kernels.staged_fits(sizes):
             continue
-        use = {"chosen": None}.get(way, way)
-        label = f"chosen: {chosen}" if way == "chosen" else f"btt, {way}"
+        use = {"chosen": None}.get(method, method)
+        label = f"chosen: {chosen}" if method == "chosen" else f"btt, {method}"
         measured = row(label, lambda use=use: btt_kernels.btt(x, A, B, use), [A, B])
         if config.errors:
             measured["error"] = worst_error(use, x, dy, A, B)
@@ -226,10 +226,10 @@ def time_layer(d_in, d_out, rank, tokens, config, device, dtype, bandwidth, rate
     return rows
 
 
-def worst_error(way, x, dy, A, B, most=512):
+def worst_error(method, x, dy, A, B, most=512):
     """Largest relative error of y, dx, dA and dB on the first tokens against float64."""
     x, dy = x[:most].detach().requires_grad_(), dy[:most]
-    y = btt_kernels.btt(x, A, B, way)
+    y = btt_kernels.btt(x, A, B, method)
     ours = [y, *torch.autograd.grad(y, (x, A, B), dy)]
     x, A, B = (tensor.detach().double().requires_grad_() for tensor in (x, A, B))
     y = torch.nn.functional.linear(x, btt_kernels.btt_matrix(A, B))
@@ -258,7 +258,7 @@ def bench_mixtures(argv):
     tokens = of_device({"cuda": 32_768, "cpu": 2048}, device) if config.tokens is None else config.tokens
     (config.tokens,) = check_tokens((tokens,))
     print(f"{device_name(device)}, torch {torch.__version__}, {dtype}, {config.tokens:,} tokens; ms")
-    print(f"{'mixture':<30}{'way':<24}{'fwd':>8}{'fwd+bwd':>9}{'dense/':>8}{'GiB':>7}")
+    print(f"{'mixture':<30}{'method':<24}{'fwd':>8}{'fwd+bwd':>9}{'dense/':>8}{'GiB':>7}")
     rows = []
     clock = Clock([d_in * d_out * experts for _, d_in, d_out, _, experts, _ in sizes])
     for text in mixtures:
@@ -267,7 +267,7 @@ def bench_mixtures(argv):
                 rows.append(row)
                 memory = "" if row["peak_gib"] is None else f"{row['peak_gib']:7.2f}"
                 print(
-                    f"{text:<30}{row['way']:<24}{row['forward_ms']:8.3f}{row['ms']:9.3f}"
+                    f"{text:<30}{row['method']:<24}{row['forward_ms']:8.3f}{row['ms']:9.3f}"
                     f"{row['times_faster_than_dense']:8.2f}{memory}",
                     flush=True,
                 )
@@ -291,17 +291,17 @@ def time_mixture(text, config, device, dtype):
     options = dict(structure=structure, rank=rank)
     with device:
         mixture = make_mixture(d_in, d_out, num_experts, top_k, **options)
-        ways = {"dense": make_linear(d_in, d_out, structure="dense")}
+        methods = {"dense": make_linear(d_in, d_out, structure="dense")}
         if structure != "dense":
-            ways[f"{top_k} experts, no router"] = make_linear(d_in, d_out, structure=structure, rank=top_k * rank)
-        ways["mixture"] = mixture
+            methods[f"{top_k} experts, no router"] = make_linear(d_in, d_out, structure=structure, rank=top_k * rank)
+        methods["mixture"] = mixture
         if structure != "dense":
-            ways["all experts, by bmm"] = AllExperts(mixture)
+            methods["all experts, by bmm"] = AllExperts(mixture)
         x = torch.randn(config.tokens, d_in).to(dtype).requires_grad_()
         dy, one = torch.randn(config.tokens, d_out).to(dtype), torch.ones(())
     repeats = max(2, min(20, 2**30 // (config.tokens * (d_in + d_out))))
     rows = []
-    for way, layer in ways.items():
+    for method, layer in methods.items():
         torch._dynamo.reset()
 
         mixtures = Mixtures.of(layer)
@@ -331,7 +331,7 @@ def time_mixture(text, config, device, dtype):
             memory = (torch.cuda.max_memory_allocated() - before) / 2**30
         ms = milliseconds(both, device, repeats)
         rows.append({
-            "what": "mixture", "layer": text, "way": way, "tokens": config.tokens, "dtype": str(dtype), "compile": compiling,
+            "what": "mixture", "layer": text, "method": method, "tokens": config.tokens, "dtype": str(dtype), "compile": compiling,
             "forward_ms": forward_ms, "ms": ms, "times_faster_than_dense": (rows[0]["ms"] if rows else ms) / ms,
             "peak_gib": memory,
         })  # fmt: skip
@@ -368,7 +368,7 @@ def draw_layers(rows, png):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    kinds = {  # what a row's way begins with: label, colour, marker
+    kinds = {  # what a row's method begins with: label, colour, marker
         "dense": ("dense, cuBLAS", "0.55", "s"),
         "btt, torch": ("BTT by torch.bmm", "tab:red", "x"),
         "chosen": ("BTT, kernels.btt", "tab:blue", "o"),
@@ -380,7 +380,7 @@ def draw_layers(rows, png):
         1, 2, figsize=(wide + 5, 4.8), constrained_layout=True, width_ratios=[wide, 5]
     )
     for i, (kind, (label, colour, marker)) in enumerate(kinds.items()):
-        mine = [row for row in rows if row["way"].startswith(kind)]
+        mine = [row for row in rows if row["method"].startswith(kind)]
         ms = {row["layer"]: row["ms"] for row in mine if row["tokens"] == tokens}
         share = {row["layer"]: 1 / row["times_faster_than_dense"] for row in mine if row["tokens"] == tokens}
         at = [j + 0.27 * (i - 1) for j in range(len(layers))]

@@ -44,7 +44,7 @@ class DataBenchConfig:
 class LayersConfig:
     layers: str | None = None  # "in-out:rank in-out:rank"; None: 14 of widths 768 to 8192, on a CPU 5 small ones
     tokens: tuple | None = None  # tokens in a batch; None: (2048, 32768, 262144), on a CPU (2048,)
-    ways: tuple = ("torch", "fused", "staged", "dense", "chosen")  # of kernels.btt; torch is the plain bmm path
+    methods: tuple = ("torch", "fused", "staged", "dense", "chosen")  # of kernels.btt; torch is the plain bmm path
     device: str = "auto"  # cuda, cpu; auto: a GPU where there is one
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto: bfloat16 on a GPU
     errors: bool = True  # compare with float64

@@ -70,8 +70,9 @@ import torch
 from data import GPT2Tokenizer
 from einsum_linear import Dense
 from engine import checkpoint
+from engine.huggingface import GPT2_BLOCK_NAMES, load_gpt2
 from engine.runlog import writing
-from model import GPT, GPT2_BLOCK_NAMES
+from model import GPT
 from moe import Router
 from sample import load_model
 
@@ -91,7 +92,7 @@ def load_source(source):
     if not os.path.exists(source) and (source.count("/") > 1 or (parent and os.path.isdir(parent))):
         raise ConfigError(f"source={source} does not exist: {remedy}")  # a path, not owner/name on the hub
     try:
-        model = GPT.from_pretrained(source)
+        model = load_gpt2(source)
     except ImportError:
         raise ConfigError(f"source={source} needs the package transformers: pip install transformers") from None
     except Exception as error:  # transformers raises many kinds: no file, no network, no such model
@@ -291,7 +292,7 @@ def is_tied(model):
 
 @torch.no_grad()
 def hugging_face_state_dict(model):
-    """Our weights under transformers' names, structured ones as matrices: the inverse of model.gpt2_state_dict.
+    """Our weights under transformers' names, structured ones as matrices: the inverse of engine.huggingface.gpt2_state_dict.
 
     A linear layer there keeps its matrix as (d_in, d_out), q k v are one, and every bias exists.
     """

@@ -209,7 +209,7 @@ def test_several_configs_in_one_option_are_split_as_a_shell_splits_them(text, co
 def test_options_in_one_option():
     got = split_options("common", "--a=1 --b 2.5 --c --d='x y' --e=None --f=2024-05 --g='{\"h\": 1}'")
     assert got == {"a": 1, "b": 2.5, "c": True, "d": "x y", "e": None, "f": "2024-05", "g": {"h": 1}}
-    for text, message in (("a=1", "'a=1' is no option, write each as --key=value"), ("--a='1", "close the quotes")):
+    for text, message in (("a=1", "'a=1' is not an option, write each as --key=value"), ("--a='1", "close the quotes")):
         with pytest.raises(ConfigError, match=f"common=.*{message}"):
             split_options("common", text)
 
@@ -274,7 +274,7 @@ else:
         ("vision.train --help", "Train a structured MLP"),
         ("vision.train --model=vit --n_head=1 --structured_layers=attn --d_model=97", "error: attn.q: d_in=97"),
         ("vision.regression --d_model=0", "error: d_model=0"),
-        ("einsum_linear.py --theta=.5,0,.5,0,.5,.5,1", "error: rank 1024 is beyond the blocks"),
+        ("einsum_linear.py --theta=.5,0,.5,0,.5,.5,1", "error: rank 1024 is too large for the blocks"),
         ("sample.py --temperature=-1", "error: temperature=-1.0: make it at least 0"),
         ("prepare_owt.py --tokenizer=words", "error: --tokenizer='words' is unknown"),
         ("vision.data --image_size=0", "error: image_size=0"),

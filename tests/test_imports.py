@@ -8,7 +8,7 @@ from conftest import ROOT
 # Lowest first. A file of a layer may import from its own folder and from lower layers.
 LAYERS = (
     "configurator", "theta", "options", "kernels", "einsum_linear", "text_files", "data", "moe", "prepare_owt", "model",
-    "optim", "engine", "sample", "train", "vision.options", "vision", "lab",
+    "generate", "optim", "engine", "sample", "train", "vision.options", "vision", "lab",
 )  # fmt: skip
 
 

@@ -16,7 +16,9 @@ from torch.utils.flop_counter import FlopCounterMode
 import model as model_file
 from configurator import ConfigError
 from einsum_linear import Dense, EinsumLinear, apply_together, make_linear, multiplied_out
-from model import GPT, KVCache, sample_token
+from engine.huggingface import load_gpt2
+from generate import KVCache, generate, sample_token
+from model import GPT
 from optim import make_optimizers
 from options import GPTConfig, RunConfig
 from test_einsum_linear import SWEEP
@@ -41,7 +43,7 @@ def hugging_face(tmp_path_factory):
 
 def test_dense_standard_equals_hugging_face(hugging_face):
     theirs, folder = hugging_face
-    ours = GPT.from_pretrained(folder).eval()
+    ours = load_gpt2(folder).eval()
     idx = torch.randint(101, (5, 24))
     logits, loss = ours(idx, idx.roll(-1, 1))
     expected = theirs(idx).logits
@@ -57,11 +59,11 @@ def test_a_model_that_is_no_plain_gpt2_is_refused(tmp_path):
         GPT2Config(vocab_size=11, n_positions=8, n_embd=8, n_layer=1, n_head=2, activation_function="relu")
     ).save_pretrained(tmp_path)
     with pytest.raises(ConfigError, match="activation_function=relu.*gelu_new"):
-        GPT.from_pretrained(str(tmp_path))
+        load_gpt2(str(tmp_path))
     config = GPT2Config(vocab_size=11, n_positions=8, n_embd=8, n_layer=1, n_head=2, tie_word_embeddings=False)
     GPT2LMHeadModel(config).save_pretrained(tmp_path)  # our head is the embedding
     with pytest.raises(ConfigError, match="tie_word_embeddings=False"):
-        GPT.from_pretrained(str(tmp_path))
+        load_gpt2(str(tmp_path))
 
 
 def test_standard_is_initialised_as_gpt2():
@@ -122,7 +124,7 @@ def test_no_position_sees_the_future():
 def test_greedy_generation_equals_recomputing_every_step():
     model = randomised().double()
     idx = torch.randint(96, (2, 5))
-    got = model.generate(idx, 20, temperature=0)
+    got = generate(model, idx, 20, temperature=0)
     for _ in range(20):
         idx = torch.cat((idx, model(idx)[0][:, -1].argmax(-1, keepdim=True)), dim=1)
     assert torch.equal(got, idx)
@@ -131,15 +133,15 @@ def test_greedy_generation_equals_recomputing_every_step():
 def test_generation_goes_on_past_the_context():
     model = randomised()
     prompt = torch.randint(96, (1, 32))
-    out = model.generate(prompt, 70, temperature=1.0, generator=torch.Generator().manual_seed(1))
-    again = model.generate(prompt, 70, temperature=1.0, generator=torch.Generator().manual_seed(1))
+    out = generate(model, prompt, 70, temperature=1.0, generator=torch.Generator().manual_seed(1))
+    again = generate(model, prompt, 70, temperature=1.0, generator=torch.Generator().manual_seed(1))
     assert out.shape == (1, 102) and torch.equal(out, again) and torch.equal(out[:, :32], prompt)
     assert len(set(out[0, 32:].tolist())) > 10
 
 
 def test_generate_leaves_the_mode_as_it_was():
     model = randomised(dropout=0.5).train()
-    model.generate(torch.zeros(1, 1, dtype=torch.long), 2)
+    generate(model, torch.zeros(1, 1, dtype=torch.long), 2)
     assert model.training
 
 
@@ -207,7 +209,9 @@ def test_an_override_is_of_the_models_structure_and_the_narrowest_counts():
 
 @pytest.mark.parametrize("override", [None, 5, ["btt"], {"gain": True}])
 def test_an_override_that_is_none_is_one_clear_line(override):
-    with pytest.raises(ConfigError, match="overrides: ffn=.*give a structure, or a dict of structure, rank"):
+    with pytest.raises(
+        ConfigError, match="overrides: ffn=.*give a structure, or a dict with keys among structure, rank"
+    ):
         GPTConfig(**SMALL, overrides={"ffn": override})
 
 

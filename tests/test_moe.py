@@ -18,12 +18,13 @@ from conftest import losses, read_rows, run_forked
 from data import CharTokenizer
 from einsum_linear import make_linear
 from engine import checkpoint, runlog
+from generate import KVCache, generate
 from kernels import btt as btt_kernels
 from kernels import grouped
 from kernels.common import gelu
 from lab import convert
 from lab.mup_check import CoordsConfig, coordinate_check, largest_spread, parse_structure
-from model import GPT, KVCache
+from model import GPT
 from moe import Router, make_mixture
 from optim import lr_multipliers, make_optimizers
 from options import GPTConfig, RunConfig
@@ -121,7 +122,7 @@ def test_a_mixture_of_all_slices_with_equal_gates_is_the_btt_of_all_ranks():
     layer = make_layer("btt", E)
     x = torch.randn(5, 36, dtype=torch.float64)
     got = layer.mix(x, torch.arange(E).expand(5, E), torch.ones(5, E, dtype=torch.float64))
-    torch.testing.assert_close(got, btt_kernels.btt(x, *layer.effective_cores(), way="torch"))
+    torch.testing.assert_close(got, btt_kernels.btt(x, *layer.effective_cores(), method="torch"))
 
 
 def test_nothing_is_computed_for_experts_that_are_not_picked():
@@ -152,7 +153,7 @@ def test_nothing_is_computed_for_experts_that_are_not_picked():
 
 @pytest.mark.parametrize("counts", [(70, 0, 64, 1), (0, 0, 0, 3), (1, 0, 0, 0), (128, 64, 0, 65)], ids=str)
 def test_tiles_equal_the_loop(counts):
-    """The way of GPUs that have no grouped GEMM for these shapes. Its sizes depend on the number of rows alone."""
+    """The method for GPUs that have no grouped GEMM for these shapes. Its sizes depend on the number of rows alone."""
     m, ends = sum(counts), torch.tensor(counts).cumsum(0)
     x, dy, W = torch.randn(3, m, 5).double(), torch.randn(3, m, 6).double(), torch.randn(3, E, 5, 6).double()
     torch.testing.assert_close(grouped.products_by_tiles(x, W, ends), grouped.products_by_loop(x, W, ends))
@@ -323,7 +324,7 @@ def test_cached_logits_equal_recomputed_ones_and_generation_goes_on():
     cache = KVCache(model.config, idx.device)
     got = [model.lm_head(model.trunk(idx[:, a:b], cache)) for a, b in [(0, 7), (7, 8), (8, 20), (20, 32)]]
     torch.testing.assert_close(torch.cat(got, dim=1), model(idx)[0])
-    assert model.generate(idx, 5).shape == (3, 37)
+    assert generate(model, idx, 5).shape == (3, 37)
 
 
 def test_every_parameter_gets_a_gradient_and_idle_experts_get_zeros():

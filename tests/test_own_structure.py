@@ -90,7 +90,7 @@ def test_it_is_trained_sampled_and_resumed(own_file, tiny, tmp_path, capsys):
     sample.main([own_file, f"--out_dir={tmp_path / 'run'}", "--device=cpu", "--max_new_tokens=3", "--num_samples=1"])
     forget()
     with pytest.raises(
-        ConfigError, match="structure='banded' is unknown: choose one of .*, or give the file that adds it"
+        ConfigError, match="structure='banded' is unknown: choose one of .*, or name the file that adds it"
     ):
         sample.main([f"--out_dir={tmp_path / 'run'}", "--device=cpu"])
 
@@ -165,15 +165,15 @@ def test_options_that_do_not_go_with_it_are_one_line(own_file):
     load_config(train.TrainConfig, [own_file, "--structure=banded"])
     with pytest.raises(UnusedOption, match="structure_options={'bands': 4} with structure='btt', which has no bands"):
         GPTConfig(**shape, structure="btt", structure_options={"bands": 4})
-    with pytest.raises(ConfigError, match="structure_options: rank is an option itself, give --rank"):
+    with pytest.raises(ConfigError, match="structure_options: rank is a command-line option: give --rank"):
         GPTConfig(**shape, structure="banded", structure_options={"rank": 4})
     with pytest.raises(ConfigError, match="bands=3.*structure='btt', which has none: make it 4, or take banded"):
         make_linear(16, 16, "btt", bands=3)
-    with pytest.raises(ConfigError, match="stripes=3 is no structure's option"):
+    with pytest.raises(ConfigError, match="stripes=3: no structure has this option"):
         make_linear(16, 16, "banded", stripes=3)
     theta.STRUCTURES["wide"] = theta.Structure(theta.dense, options={"bands": 5})
     with pytest.raises(
-        ConfigError, match="structure 'wide' has bands=5 by default, others 4: take that, or another name"
+        ConfigError, match="structure 'wide' has the default bands=5, another has 4: make them equal, or rename one"
     ):
         make_linear(16, 16, "wide")
 
@@ -211,7 +211,7 @@ class OfXByProduct(Uncounted):
 @pytest.mark.parametrize(
     "layer, message",
     [
-        (Plain, "Plain is no CoreLinear: derive it from einsum_linear.CoreLinear"),
+        (Plain, "Plain is not a CoreLinear: derive it from einsum_linear.CoreLinear"),
         (Uncounted, "Uncounted has no flops_per_token: set it"),
         (OfX, "OfX.forward takes no `input_fn`.*: write forward.self, x, input_fn=None., or leave forward out"),
     ],

@@ -15,7 +15,8 @@ import train
 from configurator import ConfigError
 from conftest import ROOT, run_forked
 from data import CharTokenizer, read_meta
-from model import GPT, sample_token
+from generate import sample_token
+from model import GPT
 from options import GPTConfig
 
 

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from kernels.common import gelu
-from model import as_autocast, linear, make_ffn, run_block
+from model import add_auxiliary_loss, as_autocast, linear, make_ffn, run_block
 from moe import Mixtures
 
 
@@ -60,12 +60,10 @@ class MLP(nn.Module):
             x = run_block(block, x, self.config)
         y = self.head(x)
         loss = None if targets is None else self.loss(y.float(), targets)
-        if self.mixtures is not None and self.training:
-            loss = self.mixtures.add_loss(loss)
-        return y, loss
+        return y, add_auxiliary_loss(self, loss)
 
-    def passes(self, role):
-        """How often an input makes the layer that plays `role` work."""
+    def layer_uses(self, role):
+        """How often one input passes through the layer that plays `role`."""
         return 1
 
     def flops(self):

@@ -113,8 +113,8 @@ class TeacherTask:
     def flops(self, model):
         return model.flops()
 
-    def passes(self, model, role):
-        return model.passes(role)
+    def layer_uses(self, model, role):
+        return model.layer_uses(role)
 
     def inputs(self, purpose, number, rows, start, stop):
         """Rows start … stop of so many -> (stop - start, d_in) on the device."""

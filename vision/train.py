@@ -108,8 +108,8 @@ class ImageTask:
     def flops(self, model):
         return model.flops()
 
-    def passes(self, model, role):
-        return model.passes(role)
+    def layer_uses(self, model, role):
+        return model.layer_uses(role)
 
     def batch(self, step):
         """This process's share: which images, or their pixels, and random numbers; `prepare` makes x and y of them."""

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from model import EMBEDDING_STD, Block, as_autocast, linear, run_block
+from model import EMBEDDING_STD, Block, add_auxiliary_loss, as_autocast, linear, run_block
 from moe import Mixtures
 
 
@@ -51,18 +51,16 @@ class ViT(nn.Module):
         x = self.final_norm(x)
         logits = self.head(x[:, 0] if self.config.pool == "token" else x.mean(dim=1))
         loss = None if targets is None else F.cross_entropy(logits.float(), targets)
-        if self.mixtures is not None and self.training:
-            loss = self.mixtures.add_loss(loss)
-        return logits, loss
+        return logits, add_auxiliary_loss(self, loss)
 
-    def passes(self, role):
-        """How often an image makes the layer that plays `role` work."""
+    def layer_uses(self, role):
+        """How often one image passes through the layer that plays `role`."""
         return {"input": self.n_patches, "head": 1}.get(role, self.n_tokens)
 
     def flops(self):
         """FLOPs of a forward pass on one image, 2 a multiplication: layers, and attention's two T × T products."""
         layers = sum(
-            module.flops_per_token * self.passes(name)
+            module.flops_per_token * self.layer_uses(name)
             for name, module in self.named_modules()
             if hasattr(module, "cores")
         )

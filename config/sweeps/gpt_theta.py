@@ -1,13 +1,13 @@
 # GPT scaling over θ: dense layers against points of the space of structured matrices, on OpenWebText as 96 characters
 # ("Searching for Efficient Linear Layers over a Continuous Space of Structured Matrices", NeurIPS 2024, section 4).
-# A constant rate, so that every validation of a run is a point of its own.
+# A constant learning rate, so that every validation of a run is a point of its own.
 #   python prepare_owt.py --tokenizer=char96
 #   python -m lab.sweep config/sweeps/gpt_theta.py           # published sizes, length: 284 runs of 6.6B tokens, 1,600 hours of an H100
-#   python prepare_owt.py --source=linux_source --tokenizer=char96 --out_dir=data/linux_char96    # text of yours
+#   python prepare_owt.py --source=linux_source --tokenizer=char96 --out_dir=data/linux_char96    # your own text
 #   python -m lab.sweep config/sweeps/gpt_theta.py --small   # 37 runs of 33M tokens, 16 minutes of an H100 with --jobs=5
 # Times are estimates. Out come table.md, fit.json and pictures in out/sweeps/gpt_theta_small/fit. Other text of 96
 # characters: --common="--data_dir=data/mine".
-config = "config/char_btt.py"  # 65,536 tokens a batch, context 128
+config = "config/char_btt.py"  # 65,536 tokens per batch, context 128
 common = dict(
     structured_layers=("attn", "ffn"), max_steps=100_000, warmup_steps=2000, schedule="constant", lr=3e-3,
     weight_decay=0.0, micro_batch=128, eval_interval=2500, log_interval=100,
@@ -52,7 +52,7 @@ runs += [
 ]
 fit = "--reference=dense"
 
-# Widths at which all groups have 0.4 to 12 million FLOPs a token forward, and two larger ones of dense and of BTT, for
+# Widths at which all groups have 0.4 to 12 million forward FLOPs per token, and two larger ones of dense and of BTT, for
 # seconds. A run takes 20 to 30 s to start and compile, and for its 33M tokens 1 to 40 s.
 # Each group at the best of four to six rates, as measured at its second width (results/scaling/rates.json).
 sizes = {  # θ: rate, widths

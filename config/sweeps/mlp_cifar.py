@@ -4,7 +4,7 @@
 # FLOPs and against seconds, in one picture: out/sweeps/mlp_cifar_small/fit/reached.png.
 #   python -m lab.sweep config/sweeps/mlp_cifar.py           # 500 epochs as published, 57 runs: 3 hours of an H100
 #   python -m lab.sweep config/sweeps/mlp_cifar.py --small   # 31 runs of 60 epochs, 6 minutes of an H100 with --jobs=6
-# Times are estimates. CIFAR-10 comes from the hub; a local copy: --common="--data_dir=FOLDER_OF_PARQUET".
+# Times are estimates. CIFAR-10 is downloaded; for a local copy: --common="--data_dir=FOLDER_OF_PARQUET".
 import math
 
 script = "vision/train.py"
@@ -13,7 +13,7 @@ config = "vision/config/mlp_cifar10.py"  # 3 blocks, batch 1024, lr 3e-3 for a d
 structures = {
     "dense": lambda d: dict(structure="dense"),
     "btt": lambda d: dict(structure="btt"),
-    "btt_dense_input": lambda d: dict(structure="btt", overrides={"input": "dense"}),  # what reads the pixels is dense
+    "btt_dense_input": lambda d: dict(structure="btt", overrides={"input": "dense"}),  # the input layer is dense
     "tt": lambda d: dict(structure="tt", rank=16),
     "monarch": lambda d: dict(structure="monarch", num_blocks=4),
     "low_rank": lambda d: dict(structure="low_rank", rank=math.isqrt(d)),
@@ -32,8 +32,8 @@ runs = mlps({
 })  # fmt: skip
 fit = "--by=structure,overrides --loss=loss --points=final"  # the rate decays
 
-# Widths at which all groups have 0.4 to 20 million FLOPs an image forward, and larger ones of dense and BTT, whose
-# seconds show their layers. The rate is the best of four for dense and BTT layers of two widths (results/vision.md).
+# Widths at which all groups have 0.4 to 20 million forward FLOPs per image, and larger ones of dense and BTT, in
+# which layers dominate the time. The rate is the best of four for dense and BTT layers of two widths (results/vision.md).
 # A run takes 30 to 40 s to read the images and compile, and 3 to 10 s for its 2,929 updates.
 small = dict(
     common=dict(max_steps=60 * 50_000 // 1024, eval_interval=1000, log_interval=50, save=False, lr=6e-3),

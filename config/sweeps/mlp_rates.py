@@ -1,5 +1,5 @@
-# The best rates of dense and BTT MLPs on CIFAR-10 with shuffled pixels, at two widths each: five rates that double, one
-# seed, 60 epochs. mlp_seeds.py and mlp_cifar.py take what comes out.
+# The best rates of dense and BTT MLPs on CIFAR-10 with shuffled pixels, at two widths each: five rates, each twice the
+# one before, one seed, 60 epochs. mlp_seeds.py and mlp_cifar.py use the results.
 #   python -m lab.sweep config/sweeps/mlp_rates.py --jobs=5      # 20 runs, 4 minutes of an H100
 script = "vision/train.py"
 config = "vision/config/mlp_cifar10.py"

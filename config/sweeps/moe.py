@@ -1,12 +1,12 @@
-# Mixtures of experts: BTT-MoE, in which every linear layer is one, against the standard MoE of whole FFNs and against
-# dense layers; 8 and 16 experts, 2 of them a token ("Searching for Efficient Linear Layers over a Continuous Space of
-# Structured Matrices", NeurIPS 2024, section 5). OpenWebText as 96 characters, a constant rate.
+# Mixtures of experts: BTT-MoE, in which every linear layer is a mixture, against the standard MoE of whole FFNs and against
+# dense layers; 8 and 16 experts, 2 of them for each token ("Searching for Efficient Linear Layers over a Continuous Space of
+# Structured Matrices", NeurIPS 2024, section 5). OpenWebText as 96 characters, a constant learning rate.
 #   python prepare_owt.py --tokenizer=char96
 #   python -m lab.sweep config/sweeps/moe.py                   # published sizes, length: 60 runs of 6.6B tokens, 160 hours of an H100
-#   python prepare_owt.py --source=linux_source --tokenizer=char96 --out_dir=data/linux_char96      # text of yours
+#   python prepare_owt.py --source=linux_source --tokenizer=char96 --out_dir=data/linux_char96      # your own text
 #   python -m lab.sweep config/sweeps/moe.py --small           # 21 runs of 33M tokens, 12 minutes of an H100
 # Times are estimates.
-config = "config/char_btt.py"  # 65,536 tokens a batch, context 128
+config = "config/char_btt.py"  # 65,536 tokens per batch, context 128
 common = dict(
     structured_layers=("attn", "ffn"), max_steps=100_000, warmup_steps=2000, schedule="constant", lr=3e-3,
     weight_decay=0.0, micro_batch=64, eval_interval=2500, log_interval=100,
@@ -31,10 +31,10 @@ for number in (8, 16):
             runs.append(gpt(d, structure="btt", n_layer=n, moe="linear", **experts(number)))
 fit = "--reference=dense"
 
-# Widths at which all groups have 0.4 to 11 million FLOPs a token forward, each group at the best of four rates, as
+# Widths at which all groups have 0.4 to 11 million forward FLOPs per token, each group at the best of four rates, as
 # measured at its second width (results/scaling/rates.json). A run takes 20 to 30 s to start and compile,
 # and for its 33M tokens 2 to 5 s (dense), 2 to 9 s (MoE of FFNs) or 5 to 40 s (BTT-MoE, 0.9 to 7M tokens/s). In all 8
-# minutes and 5.
+# minutes to start and 5 to train.
 small = dict(
     common=dict(
         data_dir="data/linux_char96", n_layer=3, max_steps=1000, warmup_steps=100, batch_tokens=32_768, micro_batch=256,

@@ -14,8 +14,8 @@ runs = [dict(structure="dense", d_model=d) for d in widths]
 runs += [dict(structure="einsum", theta=theta, d_model=d) for theta in thetas for d in widths]
 fit = "--points=final"  # the rate decays
 
-# Widths at which all groups have 0.1 to 3 million FLOPs an input forward. A run takes 25 to 30 s to start and compile,
-# and 5 to 50 s for its 4,000 updates. In all 14 minutes and 8.
+# Widths at which all groups have 0.1 to 3 million forward FLOPs per input. A run takes 25 to 30 s to start and compile,
+# and 5 to 50 s for its 4,000 updates. In all 14 minutes to start and 8 to train.
 small_widths = {
     (0.5, 0, 0.5, 0, 0.5, 0.5, 0): (128, 256, 512, 1024),  # full-rank BTT, ν = 1/2
     (0.67, 0, 0.33, 0, 0.33, 0.67, 0): (128, 256, 512, 768),  # full-rank BTT, ν = 2/3

@@ -4,7 +4,7 @@
 # picture: out/sweeps/vit_cifar_small/fit/reached.png.
 #   python -m lab.sweep config/sweeps/vit_cifar.py           # the published sizes and length: 41 runs of 200 epochs, 3 hours of an H100
 #   python -m lab.sweep config/sweeps/vit_cifar.py --small   # CIFAR-10, 27 runs of 20 epochs, 9 minutes of an H100 with --jobs=6
-# Times are estimates. The images come from the hub; a local copy: --common="--data_dir=FOLDER_OF_PARQUET".
+# Times are estimates. The images are downloaded; for a local copy: --common="--data_dir=FOLDER_OF_PARQUET".
 script = "vision/train.py"
 config = "vision/config/vit_cifar100.py"  # 3 blocks, 8 heads, batch 256, lr 1e-3 for a dense layer of width 64, cosine
 
@@ -30,7 +30,7 @@ runs = vits({
 fit = "--by=structure --loss=loss --points=final"  # the rate decays
 
 # CIFAR-10, so that one download serves this sweep and mlp_cifar.py. Widths at which all groups have 1 to 80 million
-# FLOPs an image forward, and larger ones of dense and BTT. The rate is the best of three for dense layers of width 128
+# forward FLOPs per image, and larger ones of dense and BTT. The rate is the best of three for dense layers of width 128
 # (results/vision.md). A run takes 30 to 40 s to read the images and compile, and 4 to 21 s for its 3,906 updates.
 small = dict(
     common=dict(

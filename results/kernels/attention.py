@@ -35,7 +35,7 @@ def main():
         compiled = torch.compile(by_torch)
         leaves = [tensor.detach().requires_grad_() for tensor in (q, k, v, *weights)]
         y = compiled(*leaves, scale, True)
-        ways = {
+        methods = {
             "kernels.attention": (
                 lambda q=q, k=k, v=v, w=weights, s=scale: OPS.short_attention(q, k, v, *w, s, True),
                 lambda q=q, k=k, v=v, w=weights, s=scale, dy=dy: OPS.short_attention_backward(q, k, v, *w, dy, s, True),
@@ -45,10 +45,10 @@ def main():
                 lambda y=y, leaves=leaves, dy=dy: torch.autograd.grad(y, leaves, dy, retain_graph=True),
             ),
         }
-        for way, (forward, backward) in ways.items():
+        for method, (forward, backward) in methods.items():
             row = {
                 "device": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__,
-                "what": "attention", "texts": texts, "context": tokens, "heads": heads, "d_head": width, "way": way,
+                "what": "attention", "texts": texts, "context": tokens, "heads": heads, "d_head": width, "method": method,
                 "forward_ms": milliseconds(forward), "backward_ms": milliseconds(backward),
             }  # fmt: skip
             print(json.dumps(row))

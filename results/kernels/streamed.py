@@ -1,7 +1,7 @@
 # ruff: noqa: SIM102, SIM113, B023 (compile-time conditions apart from run-time ones; calls are made at once)
-"""A way of computing BTT that is not in kernels/btt.py: z only in L2, no copies, each core read once. Figures: results/kernels.md.
+"""A method of computing BTT that is not in kernels/btt.py: z only in L2, no copies, each core read once. Figures: results/kernels.md.
 
-    python -m results.kernels.streamed          # on a GPU: errors, and times beside kernels/btt.py's staged way
+    python -m results.kernels.streamed          # on a GPU: errors, and times beside kernels/btt.py's staged method
     TRITON_INTERPRET=1 python -m results.kernels.streamed    # phase by phase, on the CPU: errors
 
 A group of max(γ, φ) programs goes through the tokens tile by tile. Program i makes z of block γ = i, waits for the

@@ -9,7 +9,7 @@ import torch
 from conftest import run_interpreted
 from hopper import Compiler, layer_sizes, on_gpu, spilled
 from kernels import btt as btt_kernels
-from kernels.btt import BTTSizes, btt, btt_joined, btt_matrix, choose_way, fused_blocks, gelu, joins
+from kernels.btt import BTTSizes, btt, btt_joined, btt_matrix, fastest_method, fused_blocks, gelu, joins
 
 triton = pytest.importorskip("triton")
 
@@ -26,10 +26,10 @@ def example(sizes, shape, dtype, device="cpu", seed=0):
     return normal(*shape, g * a), A, B, normal(*shape, f * e)
 
 
-def results(way, x, A, B, dy, after_gelu=False):
+def results(method, x, A, B, dy, after_gelu=False):
     """y, dx, dA, dB"""
     x, A, B = (tensor.detach().requires_grad_() for tensor in (x, A, B))
-    y = btt(x, A, B, way, gelu if after_gelu else None)
+    y = btt(x, A, B, method, gelu if after_gelu else None)
     return [y.detach(), *torch.autograd.grad(y, (x, A, B), dy)]
 
 
@@ -40,8 +40,8 @@ def exact(x, A, B, dy, after_gelu=False):
     return [y.detach(), *torch.autograd.grad(y, (x, A, B), dy.double())]
 
 
-def errors(way, *inputs, after_gelu=False):
-    pairs = zip(results(way, *inputs, after_gelu), exact(*inputs, after_gelu))
+def errors(method, *inputs, after_gelu=False):
+    pairs = zip(results(method, *inputs, after_gelu), exact(*inputs, after_gelu))
     return [(a.double() - b).norm().item() / (b.norm().item() or 1) for a, b in pairs]
 
 
@@ -58,9 +58,9 @@ def test_matrix_is_the_definition():
 
 
 @pytest.mark.parametrize("after_gelu", [False, True])
-@pytest.mark.parametrize("way", ["torch", "dense", None])
-def test_plain_torch_in_float64(way, after_gelu):
-    assert max(errors(way, *example(BTTSizes(3, 4, 5, 2, 2), (2, 7), torch.float64), after_gelu=after_gelu)) < 1e-14
+@pytest.mark.parametrize("method", ["torch", "dense", None])
+def test_plain_torch_in_float64(method, after_gelu):
+    assert max(errors(method, *example(BTTSizes(3, 4, 5, 2, 2), (2, 7), torch.float64), after_gelu=after_gelu)) < 1e-14
 
 
 def test_compiled_gelu_is_the_same_function():
@@ -81,12 +81,22 @@ def test_what_does_not_fit_is_refused():
 
 def test_the_way_follows_cost():
     """Small cores stay on a multiprocessor, large ones are streamed, ranks that save nothing are multiplied out."""
-    assert choose_way(32_768, layer_sizes(1024, 1024, 1)) == "fused"
-    assert choose_way(32_768, layer_sizes(4096, 4096, 1)) == choose_way(32_768, layer_sizes(4096, 4096, 4)) == "staged"
+    assert fastest_method(32_768, layer_sizes(1024, 1024, 1)) == "fused"
     assert (
-        choose_way(32_768, BTTSizes(1, 512, 1, 512, 22)) == choose_way(32_768, BTTSizes(4, 1024, 4, 256, 1)) == "torch"
+        fastest_method(32_768, layer_sizes(4096, 4096, 1))
+        == fastest_method(32_768, layer_sizes(4096, 4096, 4))
+        == "staged"
     )
-    assert choose_way(32_768, layer_sizes(1024, 1024, 16)) == choose_way(32_768, layer_sizes(1024, 1024, 4)) == "dense"
+    assert (
+        fastest_method(32_768, BTTSizes(1, 512, 1, 512, 22))
+        == fastest_method(32_768, BTTSizes(4, 1024, 4, 256, 1))
+        == "torch"
+    )
+    assert (
+        fastest_method(32_768, layer_sizes(1024, 1024, 16))
+        == fastest_method(32_768, layer_sizes(1024, 1024, 4))
+        == "dense"
+    )
     assert fused_blocks(layer_sizes(4096, 4096, 1)) is None
 
 
@@ -125,47 +135,47 @@ def interpreted():
 
     torch.use_deterministic_algorithms(True)  # fills what is uninitialised
     sizes = st.builds(BTTSizes, *(st.integers(1, most) for most in (20, 20, 20, 20, 5)))
-    ways = {"fused": 0, "staged": 0, "dense": 0}
+    methods = {"fused": 0, "staged": 0, "dense": 0}
 
     @settings(max_examples=40, deadline=None, database=None, derandomize=True)
     @given(sizes, st.integers(0, 70), st.sampled_from([torch.float32, torch.float16]), st.booleans())
     def odd_sizes(sizes, n, dtype, after_gelu):
         inputs = example(sizes, (n,), dtype)
         few = sizes.g * sizes.f * sizes.r <= 60  # the interpreter takes long for a program a block
-        for way, takes in {"fused": fused_blocks(sizes) is not None, "staged": True, "dense": few}.items():
+        for method, takes in {"fused": fused_blocks(sizes) is not None, "staged": True, "dense": few}.items():
             if takes:
-                ways[way] += 1
-                found = max(errors(way, *inputs, after_gelu=after_gelu))
-                assert found < (1e-5 if dtype == torch.float32 else 4e-3), (way, sizes, n, after_gelu)
+                methods[method] += 1
+                found = max(errors(method, *inputs, after_gelu=after_gelu))
+                assert found < (1e-5 if dtype == torch.float32 else 4e-3), (method, sizes, n, after_gelu)
 
     odd_sizes()
     assert max(errors("staged", *example(BTTSizes(68, 2, 3, 2, 5), (70,), torch.float32))) < 1e-5  # 340 rows of z
-    assert min(ways.values()) >= 10, ways  # all were tried
+    assert min(methods.values()) >= 10, methods  # all were tried
 
-    for way, sizes in (("fused", BTTSizes(16, 16, 16, 12, 1)), ("staged", BTTSizes(16, 16, 16, 12, 3))):
+    for method, sizes in (("fused", BTTSizes(16, 16, 16, 12, 1)), ("staged", BTTSizes(16, 16, 16, 12, 3))):
         x, A, B, dy = example(sizes, (5, 9), torch.float32)
         # rows with a gap between them, a transposed x, a third axis
         wide = torch.randn(5, 9, 300)
         wide[..., :256] = x
         across = x.flatten(0, 1).t().contiguous().t()
-        assert max(errors(way, wide[..., :256], A, B, dy)) < 1e-5
-        assert max(errors(way, across, A, B, dy.flatten(0, 1))) < 1e-5
-        assert all(torch.equal(a, b) for a, b in zip(results(way, x, A, B, dy), results(way, x, A, B, dy)))
-        op = {"fused": torch.ops.nanoeinsum.btt_fused, "staged": torch.ops.nanoeinsum.btt_staged}[way]
+        assert max(errors(method, wide[..., :256], A, B, dy)) < 1e-5
+        assert max(errors(method, across, A, B, dy.flatten(0, 1))) < 1e-5
+        assert all(torch.equal(a, b) for a, b in zip(results(method, x, A, B, dy), results(method, x, A, B, dy)))
+        op = {"fused": torch.ops.nanoeinsum.btt_fused, "staged": torch.ops.nanoeinsum.btt_staged}[method]
         inputs = [tensor.detach().requires_grad_() for tensor in (x.flatten(0, 1), A, B)]
         torch.library.opcheck(
             op.default, (*inputs, True), test_utils=("test_schema", "test_autograd_registration", "test_faketensor")
         )
         x, A, B, dy = example(sizes, (5, 9), torch.float32)  # a function that no kernel has
-        assert torch.equal(btt(x, A, B, way, torch.relu), btt(torch.relu(x), A, B, way))
+        assert torch.equal(btt(x, A, B, method, torch.relu), btt(torch.relu(x), A, B, method))
 
         # under autocast and torch.compile, without a break of the graph
         fast = torch.compile(btt, fullgraph=True, backend="aot_eager")
         with torch.autocast("cpu", torch.float16):
-            y = fast(*inputs, way, gelu)
+            y = fast(*inputs, method, gelu)
         assert y.dtype == torch.float16
         got = torch.autograd.grad(y, inputs, dy.flatten(0, 1).half())
-        want = results(way, x.flatten(0, 1).half(), A.half(), B.half(), dy.flatten(0, 1).half(), True)
+        want = results(method, x.flatten(0, 1).half(), A.half(), B.half(), dy.flatten(0, 1).half(), True)
         assert [grad.dtype for grad in got] == [torch.float32] * 3
         assert all(torch.equal(a.half(), b) for a, b in zip(got, want[1:]))
 
@@ -177,7 +187,7 @@ def interpreted():
     ]
     x.requires_grad_()
     cores = list(zip(leaves[::2], leaves[1::2]))
-    btt_kernels.choose_way = lambda n, sizes: "staged"
+    btt_kernels.fastest_method = lambda n, sizes: "staged"
     one_by_one, joined = [btt(x, A, B) for A, B in cores], btt_joined(x, cores)
     assert all(same_but_for_order(a, b) for a, b in zip(joined, one_by_one))
     dys = [dy, 2 * dy, dy.flip(0)]
@@ -186,7 +196,7 @@ def interpreted():
     assert all(same_but_for_order(a, b) for a, b in zip(others, same))
     assert (got - want).norm() < 2e-3 * want.norm()  # summed in float32, not by rounding twice
     assert joins(x, [sizes] * 3) and not joins(x, [sizes, None]) and not joins(x, [sizes, sizes._replace(r=1)])
-    btt_kernels.choose_way = lambda n, sizes: "fused" if sizes.f == 5 else "staged"
+    btt_kernels.fastest_method = lambda n, sizes: "fused" if sizes.f == 5 else "staged"
     assert not joins(x, [sizes] * 3)
     print("passed")
 
@@ -212,23 +222,23 @@ def interpreted():
 def test_compiles_for_hopper(monkeypatch, d_in, d_out, rank, after_gelu):
     """Within shared memory, and registers do not spill by more than a few; large layers are on the wgmma path."""
     sizes = layer_sizes(d_in, d_out, rank)
-    way = choose_way(4096, sizes)
-    for name, result in compile_way(monkeypatch, way, sizes, after_gelu).items():
+    method = fastest_method(4096, sizes)
+    for name, result in compile_method(monkeypatch, method, sizes, after_gelu).items():
         assert result.metadata.shared <= btt_kernels.SHARED_MEMORY, name
         assert spilled(result) <= 128, name
-        assert way != "staged" or d_in < 4096 or "wgmma" in result.asm["ptx"], name
+        assert method != "staged" or d_in < 4096 or "wgmma" in result.asm["ptx"], name
 
 
 @pytest.mark.parametrize("sizes", [(1, 256, 8, 256, 4), (2, 128, 16, 256, 16)])
 def test_the_widest_blocks_that_the_staged_kernels_take_fit_on_hopper(monkeypatch, sizes):
     sizes = BTTSizes(*sizes)
     assert btt_kernels.staged_fits(sizes) and not btt_kernels.staged_fits(sizes._replace(a=2 * sizes.a))
-    for name, result in compile_way(monkeypatch, "staged", sizes, False).items():
+    for name, result in compile_method(monkeypatch, "staged", sizes, False).items():
         assert result.metadata.shared <= btt_kernels.SHARED_MEMORY, name
 
 
-def compile_way(monkeypatch, way, sizes, after_gelu):
-    """{name: compiled} of all kernels of a way, forward and backward."""
+def compile_method(monkeypatch, method, sizes, after_gelu):
+    """{name: compiled} of all kernels of a method, forward and backward."""
     compiled = {}
     for name, kernel in inspect.getmembers(
         btt_kernels, lambda member: isinstance(member, triton.runtime.jit.JITFunction)
@@ -237,11 +247,11 @@ def compile_way(monkeypatch, way, sizes, after_gelu):
             monkeypatch.setattr(btt_kernels, name, Compiler(kernel, compiled))
     monkeypatch.setattr(btt_kernels, "multiprocessors", lambda tensor: 132)
     monkeypatch.setattr(btt_kernels, "runs_triton", lambda tensor: True)
-    results(way, *example(sizes, (4096,), torch.bfloat16), after_gelu)
+    results(method, *example(sizes, (4096,), torch.bfloat16), after_gelu)
     assert set(compiled) == {
         name
         for name in vars(btt_kernels)
-        if name.startswith(f"_{way}_") and isinstance(getattr(btt_kernels, name), Compiler)
+        if name.startswith(f"_{method}_") and isinstance(getattr(btt_kernels, name), Compiler)
     }
     return compiled
 
@@ -261,26 +271,26 @@ def test_errors_on_a_gpu(d_in, d_out, rank, n, dtype):
     sizes = layer_sizes(d_in, d_out, rank)
     inputs = example(sizes, (n,), dtype, "cuda")
     plain = errors("torch", *inputs)
-    for way in ("fused", "staged", "dense"):
-        if way == "fused" and fused_blocks(sizes) is None:
+    for method in ("fused", "staged", "dense"):
+        if method == "fused" and fused_blocks(sizes) is None:
             continue
-        found = errors(way, *inputs)
-        assert max(found) <= 5e-3 and max(errors(way, *inputs, after_gelu=True)) <= 6e-3
-        assert all(ours <= 1.5 * theirs + 1e-4 for ours, theirs in zip(found, plain)), (way, found, plain)
-        assert all(torch.equal(a, b) for a, b in zip(results(way, *inputs), results(way, *inputs)))
+        found = errors(method, *inputs)
+        assert max(found) <= 5e-3 and max(errors(method, *inputs, after_gelu=True)) <= 6e-3
+        assert all(ours <= 1.5 * theirs + 1e-4 for ours, theirs in zip(found, plain)), (method, found, plain)
+        assert all(torch.equal(a, b) for a, b in zip(results(method, *inputs), results(method, *inputs)))
 
 
 @on_gpu
-@pytest.mark.parametrize("way", ["fused", "staged"])
-def test_more_than_2_to_the_31_elements(way):
+@pytest.mark.parametrize("method", ["fused", "staged"])
+def test_more_than_2_to_the_31_elements(method):
     """Rows at the far end of x and y, where 32 bits of offset would not do."""
     sizes = BTTSizes(16, 16, 16, 16, 1)
     n = 2**31 // 256 + 1000
     x, A, B, _ = example(sizes, (64,), torch.bfloat16, "cuda")
     far = torch.zeros(n, 256, dtype=torch.bfloat16, device="cuda")
     far[-64:] = x
-    y = btt(far, A, B, way)
-    torch.testing.assert_close(y[-64:], btt(x, A, B, way), rtol=0, atol=0)
+    y = btt(far, A, B, method)
+    torch.testing.assert_close(y[-64:], btt(x, A, B, method), rtol=0, atol=0)
     assert not y[:-64].any()
 
 

@@ -10,7 +10,7 @@ from kernels import common
 from kernels import moe as moe_kernels
 from kernels import routing as route_kernels
 from kernels.btt import BTTSizes
-from kernels.moe import btt_mixture, kernels_fit, routed_btt_mixture, router_fits, way_for
+from kernels.moe import btt_mixture, kernels_fit, mixture_method, routed_btt_mixture, router_fits
 from kernels.routing import make_plan, route, set_tables
 from moe import Router, pick
 
@@ -139,14 +139,14 @@ def check_plan(n, num_experts, k, tokens):
 def test_one_function_says_how_a_mixture_is_computed(monkeypatch):
     sizes, low_rank = layer_sizes(1024, 1024, 1), BTTSizes(1, 1024, 1, 1024, 128)
     half = torch.empty(4, 1024, dtype=torch.bfloat16)
-    assert way_for(half, sizes, 8, 2, own_router=True) == "grouped"  # on a CPU
+    assert mixture_method(half, sizes, 8, 2, own_router=True) == "grouped"  # on a CPU
     monkeypatch.setattr(common, "runs_triton", lambda x: True)  # as on a GPU
-    assert way_for(half, sizes, 8, 2, own_router=True) == "routed"
-    assert way_for(half, sizes, 8, 2, own_router=False) == "picked"
-    assert way_for(half, low_rank, 8, 2, own_router=True) == "picked"  # its kernels have no room for the router
-    assert way_for(half, sizes, 17, 1, own_router=True) == "picked"
-    assert way_for(half, sizes, 64, 4, own_router=True) == "grouped"
-    assert way_for(half.float(), sizes, 8, 2, own_router=True) == "grouped"
+    assert mixture_method(half, sizes, 8, 2, own_router=True) == "routed"
+    assert mixture_method(half, sizes, 8, 2, own_router=False) == "picked"
+    assert mixture_method(half, low_rank, 8, 2, own_router=True) == "picked"  # its kernels have no room for the router
+    assert mixture_method(half, sizes, 17, 1, own_router=True) == "picked"
+    assert mixture_method(half, sizes, 64, 4, own_router=True) == "grouped"
+    assert mixture_method(half.float(), sizes, 8, 2, own_router=True) == "grouped"
 
 
 def test_which_layers_fit():

@@ -85,8 +85,8 @@ def test_layers_on_a_cpu_are_those_of_plain_torch(tmp_path):
     done = run_forked("lab.bench", "layers", *words)
     assert done.returncode == 0, done.stdout + done.stderr
     rows = json.loads((tmp_path / "rows.json").read_text())
-    assert [row["way"] for row in rows] == 2 * ["dense", "btt, torch", "btt, dense", "chosen: torch"]
-    assert all(row["error"] < 1e-5 for row in rows if row["way"] != "dense")
+    assert [row["method"] for row in rows] == 2 * ["dense", "btt, torch", "btt, dense", "chosen: torch"]
+    assert all(row["error"] < 1e-5 for row in rows if row["method"] != "dense")
     assert "1 of 2 done, about " in done.stdout and "2 of 2" not in done.stdout
     again = run_forked("lab.bench", "layers", f"--draw={tmp_path}/rows.json", f"--png={tmp_path}/b.png")
     assert again.returncode == 0 and (tmp_path / "b.png").read_bytes().startswith(b"\x89PNG"), again.stderr
@@ -151,14 +151,14 @@ def test_sizes_fit_the_device(monkeypatch, capsys, tmp_path):
 
 
 def test_mixtures_on_a_cpu(tmp_path):
-    """All ways are timed; the published way, which the others are compared with, computes the same."""
+    """All methods are timed, and the published one, which the others are compared with, computes the same."""
     layers = "btt/64-36:1/4:2 low_rank/48-64:4/4:2 dense/32-32:1/3:1"
     words = [f"--layers={layers}", "--tokens=32", "--device=cpu", f"--json={tmp_path}/rows.json"]
     done = run_forked("lab.bench", "mixtures", *words)
     assert done.returncode == 0, done.stdout + done.stderr
     rows = json.loads((tmp_path / "rows.json").read_text())
     both = ["dense", "2 experts, no router", "mixture", "all experts, by bmm"]
-    assert [row["way"] for row in rows] == 2 * both + ["dense", "mixture"]
+    assert [row["method"] for row in rows] == 2 * both + ["dense", "mixture"]
     assert all(row["ms"] > 0 for row in rows)
 
     mixture, x = make_mixture(36, 48, 4, 2, structure="btt", rank=2), torch.randn(20, 36)

@@ -21,6 +21,7 @@ from configurator import ConfigError, load_config
 from conftest import losses, read_rows
 from data import TokenData
 from engine import checkpoint
+from engine.huggingface import load_gpt2
 from lab import convert
 from model import GPT
 from options import GPTConfig
@@ -126,7 +127,7 @@ def test_export_equals_ours_in_transformers(options, idx, tmp_path):
 
 def test_low_rank_leaves_the_tail_of_the_singular_values(hugging_face, tmp_path, capsys):
     _, folder = hugging_face
-    source = GPT.from_pretrained(folder)
+    source = load_gpt2(folder)
     target = convert_to(folder, tmp_path / "run", "--structure=low_rank", "--rank=7")
     text = capsys.readouterr().out
     errors = reported(text)
@@ -150,7 +151,7 @@ def test_btt_leaves_the_tail_of_every_block(hugging_face, tmp_path, capsys):
     _, folder = hugging_face
     options = ("--structure=btt", "--rank=2", "--structured_layers=ffn")
     target = convert_to(folder, tmp_path / "run", *options)
-    source, errors = GPT.from_pretrained(folder), reported(capsys.readouterr().out)
+    source, errors = load_gpt2(folder), reported(capsys.readouterr().out)
     for name, W in matrices(source).items():
         layer = target.get_submodule(name)
         if "ffn" not in name:

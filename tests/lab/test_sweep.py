@@ -172,7 +172,7 @@ def test_options_for_all_runs(tmp_path, capsys):
     (line,) = capsys.readouterr().out.splitlines()  # of 7 one is
     assert "--d_model=128" in line and "--max_steps=7" in line and "'--data_dir=data/a b'" in line
     for text, message in (
-        ("data/mine", "'data/mine' is no option, write each as --key=value"),
+        ("data/mine", "'data/mine' is not an option, write each as --key=value"),
         ("--save 'x", "close the quotes"),
         ("--d_model=8", "d_model is made run by run: change it in"),
         ("--out_dir=x", "out_dir is made run by run: give --out"),
