@@ -94,7 +94,8 @@ class Block:
         self.barriers = 0
         self.copies, self.groups = [], []  # of cp.async: those not committed yet, and committed groups
         self.races = []
-        self.wavefronts, self.without_conflicts = {}, {}  # {instruction: count}
+        self.wavefronts, self.without_conflicts = {}, {}  # {instruction: count}, from the first matrix product on
+        self.products = 0
 
     def run(self):
         at = 0
@@ -168,13 +169,15 @@ class Block:
 
     def count_conflicts(self, kind, at, size):
         """at: byte addresses in the order of threads, `size` bytes each; 128 bytes are served at a time if no bank has two words."""
+        if not self.products:
+            return  # cores being loaded, once a launch
         for request in at.reshape(-1, max(1, 128 // max(size, 4))):
             words = np.unique((request[:, None] + np.arange(0, max(size, 4), 4)) // 4)
             self.wavefronts[kind] = self.wavefronts.get(kind, 0) + np.bincount(words % 32).max()
             self.without_conflicts[kind] = self.without_conflicts.get(kind, 0) + 1
 
     def conflicts(self):
-        """{instruction: wavefronts for each one that it would take without bank conflicts}"""
+        """{instruction: wavefronts for each one that it would take without bank conflicts}, from the first matrix product on"""
         return {kind: count / self.without_conflicts[kind] for kind, count in self.wavefronts.items()}
 
     # -- arithmetic
@@ -364,6 +367,7 @@ class Block:
 
     def op_mma(self, parts, args, active):
         assert "m16n8k16" in parts, self.line
+        self.products += 1
         to_float = FORMATS[parts[-2]][1]
         to, a, b, c = (self.names(arg) for arg in args)
         warps, group, quad = self.threads // 32, np.arange(32) // 4, np.arange(32) % 4
