@@ -15,11 +15,16 @@ of four. Its order is free as long as both operands agree: if place 16t + 8h + 2
 a lane has 8 neighbours, which are one 16-byte access of memory. `in_places` renames an axis so.
 """
 
+import functools
+from typing import NamedTuple
+
+import torch
 import triton
-import triton.language as tl
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
+
+from kernels.common import SHARED_MEMORY, multiprocessors, sum_parts
 
 # Renamed between Triton 3.6 and 3.9.
 copy_async = async_copy.async_load if hasattr(async_copy, "async_load") else async_copy.async_copy_global_to_shared
@@ -122,13 +127,13 @@ def gelu_of(x):
 
 @gluon.jit
 def gelu_and_slope_of(x):
-    """gelu(x) and its derivative, both in the dtype of x."""
+    """gelu(x) in the dtype of x, and its derivative in float32."""
     u = x.to(gl.float32)
     s = u * u
     t = _tanh(u * (0.7978845608 + 0.0356774081 * s))
     h = 0.5 * u
     slope = 0.5 + 0.5 * t + h * (1 - t * t) * (0.7978845608 + 0.1070322243 * s)
-    return (h + h * t).to(x.dtype), slope.to(x.dtype)
+    return (h + h * t).to(x.dtype), slope
 
 
 @gluon.jit
@@ -152,15 +157,16 @@ def load_core(
 
 @gluon.jit(do_not_specialize=["N"])
 def product_kernel(
-    x, first, second, y, N, x_stride,
+    x, first, second, y, u, N, x_stride, u_stride,
     G: gl.constexpr, AL: gl.constexpr, F: gl.constexpr, EL: gl.constexpr, R: gl.constexpr, BM: gl.constexpr, FB: gl.constexpr,
-    CHUNKS: gl.constexpr, SECOND_SHARED: gl.constexpr, BACKWARD: gl.constexpr, GELU: gl.constexpr, W: gl.constexpr,
+    CHUNKS: gl.constexpr, SECOND_SHARED: gl.constexpr, BACKWARD: gl.constexpr, GELU: gl.constexpr, SLOPE: gl.constexpr,
+    W: gl.constexpr,
 ):  # fmt: skip
     """FB of the blocks φ of y[n, f, e] = Σ_{g r} Σ_a x[n, g, a] first[g, a, (r f)] second[f, (g r), e].
 
     The cores stay in registers, or the second one in shared memory. x comes from memory straight into the registers of the
     first product, a chunk (of the blocks γ of a tile) ahead. BACKWARD: `first` is stored as (g, (f r), a) and `second`
-    as (f, e, (r g)), as the cores B and A are for dx of dy.
+    as (f, e, (r g)), as the cores B and A are for dx of dy. GELU: of x. SLOPE: y times gelu'(u), u (n, f, e).
     """
     mma: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [W, 1, 1], [1, 16, 8])
     a_op: gl.constexpr = gl.DotOperandLayout(0, mma, 2)
@@ -187,21 +193,29 @@ def product_kernel(
     z_s = ()
     for c in gl.static_range(CHUNKS):
         if BACKWARD:  # (g, f r, a)
-            t = load_core(first + c * GC * F * R * AL + f0 * R * AL, GC, FB * R, AL, F * R * AL, AL, AL, 0, W).permute([0, 2, 1])
+            t = load_core(first + c * GC * F * R * AL + f0 * R * AL, GC, FB * R, AL, F * R * AL, AL, AL, 0, W).permute(
+                [0, 2, 1]
+            )
         else:  # (g, a, r f)
             t = load_core(first + c * GC * AL * R * F + f0, GC, AL, R * FB, AL * R * F, R * F, FB, F, W)
         first_t = first_t + (gl.convert_layout(in_places(t).permute([0, 2, 1]), a_op),)
         if BACKWARD:  # (f, e, r g)
             t = load_core(second + f0 * EL * R * G + c * GC, FB, EL, R * GC, EL * R * G, R * G, GC, G, W)
         else:  # (f, g r, e)
-            t = load_core(second + (f0 * G + c * GC) * R * EL, FB, GC * R, EL, G * R * EL, EL, EL, 0, W).permute([0, 2, 1])
+            t = load_core(second + (f0 * G + c * GC) * R * EL, FB, GC * R, EL, G * R * EL, EL, EL, 0, W).permute(
+                [0, 2, 1]
+            )
         t = in_places(t)
         if SECOND_SHARED:
             if BACKWARD:
-                second_t = second_t + (gl.allocate_shared_memory(dtype, [FB, EL, R * GC], rows_layout(FB, EL, R * GC), t),)
+                second_t = second_t + (
+                    gl.allocate_shared_memory(dtype, [FB, EL, R * GC], rows_layout(FB, EL, R * GC), t),
+                )
             else:
                 t = t.permute([0, 2, 1])
-                second_t = second_t + (gl.allocate_shared_memory(dtype, [FB, GC * R, EL], rows_layout(FB, GC * R, EL), t),)
+                second_t = second_t + (
+                    gl.allocate_shared_memory(dtype, [FB, GC * R, EL], rows_layout(FB, GC * R, EL), t),
+                )
         else:
             second_t = second_t + (gl.convert_layout(t.permute([0, 2, 1]), b_op),)
         if BACKWARD:
@@ -213,6 +227,7 @@ def product_kernel(
     ny = gl.arange(0, BM, gl.SliceLayout(0, gl.SliceLayout(2, Y)))
     ey = gl.arange(0, EL, gl.SliceLayout(0, gl.SliceLayout(1, Y)))
     y_at = y + fy[:, None, None] * EL + ey[None, None, :] + ny[None, :, None] * (F * EL)
+    u_at = u + fy[:, None, None] * EL + ey[None, None, :] + ny[None, :, None] * u_stride
     while tile < tiles:
         for c in gl.static_range(CHUNKS):
             x_t = x_next
@@ -237,8 +252,14 @@ def product_kernel(
             else:
                 z_t = z_s[c].permute([1, 2, 0])
             y_t = mma_v2(z_t.load(a_op), s, y_t)
-        y_t = gl.convert_layout(in_numbers(y_t.to(dtype)), Y)
-        gl.store(y_at + tile.to(gl.int64) * (BM * F * EL), y_t, mask=tile * BM + ny[None, :, None] < N)
+        mask_y = tile * BM + ny[None, :, None] < N
+        if SLOPE:
+            y_t = gl.convert_layout(in_numbers(y_t), Y)
+            u_t = gl.load(u_at + tile.to(gl.int64) * BM * u_stride, mask=mask_y, other=0.0)
+            y_t = (y_t * gelu_and_slope_of(u_t)[1]).to(dtype)
+        else:
+            y_t = gl.convert_layout(in_numbers(y_t.to(dtype)), Y)
+        gl.store(y_at + tile.to(gl.int64) * (BM * F * EL), y_t, mask=mask_y)
         tile += step
 
 
@@ -312,6 +333,7 @@ def gradients_kernel(
         x_r = x_t.load(X)
         if GELU:
             x_r, slope = gelu_and_slope_of(x_r)
+            slope = slope.to(dtype)
             x_t.store(x_r)
         x_r = gl.convert_layout(in_places(x_r.permute([0, 2, 1])).permute([0, 2, 1]), a_op)
         z = mma_v2(x_r, A_s.load(b_op), gl.zeros([GB, BM, R * FB], gl.float32, mma))
@@ -353,19 +375,132 @@ def gradients_kernel(
 
 
 # ---------------------------------------------------------------------------------------
-# Sums of parts
+# Launches
+
+TOKENS = 16  # of a tile
+BANDWIDTH, L2_BANDWIDTH = 2.3e12, 4.0e12  # bytes/s that these kernels reach on an H100 (results/kernels.md)
 
 
-@triton.jit
-def sum_parts_kernel(sums, dA, dB, PARTS, SIZE_A: tl.constexpr, SIZE_B: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    """dA and dB, in their dtype, of sums (parts, A and B), in a fixed order."""
-    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    part = tl.arange(0, ROWS)
-    total = tl.zeros((ROWS, BLOCK), tl.float32)
-    for first in range(0, PARTS, ROWS):
-        rows = first + part
-        mask = (rows[:, None] < PARTS) & (at[None, :] < SIZE_A + SIZE_B)
-        total += tl.load(sums + rows[:, None].to(tl.int64) * (SIZE_A + SIZE_B) + at[None, :], mask, 0.0)
-    result = tl.sum(total, 0)
-    tl.store(dA + at, result.to(dA.dtype.element_ty), at < SIZE_A)
-    tl.store(dB + at - SIZE_A, result.to(dB.dtype.element_ty), (at >= SIZE_A) & (at < SIZE_A + SIZE_B))
+class Product(NamedTuple):
+    """Launch shape of the product kernel."""
+
+    slice: int  # FB: output blocks of a program
+    chunks: int
+    second_shared: bool
+    warps: int
+    bytes: int  # a token, through L2
+
+
+class Gradients(NamedTuple):
+    """Launch shape of the gradient kernel."""
+
+    g_slice: int  # GB
+    f_slice: int  # FB
+    with_dx: bool
+    stages: int
+    warps: int
+    bytes: int  # a token, through L2
+
+
+class Launches(NamedTuple):
+    y: Product
+    gradients: Gradients
+    dx: Product | None  # where the gradient kernel does not make dx
+
+
+def _product(g, a, f, e, r):
+    """The shape of a product kernel, or None if none fits."""
+    for size in (16, 8):
+        first, second = 2 * g * a * r * size, 2 * size * g * r * e
+        z = 2 * g * r * size * TOKENS
+        warps = 16 if size == 16 and first <= 65_536 else 8
+        chunks = max(1, g * a * r // 1024)  # of x: 32 KiB, or less of higher ranks
+        chunks = min(chunks, g // warps)
+        if f % size == 0 and chunks and first <= 131_072 and second + z <= SHARED_MEMORY and r * size >= 16:
+            second_shared = first + second > 98_304
+            return Product(size, chunks, second_shared, warps, 2 * (f // size * g * a + f * e))
+    return None
+
+
+def _gradients(g, a, f, e, r):
+    """All shapes of gradient kernels that fit."""
+    for g_slice in (8, 16, 32):
+        for f_slice in (8, 16, 32, 64):
+            with_dx = f_slice == f
+            warps = min(8 if with_dx else 16, g_slice, f_slice)
+            sums = r * g_slice * f_slice * (a + e)
+            core = 2 * r * g_slice * f_slice * a  # of A; that of B is in registers
+            tile = 2 * TOKENS * (g_slice * a + f_slice * e)
+            z = 2 * 2 * TOKENS * g_slice * r * f_slice
+            stages = min(3, (SHARED_MEMORY - core - z) // tile)
+            fits = g % g_slice == f % f_slice == 0 and r * f_slice >= 16 and stages >= 2
+            if fits and sums <= 4096 * min(warps, 8):  # half of the registers
+                moved = 2 * (f // f_slice * g * a + g // g_slice * f * e + with_dx * g * a)
+                yield Gradients(g_slice, f_slice, with_dx, stages, warps, moved)
+
+
+@functools.cache
+def launches(sizes):
+    """Launches for a BTT of these sizes (g, a, f, e, r), those that move the fewest bytes through L2; None if none fit."""
+    g, a, f, e, r = sizes
+    if not ({g, f} <= {16, 32, 64} and {a, e} <= {32, 64} and r in (1, 2, 4)):
+        return None
+    y, dx = _product(g, a, f, e, r), _product(f, e, g, a, r)
+    if y is None or dx is None:
+        return None
+    found = [Launches(y, shape, None if shape.with_dx else dx) for shape in _gradients(g, a, f, e, r)]
+    return min(found, key=lambda each: each.gradients.bytes + (each.dx.bytes if each.dx else 0), default=None)
+
+
+def expected_seconds(n, sizes):
+    """Of forward and backward for n tokens, by bytes."""
+    shapes, (g, a, f, e, r) = launches(sizes), sizes
+    d_in, d_out = g * a, f * e
+    moved = [(d_in + d_out, shapes.y), ((2 if shapes.gradients.with_dx else 1) * d_in + d_out, shapes.gradients)]
+    if shapes.dx:
+        moved.append((d_in + d_out, shapes.dx))
+    return 6e-6 + sum(n * max(2 * memory / BANDWIDTH, shape.bytes / L2_BANDWIDTH) for memory, shape in moved)
+
+
+def _aligned(x):
+    """x (n, d) with rows that 16-byte copies can read."""
+    fits = x.stride(1) == 1 and x.stride(0) % 16 == 0 and x.data_ptr() % 16 == 0
+    return x if fits else x.clone(memory_format=torch.contiguous_format)
+
+
+def _launch_product(x, first, second, sizes, shape, backward=False, after_gelu=False, u=None):
+    g, a, f, e, r = sizes
+    n, slices = len(x), f // shape.slice
+    y = x.new_empty(n, f * e)
+    programs = slices * max(1, min(triton.cdiv(n, TOKENS), multiprocessors(x) // slices))
+    slope = u is not None
+    u = u if slope else x
+    product_kernel[(programs,)](
+        x, first, second, y, u, n, x.stride(0), u.stride(0), G=g, AL=a, F=f, EL=e, R=r, BM=TOKENS, FB=shape.slice,
+        CHUNKS=shape.chunks, SECOND_SHARED=shape.second_shared, BACKWARD=backward, GELU=after_gelu, SLOPE=slope,
+        W=shape.warps, num_warps=shape.warps,
+    )  # fmt: skip
+    return y
+
+
+def forward(x, A, B, sizes, after_gelu):
+    """y = W x or W gelu(x). x (n, g·a), cores contiguous, of one 16-bit dtype."""
+    return _launch_product(_aligned(x), A, B, sizes, launches(sizes).y, after_gelu=after_gelu)
+
+
+def backward(x, dy, A, B, sizes, after_gelu):
+    """dx, dA, dB"""
+    x, dy, (g, a, f, e, r), (_, shape, product) = _aligned(x), _aligned(dy), sizes, launches(sizes)
+    n, slices = len(x), g // shape.g_slice * (f // shape.f_slice)
+    parts = max(1, min(triton.cdiv(n, TOKENS), multiprocessors(x) // slices))
+    if product is None:
+        dx = x.new_empty(n, g * a)
+    else:
+        dx = _launch_product(dy, B, A, (f, e, g, a, r), product, True, u=x if after_gelu else None)
+    sums = torch.empty(parts, A.numel() + B.numel(), dtype=torch.float32, device=x.device)
+    gradients_kernel[(slices * parts,)](
+        x, dy, A, B, dx, sums, n, x.stride(0), dy.stride(0), G=g, AL=a, F=f, EL=e, R=r, BM=TOKENS, GB=shape.g_slice,
+        FB=shape.f_slice, DX=shape.with_dx, GELU=after_gelu, B_SHARED=False, STAGES=shape.stages, W=shape.warps,
+        num_warps=shape.warps,
+    )  # fmt: skip
+    return dx, *sum_parts(sums, sums[:, A.numel() :], A, B)

@@ -4,6 +4,7 @@ import re
 
 import numpy as np
 import pytest
+import torch
 
 triton = pytest.importorskip("triton")
 kernels = pytest.importorskip("kernels.gluon_btt")
@@ -11,6 +12,9 @@ kernels = pytest.importorskip("kernels.gluon_btt")
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.experimental.gluon._runtime import GluonASTSource  # noqa: E402
 
+from hopper import Compiler, layer_sizes, spilled  # noqa: E402
+from kernels import common  # noqa: E402
+from kernels.btt import BTTSizes, fastest_method, fuses  # noqa: E402
 from ptx_emulator import FORMATS, Memory, run_grid  # noqa: E402
 
 NAN = 0xFFFF  # in both 16-bit formats
@@ -19,7 +23,7 @@ NAN = 0xFFFF  # in both 16-bit formats
 def compiled(kernel, constants, dtype="bf16", arch=90):
     """A kernel compiled without a GPU; pointers and strides are multiples of 16."""
     names = [parameter.name for parameter in kernel.params if not parameter.is_constexpr]
-    integers = ("N", "x_stride", "dy_stride")
+    integers = ("N", "x_stride", "dy_stride", "u_stride")
     types = {name: "i32" if name in integers else "*fp32" if name == "sums" else f"*{dtype}" for name in names}
     hints = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if name != "N"}
     source = GluonASTSource(kernel, {**types, **dict.fromkeys(constants, "constexpr")}, constants, hints)
@@ -65,11 +69,14 @@ class Example:
         (g, a, f, e, r), (memory, at) = self.sizes, self.memory(gap)
         if backward:
             g, a, f, e = f, e, g, a
-        constants = dict(G=g, AL=a, F=f, EL=e, R=r, BM=16, BACKWARD=backward, **{"GELU": False, "CHUNKS": 1, **shape})
+        constants = dict(
+            G=g, AL=a, F=f, EL=e, R=r, BM=16, BACKWARD=backward, **{"GELU": False, "SLOPE": False, "CHUNKS": 1, **shape}
+        )
         ptx = change(compiled(kernels.product_kernel, constants, self.dtype).asm["ptx"])
         to = memory.put(np.full((self.n + 16, f * e), NAN, np.uint16))
         inputs = [at[name] for name in (("dy", "B", "A") if backward else ("x", "A", "B"))]
-        blocks = run_grid(ptx, memory, [*inputs, to, self.n, g * a + gap, 0, 0], constants["W"], 2 * (f // shape["FB"]))
+        params = [*inputs, to, at["x"], self.n, g * a + gap, f * e + gap, 0, 0]
+        blocks = run_grid(ptx, memory, params, constants["W"], 2 * (f // shape["FB"]))
         y = self.to_float(memory.get(to, np.uint16, (self.n + 16, f * e)))
         assert np.isnan(y[self.n :]).all()  # nothing behind the last token
         return y[: self.n], blocks
@@ -122,6 +129,12 @@ def test_product_after_gelu():
     check([result], [example.y], blocks)
 
 
+def test_gradient_of_x_before_gelu():
+    example = Example((16, 32, 16, 64, 1), 33, after_gelu=True)
+    result, blocks = example.product(backward=True, FB=16, SECOND_SHARED=False, SLOPE=True, W=8)
+    check([result], [example.dx], blocks)
+
+
 @pytest.mark.parametrize(
     "sizes, n, shape",
     [
@@ -159,3 +172,46 @@ def test_the_emulator_sees_a_missing_barrier():
             break  # there are no more
         races.append(any(block.races for block in blocks))
     assert sum(races) >= 2, races
+
+
+# ---------------------------------------------------------------------------------------
+# The launches that layers take
+
+
+@pytest.mark.parametrize("after_gelu", [False, True])
+@pytest.mark.parametrize("d_in, d_out", [(1024, 1024), (1024, 4096), (4096, 1024), (2048, 2048)])
+def test_launches_fit_on_hopper(monkeypatch, d_in, d_out, after_gelu):
+    """Within shared memory, and few registers spill; every kernel's results have the right shapes."""
+    sizes = layer_sizes(d_in, d_out, 1)
+    g, a, f, e, r = sizes
+    assert fastest_method(32_768, sizes) == "fused"
+    compiled = {}
+    for module, name in ((kernels, "product_kernel"), (kernels, "gradients_kernel"), (common, "_sum_parts_kernel")):
+        monkeypatch.setattr(module, name, Compiler(getattr(module, name), compiled))
+    monkeypatch.setattr(kernels, "multiprocessors", lambda tensor: 132)
+    x, dy = torch.zeros(100, d_in, dtype=torch.bfloat16), torch.zeros(100, d_out, dtype=torch.bfloat16)
+    A, B = x.new_zeros(g, a, r * f), x.new_zeros(f, g * r, e)
+    results = {"y": kernels.forward(x, A, B, sizes, after_gelu)}
+    made = dict(compiled)
+    results |= dict(zip(("dx", "dA", "dB"), kernels.backward(x, dy, A, B, sizes, after_gelu)))
+    for name, like in {"y": dy, "dx": x, "dA": A, "dB": B}.items():
+        assert results[name].shape == like.shape and results[name].dtype == like.dtype
+    for name, result in [*made.items(), *compiled.items()]:
+        assert result.metadata.shared <= common.SHARED_MEMORY, name
+        assert spilled(result) <= 256, name
+
+
+def test_which_layers_take_gluon_kernels():
+    """Blocks of powers of two, of which slices of both cores fit on a multiprocessor; higher ranks only when asked for."""
+    assert fuses(layer_sizes(2048, 2048, 2)) and fastest_method(32_768, layer_sizes(2048, 2048, 2)) != "fused"
+    assert fastest_method(32_768, layer_sizes(4096, 4096, 1)) == "staged"  # it would read x and dy four times
+    assert kernels.launches(BTTSizes(64, 128, 64, 128, 1)) is None
+    assert kernels.launches(layer_sizes(768, 768, 1)) is None
+
+
+@pytest.mark.parametrize("arch", [80, 100])
+def test_kernels_compile_for_other_gpus(arch):
+    product = dict(G=32, AL=32, F=32, EL=32, R=1, BM=16, FB=16, CHUNKS=1, SECOND_SHARED=False, W=16)
+    compiled(kernels.product_kernel, {**product, "BACKWARD": False, "GELU": True, "SLOPE": False}, arch=arch)
+    gradients = dict(G=32, AL=32, F=32, EL=32, R=1, BM=16, GB=16, FB=32, STAGES=3, W=8)
+    compiled(kernels.gradients_kernel, {**gradients, "DX": True, "GELU": True, "B_SHARED": False}, arch=arch)
