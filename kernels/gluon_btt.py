@@ -151,8 +151,51 @@ def load_core(
     return gl.load(base + b[:, None, None] * SB + r[None, :, None] * SR + k[None, None, :])
 
 
+@gluon.jit
+def copy_tile(to, base, tile, stride, N, B: gl.constexpr, BM: gl.constexpr, K: gl.constexpr, W: gl.constexpr):
+    C: gl.constexpr = copy_layout(B, BM, K, W)
+    b = gl.arange(0, B, gl.SliceLayout(1, gl.SliceLayout(2, C)))
+    n = gl.arange(0, BM, gl.SliceLayout(0, gl.SliceLayout(2, C)))
+    k = gl.arange(0, K, gl.SliceLayout(0, gl.SliceLayout(1, C)))
+    at = base + tile.to(gl.int64) * BM * stride + (b[:, None, None] * K + k[None, None, :] + n[None, :, None] * stride)
+    copy_async(to, at, mask=tile * BM + n[None, :, None] < N)
+
+
 # ---------------------------------------------------------------------------------------
 # y of x, or dx of dy
+
+
+@gluon.jit
+def to_shared(t):
+    """(block, row, k) in shared memory"""
+    layout: gl.constexpr = rows_layout(t.shape[0], t.shape[1], t.shape[2])
+    return gl.allocate_shared_memory(t.dtype, t.shape, layout, t)
+
+
+@gluon.jit
+def load_first(
+    core, f0, g0, G: gl.constexpr, AL: gl.constexpr, F: gl.constexpr, R: gl.constexpr, GC: gl.constexpr,
+    FB: gl.constexpr, BACKWARD: gl.constexpr, W: gl.constexpr,
+):  # fmt: skip
+    """(g, a, r f), or backward (g, a, f r), of the core of the first product: of A, or of B, stored (g, (f r), a)."""
+    if BACKWARD:
+        at = core + (g0 * F + f0) * R * AL
+        return load_core(at, GC, FB * R, AL, F * R * AL, AL, AL, 0, W).permute([0, 2, 1])
+    else:
+        return load_core(core + g0 * AL * R * F + f0, GC, AL, R * FB, AL * R * F, R * F, FB, F, W)
+
+
+@gluon.jit
+def load_second(
+    core, f0, g0, G: gl.constexpr, F: gl.constexpr, EL: gl.constexpr, R: gl.constexpr, GC: gl.constexpr,
+    FB: gl.constexpr, BACKWARD: gl.constexpr, W: gl.constexpr,
+):  # fmt: skip
+    """(f, e, g r), or backward (f, e, r g), of the core of the second product: of B, or of A, stored (f, e, (r g))."""
+    if BACKWARD:
+        return load_core(core + f0 * EL * R * G + g0, FB, EL, R * GC, EL * R * G, R * G, GC, G, W)
+    else:
+        at = core + (f0 * G + g0) * R * EL
+        return load_core(at, FB, GC * R, EL, G * R * EL, EL, EL, 0, W).permute([0, 2, 1])
 
 
 @gluon.jit(do_not_specialize=["N"])
@@ -160,7 +203,7 @@ def product_kernel(
     x, first, second, y, u, N, x_stride, u_stride,
     G: gl.constexpr, AL: gl.constexpr, F: gl.constexpr, EL: gl.constexpr, R: gl.constexpr, BM: gl.constexpr, FB: gl.constexpr,
     CHUNKS: gl.constexpr, SECOND_SHARED: gl.constexpr, BACKWARD: gl.constexpr, GELU: gl.constexpr, SLOPE: gl.constexpr,
-    W: gl.constexpr,
+    STAGES: gl.constexpr, W: gl.constexpr,
 ):  # fmt: skip
     """FB of the blocks φ of y[n, f, e] = Σ_{g r} Σ_a x[n, g, a] first[g, a, (r f)] second[f, (g r), e].
 
@@ -185,55 +228,51 @@ def product_kernel(
     gx = gl.arange(0, GC, gl.SliceLayout(1, gl.SliceLayout(2, X)))
     ax = gl.arange(0, AL, gl.SliceLayout(0, gl.SliceLayout(2, X)))
     nx = gl.arange(0, BM, gl.SliceLayout(0, gl.SliceLayout(1, X)))
-    x_at = x + gx[:, None, None] * AL + ax[None, :, None] + nx[None, None, :] * x_stride
-    x_next = gl.load(x_at + tile.to(gl.int64) * BM * x_stride, mask=tile * BM + nx[None, None, :] < N, other=0.0)
+    if STAGES:
+        x_s = gl.allocate_shared_memory(dtype, [STAGES, GC, BM, AL], rows_layout(GC, BM, AL))
+        for i in gl.static_range(STAGES - 1):
+            copy_tile(x_s.index(i), x + i % CHUNKS * (GC * AL), tile + i // CHUNKS * step, x_stride, N, GC, BM, AL, W)
+            async_copy.commit_group()
+    else:
+        x_at = x + gx[:, None, None] * AL + ax[None, :, None] + nx[None, None, :] * x_stride
+        x_next = gl.load(x_at + tile.to(gl.int64) * BM * x_stride, mask=tile * BM + nx[None, None, :] < N, other=0.0)
 
     first_t = ()
     second_t = ()
     z_s = ()
     for c in gl.static_range(CHUNKS):
-        if BACKWARD:  # (g, f r, a)
-            t = load_core(first + c * GC * F * R * AL + f0 * R * AL, GC, FB * R, AL, F * R * AL, AL, AL, 0, W).permute(
-                [0, 2, 1]
-            )
-        else:  # (g, a, r f)
-            t = load_core(first + c * GC * AL * R * F + f0, GC, AL, R * FB, AL * R * F, R * F, FB, F, W)
-        first_t = first_t + (gl.convert_layout(in_places(t).permute([0, 2, 1]), a_op),)
-        if BACKWARD:  # (f, e, r g)
-            t = load_core(second + f0 * EL * R * G + c * GC, FB, EL, R * GC, EL * R * G, R * G, GC, G, W)
-        else:  # (f, g r, e)
-            t = load_core(second + (f0 * G + c * GC) * R * EL, FB, GC * R, EL, G * R * EL, EL, EL, 0, W).permute(
-                [0, 2, 1]
-            )
-        t = in_places(t)
-        if SECOND_SHARED:
-            if BACKWARD:
-                second_t = second_t + (
-                    gl.allocate_shared_memory(dtype, [FB, EL, R * GC], rows_layout(FB, EL, R * GC), t),
-                )
-            else:
-                t = t.permute([0, 2, 1])
-                second_t = second_t + (
-                    gl.allocate_shared_memory(dtype, [FB, GC * R, EL], rows_layout(FB, GC * R, EL), t),
-                )
+        first_c = load_first(first, f0, c * GC, G, AL, F, R, GC, FB, BACKWARD, W)  # (g, a, r f)
+        first_t = first_t + (gl.convert_layout(in_places(first_c).permute([0, 2, 1]), a_op),)
+        second_c = in_places(load_second(second, f0, c * GC, G, F, EL, R, GC, FB, BACKWARD, W))  # (f, e, g r)
+        if not SECOND_SHARED:
+            second_t = second_t + (gl.convert_layout(second_c.permute([0, 2, 1]), b_op),)
         else:
-            second_t = second_t + (gl.convert_layout(t.permute([0, 2, 1]), b_op),)
-        if BACKWARD:
-            z_s = z_s + (gl.allocate_shared_memory(dtype, [GC, FB * R, BM], Z),)
-        else:
-            z_s = z_s + (gl.allocate_shared_memory(dtype, [GC * R, FB, BM], Z),)
+            second_c = second_c if BACKWARD else second_c.permute([0, 2, 1])  # as it is stored
+            second_t = second_t + (to_shared(second_c),)
+        z_s = z_s + (gl.allocate_shared_memory(dtype, [GC, FB * R, BM] if BACKWARD else [GC * R, FB, BM], Z),)
 
     fy = f0 + gl.arange(0, FB, gl.SliceLayout(1, gl.SliceLayout(2, Y)))
     ny = gl.arange(0, BM, gl.SliceLayout(0, gl.SliceLayout(2, Y)))
     ey = gl.arange(0, EL, gl.SliceLayout(0, gl.SliceLayout(1, Y)))
     y_at = y + fy[:, None, None] * EL + ey[None, None, :] + ny[None, :, None] * (F * EL)
     u_at = u + fy[:, None, None] * EL + ey[None, None, :] + ny[None, :, None] * u_stride
+    slot = 0
     while tile < tiles:
         for c in gl.static_range(CHUNKS):
-            x_t = x_next
-            ahead = tile if c + 1 < CHUNKS else tile + step
-            at = x_at + (ahead.to(gl.int64) * BM * x_stride + (c + 1) % CHUNKS * (GC * AL))
-            x_next = gl.load(at, mask=ahead * BM + nx[None, None, :] < N, other=0.0)
+            if STAGES:
+                async_copy.wait_group(STAGES - 2)
+                x_t = x_s.index(slot).permute([0, 2, 1]).load(X)
+                into = gl.where(slot == 0, STAGES - 1, slot - 1)
+                ahead = tile + (c + STAGES - 1) // CHUNKS * step
+                at = x + (c + STAGES - 1) % CHUNKS * (GC * AL)
+                copy_tile(x_s.index(into), at, ahead, x_stride, N, GC, BM, AL, W)
+                async_copy.commit_group()
+                slot = gl.where(slot + 1 == STAGES, 0, slot + 1)
+            else:
+                x_t = x_next
+                ahead = tile if c + 1 < CHUNKS else tile + step
+                at = x_at + (ahead.to(gl.int64) * BM * x_stride + (c + 1) % CHUNKS * (GC * AL))
+                x_next = gl.load(at, mask=ahead * BM + nx[None, None, :] < N, other=0.0)
             if GELU:
                 x_t = gelu_of(x_t)
             x_t = gl.convert_layout(in_places(x_t), b_op)
@@ -241,17 +280,13 @@ def product_kernel(
             z_s[c].reshape([GC, R * FB, BM]).store(z)
         y_t = gl.zeros([FB, BM, EL], gl.float32, mma)
         for c in gl.static_range(CHUNKS):
-            s = second_t[c]
+            B_t = second_t[c]
             if SECOND_SHARED:
-                if BACKWARD:
-                    s = s.permute([0, 2, 1]).load(b_op)
-                else:
-                    s = s.load(b_op)
-            if BACKWARD:  # (g, f, r, n) -> (f, n, r g)
+                B_t = (B_t.permute([0, 2, 1]) if BACKWARD else B_t).load(b_op)
+            z_t = z_s[c].permute([1, 2, 0])  # (f, n, g r)
+            if BACKWARD:  # (g, f r, n) -> (f, n, r g)
                 z_t = z_s[c].reshape([GC, FB, R, BM]).permute([1, 3, 2, 0]).reshape([FB, BM, R * GC])
-            else:
-                z_t = z_s[c].permute([1, 2, 0])
-            y_t = mma_v2(z_t.load(a_op), s, y_t)
+            y_t = mma_v2(z_t.load(a_op), B_t, y_t)
         mask_y = tile * BM + ny[None, :, None] < N
         if SLOPE:
             y_t = gl.convert_layout(in_numbers(y_t), Y)
@@ -267,24 +302,14 @@ def product_kernel(
 # Gradients
 
 
-@gluon.jit
-def copy_tile(to, base, tile, stride, N, B: gl.constexpr, BM: gl.constexpr, K: gl.constexpr, W: gl.constexpr):
-    C: gl.constexpr = copy_layout(B, BM, K, W)
-    b = gl.arange(0, B, gl.SliceLayout(1, gl.SliceLayout(2, C)))
-    n = gl.arange(0, BM, gl.SliceLayout(0, gl.SliceLayout(2, C)))
-    k = gl.arange(0, K, gl.SliceLayout(0, gl.SliceLayout(1, C)))
-    at = base + tile.to(gl.int64) * BM * stride + (b[:, None, None] * K + k[None, None, :] + n[None, :, None] * stride)
-    copy_async(to, at, mask=tile * BM + n[None, :, None] < N)
-
-
 @gluon.jit(do_not_specialize=["N"])
 def gradients_kernel(
     x, dy, A, B, dx, sums, N, x_stride, dy_stride,
     G: gl.constexpr, AL: gl.constexpr, F: gl.constexpr, EL: gl.constexpr, R: gl.constexpr, BM: gl.constexpr,
-    GB: gl.constexpr, FB: gl.constexpr, DX: gl.constexpr, GELU: gl.constexpr, B_SHARED: gl.constexpr, STAGES: gl.constexpr, W: gl.constexpr,
+    GB: gl.constexpr, FB: gl.constexpr, DX: gl.constexpr, GELU: gl.constexpr, B_SHARED: gl.constexpr,
+    STAGES: gl.constexpr, W: gl.constexpr,
 ):  # fmt: skip
-    """dA and dB of GB blocks γ and FB blocks φ, summed over every so-manieth tile of tokens, and with DX (FB = F) dx of the
-    blocks γ. sums (parts, A and B), float32."""
+    """dA and dB of GB blocks γ and FB blocks φ, summed over the tiles of its part, and with DX (FB = F) dx of the blocks γ. sums (parts, A and B), float32."""
     mma: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [W, 1, 1], [1, 16, 8])
     a_op: gl.constexpr = gl.DotOperandLayout(0, mma, 2)
     b_op: gl.constexpr = gl.DotOperandLayout(1, mma, 2)
@@ -310,13 +335,12 @@ def gradients_kernel(
         copy_tile(dy_s.index(i), dy_f, tile + i * step, dy_stride, N, FB, BM, EL, W)
         async_copy.commit_group()
     # core A (g, a, r f) with a in places, B (f, g r, e)
-    A_t = in_places(load_core(A + g0 * AL * R * F + f0, GB, AL, R * FB, AL * R * F, R * F, FB, F, W))
-    A_s = gl.allocate_shared_memory(dtype, [GB, AL, R * FB], rows_layout(GB, AL, R * FB), A_t)
-    B_t = load_core(B + (f0 * G + g0) * R * EL, FB, GB * R, EL, G * R * EL, EL, EL, 0, W)
+    A_s = to_shared(in_places(load_first(A, f0, g0, G, AL, F, R, GB, FB, False, W)))
+    B_t = load_second(B, f0, g0, G, F, EL, R, GB, FB, False, W)
     if B_SHARED:
-        B_s = gl.allocate_shared_memory(dtype, [FB, GB * R, EL], rows_layout(FB, GB * R, EL), B_t)
+        B_s = to_shared(B_t.permute([0, 2, 1]))
     else:
-        B_r = gl.convert_layout(B_t.permute([0, 2, 1]), b_op)
+        B_r = gl.convert_layout(B_t, b_op)
     z_s = gl.allocate_shared_memory(dtype, [GB * R, FB, BM], Z)
     dz_s = gl.allocate_shared_memory(dtype, [GB * R, FB, BM], Z)
     dA = gl.zeros([GB, AL, R * FB], gl.float32, mma)
@@ -387,6 +411,7 @@ class Product(NamedTuple):
     slice: int  # FB: output blocks of a program
     chunks: int
     second_shared: bool
+    stages: int  # of chunks in shared memory; 0: the next chunk waits in registers
     warps: int
     bytes: int  # a token, through L2
 
@@ -400,6 +425,10 @@ class Gradients(NamedTuple):
     stages: int
     warps: int
     bytes: int  # a token, through L2
+
+    def programs(self, sizes):
+        """How many programs share out the cores."""
+        return sizes[0] // self.g_slice * (sizes[2] // self.f_slice)
 
 
 class Launches(NamedTuple):
@@ -418,7 +447,7 @@ def _product(g, a, f, e, r):
         chunks = min(chunks, g // warps)
         if f % size == 0 and chunks and first <= 131_072 and second + z <= SHARED_MEMORY and r * size >= 16:
             second_shared = first + second > 98_304
-            return Product(size, chunks, second_shared, warps, 2 * (f // size * g * a + f * e))
+            return Product(size, chunks, second_shared, 0, warps, 2 * (f // size * g * a + f * e))
     return None
 
 
@@ -454,7 +483,7 @@ def launches(sizes):
 
 def expected_seconds(n, sizes):
     """Of forward and backward for n tokens, by bytes."""
-    shapes, (g, a, f, e, r) = launches(sizes), sizes
+    shapes, (g, a, f, e, _) = launches(sizes), sizes
     d_in, d_out = g * a, f * e
     moved = [(d_in + d_out, shapes.y), ((2 if shapes.gradients.with_dx else 1) * d_in + d_out, shapes.gradients)]
     if shapes.dx:
@@ -478,7 +507,7 @@ def _launch_product(x, first, second, sizes, shape, backward=False, after_gelu=F
     product_kernel[(programs,)](
         x, first, second, y, u, n, x.stride(0), u.stride(0), G=g, AL=a, F=f, EL=e, R=r, BM=TOKENS, FB=shape.slice,
         CHUNKS=shape.chunks, SECOND_SHARED=shape.second_shared, BACKWARD=backward, GELU=after_gelu, SLOPE=slope,
-        W=shape.warps, num_warps=shape.warps,
+        STAGES=shape.stages, W=shape.warps, num_warps=shape.warps,
     )  # fmt: skip
     return y
 
@@ -488,19 +517,24 @@ def forward(x, A, B, sizes, after_gelu):
     return _launch_product(_aligned(x), A, B, sizes, launches(sizes).y, after_gelu=after_gelu)
 
 
+def _launch_gradients(x, dy, A, B, dx, sizes, shape, parts, after_gelu, second_shared=False):
+    """-> dA, dB; writes dx if the shape says so."""
+    g, a, f, e, r = sizes
+    sums = torch.empty(parts, A.numel() + B.numel(), dtype=torch.float32, device=x.device)
+    gradients_kernel[(parts * shape.programs(sizes),)](
+        x, dy, A, B, dx, sums, len(x), x.stride(0), dy.stride(0), G=g, AL=a, F=f, EL=e, R=r, BM=TOKENS, GB=shape.g_slice,
+        FB=shape.f_slice, DX=shape.with_dx, GELU=after_gelu, B_SHARED=second_shared, STAGES=shape.stages, W=shape.warps,
+        num_warps=shape.warps,
+    )  # fmt: skip
+    return sum_parts(sums, sums[:, A.numel() :], A, B)
+
+
 def backward(x, dy, A, B, sizes, after_gelu):
     """dx, dA, dB"""
     x, dy, (g, a, f, e, r), (_, shape, product) = _aligned(x), _aligned(dy), sizes, launches(sizes)
-    n, slices = len(x), g // shape.g_slice * (f // shape.f_slice)
-    parts = max(1, min(triton.cdiv(n, TOKENS), multiprocessors(x) // slices))
+    parts = max(1, min(triton.cdiv(len(x), TOKENS), multiprocessors(x) // shape.programs(sizes)))
     if product is None:
-        dx = x.new_empty(n, g * a)
+        dx = x.new_empty(len(x), g * a)
     else:
         dx = _launch_product(dy, B, A, (f, e, g, a, r), product, True, u=x if after_gelu else None)
-    sums = torch.empty(parts, A.numel() + B.numel(), dtype=torch.float32, device=x.device)
-    gradients_kernel[(slices * parts,)](
-        x, dy, A, B, dx, sums, n, x.stride(0), dy.stride(0), G=g, AL=a, F=f, EL=e, R=r, BM=TOKENS, GB=shape.g_slice,
-        FB=shape.f_slice, DX=shape.with_dx, GELU=after_gelu, B_SHARED=False, STAGES=shape.stages, W=shape.warps,
-        num_warps=shape.warps,
-    )  # fmt: skip
-    return dx, *sum_parts(sums, sums[:, A.numel() :], A, B)
+    return dx, *_launch_gradients(x, dy, A, B, dx, sizes, shape, parts, after_gelu)

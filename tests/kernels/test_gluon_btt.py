@@ -9,13 +9,13 @@ import torch
 triton = pytest.importorskip("triton")
 kernels = pytest.importorskip("kernels.gluon_btt")
 
-from triton.backends.compiler import GPUTarget  # noqa: E402
-from triton.experimental.gluon._runtime import GluonASTSource  # noqa: E402
+from triton.backends.compiler import GPUTarget
+from triton.experimental.gluon._runtime import GluonASTSource
 
-from hopper import Compiler, layer_sizes, spilled  # noqa: E402
-from kernels import common  # noqa: E402
-from kernels.btt import BTTSizes, fastest_method, fuses  # noqa: E402
-from ptx_emulator import FORMATS, Memory, run_grid  # noqa: E402
+from hopper import Compiler, layer_sizes, spilled
+from kernels import common
+from kernels.btt import BTTSizes, fastest_method, fuses
+from ptx_emulator import FORMATS, Memory, run_grid
 
 NAN = 0xFFFF  # in both 16-bit formats
 
@@ -70,7 +70,14 @@ class Example:
         if backward:
             g, a, f, e = f, e, g, a
         constants = dict(
-            G=g, AL=a, F=f, EL=e, R=r, BM=16, BACKWARD=backward, **{"GELU": False, "SLOPE": False, "CHUNKS": 1, **shape}
+            G=g,
+            AL=a,
+            F=f,
+            EL=e,
+            R=r,
+            BM=16,
+            BACKWARD=backward,
+            **{"GELU": False, "SLOPE": False, "CHUNKS": 1, "STAGES": 0, **shape},
         )
         ptx = change(compiled(kernels.product_kernel, constants, self.dtype).asm["ptx"])
         to = memory.put(np.full((self.n + 16, f * e), NAN, np.uint16))
@@ -113,8 +120,9 @@ def check(results, expected, blocks, most=4e-3):
     "sizes, n, shape",
     [
         ((32, 32, 32, 32, 1), 40, dict(FB=32, SECOND_SHARED=True, W=16)),
+        ((32, 32, 16, 32, 1), 90, dict(FB=16, SECOND_SHARED=False, STAGES=3, W=16)),
         ((32, 32, 32, 32, 1), 1, dict(FB=16, SECOND_SHARED=False, W=8)),
-        ((16, 64, 16, 64, 2), 17, dict(FB=8, CHUNKS=2, SECOND_SHARED=True, W=8)),
+        ((16, 64, 16, 64, 2), 17, dict(FB=8, CHUNKS=2, SECOND_SHARED=True, STAGES=4, W=8)),
     ],
 )
 def test_product(sizes, n, shape, backward):
@@ -178,8 +186,9 @@ def test_the_emulator_sees_a_missing_barrier():
 # The launches that layers take
 
 
-@pytest.mark.parametrize("after_gelu", [False, True])
-@pytest.mark.parametrize("d_in, d_out", [(1024, 1024), (1024, 4096), (4096, 1024), (2048, 2048)])
+@pytest.mark.parametrize(
+    "d_in, d_out, after_gelu", [(1024, 1024, False), (1024, 4096, True), (4096, 1024, True), (2048, 2048, False)]
+)
 def test_launches_fit_on_hopper(monkeypatch, d_in, d_out, after_gelu):
     """Within shared memory, and few registers spill; every kernel's results have the right shapes."""
     sizes = layer_sizes(d_in, d_out, 1)
@@ -211,7 +220,7 @@ def test_which_layers_take_gluon_kernels():
 
 @pytest.mark.parametrize("arch", [80, 100])
 def test_kernels_compile_for_other_gpus(arch):
-    product = dict(G=32, AL=32, F=32, EL=32, R=1, BM=16, FB=16, CHUNKS=1, SECOND_SHARED=False, W=16)
+    product = dict(G=32, AL=32, F=32, EL=32, R=1, BM=16, FB=16, CHUNKS=1, SECOND_SHARED=False, STAGES=0, W=16)
     compiled(kernels.product_kernel, {**product, "BACKWARD": False, "GELU": True, "SLOPE": False}, arch=arch)
     gradients = dict(G=32, AL=32, F=32, EL=32, R=1, BM=16, GB=16, FB=32, STAGES=3, W=8)
     compiled(kernels.gradients_kernel, {**gradients, "DX": True, "GELU": True, "B_SHARED": False}, arch=arch)
