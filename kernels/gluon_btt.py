@@ -24,7 +24,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 
-from kernels.common import SHARED_MEMORY, multiprocessors, sum_parts
+from kernels.common import SHARED_MEMORY, multiprocessors, pow2, sum_parts
 
 # Renamed between Triton 3.6 and 3.9.
 copy_async = async_copy.async_load if hasattr(async_copy, "async_load") else async_copy.async_copy_global_to_shared
@@ -36,6 +36,12 @@ copy_async = async_copy.async_load if hasattr(async_copy, "async_load") else asy
 @gluon.constexpr_function
 def _bits(size):
     return size.bit_length() - 1
+
+
+@gluon.constexpr_function
+def padded(size, least=16):
+    """The smallest power of 2 that is at least `size` and `least`."""
+    return max(least, 1 << (size - 1).bit_length())
 
 
 @gluon.constexpr_function
@@ -138,27 +144,31 @@ def gelu_and_slope_of(x):
 
 @gluon.jit
 def load_core(
-    base, B: gl.constexpr, R: gl.constexpr, K: gl.constexpr, SB: gl.constexpr, SR: gl.constexpr,
+    base, blocks, rows, run, B: gl.constexpr, R: gl.constexpr, K: gl.constexpr, SB: gl.constexpr, SR: gl.constexpr,
     RUN: gl.constexpr, SK: gl.constexpr, W: gl.constexpr,
 ):  # fmt: skip
-    """(block, row, k) of a core; blocks are SB numbers apart, rows SR, and runs of RUN contiguous numbers of k are SK apart."""
+    """(block, row, k) of a core, in runs of RUN contiguous k. Blocks are SB numbers apart, rows SR and runs SK. Zero from
+    block `blocks`, row `rows` and number `run` of each run on."""
     C: gl.constexpr = copy_layout(B, R, K, W)
-    b = gl.arange(0, B, gl.SliceLayout(1, gl.SliceLayout(2, C)))
-    r = gl.arange(0, R, gl.SliceLayout(0, gl.SliceLayout(2, C)))
-    k = gl.arange(0, K, gl.SliceLayout(0, gl.SliceLayout(1, C)))
-    if RUN < K:
-        k = k // RUN * SK + k % RUN
-    return gl.load(base + b[:, None, None] * SB + r[None, :, None] * SR + k[None, None, :])
+    b = gl.arange(0, B, gl.SliceLayout(1, gl.SliceLayout(2, C)))[:, None, None]
+    r = gl.arange(0, R, gl.SliceLayout(0, gl.SliceLayout(2, C)))[None, :, None]
+    k = gl.arange(0, K, gl.SliceLayout(0, gl.SliceLayout(1, C)))[None, None, :]
+    mask = (b < blocks) & (r < rows) & (k % RUN < run)
+    return gl.load(base + b * SB + r * SR + k // RUN * SK + k % RUN, mask=mask, other=0.0)
 
 
 @gluon.jit
-def copy_tile(to, base, tile, stride, N, B: gl.constexpr, BM: gl.constexpr, K: gl.constexpr, W: gl.constexpr):
-    C: gl.constexpr = copy_layout(B, BM, K, W)
-    b = gl.arange(0, B, gl.SliceLayout(1, gl.SliceLayout(2, C)))
-    n = gl.arange(0, BM, gl.SliceLayout(0, gl.SliceLayout(2, C)))
-    k = gl.arange(0, K, gl.SliceLayout(0, gl.SliceLayout(1, C)))
-    at = base + tile.to(gl.int64) * BM * stride + (b[:, None, None] * K + k[None, None, :] + n[None, :, None] * stride)
-    copy_async(to, at, mask=tile * BM + n[None, :, None] < N)
+def copy_tile(
+    to, base, tile, stride, N, blocks, B: gl.constexpr, BM: gl.constexpr, KP: gl.constexpr, K: gl.constexpr,
+    W: gl.constexpr,
+):  # fmt: skip
+    """Starts the copy of (block, n, k), K numbers a block; zero from block `blocks`, token N and number K on."""
+    C: gl.constexpr = copy_layout(B, BM, KP, W)
+    b = gl.arange(0, B, gl.SliceLayout(1, gl.SliceLayout(2, C)))[:, None, None]
+    n = gl.arange(0, BM, gl.SliceLayout(0, gl.SliceLayout(2, C)))[None, :, None]
+    k = gl.arange(0, KP, gl.SliceLayout(0, gl.SliceLayout(1, C)))[None, None, :]
+    at = base + tile.to(gl.int64) * BM * stride + (b * K + k + n * stride)
+    copy_async(to, at, mask=(tile * BM + n < N) & (b < blocks) & (k < K))
 
 
 # ---------------------------------------------------------------------------------------
@@ -178,11 +188,12 @@ def load_first(
     FB: gl.constexpr, BACKWARD: gl.constexpr, W: gl.constexpr,
 ):  # fmt: skip
     """(g, a, r f), or backward (g, a, f r), of the core of the first product: of A, or of B, stored (g, (f r), a)."""
+    AP: gl.constexpr = padded(AL, 32)
     if BACKWARD:
         at = core + (g0 * F + f0) * R * AL
-        return load_core(at, GC, FB * R, AL, F * R * AL, AL, AL, 0, W).permute([0, 2, 1])
+        return load_core(at, G - g0, (F - f0) * R, AL, GC, FB * R, AP, F * R * AL, AL, AP, 0, W).permute([0, 2, 1])
     else:
-        return load_core(core + g0 * AL * R * F + f0, GC, AL, R * FB, AL * R * F, R * F, FB, F, W)
+        return load_core(core + g0 * AL * R * F + f0, G - g0, AL, F - f0, GC, AP, R * FB, AL * R * F, R * F, FB, F, W)
 
 
 @gluon.jit
@@ -191,11 +202,12 @@ def load_second(
     FB: gl.constexpr, BACKWARD: gl.constexpr, W: gl.constexpr,
 ):  # fmt: skip
     """(f, e, g r), or backward (f, e, r g), of the core of the second product: of B, or of A, stored (f, e, (r g))."""
+    EP: gl.constexpr = padded(EL, 32)
     if BACKWARD:
-        return load_core(core + f0 * EL * R * G + g0, FB, EL, R * GC, EL * R * G, R * G, GC, G, W)
+        return load_core(core + f0 * EL * R * G + g0, F - f0, EL, G - g0, FB, EP, R * GC, EL * R * G, R * G, GC, G, W)
     else:
         at = core + (f0 * G + g0) * R * EL
-        return load_core(at, FB, GC * R, EL, G * R * EL, EL, EL, 0, W).permute([0, 2, 1])
+        return load_core(at, F - f0, (G - g0) * R, EL, FB, GC * R, EP, G * R * EL, EL, EP, 0, W).permute([0, 2, 1])
 
 
 @gluon.jit(do_not_specialize=["N"])
@@ -214,28 +226,32 @@ def product_kernel(
     mma: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [W, 1, 1], [1, 16, 8])
     a_op: gl.constexpr = gl.DotOperandLayout(0, mma, 2)
     b_op: gl.constexpr = gl.DotOperandLayout(1, mma, 2)
-    GC: gl.constexpr = G // CHUNKS
-    X: gl.constexpr = token_rows_layout(GC, BM, AL, W, False)
-    Y: gl.constexpr = token_rows_layout(FB, BM, EL, W, True)
+    GC: gl.constexpr = padded(G) // CHUNKS
+    AP: gl.constexpr = padded(AL, 32)
+    EP: gl.constexpr = padded(EL, 32)
+    X: gl.constexpr = token_rows_layout(GC, BM, AP, W, False)
+    Y: gl.constexpr = token_rows_layout(FB, BM, EP, W, True)
     Z: gl.constexpr = exchange_layout(GC, FB * R, BM) if BACKWARD else exchange_layout(GC * R, FB, BM)
     dtype: gl.constexpr = x.dtype.element_ty
-    SLICES: gl.constexpr = F // FB
+    SLICES: gl.constexpr = (F + FB - 1) // FB
     f0 = (gl.program_id(0) % SLICES) * FB
     tiles = (N + BM - 1) // BM
     tile = gl.program_id(0) // SLICES
     step = gl.num_programs(0) // SLICES
 
-    gx = gl.arange(0, GC, gl.SliceLayout(1, gl.SliceLayout(2, X)))
-    ax = gl.arange(0, AL, gl.SliceLayout(0, gl.SliceLayout(2, X)))
-    nx = gl.arange(0, BM, gl.SliceLayout(0, gl.SliceLayout(1, X)))
+    gx = gl.arange(0, GC, gl.SliceLayout(1, gl.SliceLayout(2, X)))[:, None, None]
+    ax = gl.arange(0, AP, gl.SliceLayout(0, gl.SliceLayout(2, X)))[None, :, None]
+    nx = gl.arange(0, BM, gl.SliceLayout(0, gl.SliceLayout(1, X)))[None, None, :]
     if STAGES:
-        x_s = gl.allocate_shared_memory(dtype, [STAGES, GC, BM, AL], rows_layout(GC, BM, AL))
+        x_s = gl.allocate_shared_memory(dtype, [STAGES, GC, BM, AP], rows_layout(GC, BM, AP))
         for i in gl.static_range(STAGES - 1):
-            copy_tile(x_s.index(i), x + i % CHUNKS * (GC * AL), tile + i // CHUNKS * step, x_stride, N, GC, BM, AL, W)
+            g0 = i % CHUNKS * GC
+            copy_tile(x_s.index(i), x + g0 * AL, tile + i // CHUNKS * step, x_stride, N, G - g0, GC, BM, AP, AL, W)
             async_copy.commit_group()
     else:
-        x_at = x + gx[:, None, None] * AL + ax[None, :, None] + nx[None, None, :] * x_stride
-        x_next = gl.load(x_at + tile.to(gl.int64) * BM * x_stride, mask=tile * BM + nx[None, None, :] < N, other=0.0)
+        x_at = x + gx * AL + ax + nx * x_stride
+        mask_x = (gx < G) & (ax < AL) & (tile * BM + nx < N)
+        x_next = gl.load(x_at + tile.to(gl.int64) * BM * x_stride, mask=mask_x, other=0.0)
 
     first_t = ()
     second_t = ()
@@ -251,11 +267,11 @@ def product_kernel(
             second_t = second_t + (to_shared(second_c),)
         z_s = z_s + (gl.allocate_shared_memory(dtype, [GC, FB * R, BM] if BACKWARD else [GC * R, FB, BM], Z),)
 
-    fy = f0 + gl.arange(0, FB, gl.SliceLayout(1, gl.SliceLayout(2, Y)))
-    ny = gl.arange(0, BM, gl.SliceLayout(0, gl.SliceLayout(2, Y)))
-    ey = gl.arange(0, EL, gl.SliceLayout(0, gl.SliceLayout(1, Y)))
-    y_at = y + fy[:, None, None] * EL + ey[None, None, :] + ny[None, :, None] * (F * EL)
-    u_at = u + fy[:, None, None] * EL + ey[None, None, :] + ny[None, :, None] * u_stride
+    fy = f0 + gl.arange(0, FB, gl.SliceLayout(1, gl.SliceLayout(2, Y)))[:, None, None]
+    ny = gl.arange(0, BM, gl.SliceLayout(0, gl.SliceLayout(2, Y)))[None, :, None]
+    ey = gl.arange(0, EP, gl.SliceLayout(0, gl.SliceLayout(1, Y)))[None, None, :]
+    y_at = y + fy * EL + ey + ny * (F * EL)
+    u_at = u + fy * EL + ey + ny * u_stride
     slot = 0
     while tile < tiles:
         for c in gl.static_range(CHUNKS):
@@ -264,21 +280,22 @@ def product_kernel(
                 x_t = x_s.index(slot).permute([0, 2, 1]).load(X)
                 into = gl.where(slot == 0, STAGES - 1, slot - 1)
                 ahead = tile + (c + STAGES - 1) // CHUNKS * step
-                at = x + (c + STAGES - 1) % CHUNKS * (GC * AL)
-                copy_tile(x_s.index(into), at, ahead, x_stride, N, GC, BM, AL, W)
+                g0 = (c + STAGES - 1) % CHUNKS * GC
+                copy_tile(x_s.index(into), x + g0 * AL, ahead, x_stride, N, G - g0, GC, BM, AP, AL, W)
                 async_copy.commit_group()
                 slot = gl.where(slot + 1 == STAGES, 0, slot + 1)
             else:
                 x_t = x_next
                 ahead = tile if c + 1 < CHUNKS else tile + step
-                at = x_at + (ahead.to(gl.int64) * BM * x_stride + (c + 1) % CHUNKS * (GC * AL))
-                x_next = gl.load(at, mask=ahead * BM + nx[None, None, :] < N, other=0.0)
+                g0 = (c + 1) % CHUNKS * GC
+                mask_x = (gx < G - g0) & (ax < AL) & (ahead * BM + nx < N)
+                x_next = gl.load(x_at + (ahead.to(gl.int64) * BM * x_stride + g0 * AL), mask=mask_x, other=0.0)
             if GELU:
                 x_t = gelu_of(x_t)
             x_t = gl.convert_layout(in_places(x_t), b_op)
             z = mma_v2(first_t[c], x_t, gl.zeros([GC, R * FB, BM], gl.float32, mma)).to(dtype)
             z_s[c].reshape([GC, R * FB, BM]).store(z)
-        y_t = gl.zeros([FB, BM, EL], gl.float32, mma)
+        y_t = gl.zeros([FB, BM, EP], gl.float32, mma)
         for c in gl.static_range(CHUNKS):
             B_t = second_t[c]
             if SECOND_SHARED:
@@ -287,7 +304,7 @@ def product_kernel(
             if BACKWARD:  # (g, f r, n) -> (f, n, r g)
                 z_t = z_s[c].reshape([GC, FB, R, BM]).permute([1, 3, 2, 0]).reshape([FB, BM, R * GC])
             y_t = mma_v2(z_t.load(a_op), B_t, y_t)
-        mask_y = tile * BM + ny[None, :, None] < N
+        mask_y = (fy < F) & (ey < EL) & (tile * BM + ny < N)
         if SLOPE:
             y_t = gl.convert_layout(in_numbers(y_t), Y)
             u_t = gl.load(u_at + tile.to(gl.int64) * BM * u_stride, mask=mask_y, other=0.0)
@@ -309,15 +326,20 @@ def gradients_kernel(
     GB: gl.constexpr, FB: gl.constexpr, DX: gl.constexpr, GELU: gl.constexpr, B_SHARED: gl.constexpr,
     STAGES: gl.constexpr, W: gl.constexpr,
 ):  # fmt: skip
-    """dA and dB of GB blocks γ and FB blocks φ, summed over the tiles of its part, and with DX (FB = F) dx of the blocks γ. sums (parts, A and B), float32."""
+    """dA and dB of GB blocks γ and FB blocks φ, summed over the tiles of its part, and with DX (FB = F) dx of the blocks γ.
+
+    sums (parts, A and B), float32.
+    """
     mma: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [W, 1, 1], [1, 16, 8])
     a_op: gl.constexpr = gl.DotOperandLayout(0, mma, 2)
     b_op: gl.constexpr = gl.DotOperandLayout(1, mma, 2)
     dtype: gl.constexpr = x.dtype.element_ty
-    X: gl.constexpr = token_rows_layout(GB, BM, AL, W, True)
+    AP: gl.constexpr = padded(AL, 32)
+    EP: gl.constexpr = padded(EL, 32)
+    X: gl.constexpr = token_rows_layout(GB, BM, AP, W, True)
     Z: gl.constexpr = exchange_layout(GB * R, FB, BM)
-    F_BLOCKS: gl.constexpr = F // FB
-    BLOCKS: gl.constexpr = (G // GB) * F_BLOCKS
+    F_BLOCKS: gl.constexpr = (F + FB - 1) // FB
+    BLOCKS: gl.constexpr = (G + GB - 1) // GB * F_BLOCKS
     pid = gl.program_id(0)
     part = pid // BLOCKS
     f0 = (pid % F_BLOCKS) * FB
@@ -325,14 +347,14 @@ def gradients_kernel(
     step = gl.num_programs(0) // BLOCKS
     tiles = (N + BM - 1) // BM
 
-    x_s = gl.allocate_shared_memory(dtype, [STAGES, GB, BM, AL], rows_layout(GB, BM, AL))
-    dy_s = gl.allocate_shared_memory(dtype, [STAGES, FB, BM, EL], rows_layout(FB, BM, EL))
+    x_s = gl.allocate_shared_memory(dtype, [STAGES, GB, BM, AP], rows_layout(GB, BM, AP))
+    dy_s = gl.allocate_shared_memory(dtype, [STAGES, FB, BM, EP], rows_layout(FB, BM, EP))
     x_g = x + g0 * AL
     dy_f = dy + f0 * EL
     tile = part
     for i in gl.static_range(STAGES - 1):
-        copy_tile(x_s.index(i), x_g, tile + i * step, x_stride, N, GB, BM, AL, W)
-        copy_tile(dy_s.index(i), dy_f, tile + i * step, dy_stride, N, FB, BM, EL, W)
+        copy_tile(x_s.index(i), x_g, tile + i * step, x_stride, N, G - g0, GB, BM, AP, AL, W)
+        copy_tile(dy_s.index(i), dy_f, tile + i * step, dy_stride, N, F - f0, FB, BM, EP, EL, W)
         async_copy.commit_group()
     # core A (g, a, r f) with a in places, B (f, g r, e)
     A_s = to_shared(in_places(load_first(A, f0, g0, G, AL, F, R, GB, FB, False, W)))
@@ -343,12 +365,12 @@ def gradients_kernel(
         B_r = gl.convert_layout(B_t, b_op)
     z_s = gl.allocate_shared_memory(dtype, [GB * R, FB, BM], Z)
     dz_s = gl.allocate_shared_memory(dtype, [GB * R, FB, BM], Z)
-    dA = gl.zeros([GB, AL, R * FB], gl.float32, mma)
-    dB = gl.zeros([FB, EL, GB * R], gl.float32, mma)
-    gx = gl.arange(0, GB, gl.SliceLayout(1, gl.SliceLayout(2, X)))
-    nx = gl.arange(0, BM, gl.SliceLayout(0, gl.SliceLayout(2, X)))
-    ax = gl.arange(0, AL, gl.SliceLayout(0, gl.SliceLayout(1, X)))
-    dx_at = dx + g0 * AL + gx[:, None, None] * AL + ax[None, None, :] + nx[None, :, None] * (G * AL)
+    dA = gl.zeros([GB, AP, R * FB], gl.float32, mma)
+    dB = gl.zeros([FB, EP, GB * R], gl.float32, mma)
+    gx = g0 + gl.arange(0, GB, gl.SliceLayout(1, gl.SliceLayout(2, X)))[:, None, None]
+    nx = gl.arange(0, BM, gl.SliceLayout(0, gl.SliceLayout(2, X)))[None, :, None]
+    ax = gl.arange(0, AP, gl.SliceLayout(0, gl.SliceLayout(1, X)))[None, None, :]
+    dx_at = dx + gx * AL + ax + nx * (G * AL)
     slot = 0
     while tile < tiles:
         async_copy.wait_group(STAGES - 2)
@@ -369,33 +391,34 @@ def gradients_kernel(
         ahead = tile + (STAGES - 1) * step
         into = slot + (STAGES - 1)
         into = gl.where(into >= STAGES, into - STAGES, into)
-        copy_tile(x_s.index(into), x_g, ahead, x_stride, N, GB, BM, AL, W)
-        copy_tile(dy_s.index(into), dy_f, ahead, dy_stride, N, FB, BM, EL, W)
+        copy_tile(x_s.index(into), x_g, ahead, x_stride, N, G - g0, GB, BM, AP, AL, W)
+        copy_tile(dy_s.index(into), dy_f, ahead, dy_stride, N, F - f0, FB, BM, EP, EL, W)
         async_copy.commit_group()
         dB = mma_v2(dy_t.permute([0, 2, 1]).load(a_op), z_s.permute([1, 2, 0]).load(b_op), dB)
         dz_g = dz_s.reshape([GB, R * FB, BM]).permute([0, 2, 1])
         dA = mma_v2(x_t.permute([0, 2, 1]).load(a_op), dz_g.load(b_op), dA)
         if DX:
             A_r = A_s.permute([0, 2, 1]).load(b_op)
-            dx_t = mma_v2(dz_g.load(a_op), A_r, gl.zeros([GB, BM, AL], gl.float32, mma))
+            dx_t = mma_v2(dz_g.load(a_op), A_r, gl.zeros([GB, BM, AP], gl.float32, mma))
             dx_t = gl.convert_layout(in_numbers(dx_t), X)
             if GELU:
                 dx_t = dx_t * slope.to(gl.float32)
-            gl.store(dx_at + tile.to(gl.int64) * (BM * G * AL), dx_t.to(dtype), mask=tile * BM + nx[None, :, None] < N)
+            mask_x = (gx < G) & (ax < AL) & (tile * BM + nx < N)
+            gl.store(dx_at + tile.to(gl.int64) * (BM * G * AL), dx_t.to(dtype), mask=mask_x)
         tile += step
         slot = gl.where(slot + 1 >= STAGES, 0, slot + 1)
     async_copy.wait_group(0)
     SIZE: gl.constexpr = R * (G * AL * F + F * G * EL)
     to = sums + part.to(gl.int64) * SIZE
-    g = g0 + gl.arange(0, GB, gl.SliceLayout(1, gl.SliceLayout(2, mma)))
-    a = gl.arange(0, AL, gl.SliceLayout(0, gl.SliceLayout(2, mma)))
-    rf = gl.arange(0, R * FB, gl.SliceLayout(0, gl.SliceLayout(1, mma)))
-    rf = rf // FB * F + f0 + rf % FB
-    gl.store(to + (g[:, None, None] * AL + a[None, :, None]) * (R * F) + rf[None, None, :], dA)
-    f = f0 + gl.arange(0, FB, gl.SliceLayout(1, gl.SliceLayout(2, mma)))
-    e = gl.arange(0, EL, gl.SliceLayout(0, gl.SliceLayout(2, mma)))
-    gr = g0 * R + gl.arange(0, GB * R, gl.SliceLayout(0, gl.SliceLayout(1, mma)))
-    gl.store(to + R * G * AL * F + (f[:, None, None] * (G * R) + gr[None, None, :]) * EL + e[None, :, None], dB)
+    g = g0 + gl.arange(0, GB, gl.SliceLayout(1, gl.SliceLayout(2, mma)))[:, None, None]
+    a = gl.arange(0, AP, gl.SliceLayout(0, gl.SliceLayout(2, mma)))[None, :, None]
+    rf = gl.arange(0, R * FB, gl.SliceLayout(0, gl.SliceLayout(1, mma)))[None, None, :]
+    f = f0 + rf % FB
+    gl.store(to + (g * AL + a) * (R * F) + rf // FB * F + f, dA, mask=(g < G) & (a < AL) & (f < F))
+    f = f0 + gl.arange(0, FB, gl.SliceLayout(1, gl.SliceLayout(2, mma)))[:, None, None]
+    e = gl.arange(0, EP, gl.SliceLayout(0, gl.SliceLayout(2, mma)))[None, :, None]
+    gr = g0 * R + gl.arange(0, GB * R, gl.SliceLayout(0, gl.SliceLayout(1, mma)))[None, None, :]
+    gl.store(to + R * G * AL * F + (f * (G * R) + gr) * EL + e, dB, mask=(f < F) & (e < EL) & (gr < G * R))
 
 
 # ---------------------------------------------------------------------------------------
@@ -428,7 +451,7 @@ class Gradients(NamedTuple):
 
     def programs(self, sizes):
         """How many programs share out the cores."""
-        return sizes[0] // self.g_slice * (sizes[2] // self.f_slice)
+        return -(-sizes[0] // self.g_slice) * -(-sizes[2] // self.f_slice)
 
 
 class Launches(NamedTuple):
@@ -437,42 +460,52 @@ class Launches(NamedTuple):
     dx: Product | None  # where the gradient kernel does not make dx
 
 
+def _pad(g, a, f, e):
+    return pow2(g, 16), pow2(a, 32), pow2(f, 16), pow2(e, 32)
+
+
 def _product(g, a, f, e, r):
     """The shape of a product kernel, or None if none fits."""
+    G, A, F, E = _pad(g, a, f, e)
     for size in (16, 8):
-        first, second = 2 * g * a * r * size, 2 * size * g * r * e
-        z = 2 * g * r * size * TOKENS
+        first, second = 2 * G * A * r * size, 2 * size * G * r * E
+        z = 2 * G * r * size * TOKENS
         warps = 16 if size == 16 and first <= 65_536 else 8
-        chunks = max(1, g * a * r // 1024)  # of x: 32 KiB, or less of higher ranks
-        chunks = min(chunks, g // warps)
-        if f % size == 0 and chunks and first <= 131_072 and second + z <= SHARED_MEMORY and r * size >= 16:
-            second_shared = first + second > 98_304
-            return Product(size, chunks, second_shared, 0, warps, 2 * (f // size * g * a + f * e))
+        chunks = min(max(1, G * A * r // 1024), G // warps)  # of x: 32 KiB, or less of higher ranks
+        if F % size == 0 and chunks and first <= 131_072 and second + z <= SHARED_MEMORY and r * size >= 16:
+            moved = 2 * (-(-f // size) * g * a + f * e)
+            return Product(size, chunks, first + second > 98_304, 0, warps, moved)
     return None
 
 
 def _gradients(g, a, f, e, r):
     """All shapes of gradient kernels that fit."""
+    G, A, F, E = _pad(g, a, f, e)
     for g_slice in (8, 16, 32):
         for f_slice in (8, 16, 32, 64):
-            with_dx = f_slice == f
+            with_dx = f_slice == F
             warps = min(8 if with_dx else 16, g_slice, f_slice)
-            sums = r * g_slice * f_slice * (a + e)
-            core = 2 * r * g_slice * f_slice * a  # of A; that of B is in registers
-            tile = 2 * TOKENS * (g_slice * a + f_slice * e)
+            sums = r * g_slice * f_slice * (A + E)
+            core = 2 * r * g_slice * f_slice * A  # core A; core B is in registers
+            tile = 2 * TOKENS * (g_slice * A + f_slice * E)
             z = 2 * 2 * TOKENS * g_slice * r * f_slice
             stages = min(3, (SHARED_MEMORY - core - z) // tile)
-            fits = g % g_slice == f % f_slice == 0 and r * f_slice >= 16 and stages >= 2
+            fits = g_slice <= G and f_slice <= F and r * f_slice >= 16 and stages >= 2
             if fits and sums <= 4096 * min(warps, 8):  # half of the registers
-                moved = 2 * (f // f_slice * g * a + g // g_slice * f * e + with_dx * g * a)
+                moved = 2 * (-(-f // f_slice) * g * a + -(-g // g_slice) * f * e + with_dx * g * a)
                 yield Gradients(g_slice, f_slice, with_dx, stages, warps, moved)
 
 
-@functools.cache
 def launches(sizes):
     """Launches for a BTT of these sizes (g, a, f, e, r), those that move the fewest bytes through L2; None if none fit."""
     g, a, f, e, r = sizes
-    if not ({g, f} <= {16, 32, 64} and {a, e} <= {32, 64} and r in (1, 2, 4)):
+    if (
+        max(g, a, f, e) > 64
+        or min(g, f) < 16
+        or min(a, e) < 24
+        or any(size % 8 for size in (g, a, f, e))
+        or r not in (1, 2, 4)
+    ):
         return None
     y, dx = _product(g, a, f, e, r), _product(f, e, g, a, r)
     if y is None or dx is None:
@@ -481,10 +514,13 @@ def launches(sizes):
     return min(found, key=lambda each: each.gradients.bytes + (each.dx.bytes if each.dx else 0), default=None)
 
 
+_launches = functools.cache(launches)  # torch.compile traces the function, not a cache
+
+
 def expected_seconds(n, sizes):
-    """Of forward and backward for n tokens, by bytes."""
-    shapes, (g, a, f, e, _) = launches(sizes), sizes
-    d_in, d_out = g * a, f * e
+    """Of forward and backward for n tokens, by bytes; a padded layer is taken to need as long as one of the padded sizes."""
+    G, A, F, E = _pad(*sizes[:4])
+    shapes, d_in, d_out = launches((G, A, F, E, sizes[4])), G * A, F * E
     moved = [(d_in + d_out, shapes.y), ((2 if shapes.gradients.with_dx else 1) * d_in + d_out, shapes.gradients)]
     if shapes.dx:
         moved.append((d_in + d_out, shapes.dx))
@@ -499,7 +535,7 @@ def _aligned(x):
 
 def _launch_product(x, first, second, sizes, shape, backward=False, after_gelu=False, u=None):
     g, a, f, e, r = sizes
-    n, slices = len(x), f // shape.slice
+    n, slices = len(x), -(-f // shape.slice)
     y = x.new_empty(n, f * e)
     programs = slices * max(1, min(triton.cdiv(n, TOKENS), multiprocessors(x) // slices))
     slope = u is not None
@@ -514,7 +550,7 @@ def _launch_product(x, first, second, sizes, shape, backward=False, after_gelu=F
 
 def forward(x, A, B, sizes, after_gelu):
     """y = W x or W gelu(x). x (n, g·a), cores contiguous, of one 16-bit dtype."""
-    return _launch_product(_aligned(x), A, B, sizes, launches(sizes).y, after_gelu=after_gelu)
+    return _launch_product(_aligned(x), A, B, sizes, _launches(sizes).y, after_gelu=after_gelu)
 
 
 def _launch_gradients(x, dy, A, B, dx, sizes, shape, parts, after_gelu, second_shared=False):
@@ -531,7 +567,7 @@ def _launch_gradients(x, dy, A, B, dx, sizes, shape, parts, after_gelu, second_s
 
 def backward(x, dy, A, B, sizes, after_gelu):
     """dx, dA, dB"""
-    x, dy, (g, a, f, e, r), (_, shape, product) = _aligned(x), _aligned(dy), sizes, launches(sizes)
+    x, dy, (g, a, f, e, r), (_, shape, product) = _aligned(x), _aligned(dy), sizes, _launches(sizes)
     parts = max(1, min(triton.cdiv(len(x), TOKENS), multiprocessors(x) // shape.programs(sizes)))
     if product is None:
         dx = x.new_empty(len(x), g * a)

@@ -233,9 +233,12 @@ class Block:
 
     def op_mad(self, parts, args, active):
         dtype = TYPES[parts[-1]]
-        wide = dtype if parts[1] != "wide" else np.int64 if parts[-1][0] == "s" else np.uint64
+        wide = dtype if parts[1] not in ("wide", "hi") else np.int64 if parts[-1][0] == "s" else np.uint64
+        assert parts[1] != "hi" or dtype().itemsize == 4, self.line
         with np.errstate(over="ignore"):
             product = self.get(args[1], dtype).astype(wide) * self.get(args[2], dtype).astype(wide)
+            if parts[1] == "hi":
+                product, wide = (product >> wide(32)).astype(dtype), dtype
             self.put(args[0], (product + self.get(args[3], wide)).astype(wide), active)
 
     def op_bfe(self, parts, args, active):
