@@ -24,11 +24,14 @@ import typing
 class OneLineExit(SystemExit):
     """Uncaught, it ends the program with one line on stderr, exit status 1 and no traceback.
 
-    Only rank 0 of a distributed run prints the line.
+    Python prints the line on rank 0 of a distributed run only. `spoken`: another rank has printed it already.
     """
 
+    spoken = False
+
     def __init__(self, message):
-        super().__init__(f"error: {message}" if os.environ.get("RANK", "0") == "0" else 1)
+        rank = os.environ.get("RANK", "0")
+        super().__init__(1 if rank.isdecimal() and int(rank) else f"error: {message}")
         self.message = message
 
     def __str__(self):
@@ -66,6 +69,11 @@ def as_script(main):
     """Call main(command-line arguments). An uncaught Ctrl-C prints one line and exits with 130; a closed pipe (`| head`) is no error."""
     try:
         main(sys.argv[1:])
+    except OneLineExit as error:
+        # Machines may be given other options than rank 0's, so one rank of each speaks.
+        if error.code == 1 and os.environ.get("LOCAL_RANK") == "0" and not error.spoken:
+            print(f"error: rank {os.environ['RANK']}: {error}", file=sys.stderr)
+        raise
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         raise SystemExit(130) from None

@@ -175,9 +175,7 @@ def multiplied_out(model):
     try:
         with torch.no_grad():
             for layer in layers:
-                layer.matrix = (
-                    layer.materialize().contiguous()
-                )  # laid out as a dense layer's weight, for the same kernels
+                layer.matrix = layer.materialize().contiguous()  # stored like a dense weight, for the same kernels
         yield
     finally:
         for layer in layers:

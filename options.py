@@ -371,7 +371,7 @@ class RunConfig:
     cuda_graphs: bool | None = None  # record an update as CUDA graphs; None: whenever possible
     shard: Literal["none", "fsdp"] = "none"  # fsdp: split parameters, gradients and optimizer state over all processes
     bucket_mb: int = 0  # MiB of gradients that DDP exchanges at a time, during backward; 0: all at once after backward
-    timeout: float = 600.0  # seconds without progress after which a run of several processes stops
+    timeout: float = 600.0  # seconds without progress after which a run that hangs ends
     max_steps: int = 10_000  # number of updates
     micro_batch: int = 16  # sequences or images that a process takes at a time; gradients accumulate over its batch
     eval_interval: int = 500  # steps between evaluations, each followed by a checkpoint
@@ -426,8 +426,8 @@ class RunConfig:
             if getattr(self, name) and not self.save:
                 raise UnusedOption(name, getattr(self, name), " with save=False, which makes no checkpoints")
         self._check_init_from()
-        if self.timeout <= 0:
-            raise ConfigError(f"timeout={self.timeout}: make it more than 0 seconds")
+        if not 0 < self.timeout <= 1e6:
+            raise ConfigError(f"timeout={self.timeout}: make it more than 0 and at most 1e6 seconds")
         for name in ("decay_fraction", "beta2"):
             if not 0 < getattr(self, name) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)}: make it more than 0 and less than 1")

@@ -14,7 +14,7 @@ from collections import deque
 from dataclasses import asdict, fields
 from functools import partial
 
-from configurator import ConfigError, RunFailed, as_script, load_config
+from configurator import ConfigError, as_script, load_config
 from options import GPTConfig, TrainConfig
 
 if __name__ == "__main__":  # report mistakes before torch is imported, which takes seconds
@@ -25,22 +25,24 @@ import torch.distributed as dist
 
 from data import TokenData, tokenizer_of
 from engine import checkpoint, runlog
+from engine.agreement import check_data_of_ranks
 from engine.compiling import choose_compiling, choose_cuda_graphs, order_loops
 from engine.device import Numbers, Turn, choose_device, choose_dtype, device_name, peak_flops, to_device
-from engine.failures import run_with_progress
+from engine.failures import not_finite, run_with_progress
 from engine.heartbeat import Watchdog, init_distributed
+from engine.ownership import release_folder
 from engine.parallel import (
     DropoutSeeds,
     check_gradients,
     clip_gradients,
     exchange_gradients,
+    parallelize,
     ranks,
     split_batch,
-    spread_model,
     sum_over_ranks,
 )
 from engine.recorder import Recorder
-from engine.resuming import load_start
+from engine.resuming import load_start, own_out_dir
 from engine.signals import StopSignal
 from kernels.cuda_graph import Graphed
 from model import GPT
@@ -49,6 +51,8 @@ from optim import make_optimizers
 from prepare_owt import prepare_default
 from sample import Config as SampleConfig
 from sample import load_model, sample
+
+MOST_SKIPPED = 25  # updates with overflown float16 gradients in a row: each halves GradScaler's factor, 65,536 at first
 
 
 def lr_at(step, config):
@@ -99,10 +103,10 @@ class Trainer:
         torch.manual_seed(config.seed)
         torch.set_float32_matmul_precision("high")
         with device:
-            self.model = self.task.make_model()  # uncompiled; shares its parameters with `fast` and `parallel`
+            self.model = self.task.make_model()  # uncompiled; shares its parameters with the next two
         self.dropout = DropoutSeeds(config, as_graph)
-        spread = spread_model(self.model, config, device, compiling, self.task.micro_steps)
-        self.fast, self.parallel, self.flat = spread  # to evaluate, to train; gradients to exchange after the passes
+        models = parallelize(self.model, config, device, compiling, self.task.micro_steps)
+        self.compiled_model, self.parallel_model, self.flat_gradients = models  # to evaluate; to train; to exchange
         self.optimizers = self.task.make_optimizers(self.model)
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
         self.autocast = torch.autocast(device.type, self.dtype, enabled=self.dtype != torch.float32)
@@ -123,7 +127,7 @@ class Trainer:
         self.recorder = Recorder(config, self.task, 3 * forward, peak_of_all, self.progress)  # backward 2, forward 1
         resume_step = self.load_state()
         if self.rank == 0:
-            self.state["wandb_id"] = self.recorder.open(resume_step, self.state["wandb_id"])
+            self.state["wandb_id"] = self.recorder.open(self.watchdog.run, resume_step, self.state["wandb_id"])
         units = dict(unit=self.task.unit, flops=forward)
         table = runlog.model_table(
             self.model,
@@ -136,7 +140,9 @@ class Trainer:
         where = (self.world, self.task.micro_steps, device_name(self.device), self.dtype, peak)
         plan = runlog.plan(config, self.model, *where, self.state["step"], **units, batch=self.task.units)
         say(*plan, sep="\n")
-        self.stop, self.saves, self.turn = StopSignal(say, config.save), checkpoint.Saves(config, say), Turn()
+        self.saves = checkpoint.Saves(config, say, self.watchdog)
+        self.stop, self.turn = StopSignal(say, config.save), Turn()
+        self.skipped = 0  # updates in a row that GradScaler has skipped
         self.launched = deque()  # updates given to the device that the host has not waited for
         self.ahead = 1 if self.device.type == "cuda" else 0  # number of these: the device never waits for the host
         self.turn_step = self.state["step"] + 5  # by then the update is compiled, and recorded as a CUDA graph
@@ -146,7 +152,8 @@ class Trainer:
 
     def load_state(self):
         """Load the checkpoint that the run starts from -> its step, or None for a new run."""
-        again = self.config.resume or self.watchdog.restarts > 0
+        with self.watchdog.paused():  # an earlier attempt of the same run may need time to end
+            again = own_out_dir(self.config, self.watchdog.run, self.say) or self.config.resume
         saved = load_start(self.config, self.task, self.model, self.optimizers, self.scaler, again, self.say)
         if saved is None:
             return None
@@ -202,8 +209,8 @@ class Trainer:
         It never waits for the device, so that it can be a CUDA graph.
         """
         losses = self.run_passes(*batch)
-        if self.flat is not None:
-            self.flat.exchange()
+        if self.flat_gradients is not None:
+            self.flat_gradients.exchange()
         if self.mixtures is not None and self.world > 1:
             dist.all_reduce(self.update_reports)
         return torch.cat((losses, self.step_optimizers()))
@@ -225,17 +232,17 @@ class Trainer:
                 total_aux += aux / len(x)
         if self.world > 1 and self.config.shard != "fsdp":
             check_gradients(self.model)
-        if self.flat is not None:
-            self.flat.collect()
+        if self.flat_gradients is not None:
+            self.flat_gradients.collect()
         return torch.stack((total, total_aux))
 
     def micro_step(self, i, x, y, micro_steps):
         """Passes on micro-batch i of micro_steps, x, y (micro_batch, …) -> its loss, its auxiliary loss or None."""
-        with exchange_gradients(self.parallel, wanted=i == micro_steps - 1):
+        with exchange_gradients(self.parallel_model, wanted=i == micro_steps - 1):
             self.watchdog.beat()  # a rank that hangs between two beats falls behind the others
             self.dropout.seed_micro_batch(self.rank * micro_steps + i)
             with self.autocast:
-                _, loss = self.parallel(x, y)
+                _, loss = self.parallel_model(x, y)
             self.watchdog.beat()
             self.scaler.scale(loss / micro_steps).backward()
         if self.mixtures is None:
@@ -245,8 +252,8 @@ class Trainer:
 
     def step_optimizers(self):
         """Clip the gradients of all processes, step, balance the routers -> (1,) float32: the norm before clipping."""
-        if self.flat is not None:
-            self.flat.hand_out()
+        if self.flat_gradients is not None:
+            self.flat_gradients.hand_out()
         self.scaler.unscale_(self.optimizers)
         norm = clip_gradients(self.model.parameters(), self.config.grad_clip or math.inf)
         self.scaler.step(self.optimizers)
@@ -263,11 +270,11 @@ class Trainer:
         loss, aux, stop_asked, save_asked, norm = numbers.wait()
         # GradScaler skips updates whose float16 gradients overflowed; any other non-finite number ends the run.
         if not math.isfinite(loss) or not (math.isfinite(norm) or self.scaler.is_enabled()):
-            saved, lr = checkpoint.describe_newest(self.config.out_dir), f"{self.config.lr:g}"
-            raise RunFailed(
-                f"step {step}: loss {loss}, gradient norm {norm}; stopped, this step is not saved. "
-                f"{saved}; resume with a lower lr (it is {lr}) or more warmup_steps"
-            )
+            raise not_finite(self.config, f"step {step}: loss {loss}, gradient norm {norm}")
+        self.skipped = 0 if math.isfinite(norm) else self.skipped + 1
+        if self.skipped == MOST_SKIPPED:
+            what = f"step {step}: the gradients of {MOST_SKIPPED} updates in a row were not finite in float16"
+            raise not_finite(self.config, what, "--dtype=float32, ")
         self.recorder.finish_step(step)
         row = {**self.recorder.totals(step), "loss": loss, "lr": lr}
         if math.isfinite(norm):
@@ -282,6 +289,8 @@ class Trainer:
         if config.eval_top_k:
             set_top_k(self.model, config.eval_top_k)
         row.update(self.task.evaluate(self))
+        if not math.isfinite(row["val_loss"]):
+            raise not_finite(config, f"step {row['step']}: val_loss {row['val_loss']}")
         if config.eval_top_k:
             set_top_k(self.model, config.top_k)
         if self.mixtures is not None and "loss" in row:
@@ -297,14 +306,14 @@ class Trainer:
     def save(self, best=False):
         """Write a checkpoint. best: it has the lowest validation loss so far."""
         self.state["seconds"] = self.recorder.seconds
-        with self.watchdog.paused():
-            self.saves.save(
-                {
-                    **self.state, "config": asdict(self.config), "meta": self.task.meta, "model": self.model.state_dict(),
-                    "optimizer": self.optimizers.state_dict(), "scaler": self.scaler.state_dict(),
-                },
-                best,
-            )  # fmt: skip
+        state = {
+            **self.state, "config": asdict(self.config), "meta": self.task.meta, "model": self.model.state_dict(),
+            "optimizer": self.optimizers.state_dict(), "scaler": self.scaler.state_dict(),
+        }  # fmt: skip
+        bad = checkpoint.first_non_finite(state)
+        if bad:
+            raise not_finite(self.config, f"step {self.state['step']}: {bad} holds inf or NaN")
+        self.saves.save(state, best)
         self.recorder.start_clock()
 
     def wait_for_turn(self):
@@ -327,6 +336,7 @@ class Trainer:
             saved = f"saved in {out_dir}: continue with --resume" if self.config.save else "not saved (save=False)"
             self.say(f"stopped at step {self.state['step']}, {saved}")
         self.recorder.close()
+        release_folder(self.config.out_dir)
 
     def say_summary(self):
         """Print the run's main figures and where its files are."""
@@ -390,7 +400,7 @@ class TokenTask:
 
         Every rank evaluates its share; sums and counts are added up.
         """
-        model, micro_batch = trainer.fast, self.config.micro_batch
+        model, micro_batch = trainer.compiled_model, self.config.micro_batch
         model.eval()
         rows = self.data.val_rows(self.config.eval_tokens)
         offsets = rows[self.rank :: self.world]
@@ -427,11 +437,12 @@ def train_gpt(config, progress):
     if rank == 0:
         prepare_default(config.data_dir)
     device = choose_device(config.device, local_rank)
-    watchdog = init_distributed(device, config.timeout)
-    data = TokenData(config.data_dir, config.block_size)
-    check_vocabulary(config, data.meta, progress.say)
-    trainer = Trainer(config, TokenTask(config, device, data), device, watchdog, progress)
-    stopped = trainer.run()
+    with init_distributed(device, config.timeout, asdict(config)) as watchdog:
+        data = TokenData(config.data_dir, config.block_size)
+        check_data_of_ranks(data.meta, data.tokens)
+        check_vocabulary(config, data.meta, progress.say)
+        trainer = Trainer(config, TokenTask(config, device, data), device, watchdog, progress)
+        stopped = trainer.run()
     if rank == 0:
         if config.sample_tokens and not stopped:
             print_sample(config, device)

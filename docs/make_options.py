@@ -25,6 +25,7 @@ COMMANDS = {
     "lab.sweep": ["lab.sweep.SweepConfig"],
     "lab.scaling_laws plot": ["lab.scaling_laws.PlotConfig"],
     "lab.scaling_laws fit": ["lab.scaling_laws.FitConfig"],
+    "lab.scaling_laws rates": ["lab.scaling_laws.RatesConfig"],
     "lab.coverage": ["lab.coverage.CoverageConfig"],
     "lab.search": ["lab.search.SearchConfig"],
     "lab.convert": ["lab.convert.ConvertConfig"],

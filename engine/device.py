@@ -1,4 +1,4 @@
-"""Which device, which 16 bits, how data get there and back, how fast it could be."""
+"""The device of a run: which one, its 16-bit type, its peak speed, and transfers to and from it."""
 
 import importlib
 import json
@@ -10,7 +10,7 @@ import torch
 
 from configurator import ConfigError
 
-# Dense peak in FLOP/s of 16-bit matrix products, by the makers' data sheets. MFU is left out for others.
+# Peak FLOP/s of dense 16-bit matrix products, from the makers' data sheets. For other GPUs no MFU is reported.
 PEAK_FLOPS = {
     "B200": 2250e12,
     "H200": 989e12,
@@ -28,9 +28,10 @@ PEAK_FLOPS = {
 
 
 def choose_device(name, local_rank=0):
-    """torch.device for an option `device`: "auto" is a GPU where there is one. A process takes the GPU of its rank.
+    """torch.device for the option `device`: "auto" is a GPU if there is one. A process takes the GPU of its local rank.
 
-    Apple's GPU (mps) is for one process, and has no float64: no tensor on a device may be of it.
+    Apple's GPU (mps) serves one process only and has no float64, so no tensor on a device may be float64.
+    ConfigError if the device is unknown, missing or cannot be used.
     """
     processes = int(os.environ.get("WORLD_SIZE", 1))
     if name == "auto":
@@ -50,16 +51,25 @@ def choose_device(name, local_rank=0):
     if device.type == "cuda":
         if not torch.cuda.is_available():
             raise ConfigError(f"device={name}, but torch sees no GPU: take --device=cpu")
-        device = torch.device("cuda", local_rank if device.index is None else device.index)
-        if device.index >= torch.cuda.device_count():
-            raise ConfigError(f"no GPU {device.index}, there are {torch.cuda.device_count()}: lower --nproc_per_node")
-        torch.cuda.set_device(device)
-        torch.set_num_threads(1)  # the host only copies batches: a team of 32 threads took 32 ms for what one does in 1
+        count, by_rank = torch.cuda.device_count(), device.index is None
+        device = torch.device("cuda", local_rank if by_rank else device.index)
+        if device.index >= count:
+            remedy = f"lower --nproc_per_node to {count}" if by_rank else "take --device=cuda"
+            raise ConfigError(f"device={name}: there is no GPU {device.index}, torch sees {count}: {remedy}")
+        try:
+            torch.cuda.set_device(device)
+            torch.zeros(1, device=device)
+        except RuntimeError as error:  # in use by another process alone, broken, too old for this build of torch
+            reason = str(error).strip().partition("\n")[0]
+            raise ConfigError(
+                f"device={name}: GPU {device.index} cannot be used ({reason}): take --device=cpu"
+            ) from None
+        torch.set_num_threads(1)  # the host only copies batches: 32 threads took 32 ms for what one does in 1
     return device
 
 
 def choose_dtype(name, device):
-    """torch.dtype for an option `dtype`: "auto" is 16 bits on a GPU, bfloat16 where it has them, else float32."""
+    """torch.dtype for the option `dtype`: "auto" is bfloat16 on a GPU that has it, float16 on an older GPU, otherwise float32."""
     if name != "auto":
         return getattr(torch, name)
     if device.type != "cuda":
@@ -68,7 +78,7 @@ def choose_dtype(name, device):
 
 
 def device_name(device):
-    """The GPU's name, or that of the processor."""
+    """Name of the GPU, or of the processor."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     try:
@@ -79,33 +89,38 @@ def device_name(device):
 
 
 def to_device(tensor, device):
-    """The tensor on the device; to a GPU without waiting for it."""
+    """-> the tensor on the device. The host does not wait for a copy to a GPU."""
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 class Turn:
-    """A GPU for one process alone, among those that start side by side on it: lab.sweep names a file for them, GPU_TURN.
+    """The right to train on a GPU that several runs share: a lock on the file that lab.sweep names in GPU_TURN.
 
-    Starting and compiling keep processors busy and the GPU idle; training the other way round.
+    Starting and compiling keep the processors busy and the GPU idle; training does the opposite. So runs start side by
+    side and train one by one.
     """
 
     def __init__(self):
         self.path, self.file = os.environ.get("GPU_TURN"), None
 
     def take(self):
-        """Wait until nobody else has it. It ends with `give`, or with the process."""
+        """Wait for the lock. It is released by `give`, or by the end of the process."""
         import fcntl
 
         self.file = open(self.path, "w")
         fcntl.flock(self.file, fcntl.LOCK_EX)
 
     def give(self):
+        """Release the lock, if it is held."""
         if self.file is not None:
             self.file.close()
 
 
 class Numbers:
-    """A few numbers on their way from the device to the host."""
+    """A few numbers on their way from the device to the host, which does not wait until it needs them.
+
+    tensor: (n,) on the device
+    """
 
     def __init__(self, tensor):
         self.event = None
@@ -117,13 +132,14 @@ class Numbers:
             self.host = tensor
 
     def wait(self):
+        """-> list of n floats, when they have arrived."""
         if self.event is not None:
             self.event.synchronize()
         return self.host.tolist()
 
 
 def write_rows(path, rows, device):
-    """A list of measurements (dicts of plain values) as JSON, each with what it was measured on."""
+    """Write a list of measurements (dicts of plain values) as JSON, each with the device and the versions it was measured with."""
     where = {"device": device_name(device), "python": platform.python_version(), "torch": torch.__version__}
     with suppress(ImportError):
         where["triton"] = importlib.import_module("triton").__version__
@@ -132,7 +148,7 @@ def write_rows(path, rows, device):
 
 
 def peak_flops(name):
-    """Peak FLOP/s of the GPU so named, or None for one that is not in the table."""
+    """Peak FLOP/s of the GPU with this name, or None if the table does not have it."""
     words = name.replace("-", " ").split()
     for known, peak in PEAK_FLOPS.items():
         if all(word in words for word in known.split()):

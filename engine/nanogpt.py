@@ -1,23 +1,23 @@
-"""nanoGPT's ckpt.pt as a checkpoint of ours, of step 0: its model is parametrization="standard", structure="dense".
+"""Turn nanoGPT's ckpt.pt into a checkpoint of ours at step 0, with parametrization="standard" and structure="dense".
 
-nanoGPT's GELU is the exact one, ours GPT-2's tanh form: they differ by less than 0.0005.
+nanoGPT computes GELU exactly, we use GPT-2's tanh approximation: they differ by less than 0.0005.
 """
 
-# A block's modules, by nanoGPT's name and by ours; c_attn is q, k and v.
+# The modules of a block: {nanoGPT's name: ours}. c_attn is missing: it is q, k and v in one.
 MODULES = {
     "ln_1": "attn_norm", "attn.c_proj": "attn.proj", "ln_2": "ffn_norm", "mlp.c_fc": "ffn.up", "mlp.c_proj": "ffn.down",
 }  # fmt: skip
 EMBEDDINGS = {"wte": "token_embedding", "wpe": "position_embedding", "ln_f": "final_norm"}
-GPT2_VOCABULARIES = (50257, 50304)  # GPT-2's, and rounded up
+GPT2_VOCABULARIES = (50257, 50304)  # GPT-2's vocab_size, and that rounded up to a multiple of 64
 
 
-def is_nanogpts(saved):
-    """Whether what torch.load gave is a checkpoint of nanoGPT."""
+def is_from_nanogpt(saved):
+    """Whether what torch.load returned is a checkpoint of nanoGPT."""
     return isinstance(saved, dict) and {"model", "model_args"} <= saved.keys() and "step" not in saved
 
 
 def from_nanogpt(saved):
-    """{"model": its tensors, "model_args": …} -> {"step": 0, "config", "model", "optimizer", "meta", …}, as checkpoint.load's"""
+    """{"model": {name: tensor}, "model_args": …} -> a dict as checkpoint.load returns it, with step 0 and no optimizer state."""
     args = saved["model_args"]
     config = dict(
         n_layer=args["n_layer"], n_head=args["n_head"], d_model=args["n_embd"], block_size=args["block_size"],
@@ -26,17 +26,16 @@ def from_nanogpt(saved):
     )  # fmt: skip
     model = {}
     for name, tensor in saved["model"].items():
-        path, _, kind = (
-            name.removeprefix("_orig_mod.").removeprefix("transformer.").rpartition(".")
-        )  # …, weight or bias
+        # kind: weight or bias
+        path, _, kind = name.removeprefix("_orig_mod.").removeprefix("transformer.").rpartition(".")
         if path == "lm_head" or path in EMBEDDINGS:
             model[f"{EMBEDDINGS.get(path, path)}.{kind}"] = tensor
             continue
-        _, layer, module = path.split(".", 2)  # of h.0.attn.c_attn
-        if module == "attn.c_attn":
-            for part, of_part in zip("qkv", tensor.chunk(3)):  # (3 C, C) or (3 C)
-                model[f"blocks.{layer}.attn.{part}.{kind}"] = of_part
-        elif module in MODULES:  # else the causal mask of versions without flash attention
+        _, layer, module = path.split(".", 2)  # such as h.0.attn.c_attn
+        if module == "attn.c_attn":  # (3 d_model, d_model), its bias (3 d_model)
+            for part, share in zip("qkv", tensor.chunk(3)):
+                model[f"blocks.{layer}.attn.{part}.{kind}"] = share
+        elif module in MODULES:  # not the causal mask, which versions without flash attention keep
             model[f"blocks.{layer}.{MODULES[module]}.{kind}"] = tensor
     tokenizer = "gpt2" if config["vocab_size"] in GPT2_VOCABULARIES else "nanoGPT's meta.pkl"
     return {

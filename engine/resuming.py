@@ -1,16 +1,40 @@
-"""Where a run starts from: its newest checkpoint, another run's weights, or nothing; and the folder it writes to."""
+"""Start a run: from its newest checkpoint, from another run's weights, or from random weights; and open its folder."""
 
 import json
 import os
 import shlex
 from dataclasses import asdict
 
-from configurator import ConfigError, RunFailed
+from configurator import ConfigError, OneLineExit
 from data import LANGUAGE, changed_values, check_same_data
-from engine import checkpoint, runlog
+from engine import checkpoint, ownership, runlog
 
-# Options of a model that a resumed run may change: the parameters are the same ones.
+# Options of a model that a resumed run may change, since they leave the parameters as they are.
 MAY_CHANGE = {"dropout", "activation_checkpointing"}
+
+
+def own_out_dir(config, run, say):
+    """Lock out_dir on rank 0 -> whether it holds this very run, which torchrun has restarted: the same on all ranks.
+
+    run: the run's id. Every rank calls it. ConfigError where another process owns out_dir or it cannot be written,
+    RunFailed where the disk is full.
+    """
+    restarted = error = None
+    if checkpoint.group_rank()[0] == 0:
+        try:
+            with writing_to(config.out_dir):
+                restarted = ownership.own_folder(config.out_dir, "give another out_dir", say, run) == run
+        except OneLineExit as refusal:
+            error = refusal
+    restarted, refused = checkpoint.gather_from_ranks((restarted, error and error.message))[0]
+    if refused:
+        raise error or ConfigError(refused)
+    return restarted
+
+
+def writing_to(out_dir):
+    """A failure to write to out_dir as one line, as of runlog.writing."""
+    return runlog.writing(f"out_dir={out_dir}", "take another")
 
 
 def load_start(config, task, model, optimizers, scaler, again, say):
@@ -18,32 +42,35 @@ def load_start(config, task, model, optimizers, scaler, again, say):
 
     config  a RunConfig
     task    with `meta`, what its data are, and `shape`, the names of options that make another model
-    again   whether the run resumes: asked for, or restarted by torchrun
+    again   whether the run resumes: asked to, or restarted by torchrun
     Every rank calls it. ConfigError where the checkpoint is of another model, or of other data.
     """
     shape = task.shape - MAY_CHANGE
     saved = checkpoint.load(config.out_dir, say) if again else None
     if saved is None:
         if config.resume:
-            say(f"{config.out_dir}: no checkpoint to go on from, starting at step 0")
+            say(f"{config.out_dir}: no checkpoint to resume from, starting at step 0")
         if config.init_from:
             load_weights_of_another(config, model, shape, task.meta, say)
         return None
     check_same_model(config, saved["config"], shape, say)
     check_same_data(task.meta, saved["meta"], say)
     checkpoint.restore(saved, model, optimizers)
-    if saved["scaler"]:  # empty where the checkpoint is of lab.convert, or of a run without float16
+    if saved["scaler"]:  # empty where lab.convert or a run without float16 made the checkpoint
         scaler.load_state_dict(saved["scaler"])
-    done = f", nothing is left of max_steps={config.max_steps}" if saved["step"] >= config.max_steps else ""
-    say(f"{config.out_dir}: going on from step {saved['step']}{done}")
+    done = f"; max_steps={config.max_steps} is already reached" if saved["step"] >= config.max_steps else ""
+    say(f"{config.out_dir}: resuming from step {saved['step']}{done}")
     return saved
 
 
 def check_same_model(config, saved, shape, say):
-    """A resumed run has the model it had, options of `shape`; others may change, and the change is said."""
+    """ConfigError where one of the options that define the model has changed. Print changes of other options.
+
+    saved: the checkpoint's options, {name: value}. shape: names of those that must not change.
+    """
     for key, (value, was) in differing_options(config, saved, shape).items():
         raise ConfigError(
-            f"{key}={value!r}, but the checkpoint in {config.out_dir} has {was!r}: give that, or another out_dir"
+            f"{key}={value!r}, but the checkpoint in {config.out_dir} has {was!r}: give that value, or another out_dir"
         )
     for key, (value, was) in differing_options(config, saved, saved.keys()).items():
         if key not in ("resume", "out_dir", "init_from"):
@@ -51,16 +78,17 @@ def check_same_model(config, saved, shape, say):
 
 
 def differing_options(config, saved, keys):
-    """{option: (value here, value in a checkpoint's config)} of those `keys` that differ and both have."""
+    """{option: (value here, value in the checkpoint)} of those options in `keys` that both have, with different values."""
     here = asdict(config)
     keys = [key for key in here if key in keys and key in saved]
     return {key: (here[key], saved[key]) for key in keys if here[key] != saved[key]}
 
 
 def load_weights_of_another(config, model, shape, meta, say):
-    """The weights of config.init_from, of a model with the same options of `shape`, into the model.
+    """Load the weights of the checkpoint config.init_from into the model.
 
-    meta  plain values about the data: where its ids stand for other tokens than the weights learned, a note says so
+    shape  names of the options that must be the same in both
+    meta   plain values that describe the data: a note tells where ids stand for other tokens than the weights have learned
     """
     saved = checkpoint.load(config.init_from, say)
     if saved is None:
@@ -81,21 +109,19 @@ def load_weights_of_another(config, model, shape, meta, say):
     say(f"weights of step {saved['step']} of {saved['path']}; this run starts at step 0")
 
 
-def open_out_dir(config, resume_step, say):
-    """Make out_dir, write config.json, open the log -> RunLog. On rank 0.
+def open_out_dir(config, run, resume_step, say):
+    """Write config.json, open the log, name the run in out_dir, which this process owns -> RunLog. On rank 0.
 
-    resume_step: that of the checkpoint; None: a new run, before which an earlier run's files are set aside.
-    ConfigError where out_dir cannot be one, RunFailed where the disk is full.
+    run: the run's id, named only here: a restart before this point finds another run, and starts as this one did.
+    resume_step: the checkpoint's; None: a new run, before which an earlier run's files are set aside.
+    ConfigError where out_dir cannot be written, RunFailed where the disk is full.
     """
-    try:
+    with writing_to(config.out_dir):
         if resume_step is None:
             checkpoint.set_aside(config.out_dir, say)
-        os.makedirs(config.out_dir, exist_ok=True)
-        path = os.path.join(config.out_dir, "config.json")
-        with open(path + ".part", "w") as file:
+        with runlog.whole_file(os.path.join(config.out_dir, "config.json")) as part, open(part, "w") as file:
             json.dump(asdict(config), file, indent=1)
-        os.replace(path + ".part", path)
-    except OSError as error:
-        kind = RunFailed if error.errno in runlog.DISK_ERRORS else ConfigError
-        raise kind(f"out_dir={config.out_dir} cannot be written ({error.strerror}): take another") from None
-    return runlog.RunLog(config.out_dir, resume_step)
+    log = runlog.RunLog(config.out_dir, resume_step)
+    with writing_to(config.out_dir):
+        ownership.name_run(config.out_dir, run)
+    return log

@@ -1,17 +1,19 @@
-"""What a run shows and leaves behind: tables before it, progress, log.jsonl, loss.png, wandb when asked, a summary.
+"""What a run prints and writes: its layers and plan, its progress, log.jsonl, loss.png, a summary; on request to wandb.
 
-A row of log.jsonl is one object: step (updates done), tokens (or images, samples), flops, seconds (of training, the
-clock stops for evaluation and checkpoints), loss, val_loss, lr, grad_norm, tokens_per_second, mfu;
-a key is left out where there is no figure. Mixtures have aux_loss, which loss does not include, and, in
-the rows of evaluations, moe: moe.figures of each router, means since the evaluation before.
+Each row of log.jsonl is an object with the keys step (updates done), tokens (or images, samples), flops, seconds (of
+training: the clock stops for evaluations and checkpoints), loss, val_loss, lr, grad_norm, tokens_per_second and mfu;
+a key without a figure is left out. Mixtures add aux_loss, which loss does not include, and at each evaluation
+moe: the figures of each router (moe.Mixtures.figures), averaged since the evaluation before.
 """
 
 import errno
 import json
+import math
 import os
 import re
 import shlex
 import socket
+import stat
 import statistics
 import sys
 from contextlib import contextmanager, suppress
@@ -24,10 +26,10 @@ from theta import ChainSizes, Sizes, rank_of
 
 
 class RunLog:
-    """Writer of one run's log, on rank 0. Its methods fail as `writing` does."""
+    """Writes one run's log, on rank 0. Its methods raise what `writing` raises."""
 
     def __init__(self, out_dir, resume_step=None):
-        """resume_step: keep the rows up to it, for a run that goes on from there; None starts anew."""
+        """resume_step: where the run resumes, up to which rows are kept; None starts an empty log."""
         self.path = os.path.join(out_dir, "log.jsonl")
         rows = [] if resume_step is None else [row for row in read_log(self.path) if row["step"] <= resume_step]
         with writing(self.path):
@@ -43,7 +45,7 @@ class RunLog:
 
 @contextmanager
 def writing(path, remedy="make room or give another out_dir"):
-    """A failure to write `path` as one line: RunFailed of a full or broken disk, ConfigError of a path that cannot be one."""
+    """Turns an OSError in its block into one line about `path`: RunFailed if a disk is full or broken, otherwise ConfigError."""
     try:
         yield
     except OSError as error:
@@ -55,22 +57,83 @@ DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.ESTALE}
 
 
 def read_log(path):
-    """The rows of a log.jsonl; what is no row, such as a line that a kill cut short, is left out."""
+    """The rows of a log.jsonl, [] if there is no such file. A line that is no row, such as one that a kill cut short, is skipped.
+
+    ConfigError if the file cannot be read, or a row has figures that no run writes.
+    """
     rows = []
     if os.path.exists(path):
-        with open(path, errors="replace") as file:
-            for line in file:
-                try:
-                    row = json.loads(line)
-                except ValueError:
-                    continue
-                if isinstance(row, dict) and type(row.get("step")) is int:
-                    rows.append(row)
+        for number, line in enumerate(lines_of(path), 1):
+            try:
+                row = json.loads(line)
+            except (ValueError, RecursionError):
+                continue
+            if isinstance(row, dict) and type(row.get("step")) is int:
+                check_row(row, f"{path}: line {number}")
+                rows.append(row)
     return rows
 
 
+def lines_of(path):
+    """The lines of a text file. ConfigError if it cannot be read, or is a pipe, which could block for ever."""
+    try:
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            raise ConfigError(f"{path} cannot be read: it is no regular file")
+        with open(path, errors="replace") as file:
+            return file.readlines()
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read ({error.strerror or error})") from None
+
+
+# Figures of a row that are NaN or infinite if the run diverged.
+MAY_DIVERGE = {"loss", "val_loss", "aux_loss", "grad_norm"}
+# Figures of a row that are finite and not negative.
+COUNTS = {"step", "tokens", "images", "samples", "flops", "seconds", "lr", "mfu", "top1", "top5"}
+
+
+def check_row(row, where):
+    """ConfigError, which begins with `where`, unless all figures that this module's docstring names have the right type."""
+    for key, value in row.items():
+        if key in MAY_DIVERGE:
+            fits = is_number(value)
+        elif key in COUNTS or key.endswith("_per_second"):
+            fits = is_number(value) and 0 <= value < math.inf
+        elif key == "moe":
+            fits = isinstance(value, dict) and value and all(map(is_figures_of_router, value.values()))
+        else:
+            continue  # a figure of the user's own
+        if not fits:
+            shown = repr(value) if len(repr(value)) < 60 else repr(value)[:57] + "…"
+            raise ConfigError(f"{where} has {key}={shown}, which no run writes: remove the line, or take another log")
+
+
+def is_figures_of_router(figures):
+    """Whether these are moe.figures of one router."""
+    if not isinstance(figures, dict) or not isinstance(figures.get("load"), list) or not figures["load"]:
+        return False
+    return all(map(is_number, (*figures["load"], figures.get("mean_entropy"), figures.get("token_entropy"))))
+
+
+def is_number(value):
+    """Whether a value of JSON is a number that a float can hold, NaN and infinity included."""
+    return type(value) is float or (type(value) is int and abs(value) < 2**1000)
+
+
+def read_config_json(path):
+    """The options in a run's config.json, {name: value}. ConfigError where there are none that can be read."""
+    try:
+        options = json.loads("".join(lines_of(path)))
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, ConfigError):
+            raise
+        raise ConfigError(f"{path} cannot be read, it holds no options: remove it, or take another run") from None
+    if not isinstance(options, dict):
+        raise ConfigError(f"{path} cannot be read, it holds no options: remove it, or take another run")
+    return options
+
+
 def start_wandb(project, config, run_id):
-    """A Weights & Biases run, or the one with `run_id` going on."""
+    """Start a Weights & Biases run, or resume the one with the id `run_id`. ConfigError without the package or a login."""
     try:
         import wandb
     except ImportError:
@@ -79,7 +142,7 @@ def start_wandb(project, config, run_id):
         return wandb.init(project=project, config=config, id=run_id, resume="allow")
     except wandb.errors.Error as error:
         first = str(error).splitlines()[0]
-        raise ConfigError(f"wandb=True: {first} Or WANDB_MODE=offline, which needs no login") from None
+        raise ConfigError(f"wandb=True: {first} Or set WANDB_MODE=offline, which needs no login") from None
 
 
 # ---------------------------------------------------------------------------------------
@@ -87,15 +150,15 @@ def start_wandb(project, config, run_id):
 
 
 def model_table(model, multipliers, lr, unit="token", flops=None, layer_uses=lambda role: 1):
-    """Lines of a table of what will be trained: a row a layer, which counts that layer in all blocks.
+    """The lines of a table of the model: one row per kind of layer, for all blocks together, and the totals.
 
-    multipliers  {parameter name: learning-rate multiplier}, as of optim.lr_multipliers
-    lr           the base rate
-    unit, flops  what the model takes, and the FLOPs of its forward pass on one; None: model.flops_per_token()
-    layer_uses   role of a layer -> how often one unit passes through it: an image once for each of its patches
-    rank         of the matrix, where it is not full, as its sizes have it (theta.rank_of)
-    The last row has the sums of those above. A tied head's parameters are among the embeddings'. Behind the table stands
-    a note about each structure whose layers cost more than dense ones.
+    multipliers  {parameter name: learning-rate multiplier}, from optim.lr_multipliers
+    lr           the base learning rate
+    unit, flops  what the model reads, and the FLOPs of a forward pass on one of them; None: model.flops_per_token()
+    layer_uses   role of a layer -> how often one unit passes through it: for an image, its number of patches
+
+    The column `rank` is that of the matrix by its sizes (theta.rank_of), empty where it is full. A tied head's parameters
+    count as embeddings. A note follows the table for each structure with layers that cost more than dense ones.
     """
     names = {parameter: name for name, parameter in model.named_parameters()}  # a shared one under its first name
     rates = {parameter: lr * multipliers[name] for parameter, name in names.items()}
@@ -124,25 +187,25 @@ def model_table(model, multipliers, lr, unit="token", flops=None, layer_uses=lam
         for row in rows:
             del row["rank"]
     table = _as_table([{names.get(key, key): value for key, value in row.items()} for row in rows])
-    return table + _dear_structures(model.config, roles)
+    return table + _notes_on_costly_structures(model.config, roles)
 
 
-def _dear_structures(config, roles):
-    """A line for each structure that has layers of more FLOPs than dense ones of their widths: the dearest of them."""
-    dearest = {}
+def _notes_on_costly_structures(config, roles):
+    """A line for each structure with layers that cost more FLOPs than dense ones of the same widths, about the costliest."""
+    costliest = {}
     for role, (layer, *_) in roles.items():
-        matrices = getattr(layer, "top_k", 1)  # a mixture's token takes as many
+        matrices = getattr(layer, "top_k", 1)  # that process each token of a mixture
         share = layer.flops_per_token / (2 * layer.in_features * layer.out_features * matrices)
-        if not _is_dense(layer) and share > dearest.get(_structure(config, role, layer), (1.0,))[0]:
-            dearest[_structure(config, role, layer)] = share, role
+        if not _is_dense(layer) and share > costliest.get(_structure(config, role, layer), (1.0,))[0]:
+            costliest[_structure(config, role, layer)] = share, role
     return [
-        f"note: {structure}: {role} costs {share:.2f} times the FLOPs of a dense layer, a smaller rank costs less"
-        for structure, (share, role) in dearest.items()
+        f"note: {structure}: {role} costs {share:.2f} times the FLOPs of a dense layer: a smaller rank costs less"
+        for structure, (share, role) in costliest.items()
     ]
 
 
 def _layers_by_role(model):
-    """{role: its layers, one a block}, in the order of the model."""
+    """{role: the layers with that role, one per block}, in the order of the model."""
     roles = {}
     for name, module in model.named_modules():
         if hasattr(module, "cores"):
@@ -183,7 +246,7 @@ def _is_dense(layer):
 
 
 def _rank(layer):
-    """As in "64 of 512", "" where it is full or not known; of a mixture that of the experts a token has, together."""
+    """Such as "64 of 512"; "" if the rank is full or unknown. For a mixture, the joint rank of the experts of one token."""
     sizes, full = getattr(layer, "sizes", None), min(layer.in_features, layer.out_features)
     if isinstance(sizes, Sizes):
         sizes = sizes._replace(rho=sizes.rho * getattr(layer, "top_k", 1))
@@ -196,10 +259,10 @@ def _structure(config, role, layer):
     return f"{name}, {layer.top_k} of {layer.num_experts}" if hasattr(layer, "num_experts") else name
 
 
-# What a parameter is that is no core, by the first of these that is part of its name.
+# {kind of a parameter that is no core: part of its name}; the first that matches counts.
 KINDS = {"embeddings": "embedding", "norms": "norm", "gains": ".gains", "biases": ".bias", "others": ""}
 
-GPT2_STD = 0.02  # of parametrization="standard": GPT._init_as_gpt2 draws dense layers and embeddings with it
+GPT2_STD = 0.02  # with parametrization="standard", of dense layers and embeddings (GPT._init_as_gpt2)
 
 
 def _kind(name):
@@ -207,13 +270,13 @@ def _kind(name):
 
 
 def _embedding_std(config):
-    from model import EMBEDDING_STD  # here: who reads logs only need not wait for torch
+    from model import EMBEDDING_STD  # not above: reading logs should not wait for torch
 
     return GPT2_STD if config.parametrization == "standard" else EMBEDDING_STD
 
 
 def _init_stds(config, role, layer):
-    """Standard deviations that the layer's cores are drawn with, 0 for a core that starts at zero."""
+    """The standard deviation at initialisation of each core of the layer; 0 for a core that starts at zero."""
     if config.parametrization == "standard" and _structure(config, role, layer).startswith("dense"):
         if role.endswith("router"):
             return layer.init_std
@@ -235,7 +298,7 @@ def _table_row(layer, structure, sizes, rank, parameters, flops, rates=(), stds=
 
 
 def _as_table(rows):
-    """Lines: numbers to the right, words to the left, no wider than what is in them; 0 is left blank."""
+    """The table's lines: numbers are aligned right, words left, columns are as wide as their content, and 0 is left blank."""
     texts = [{key: _cell(value) for key, value in row.items()} for row in rows]
     widths = {key: max(len(key), *(len(text[key]) for text in texts)) for key in rows[0]}
     right = {key for key in widths if any(isinstance(row[key], int) for row in rows)}
@@ -257,9 +320,11 @@ def _cell(value):
 def plan(
     config, model, world, micro_steps, device_name, dtype, peak, first_step=0, unit="token", flops=None, batch=None
 ):
-    """Lines that say what the run will do, and on a GPU of known peak FLOP/s about how long that takes.
+    """Lines that state what the run will do and, on a GPU with a known peak FLOP/s, about how long it will take.
 
-    unit, flops, batch: what the model takes, FLOPs of a forward pass on one, how many an update; None: of a GPT.
+    unit   what the model reads: "token", "image", …
+    flops  of a forward pass on one unit; None: model.flops_per_token()
+    batch  units per update; None: config.batch_tokens
     """
     parameters, flops = sum(p.numel() for p in model.parameters()), 3 * (flops or model.flops_per_token())
     batch = batch or config.batch_tokens
@@ -278,7 +343,7 @@ def plan(
         speed = 0.4 * peak * world / flops
         lines.append(f"at 40% MFU about {duration(tokens / speed)}, {short(speed)} {unit}s/s")
     if config.shard == "fsdp" and world == 1:
-        lines.append("note: shard=fsdp does nothing on one process, there is no other to share with")
+        lines.append("note: shard=fsdp does nothing with one process: there is no other to share with")
     if config.warmup_steps >= config.max_steps:
         share = config.max_steps / max(1, config.warmup_steps)
         lines.append(
@@ -297,7 +362,7 @@ def _count(number, one, many=None):
 
 
 def short(number):
-    """Three digits and a letter: 5.24B."""
+    """A number as three digits and a letter: 5.24B."""
     for size, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
         if number >= 0.9995 * size:
             return f"{number / size:#.3g}".rstrip(".") + letter
@@ -305,7 +370,7 @@ def short(number):
 
 
 def duration(seconds):
-    """3 h 12 min."""
+    """Seconds in words: 3 h 12 min."""
     minutes = round(seconds / 60)
     if seconds < 60:
         return f"{seconds:.0f} s"
@@ -322,19 +387,19 @@ def duration(seconds):
 
 
 class Progress:
-    """Progress of a run: a bar on a terminal, else a line a logged row.
+    """Shows a run's progress: as a bar on a terminal, otherwise as one line per logged row.
 
-    All that is printed while it is open goes through `say`, which leaves the bar whole.
+    While the bar is open, print through `say` only, which leaves it whole.
     """
 
     def __init__(self, max_steps, first_step=None):
-        """first_step: where a resumed run goes on; None: found from the first step or row."""
+        """first_step: where the bar begins; None: at the first step or row."""
         self.max_steps, self.first_step = max_steps, first_step
         self.on_terminal, self.bar = sys.stdout.isatty(), None
         self.latest, self.seconds_a_step = {}, None  # the last row with a loss, and its speed
 
     def say(self, *text, **how):
-        """print, above the bar."""
+        """Print, above the bar; arguments as of print."""
         how = {"flush": True, **how}
         if self.bar is None:
             print(*text, **how)
@@ -343,7 +408,7 @@ class Progress:
                 print(*text, **how)
 
     def row(self, row, seconds_left=None):
-        """Show a logged row; seconds_left is found from the row's own speed where it is not given."""
+        """Show a logged row; seconds_left=None estimates them from the row's speed."""
         left = self.max_steps - row["step"]
         unit, speed = speed_of(row)
         if seconds_left is None and row["step"] and unit in row and speed:
@@ -358,7 +423,7 @@ class Progress:
             self.say(progress_line(row, self.max_steps, seconds_left))
 
     def step(self, step):
-        """Show that so many steps are done: cheap, the bar is drawn ten times a second at most."""
+        """Show how many steps are done. Cheap: the bar is drawn at most ten times a second."""
         if self.on_terminal:
             self.open_bar(step - 1)
             left = None if self.seconds_a_step is None else self.seconds_a_step * (self.max_steps - step)
@@ -379,14 +444,14 @@ class Progress:
             )
 
     def close(self):
-        """Leave the bar as it is; what is said afterwards is plain."""
+        """Leave the bar as it is; from now on `say` prints plain lines."""
         if self.bar is not None:
             self.bar.close()
         self.on_terminal, self.bar = False, None
 
 
 class Silent:
-    """Progress of the ranks that say nothing."""
+    """Stands in for Progress on ranks that print nothing."""
 
     def say(self, *text, **how):
         pass
@@ -402,7 +467,7 @@ class Silent:
 
 
 def progress_line(row, max_steps, seconds_left):
-    """One line of progress for the screen."""
+    """A logged row as one line for the screen."""
     parts = [f"step {row['step']:>{len(str(max_steps))}}/{max_steps}", *_figures(row, seconds_left)]
     if "val_loss" in row:
         parts.append(f"val loss {row['val_loss']:.4f}")
@@ -412,7 +477,7 @@ def progress_line(row, max_steps, seconds_left):
 
 
 def speed_of(row):
-    """-> what the row's run counts ("tokens", "images"), how many a second; "", None where it does not say."""
+    """-> what the run counts ("tokens", "images"), how many per second; "", None if the row has no speed."""
     for key, value in row.items():
         if key.endswith("_per_second"):
             return key.removesuffix("_per_second"), value
@@ -435,7 +500,7 @@ def _figures(row, seconds_left):
 
 def _clock(seconds):
     minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)  # hours go on beyond 24
+    hours, minutes = divmod(minutes, 60)  # hours may exceed 24
     return f"{hours:02}:{minutes:02}:{seconds:02}" if hours else f"{minutes:02}:{seconds:02}"
 
 
@@ -450,10 +515,10 @@ FILES = {
 
 
 def summary_of_run(log, config, memory=None):
-    """Lines about a run that has ended.
+    """Lines about a run that has ended: its main figures and its files.
 
-    log     path of its log.jsonl, or rows
-    memory  peak memory of the device in GiB, where known
+    log     the path of its log.jsonl, or its rows
+    memory  peak memory of the device in GiB; None: unknown
     """
     rows = log if isinstance(log, list) else read_log(log)
     if not rows:
@@ -489,20 +554,20 @@ def summary_of_run(log, config, memory=None):
         if os.path.exists(path):
             items[name] = path
     if last["step"] < config.max_steps and "checkpoint" in items:
-        items["go on"] = resume_command()
+        items["resume"] = resume_command()
     if "checkpoint" in items and unit == "tokens":
         items["sample"] = shlex.join(["python", "sample.py", f"--out_dir={config.out_dir}"])
     return [f"{name:<12}{text}" for name, text in items.items()]
 
 
 def median_of(rows, key):
-    """The median of a figure over the rows that have it, or None."""
+    """The median of a figure over the rows that have it; None if none has."""
     values = [row[key] for row in rows if key in row]
     return statistics.median(values) if values else None
 
 
 def resume_command():
-    """The command that this run was started with, and --resume."""
+    """The command that resumes this run: the one that started it, with --resume."""
     script, *options = sys.argv
     script = os.path.relpath(script)
     if os.path.basename(script) != "train.py" or script.startswith(os.pardir):
@@ -519,7 +584,7 @@ def resume_command():
 
 
 def plot_loss(log_path, png_path, what="nats per token"):
-    """Training and validation loss against step."""
+    """Draw training and validation loss against step. what: the unit of the loss."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -545,7 +610,7 @@ def plot_loss(log_path, png_path, what="nats per token"):
 
 
 def plot_experts(log_path, png_path):
-    """How even the mixtures are, by the last row that says so: experts x layers, and each layer's entropies."""
+    """Draw how evenly routers load their experts, by the last row that has moe: loads as experts x layers, and entropies."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -575,7 +640,7 @@ def plot_experts(log_path, png_path):
 
 
 def save_figure(figure, png_path, remedy="make room or give another out_dir"):
-    """Write a matplotlib figure as a PNG, whole or not at all, and close it."""
+    """Write a matplotlib figure as a PNG, whole or not at all, and close it. Raises what `writing` raises."""
     import matplotlib.pyplot as plt
 
     with writing(png_path, remedy), whole_file(png_path) as part:
@@ -585,7 +650,7 @@ def save_figure(figure, png_path, remedy="make room or give another out_dir"):
 
 @contextmanager
 def whole_file(path):
-    """A name beside `path` to write to, which then takes its place; of this process alone, since several may write one path."""
+    """A path beside `path`, of this process alone, to write to; after the block, if it raises nothing, that file replaces `path`."""
     part = f"{path}.{socket.gethostname()}.{os.getpid()}.part"
     try:
         yield part

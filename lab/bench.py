@@ -1,17 +1,17 @@
-"""Timings.
+"""Time layers, mixtures, updates, sampling and data loading.
 
-    python -m lab.bench layers --json=out/layers.json --png=out/layers.png                 # structured layers against dense
-    python -m lab.bench mixtures --json=out/mixtures.json                                  # one mixture against a dense layer
+    python -m lab.bench layers --json=out/layers.json --png=out/layers.png                 # structured layers beside dense ones
+    python -m lab.bench mixtures --json=out/mixtures.json                                  # mixtures beside a dense layer
     python -m lab.bench step config/gpt2_dense.py --micro_batch=32 --batch_tokens=32768    # an update, on random tokens
     python -m lab.bench step config/gpt2_btt.py --against="config/gpt2_dense.py"           # two configs side by side
     python -m lab.bench step config/gpt2_btt.py --profile=out/profile                      # where the time goes
     torchrun --standalone --nproc_per_node=8 -m lab.bench step config/gpt2_btt.py --parts=False    # on eight GPUs
     python -m lab.bench image_step vision/config/mlp_cifar10.py --against="vision/config/mlp_cifar10.py --structure=dense"
-    python -m lab.bench sample --structure=btt --rank=4     # tokens a second, with the cache of keys and values and without
+    python -m lab.bench sample --structure=btt --rank=4     # tokens a second, with and without a KV cache
     python -m lab.bench data                                # the character encoder, and batches from a memory-mapped file
-    python -m lab.bench images vision/config/mlp_cifar10.py # images a second, loaded and augmented, without a model
+    python -m lab.bench images vision/config/mlp_cifar10.py # images loaded and augmented a second, without a model
 
-`--json=FILE` writes the figures as rows too.
+`--json=FILE` also writes the figures, as rows.
 """
 
 import gc
@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from configurator import as_script, choose_command, load_config, split_configs
 from lab.bench_options import DataBenchConfig, LayersConfig, MixturesConfig, SampleBenchConfig, StepConfig, TimingConfig
 
-# Options of the commands; those of images are made with vision's, which take torch.
+# Options of the commands; None: they extend options of vision/, which need torch.
 CONFIGS = {
     "layers": LayersConfig, "mixtures": MixturesConfig, "step": StepConfig, "image_step": None, "sample": SampleBenchConfig,
     "data": DataBenchConfig, "images": None,
@@ -32,7 +32,7 @@ CONFIGS = {
 
 
 def answer_mistakes(argv):
-    """Parse the command line: --help and mistakes end here."""
+    """Parse the command line, so that --help and mistakes are answered before torch is imported."""
     Config = choose_command(argv, CONFIGS, "lab.bench", "say what to time", __doc__)
     if Config is not None:
         load_config(Config, argv[1:])
@@ -63,26 +63,26 @@ from prepare_owt import prepare, stdlib_files
 
 
 class Bench:
-    """A run's update, and the device that it is timed on; units of an update, tokens or images, and FLOPs of one, forward."""
+    """The update of a run on its device. units: tokens or images in an update; flops: of one of them, forward."""
 
     def __init__(self, config):
         self.rank, local_rank, self.world = ranks()
         self.config, self.device = config, choose_device(config.device, local_rank)
 
     def prepare_run(self, task):
-        """Make the update of a task (train.TokenTask), and take its figures."""
+        """Build the update of a task, such as train.TokenTask, and read its units and FLOPs."""
         self.run, self.batch = train.Trainer(self.config, task, self.device), task.batch
         self.unit, self.units, self.flops = task.unit, task.units, task.flops(self.run.model)
 
     def close(self):
-        """What it left on the disk is removed."""
+        """Remove the files it wrote."""
 
     def synchronize(self):
         if self.device.type == "cuda":
             torch.cuda.synchronize()
 
     def milliseconds(self, function, repeats):
-        """Of each of `repeats` calls one after the other, by the device's clock where it has one; warm-up is the caller's."""
+        """Times of `repeats` successive calls, by the GPU's clock where there is one; the caller warms up."""
         if self.device.type != "cuda":
             return [1e3 * elapsed for elapsed in host_seconds(function, repeats)]
         events = [torch.cuda.Event(enable_timing=True) for _ in range(repeats + 1)]
@@ -95,7 +95,7 @@ class Bench:
 
 
 class TokenBench(Bench):
-    """Of a GPT, with batches of random tokens, read from a memory-mapped file as in training."""
+    """The update of a GPT on random tokens, read from a memory-mapped file as in training."""
 
     def __init__(self, config):
         super().__init__(config)
@@ -114,7 +114,7 @@ class TokenBench(Bench):
 
 
 class ImageBench(Bench):
-    """Of an MLP or ViT, with the images of its data set."""
+    """The update of an MLP or ViT on the images of its data set."""
 
     def __init__(self, config):
         from vision.train import ImageTask, load_images
@@ -125,6 +125,7 @@ class ImageBench(Bench):
 
 
 def bench_step(argv, Config=StepConfig, make_bench=TokenBench):
+    """The command `lab.bench step`: time the updates of one config or several, side by side."""
     config = load_config(Config, argv)
     configs = [(argv, config)]
     for words in split_configs("against", config.against):
@@ -133,14 +134,14 @@ def bench_step(argv, Config=StepConfig, make_bench=TokenBench):
     device = choose_device(config.device, local_rank)
     watchdog = init_distributed(device, config.timeout)
     rows = []
-    with watchdog.paused():  # nobody beats here
+    with watchdog.paused():  # no heartbeats here: the watchdog would end the processes
         for number, (words, one) in enumerate(configs, 1):
             if rank == 0:
                 print(f"{number}: {' '.join(words)}", flush=True)
             rows.append({"what": "step", "command": " ".join(words), **time_step(one, make_bench)})
             if rank == 0:
-                print("   " + in_short(rows[-1]), flush=True)
-            if config.json and rank == 0:  # what there is, should a later one fail
+                print("   " + main_figures(rows[-1]), flush=True)
+            if config.json and rank == 0:  # what is measured so far, in case a later one fails
                 save_rows(config.json, rows, device)
         if config.profile:
             os.makedirs(config.profile, exist_ok=True)
@@ -156,8 +157,8 @@ def bench_step(argv, Config=StepConfig, make_bench=TokenBench):
         print(f"{key:<26}" + "".join(f"{cell:>14}" for cell in cells), ratio)
 
 
-def in_short(row):
-    """A config's main figures, as it is done."""
+def main_figures(row):
+    """The main figures of a config in one line."""
     speed = next(key for key in row if key.endswith("s_per_second"))
     words = [f"{row['ms_median']:,.1f} ms an update", f"{short(row[speed])} {speed.removesuffix('_per_second')}/s"]
     words += [f"MFU {row['mfu']:.1%}"] if row["mfu"] else []
@@ -166,6 +167,7 @@ def in_short(row):
 
 
 def bench_image_step(argv):
+    """The command `lab.bench image_step`."""
     from vision.train import ImageTrainConfig
 
     @dataclass
@@ -176,7 +178,7 @@ def bench_image_step(argv):
 
 
 def time_step(config, make_bench):
-    """Figures of one config, a dict: floats are figures, the rest says what was timed. On several processes, rank 0's."""
+    """Figures of one config, a dict: floats were measured or computed, the rest states what was timed. All are rank 0's."""
     gc.collect()
     torch._dynamo.reset()
     if config.device != "cpu" and torch.cuda.is_available():
@@ -195,7 +197,7 @@ def time_step(config, make_bench):
         marks.append(time.perf_counter())
     first = marks[-1] - marks[0]
     parts = 2 * (5 + max(3, steps // 2)) * config.parts
-    if bench.rank == 0:  # the fifth is as fast as the others, the first may be compiled
+    if bench.rank == 0:  # the first may compile, the fifth is as fast as those that follow
         print(
             f"   five updates: {first:.1f} s, the rest: about {duration((marks[5] - marks[4]) * (steps + parts))}",
             flush=True,
@@ -205,17 +207,17 @@ def time_step(config, make_bench):
     whole = (time.perf_counter() - start) / steps * 1e3
     memory = torch.cuda.max_memory_allocated() / 2**30 if bench.device.type == "cuda" else None
 
-    # Parts: forward alone, forward and backward, all; as graphs where the update is one. DDP exchanges in the last only.
+    # Time forward alone, then forward and backward; as CUDA graphs if the update is one. DDP exchanges only in the update.
     def forward(*batch):
         x, y = run.task.prepare(*batch)
         with run.autocast:
-            return sum(run.fast(x[i], y[i])[1] for i in range(len(x)))
+            return sum(run.compiled_model(x[i], y[i])[1] for i in range(len(x)))
 
     def forward_backward(*batch):
         x, y = run.task.prepare(*batch)
         for i in range(len(x)):
             with run.autocast:
-                _, loss = run.fast(x[i], y[i])
+                _, loss = run.compiled_model(x[i], y[i])
             loss.backward()
         run.optimizers.zero_grad(set_to_none=True)
         return loss.detach()
@@ -256,7 +258,7 @@ def time_step(config, make_bench):
     return figures
 
 
-# What a kernel does, by words in its name, the first that fits: the table's groups.
+# Groups of the table: a kernel belongs to the first group that has a word of its name.
 KERNEL_GROUPS = {
     "exchange between GPUs": ("nccl",),
     "attention": ("flash", "sdpa", "fmha", "attention", "dot_do_o", "convert_dq"),
@@ -272,10 +274,10 @@ KERNEL_GROUPS = {
 
 
 def profile_step(config, make_bench):
-    """Write profile.txt, kernels by their share of three updates, and trace.json, of rank 0, into config.profile."""
+    """Write rank 0's profile.txt, kernels by their share of three updates, and trace.json to config.profile."""
     from torch.profiler import ProfilerActivity, profile
 
-    gc.collect()  # the timed one, whose trainer and graphs refer to each other
+    gc.collect()  # frees the timed run, whose trainer and graphs refer to each other
     bench, folder = make_bench(config), config.profile
     for step in range(5):
         bench.run.update(*bench.batch(step))
@@ -320,7 +322,7 @@ def profile_step(config, make_bench):
 
 @torch.no_grad()
 def bench_sample(argv):
-    """Tokens a second after `context` tokens: with the cache, and by reading the whole text again for every token."""
+    """The command `lab.bench sample`: tokens a second after `context` tokens, with the KV cache and without it."""
     config = load_config(SampleBenchConfig, argv)
     device = choose_device(config.device)
     dtype = choose_dtype(config.dtype, device)
@@ -366,13 +368,13 @@ def bench_sample(argv):
 
 
 def seconds(function, repeats=5):
-    """Median seconds of a call, after one that does not count."""
+    """Median seconds of a call, after one to warm up."""
     function()
     return float(np.median(host_seconds(function, repeats)))
 
 
 def host_seconds(function, repeats):
-    """Of each of `repeats` calls one after the other."""
+    """Seconds of each of `repeats` successive calls."""
     marks = [time.perf_counter()]
     for _ in range(repeats):
         function()
@@ -381,6 +383,7 @@ def host_seconds(function, repeats):
 
 
 def bench_data(argv):
+    """The command `lab.bench data`."""
     config = load_config(DataBenchConfig, argv)
     tokenizer, rows = CharTokenizer(), []
 
@@ -416,7 +419,7 @@ def bench_data(argv):
 
 
 def bench_images(argv):
-    """Images a second as vision/train.py gets them, of one process: the first batches, which start workers, do not count."""
+    """The command `lab.bench images`: images a second as vision/train.py gets them, after five batches, which start workers."""
     from vision.train import ImageTask, ImageTrainConfig, load_images
 
     @dataclass
@@ -437,7 +440,7 @@ def bench_images(argv):
         "loaded and augmented": (task.batch, lambda *drawn: task.prepare(*drawn)[0]),
     }
     for what, (draw, function) in ways.items():
-        timed = Graphed(function) if device.type == "cuda" else function  # an update has it in its graph
+        timed = Graphed(function) if device.type == "cuda" else function  # in training it is part of the update's graph
 
         def batch(step, draw=draw, timed=timed):
             return timed(*draw(step))

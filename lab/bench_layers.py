@@ -1,10 +1,10 @@
-"""One structured layer, or one mixture, against a dense layer: `python -m lab.bench layers`, `python -m lab.bench mixtures`.
+"""Time structured layers and mixtures beside dense layers: `python -m lab.bench layers`, `python -m lab.bench mixtures`.
 
-For every layer and number of tokens: milliseconds forward, and forward with backward, of cuBLAS's dense product, of
-the plain torch.bmm path, and of each method of kernels.btt; the floor, which no kernel can beat on this GPU;
-the error of each against float64. Of a mixture the same with its router, beside the layer of its top_k experts alone and
-the published method, which computes all experts. On a GPU calls are recorded in a CUDA graph, so that
-launches are not timed. Where no sizes are given, those for a CPU are small.
+For every layer and number of tokens it prints the milliseconds of the forward pass, and of forward and backward, for
+cuBLAS's dense product, for torch.bmm and for each method of kernels.btt; the floor, a time that no kernel can beat on
+this GPU; and each method's error against float64. A mixture is timed with its router, beside the layer of its top_k
+experts alone and the published method, which computes all experts. On a GPU calls are recorded in a CUDA graph, so that
+launches are not timed. The default sizes for a CPU are small.
 """
 
 import itertools
@@ -65,12 +65,12 @@ def bench_layers(argv):
 
 
 def of_device(table, device):
-    """What a table has for GPUs, or for all else."""
+    """The entry of a table for GPUs, or for all other devices."""
     return table["cuda" if device.type == "cuda" else "cpu"]
 
 
 class Clock:
-    """Says after each case how many are done, and how long the rest will take: by its work, of any unit."""
+    """Prints after each case how many are done and how long the rest will take. work: of each case, in any unit."""
 
     def __init__(self, work):
         self.work, self.done, self.seconds = work, 0, 0.0
@@ -89,7 +89,7 @@ class Clock:
 
 
 def rows_of_layers(path):
-    """The rows of a JSON that `layers` wrote."""
+    """The rows of a JSON file that `layers` wrote."""
     try:
         with open(path) as file:
             rows = [row for row in json.load(file) if row["what"] == "layer"]
@@ -107,12 +107,14 @@ def save_rows(path, rows, device):
 
 
 def check_tokens(tokens):
+    """The option `tokens` if all are positive whole numbers; ConfigError otherwise."""
     if not all(type(number) is int and number > 0 for number in tokens):
-        raise ConfigError(f"tokens={tokens}: give whole numbers of 1 or more, 2048,32768, say")
+        raise ConfigError(f"tokens={tokens}: give whole numbers of at least 1, such as 2048,32768")
     return tokens
 
 
 def parse_layer(text):
+    """ "1024-4096:2" -> d_in, d_out, rank"""
     try:
         widths, rank = text.split(":")
         d_in, d_out = widths.split("-")
@@ -129,7 +131,7 @@ def format_row(row):
 
 
 def ceilings(device, dtype):
-    """-> bytes/s of a large copy, read and written; FLOP/s of a large product."""
+    """-> bytes/s of a large copy, counting reads and writes; FLOP/s of a large matrix product."""
     size = 2**28 if device.type == "cuda" else 2**22
     a = torch.randn(size // 2, device=device).to(dtype)
     b = torch.empty_like(a)
@@ -140,7 +142,7 @@ def ceilings(device, dtype):
 
 
 def milliseconds(function, device, repeats=10, rounds=7):
-    """Median over rounds of the mean of so many calls one after the other."""
+    """Milliseconds of a call: median over `rounds` of the mean of `repeats` successive calls."""
     for _ in range(2):
         function()
     if device.type != "cuda":
@@ -171,7 +173,7 @@ def milliseconds(function, device, repeats=10, rounds=7):
 
 
 def time_layer(d_in, d_out, rank, tokens, config, device, dtype, bandwidth, rate):
-    """Rows of one layer, the dense one first."""
+    """Rows of one layer: the dense product first, then each method."""
     generator = torch.Generator(device).manual_seed(0)
 
     def normal(*shape, std=1.0):
@@ -182,7 +184,7 @@ def time_layer(d_in, d_out, rank, tokens, config, device, dtype, bandwidth, rate
     A = normal(g, a, r * f, std=a**-0.5).requires_grad_()
     B = normal(f, g * r, e, std=(g * r) ** -0.5).requires_grad_()
     W = normal(d_out, d_in, std=d_in**-0.5).requires_grad_()
-    # Every input read and every output written once; or the products, where they take longer.
+    # The floor: every input read and every output written once, or the products if they take longer.
     size, mults = x.element_size(), g * r * f * (a + e)
     io = size * tokens * (d_in + d_out)
     floors = [max(io / bandwidth, 2 * tokens * mults / rate), None]
@@ -276,6 +278,7 @@ def bench_mixtures(argv):
 
 
 def parse_mixture(text):
+    """ "btt/1024-4096:1/8:2" -> structure, d_in, d_out, rank, num_experts, top_k"""
     try:
         structure, layer, experts = text.split("/")
         num_experts, top_k = map(int, experts.split(":"))
@@ -285,7 +288,7 @@ def parse_mixture(text):
 
 
 def time_mixture(text, config, device, dtype):
-    """Rows of one mixture: dense, the layer of its top_k experts alone, itself with its router, all experts."""
+    """Rows of one mixture: a dense layer, the top_k experts without a router, the mixture, and all experts computed."""
     structure, d_in, d_out, rank, num_experts, top_k = parse_mixture(text)
     torch.manual_seed(0)
     options = dict(structure=structure, rank=rank)
@@ -339,7 +342,7 @@ def time_mixture(text, config, device, dtype):
 
 
 class AllExperts(torch.nn.Module):
-    """A mixture of BTTs as published: every expert is computed, most of them times zero."""
+    """A mixture of BTTs as published: it computes every expert and multiplies most of them by zero."""
 
     def __init__(self, mixture):
         super().__init__()
@@ -362,13 +365,13 @@ class AllExperts(torch.nn.Module):
 
 
 def draw_layers(rows, png):
-    """Left: time of each layer as a share of dense. Right: FLOP/s reached, under the GPU's two ceilings."""
+    """Draw `rows` of layers. Left: time as a share of dense. Right: FLOP/s reached, under the GPU's two ceilings."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    kinds = {  # what a row's method begins with: label, colour, marker
+    kinds = {  # first word of a row's method: label, colour, marker
         "dense": ("dense, cuBLAS", "0.55", "s"),
         "btt, torch": ("BTT by torch.bmm", "tab:red", "x"),
         "chosen": ("BTT, kernels.btt", "tab:blue", "o"),

@@ -1,4 +1,4 @@
-"""Options of lab.bench's commands. No torch here: a mistake is answered before it is imported."""
+"""Options of lab.bench's commands. They need no torch, so mistakes are answered before it is imported."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -10,10 +10,10 @@ from options import GPTConfig, TrainConfig
 class TimingConfig:
     """Options of `step` and `image_step`, beside those of the run."""
 
-    steps: int = 20  # timed updates, after five that do not count
-    against: str = ""  # other configs, as one word, ; between them: --against="config/gpt2_dense.py --fused_loss=False"
-    parts: bool = True  # time forward and backward passes separately, too
-    profile: str | None = None  # folder for a table of kernels, and a trace for Perfetto or chrome://tracing
+    steps: int = 20  # timed updates, after five to warm up
+    against: str = ""  # other configs in one word, ";" between them: --against="config/gpt2_dense.py --rank=2"
+    parts: bool = True  # also time forward and backward passes separately
+    profile: str | None = None  # folder for a table of kernels and a trace for Perfetto or chrome://tracing
     json: str | None = None  # file for the rows
 
 
@@ -26,9 +26,9 @@ class StepConfig(TrainConfig, TimingConfig):
 class SampleBenchConfig(GPTConfig):
     device: str = "auto"  # cuda, cpu, mps; auto: a GPU where there is one
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of the weights; auto: 16 bits on GPUs
-    context: int = 512  # tokens read before the first that is timed
-    batches: tuple | None = None  # texts generated together; None: (1, 16, 64), on a CPU (1,)
-    tokens: int = 100  # timed tokens a text
+    context: int = 512  # tokens before the first timed one
+    batches: tuple | None = None  # texts generated at the same time; None: (1, 16, 64), on a CPU (1,)
+    tokens: int = 100  # timed tokens of each text
     json: str | None = None  # file for the rows
 
 
@@ -47,18 +47,18 @@ class LayersConfig:
     methods: tuple = ("torch", "fused", "staged", "dense", "chosen")  # of kernels.btt; torch is the plain bmm path
     device: str = "auto"  # cuda, cpu; auto: a GPU where there is one
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto: bfloat16 on a GPU
-    errors: bool = True  # compare with float64
+    errors: bool = True  # also compare each method with float64
     json: str | None = None  # file for the rows
     png: str | None = None  # file for a picture: times, and the roofline
-    draw: str | None = None  # file of rows to draw again, instead of measuring
+    draw: str | None = None  # draw the rows of this file instead of measuring
 
 
 @dataclass
 class MixturesConfig:
-    # "structure/in-out:rank of an expert/experts:top_k", with spaces between
+    # layers: "structure/in-out:rank of an expert/experts:top_k", separated by spaces
     layers: str | None = None  # None: six of widths 1024 to 4096, on a CPU three of width 256
     tokens: int | None = None  # in a batch; None: 32768, on a CPU 2048
-    compile: bool | None = None  # torch.compile, without a break of the graph; None: on a GPU only
+    compile: bool | None = None  # torch.compile without graph breaks; None: on a GPU only
     device: str = "auto"  # cuda, cpu; auto: a GPU where there is one
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto: bfloat16 on a GPU
     json: str | None = None  # file for the rows

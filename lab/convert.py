@@ -71,6 +71,7 @@ from data import GPT2Tokenizer
 from einsum_linear import Dense
 from engine import checkpoint
 from engine.huggingface import GPT2_BLOCK_NAMES, load_gpt2
+from engine.ownership import owning
 from engine.runlog import writing
 from model import GPT
 from moe import Router
@@ -344,7 +345,8 @@ def main(argv):
         kept = " (dense, kept)" if isinstance(after[name], Dense) else ""
         print(f"  {name:<20} {error:9.3e}   {count(before[name]):>12,} -> {count(after[name]):,}{kept}")
     print(f"{count(source):,} parameters -> {count(model):,}")
-    save_converted(model, meta, config)
+    with owning(config.out_dir, "give another out_dir"):
+        save_converted(model, meta, config)
     print(
         f"saved in {config.out_dir}: python train.py {os.path.join(config.out_dir, 'config.py')} --data_dir=… | "
         f"python sample.py --out_dir={config.out_dir}"

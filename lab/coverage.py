@@ -1,18 +1,17 @@
 """How often the 90% intervals of lab.frontiers hold the truth: synthetic sweeps of the designs in results/.
 
-    python -m lab.coverage                                # results/scaling/coverage.md and .json, minutes of a CPU
+    python -m lab.coverage                                # results/scaling/coverage.md and .json, 6 minutes of a core
     python -m lab.coverage --sweeps=50 --out=out/coverage
 
-Two groups follow one power law, but that one pays `multiplier` times less for every loss; a run's loss is off by a
-normal error, a share of it that its seed has in part in common with all runs of that seed. A calibrated interval holds
-the truth in 90% of the sweeps, give or take √(0.09 / sweeps).
+Two groups follow the same power law, but one pays `multiplier` times less for every loss. A run's log loss has a normal
+error; part of its variance is shared by all runs of the same seed. A calibrated interval holds the truth in 90% of the
+sweeps, with a standard error of √(0.09 / sweeps).
 """
 
 import json
 import math
 import os
 import platform
-import time
 from dataclasses import asdict, dataclass
 from multiprocessing import Pool
 from typing import NamedTuple
@@ -29,8 +28,8 @@ from lab.frontiers import Fit, Run
 class CoverageConfig:
     out: str = "results/scaling"  # folder for coverage.md and coverage.json
     sweeps: int = 200  # synthetic sweeps a design
-    samples: int = 256  # draws of seeds behind every interval, as in lab.scaling_laws
-    processes: int = 2  # sweeps at a time
+    samples: int = 256  # draws of other seeds behind every interval, as in lab.scaling_laws
+    processes: int = 2  # sweeps analysed at the same time
 
     def __post_init__(self):
         for name in ("sweeps", "samples", "processes"):
@@ -42,16 +41,16 @@ class Design(NamedTuple):
     points: str  # of a run: "final", or "curve"
     sizes: int
     seeds: int
-    noise: float  # standard deviation of a run's log loss
-    shared: float = 0.0  # share of its variance that all runs of a seed have in common
+    noise: float  # standard deviation of the error of a run's log loss
+    shared: float = 0.0  # share of the variance that all runs of a seed have in common
     multiplier: float = 4.0
-    ahead: float = 0.6  # how much lower the group's sizes end than the reference's: log of the cost that it would take
+    ahead: float = 0.6  # how far the group's losses reach beyond the reference's: log of the cost ratio that takes
 
 
 DESIGNS = (
     Design("final", 4, 3, 0.005),  # MLPs on CIFAR-10: results/vision/mlp_seeds
-    Design("final", 4, 3, 0.005, ahead=2.0),  # the same, few losses in common
-    Design("final", 4, 3, 0.005, shared=0.9),  # the same, seeds that change all losses alike
+    Design("final", 4, 3, 0.005, ahead=2.0),  # the same with few losses in common
+    Design("final", 4, 3, 0.005, shared=0.9),  # the same with seeds that change all losses alike
     Design("final", 4, 1, 0.002),
     Design("final", 4, 1, 0.005),
     Design("final", 6, 1, 0.005),
@@ -61,26 +60,26 @@ DESIGNS = (
     Design("curve", 4, 3, 0.003),
 )
 
-# The laws of dense layers in results/vision/mlp_seeds_fit and results/scaling/gpt_theta_fit, and their range of FLOPs.
+# The laws of dense models in results/vision/mlp_seeds_fit and results/scaling/gpt_theta_fit, and their ranges of FLOPs.
 LAWS = {
     "final": (Fit(1.772, 4.3e13 * 0.136 ** (1 / 0.195), 0.195), 4.3e13, 1.9e15),
     "curve": (Fit(1.046, 3e13 * 0.45 ** (1 / 0.624), 0.624), 3e13, 3e15),
 }
-CURVATURE = 0.02  # how far a size's curve lies above the law: this × its squared distance in log cost from its best
+CURVATURE = 0.02  # of a size's curve: it is this × (log of the cost ÷ the best cost of the size)² above the law
 
 
-def law_of(design, group):
+def true_law(design, group):
     law = LAWS[design.points][0]
     return law if group == "dense" else law._replace(scale=law.scale / design.multiplier)
 
 
-def sweep(design, random):
-    """Runs of the groups "btt" and "dense"."""
+def synthetic_sweep(design, random):
+    """Runs of one synthetic sweep, of the groups "btt" and "dense"."""
     _, low, high = LAWS[design.points]
     of_seed = math.sqrt(design.shared) * design.noise * random.standard_normal(design.seeds)
     runs = []
     for group in ("dense", "btt"):
-        law, moved = law_of(design, group), 1.0 if group == "dense" else math.exp(design.ahead) / design.multiplier
+        law, moved = true_law(design, group), 1.0 if group == "dense" else math.exp(design.ahead) / design.multiplier
         for size, best in enumerate(np.geomspace(low, high, design.sizes) * moved):
             cost = best * (np.geomspace(0.1, 6, 20) if design.points == "curve" else np.ones(1))
             curve = law.loss(cost) * (1 + CURVATURE * np.log(cost / best) ** 2)
@@ -91,9 +90,9 @@ def sweep(design, random):
     return runs
 
 
-def held(design, seed, samples):
-    """{figure: [whether an interval of it held the truth, …]} of one synthetic sweep, and how wide the multiplier's is."""
-    figures = frontiers.analyse(sweep(design, np.random.default_rng(seed)), "dense", "flops", samples)
+def intervals_that_hold(design, seed, samples):
+    """{figure: [whether each of its intervals holds the truth]} of one synthetic sweep; "width": upper ÷ lower end of the multiplier's."""
+    figures = frontiers.analyse(synthetic_sweep(design, np.random.default_rng(seed)), "dense", "flops", samples)
     entry, found = figures["btt"], {}
     if entry["multiplier"] and entry["multiplier_interval"]:
         low, high = entry["multiplier_interval"]
@@ -103,12 +102,12 @@ def held(design, seed, samples):
         if each["intervals"]:
             for field in ("exponent", "loss_at_infinity"):
                 low, high = each["intervals"][field]
-                found.setdefault(field, []).append(low <= getattr(law_of(design, name), field) <= high)
+                found.setdefault(field, []).append(low <= getattr(true_law(design, name), field) <= high)
     return found
 
 
-def coverage(design, sweeps, samples, apply=map):
-    """{figure: share of its intervals that hold the truth}, with "none", the share of sweeps without a multiplier's."""
+def measure_coverage(design, sweeps, samples, apply=map):
+    """{figure: share of its intervals that hold the truth}; "none": share of sweeps in which the multiplier has no interval."""
     found = list(apply(_held, [(design, seed, samples) for seed in range(sweeps)]))
     result = {}
     for figure in ("multiplier", "band", "exponent", "loss_at_infinity"):
@@ -121,10 +120,10 @@ def coverage(design, sweeps, samples, apply=map):
 
 
 def _held(words):
-    return held(*words)
+    return intervals_that_hold(*words)
 
 
-def table(rows):
+def table_of_coverage(rows):
     """Lines of a Markdown table of [(design, coverage), …]."""
     heads = (
         "points of a run",
@@ -150,21 +149,24 @@ def table(rows):
 
 
 def main(argv):
-    config, began, rows = load_config(CoverageConfig, argv), time.monotonic(), []
+    config, rows = load_config(CoverageConfig, argv), []
     with Pool(config.processes) as pool:
         for design in DESIGNS:
-            rows.append((design, coverage(design, config.sweeps, config.samples, pool.imap)))
-            print(*list(table(rows[-1:]))[2:], flush=True)
+            rows.append((design, measure_coverage(design, config.sweeps, config.samples, pool.imap)))
+            print(*list(table_of_coverage(rows[-1:]))[2:], flush=True)
+        pool.close()
+        pool.join()
+    seconds = sum(os.times()[:4])  # of this process and its children
     versions = f"Python {platform.python_version()}, NumPy {np.__version__}, SciPy {scipy.__version__}"
     what = (
-        f"Share of nominal 90% intervals that hold the truth, in {config.sweeps} synthetic sweeps a design, "
-        f"{config.samples} draws an interval: `python -m lab.coverage`, {time.monotonic() - began:.0f} s on "
-        f"{config.processes} cores of a CPU, {versions}. The width is the median of the multiplier's upper end ÷ its lower; "
-        f"bands are intervals at single losses."
+        f"Share of nominal 90% intervals that hold the truth, in {config.sweeps} synthetic sweeps of each design with "
+        f"{config.samples} draws for an interval. `python -m lab.coverage`: {seconds:.0f} s of a CPU core, {versions}. The "
+        "width is the median of the upper ÷ the lower end of the multiplier's interval; a band is the intervals of the "
+        "multiplier at single losses; a and L∞ are of the power law."
     )
     os.makedirs(config.out, exist_ok=True)
     with open(os.path.join(config.out, "coverage.md"), "w") as file:
-        file.write("\n".join([what, "", *table(rows), ""]))
+        file.write("\n".join([what, "", *table_of_coverage(rows), ""]))
     with open(os.path.join(config.out, "coverage.json"), "w") as file:
         json.dump(
             {**asdict(config), "versions": versions, "designs": [{"design": d._asdict(), "held": f} for d, f in rows]},

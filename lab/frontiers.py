@@ -2,16 +2,16 @@
 
     python -m lab.scaling_laws fit out/sweep/* --out=out/sweep_fit          # runs of several structures and sizes
 
-A group is the runs of one structure at all sizes; runs that differ in nothing but their seed count as one, their mean.
-Its frontier is the lower convex hull, in log-log, of what its runs cost and reached ("Compute Better Spent", ICML 2024,
-section 5): the least loss for the compute. It follows a power law
+A group is all runs of one structure, at all sizes; runs that differ only in their seed count as one, their mean. Its
+frontier is the lower convex hull of (cost, loss) in log-log, the least loss for the compute ("Compute Better Spent",
+ICML 2024, section 5). It follows a power law
 
     L = L∞ + (C / C0)^-a
 
-The compute multiplier of a group at a loss is what the reference group (dense) pays for that loss ÷ what the group
-pays. C is FLOPs, seconds or parameters.
+in which C is FLOPs, seconds or parameters. The compute multiplier of a group at a loss is the cost of that loss for the
+reference group (dense) ÷ its cost for the group.
 
-Intervals say how far figures would lie off with other seeds: see "What other seeds would have given" below, and
+90% intervals estimate how much figures would change with other seeds: see "What other seeds would have given" below, and
 `python -m lab.coverage` for how often they hold the truth. Nothing here depends on the order of the runs.
 """
 
@@ -24,7 +24,7 @@ from scipy import stats
 
 from configurator import ConfigError
 
-# what C can be: key of a point, title, unit in tables
+# what C can be: {key in Run.cost: title}
 COSTS = {
     "flops": "training FLOPs",
     "seconds": "seconds of training",
@@ -33,15 +33,15 @@ COSTS = {
 
 
 class Run(NamedTuple):
-    """A run's points, all arrays of one length: what it had cost when its loss was that."""
+    """The points of a run: its cost and its loss at several steps, arrays of one length."""
 
     name: str
     group: str
     cost: dict  # {"flops": array, "seconds": array, "parameters": array}
-    loss: np.ndarray  # of validation, say, in nats per token
-    setting: str = ""  # the same for runs that differ in nothing but their seed; "": no other is like it
+    loss: np.ndarray  # such as validation loss, in nats per token
+    setting: str = ""  # equal for runs that differ only in their seed; "": no other run is like it
     step: np.ndarray | None = None  # of the points; None: 0, 1, 2, …
-    seed: int | None = None  # runs of one seed are pairs, across settings and groups; None: no pairs
+    seed: int | None = None  # runs with the same seed are paired across settings and groups; None: not paired
 
 
 class Fit(NamedTuple):
@@ -62,12 +62,12 @@ class Fit(NamedTuple):
 
 
 def in_order(runs):
-    """The runs in the order that everything here takes them in, so that the caller's changes no bit."""
+    """The runs in a canonical order, so that results do not depend on the caller's, to the last bit."""
     return sorted(runs, key=lambda run: (run.group, run.setting or run.name, str(run.seed), run.name))
 
 
 def by_setting(runs):
-    """[[runs that differ in nothing but their seed], …]"""
+    """[[runs that differ only in their seed], …]"""
     alike = {}
     for run in in_order(runs):
         alike.setdefault(run.setting or run.name, []).append(run)
@@ -75,7 +75,7 @@ def by_setting(runs):
 
 
 def mean_over_seeds(runs):
-    """One Run a setting: the means of its runs, step by step. Of runs without others like them, themselves."""
+    """One Run for each setting: the mean of its runs, step by step."""
     return [_mean(alike) if len(alike) > 1 else alike[0] for alike in by_setting(runs)]
 
 
@@ -86,7 +86,7 @@ def _mean(runs):
 
 
 def _aligned(runs):
-    """The runs at the steps that all have, since one may have been cut short; of none such, those that got furthest."""
+    """The runs at the steps that all have, since some may have been cut short; if there are none, the longest runs at their last."""
     steps = [np.arange(len(run.loss)) if run.step is None else run.step for run in runs]
     common = functools.reduce(np.intersect1d, steps)
     if not len(common):
@@ -101,7 +101,7 @@ def _aligned(runs):
 
 
 def spread_of_seeds(runs):
-    """-> settings with several seeds; median over them of the last loss's standard deviation, as a share of it."""
+    """-> number of settings with several seeds; median over them of the last loss's standard deviation ÷ its mean."""
     last = [[run.loss[-1] for run in alike] for alike in by_setting(runs) if len(alike) > 1]
     return len(last), float(np.median([np.std(x, ddof=1) / np.mean(x) for x in last])) if last else math.nan
 
@@ -120,7 +120,7 @@ def frontier(cost, loss):
     x, y, hull = x.tolist(), y.tolist(), []
     for i in order:
         if hull and x[i] == x[hull[-1]]:
-            continue  # as dear as the one before, and no better
+            continue  # costs the same as the one before, and is no better
         while len(hull) >= 2 and _turns_up(x, y, hull[-2], hull[-1], i):
             hull.pop()
         hull.append(i)
@@ -131,8 +131,9 @@ def frontier(cost, loss):
 def optimal(runs, cost):
     """-> costs and losses on the frontier of the runs, as far as several sizes compete for it.
 
-    At its cheap end the frontier is the smallest model before it is trained enough, at its dear end the largest one
-    trained on and on; no size was best there, there was no other. Of both only the point where the next size takes over counts.
+    At its cheap end the hull follows the smallest model before it is trained enough, at its expensive end the largest
+    one, trained ever longer: they are best only because no other size was run. Of both, only the point where the next size
+    takes over counts.
     """
     c, loss = _points(runs, cost)
     of_run = np.repeat(np.arange(len(runs)), [len(run.loss) for run in runs])
@@ -150,11 +151,11 @@ def _turns_up(x, y, i, j, k):
 
 
 def without_outliers(runs, cost):
-    """The runs without those that lie far off the frontier of all others, and the names of those.
+    """-> the runs without outliers, which lie far below the frontier of all others; names of the outliers.
 
-    A run that is dearer than the frontier is no outlier, most are. One far *below* what the others allow is: a loss by
-    another measure, a log of something else. Far is 6 times the spread of the frontier around its power law, and 10%:
-    among few sizes one may well be a few percent below what the others allow.
+    A run above the frontier is no outlier: most are. One far *below* it measures something else, or belongs to another
+    study. Far is more than 6 times the spread of the frontier around its power law, and more than 10%: among few sizes
+    one may well be a few percent better than the others predict.
     """
     left = list(runs)
     for run in runs:
@@ -182,14 +183,14 @@ def _points(runs, cost):
 
 
 def fit_power_law(cost, loss):
-    """The Fit with the least squares of log loss; at least 3 points.
+    """Least-squares Fit of log loss to at least 3 points.
 
-    For a given L∞, log(L - L∞) is linear in log C: so one search, over L∞ from 0 to just below the least loss.
+    Given L∞, log(L - L∞) is linear in log C, so it searches over L∞ only, from 0 to just below the least loss.
     """
     x, log_loss = np.log(cost), np.log(loss)
     centred = x - x.mean()
     low, high = 0.0, float(loss.min()) * (1 - 1e-6)
-    for _ in range(5):  # finer and finer grids around the best, all of a grid at once
+    for _ in range(5):  # ever finer grids around the best
         floors = np.linspace(low, high, 33)  # (33,)
         y = np.log(loss - floors[:, None])  # (33, points)
         slopes = (y * centred).sum(1) / (centred**2).sum()
@@ -198,15 +199,9 @@ def fit_power_law(cost, loss):
         best = int(np.argmin(errors))
         low, high = floors[max(0, best - 1)], floors[min(32, best + 1)]
     slope, intercept = slopes[best], y[best].mean() - slopes[best] * x.mean()
-    if slope >= 0 or -intercept / slope > 700:  # it does not fall, or so slowly that its scale is no number
+    if slope >= 0 or -intercept / slope > 700:  # it does not fall, or so slowly that its scale overflows
         return Fit(float(np.exp(log_loss.mean())), math.inf, 0.0)
     return Fit(float(floors[best]), math.exp(-intercept / slope), -float(slope))
-
-
-def fit_group(runs, cost):
-    """Fit of the group's frontier, or None where it has fewer than 3 points."""
-    c, loss = optimal(runs, cost)
-    return fit_power_law(c, loss) if len(c) >= 3 else None
 
 
 # ---------------------------------------------------------------------------------------
@@ -214,9 +209,9 @@ def fit_group(runs, cost):
 
 
 def cost_of_loss(cost, loss, wanted, beyond=False):
-    """What a frontier (cost, loss) pays for each of the wanted losses, on straight lines in log-log.
+    """The cost of each wanted loss on a frontier (cost, loss), by straight lines in log-log.
 
-    Beyond its ends NaN, or what the lines at its ends would pay.
+    Beyond its ends it is NaN, or with `beyond` that of the lines at its ends, continued.
     """
     order = np.argsort(loss)
     x, y, wanted = np.log(loss[order]), np.log(cost[order]), np.log(wanted)
@@ -227,16 +222,15 @@ def cost_of_loss(cost, loss, wanted, beyond=False):
     return np.exp(log)
 
 
-def multipliers(runs, reference, cost, at=None):
-    """-> losses, and what the reference's frontier pays for each ÷ what the group's pays.
+def multipliers(frontier, reference, at=None):
+    """-> losses, and for each its cost on the reference's frontier ÷ its cost on the group's; both as of `optimal`.
 
-    at: the losses, with frontiers continued to reach them; None: those of the points of both frontiers, NaN where one
-    does not reach.
+    at: the losses, for which frontiers are continued; None: the losses of all points of both frontiers, with NaN where one
+    frontier does not reach.
     """
-    c, loss = optimal(runs, cost)
-    c_ref, loss_ref = optimal(reference, cost)
-    wanted, beyond = (np.union1d(loss, loss_ref), False) if at is None else (np.asarray(at), True)
-    return wanted, cost_of_loss(c_ref, loss_ref, wanted, beyond) / cost_of_loss(c, loss, wanted, beyond)
+    beyond = at is not None
+    wanted = np.asarray(at) if beyond else np.union1d(frontier[1], reference[1])
+    return wanted, cost_of_loss(*reference, wanted, beyond) / cost_of_loss(*frontier, wanted, beyond)
 
 
 # ---------------------------------------------------------------------------------------
@@ -244,13 +238,15 @@ def multipliers(runs, reference, cost, at=None):
 
 
 class Shifts(NamedTuple):
-    """How far log losses would lie off with other seeds: a parametric bootstrap, its errors normal."""
+    """How much other seeds would change log losses: a parametric bootstrap with normal errors."""
 
-    groups: list  # a list a group, of arrays (samples, points or 1), one a setting, in the order of by_setting
-    freedom: int  # degrees of freedom behind their size: intervals are as much wider as Student's t than the normal
+    groups: (
+        list  # for each group a list of arrays (samples, points or 1), one for each setting in the order of by_setting
+    )
+    freedom: int  # degrees of freedom of the estimated error: intervals are widened as Student's t
 
-    def apply(self, group, means, sample):
-        """The means over seeds of the group (its number), as another draw of seeds might have given them."""
+    def redraw(self, group, means, sample):
+        """The means over seeds of a group, given by its number, as another draw of seeds might have given them."""
         return [
             run._replace(loss=run.loss * np.exp(shift[sample])) for run, shift in zip(means, self.groups[group])
         ]  # fmt: skip
@@ -259,17 +255,16 @@ class Shifts(NamedTuple):
 def draw_shifts(groups, cost, samples):
     """The Shifts of groups, each a list of runs; None where nothing shows how much seeds matter.
 
-    Where all settings have the same seeds, each seed is one measurement of everything, and the seeds' deviations are
-    drawn as a whole: what a seed does to all runs alike cancels in a multiplier. Else errors of settings are
-    independent and equally large, as a share of the loss: as large as the spread over seeds, or, of one seed each, as
-    the spread of the sizes around the group's power law.
+    If all settings have the same seeds, each seed is one measurement of everything, and a draw shifts all runs of a seed
+    together, so that an effect of the seed on all runs cancels in a multiplier. Otherwise settings have independent errors
+    of the same relative size: the spread over seeds or, with one seed each, the spread of sizes around the group's law.
     """
     settings = [by_setting(runs) for runs in groups]
     seeds = {tuple(run.seed for run in alike) for mine in settings for alike in mine}
     several = [[_deviations(alike) for alike in mine] for mine in settings]
     n = len(next(iter(seeds)))
     paired = len(seeds) == 1 and n > 1 and not any(None in each for each in seeds)
-    if paired and all(len(each) == n for mine in several for each in mine):  # none was cut short of all common steps
+    if paired and all(len(each) == n for mine in several for each in mine):  # no run was dropped by _aligned
         z = _normal(samples, n) / math.sqrt(n * (n - 1))
         return Shifts([[z @ each for each in mine] for mine in several], n - 1)
     spread = [(float((each[:, -1] ** 2).sum()), len(each) - 1) for mine in several for each in mine]
@@ -284,19 +279,19 @@ def draw_shifts(groups, cost, samples):
 
 
 def _normal(samples, dimensions):
-    """Independent normal numbers, (samples, dimensions), spread evenly: quantiles need fewer than of random ones."""
+    """Independent standard normal numbers (samples, dimensions), quasi-random: quantiles need fewer of them."""
     draw = stats.qmc.MultivariateNormalQMC(np.zeros(dimensions), rng=np.random.default_rng(0))
-    return draw.random(2 ** math.ceil(math.log2(samples)))[:samples]  # even in powers of 2 only
+    return draw.random(2 ** math.ceil(math.log2(samples)))[:samples]  # evenly spread only in powers of 2
 
 
 def _deviations(alike):
-    """Log losses of a setting's runs less that of their mean: (seeds, points)."""
+    """Log losses of a setting's runs minus that of their mean: (seeds, points)."""
     aligned = _aligned(alike)
     return np.log([run.loss for run in aligned]) - np.log(np.mean([run.loss for run in aligned], axis=0))
 
 
 def _around_the_law(means, cost):
-    """-> sum of squares and degrees of freedom of the sizes' log losses around a law, each where it is nearest to it."""
+    """-> sum of squares and degrees of freedom of log losses around the law, one for each size, at its point nearest the law."""
     c, loss = optimal(means, cost)
     if len(c) < 3 or len(means) < 4:  # a law has three parameters
         return 0.0, 0
@@ -310,10 +305,36 @@ def _around_the_law(means, cost):
     return float((np.log(loss / fit_power_law(c, loss).loss(c)) ** 2).sum()), len(c) - 3
 
 
-def interval(value, drawn, freedom, share=0.9):
-    """(low, high) around the value: the middle share of what was drawn, as much wider as Student's t; None of too few.
+def variance_between_sizes(frontier, redrawn, sizes):
+    """Variance of a frontier's log losses around its power law, less what seeds contribute.
 
-    drawn: the same figure of every sample of Shifts, NaN where that has none
+    Where curves of few sizes make a frontier, it bulges up between the points at which each size is best: an error that
+    more seeds do not reduce. A redrawn frontier has the seeds' noise twice, the frontier itself once, so the difference is
+    the seeds' part. 0 where each size has one point: there is nothing between.
+    """
+    if len(frontier[0]) <= max(3, sizes):
+        return 0.0
+    own = _variance_around_law(*frontier)
+    again = [_variance_around_law(*each) for each in redrawn[:32] if len(each[0]) > 3]
+    return max(0.0, 2 * own - float(np.mean(again))) if again else 0.0
+
+
+def _variance_around_law(cost, loss):
+    return float((np.log(loss / fit_power_law(cost, loss).loss(cost)) ** 2).sum() / (len(cost) - 3))
+
+
+def steepness(frontier, at):
+    """How much more log cost a frontier pays for a lower log loss, on the straight line around each of the losses `at`."""
+    order = np.argsort(frontier[1])
+    x, y = np.log(frontier[1][order]), np.log(frontier[0][order])
+    i = np.clip(np.searchsorted(x, np.log(at)), 1, len(x) - 1)
+    return np.abs((y[i] - y[i - 1]) / (x[i] - x[i - 1]))
+
+
+def interval(value, drawn, freedom, share=0.9):
+    """(low, high) around the value: the middle share of the draws, widened as Student's t; None if there are too few draws.
+
+    drawn: the figure for each sample of Shifts, NaN where it has none
     """
     drawn = drawn[np.isfinite(drawn)]
     if len(drawn) < 2:
@@ -324,7 +345,7 @@ def interval(value, drawn, freedom, share=0.9):
 
 
 def analyse(runs, reference, cost, samples=200):
-    """{group: figures} for one cost, the reference first: frontier, law, multiplier, each with its 90% interval."""
+    """{group: figures} by one cost, the reference first: frontier, law and multiplier, with 90% intervals from `samples` draws."""
     groups = {}
     for run in in_order(runs):
         groups.setdefault(run.group, []).append(run)
@@ -334,69 +355,105 @@ def analyse(runs, reference, cost, samples=200):
     kept = {name: without_outliers(mine, cost) for name, mine in groups.items()}
     figures = {}
     for name, (mine, dropped) in kept.items():
-        means = mean_over_seeds(mine)
-        c, loss = optimal(means, cost)
-        both = [mine] if name == reference else [mine, kept[reference][0]]
-        shifts = draw_shifts(both, cost, samples) if len(means) > 1 else None
+        means, others = mean_over_seeds(mine), [] if name == reference else [kept[reference][0]]
+        shifts = draw_shifts([mine, *others], cost, samples) if len(means) > 1 else None
+        own = _frontiers(means, cost, shifts, 0, samples)
+        c, loss = own.points
         figures[name] = {
             "runs": len(mine), "sizes": len(means), "rising": sizes_that_rise(means, cost), "outliers": dropped,
             "frontier_cost": c.tolist(), "frontier_loss": loss.tolist(),
-            **_law_figures(means, cost, shifts, samples),
-            **_multiplier_figures(means, mean_over_seeds(kept[reference][0]), cost, shifts, samples, name == reference),
+            **_law_figures(own),
+            **_multiplier_figures(own, *(_frontiers(mean_over_seeds(runs), cost, shifts, 1, samples) for runs in others)),
         }  # fmt: skip
     return figures
 
 
+class Frontiers(NamedTuple):
+    """A group's frontier, and what it would be with other seeds."""
+
+    points: tuple  # costs and losses, as of `optimal`
+    redrawn: list  # the same of each sample; empty where nothing shows how much seeds matter
+    freedom: int  # degrees of freedom behind them
+    sizes: int
+    exists: bool  # has_frontier
+
+
+def _frontiers(means, cost, shifts, number, samples):
+    redrawn = [optimal(shifts.redraw(number, means, i), cost) for i in range(samples)] if shifts else []
+    freedom = shifts.freedom if shifts else 0
+    return Frontiers(optimal(means, cost), redrawn, freedom, len(means), has_frontier(means, cost))
+
+
 def sizes_that_rise(means, cost):
-    """How many sizes end above one that cost less: what they add is noise, or they are too large for their training."""
+    """Number of sizes that end above a cheaper one: the difference is noise, or they are too large for their training."""
     ends = [run.loss.min() for run in sorted(means, key=lambda run: (run.cost[cost][-1], run.loss.min()))]
     return int(sum(loss > least for loss, least in zip(ends[1:], np.minimum.accumulate(ends))))
 
 
 def has_frontier(means, cost):
-    """Whether several sizes make one: not of one size alone, nor where the cheapest is the best."""
+    """Whether several sizes make a frontier: one size alone does not, nor do sizes of which the cheapest is the best."""
     return len(means) > 1 and sizes_that_rise(means, cost) < len(means) - 1
 
 
-def _law_figures(means, cost, shifts, samples):
-    law = fit_group(means, cost) if has_frontier(means, cost) else None
+def _law_figures(group):
+    c, loss = group.points
+    law = fit_power_law(c, loss) if group.exists and len(c) >= 3 else None
     if law is None or law.exponent == 0:
         return {"law": None, "intervals": None}
-    drawn = [fit_group(shifts.apply(0, means, i), cost) for i in range(samples)] if shifts else []
-    drawn = np.array([each for each in drawn if each is not None and each.exponent > 0])
-    if len(drawn) < samples / 2 or not len(drawn):  # most samples have too few points for a law
+    drawn = [fit_power_law(*each) for each in group.redrawn if len(each[0]) >= 3]
+    drawn = np.array([each for each in drawn if each.exponent > 0])
+    if len(drawn) < len(group.redrawn) / 2 or not len(drawn):  # most samples have too few points for a law
         return {"law": law._asdict(), "intervals": None}
-    floor = interval(law.loss_at_infinity, drawn[:, 0], shifts.freedom)
-    intervals = {"loss_at_infinity": tuple(np.clip(floor, 0, min(run.loss.min() for run in means)).tolist())}
+    floor = interval(law.loss_at_infinity, drawn[:, 0], group.freedom)
+    intervals = {"loss_at_infinity": tuple(np.clip(floor, 0, loss.min()).tolist())}
     for i, field in ((1, "scale"), (2, "exponent")):
-        intervals[field] = _exp(interval(math.log(law[i]), np.log(drawn[:, i]), shifts.freedom))
+        intervals[field] = _exp(interval(math.log(law[i]), np.log(drawn[:, i]), group.freedom))
     return {"law": law._asdict(), "intervals": intervals}
 
 
-def _multiplier_figures(means, reference, cost, shifts, samples, itself):
-    at, ratio = multipliers(means, reference, cost)
+def _multiplier_figures(group, reference=None):
+    """Without a reference the group is the reference itself."""
+    at, ratio = multipliers(group.points, (reference or group).points)
     both = np.isfinite(ratio)
-    if not both.any() or not (has_frontier(means, cost) and has_frontier(reference, cost)):
+    if not both.any() or not (group.exists and (reference or group).exists):
         return {"multiplier": None}
     at, log = at[both], np.log(ratio[both])
-    c, loss = optimal(means, cost)
-    spread, around = [None] * len(at), None
-    if shifts and not itself:
-        pairs = ((shifts.apply(0, means, i), shifts.apply(1, reference, i)) for i in range(samples))
-        drawn = np.log([multipliers(*pair, cost, at)[1] for pair in pairs])  # (samples, losses)
+    bands, around = [None] * len(at), None
+    if group.redrawn and reference:
+        drawn = np.log(
+            [multipliers(*pair, at)[1] for pair in zip(group.redrawn, reference.redrawn)]
+        )  # (samples, losses)
         drawn = drawn[np.isfinite(drawn).all(1)]
-        if len(drawn) >= samples / 2:  # else most samples have a frontier of one point
-            around = _exp(interval(log.mean(), drawn.mean(1), shifts.freedom))
-            spread = [_exp(interval(value, column, shifts.freedom)) for value, column in zip(log, drawn.T)]
+        if len(drawn) >= len(group.redrawn) / 2:  # else most samples have a frontier of one point
+            around = _exp(interval(log.mean(), drawn.mean(1), group.freedom))
+            between = np.hypot(*(_error_between_sizes(each, at) for each in (group, reference)))
+            bands = [
+                _exp(_widened(value, interval(value, column, group.freedom), NORMAL * error))
+                for value, column, error in zip(log, drawn.T, between)
+            ]
     return {
         "multiplier": math.exp(log.mean()), "multiplier_interval": around, "multiplier_window": [at.min(), at.max()],
-        "multiplier_loss": at.tolist(), "multiplier_cost": cost_of_loss(c, loss, at).tolist(),
-        "multiplier_at": np.exp(log).tolist(), "multiplier_spread": spread,
+        "multiplier_loss": at.tolist(), "multiplier_cost": cost_of_loss(*group.points, at).tolist(),
+        "multiplier_at": np.exp(log).tolist(), "multiplier_spread": bands,
     }  # fmt: skip
 
 
+def _error_between_sizes(group, at):
+    """Standard deviation of the frontier's log costs at the losses `at`, of variance_between_sizes: an array like at."""
+    variance = variance_between_sizes(group.points, group.redrawn, group.sizes)
+    return math.sqrt(variance) * steepness(group.points, at) if variance else np.zeros(len(at))
+
+
+NORMAL = float(stats.norm.ppf(0.95))  # half the width of a 90% interval, in standard deviations
+
+
+def _widened(value, ends, more):
+    """The interval around the value with an independent error of half width `more` added to it."""
+    return ends and (value - math.hypot(value - ends[0], more), value + math.hypot(ends[1] - value, more))
+
+
 def _exp(ends):
-    """Of an interval of logarithms, kept a number: beyond 10^±99 nothing is known."""
+    """The interval whose logarithms these are, clipped to 10^±99; None stays None."""
     return ends and tuple(math.exp(min(max(end, -228), 228)) for end in ends)
 
 
@@ -404,8 +461,8 @@ def _exp(ends):
 # What is written
 
 
-def table(figures, cost, reference):
-    """Lines of a Markdown table, and notes on what limits it."""
+def table_of_frontiers(figures, cost, reference):
+    """Lines of a Markdown table by one cost, and a note on sizes that are on no frontier."""
     yield f"| by {COSTS[cost]} | runs | points | a | L∞ | least loss | multiplier against {reference} | losses in common |"
     yield "|---|---|---|---|---|---|---|---|"
     for name, entry in figures.items():
@@ -428,7 +485,7 @@ def table(figures, cost, reference):
 
 
 def without_frontier(entry):
-    """Why a group has no frontier, "" where it has one."""
+    """Why a group has no frontier; "" if it has one."""
     if entry["sizes"] == 1:
         return "one size"
     return "losses rise" if entry["rising"] == entry["sizes"] - 1 else ""
@@ -451,12 +508,12 @@ def with_interval(value, ends, form):
 
 
 def short_end(end, form):
-    """An end of an interval; where it is so far from 1 that the form shows no digits, or too many, two digits."""
+    """An end of an interval in this format; with one digit and an exponent where that would show none, or too many."""
     return form.format(end) if end == 0 or 0.005 <= end < 1000 else f"{end:.0e}"
 
 
 def draw_frontiers(runs, figures, cost, measure, colour, title, label=None):
-    """All points, the frontiers and their laws.
+    """Draw all points, the frontiers and their laws.
 
     measure: what the loss is, for its axis; colour: {group: colour}; label: a colour bar's (mappable, text)
     """
@@ -491,9 +548,9 @@ def draw_frontiers(runs, figures, cost, measure, colour, title, label=None):
 
 
 def draw_reached(by_measure, costs, colour):
-    """What each run had cost and reached at its end: a row of panels a measure, a column a cost, a line a group.
+    """Draw the final loss of each run against its cost: a row of panels for each measure, a column for each cost.
 
-    by_measure: {what the loss is: runs}, each run with its last point only
+    by_measure: {what the loss is: runs}, the runs with their last point only
     """
     import matplotlib
 
@@ -516,13 +573,13 @@ def draw_reached(by_measure, costs, colour):
     for panel, cost in zip(panels[-1], costs):
         panel.set_xlabel(COSTS[cost])
         _label_log_axis(panel.xaxis)
-    figure.suptitle("what each run reached at its end, and what it had cost")
+    figure.suptitle("final loss of each run against its cost")
     figure.legend(*panels[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
     return figure
 
 
 def _label_log_axis(axis):
-    """Labels that do not run into each other: powers of ten, or, where the axis has none or one, some plain numbers."""
+    """Label an axis without overlap: powers of ten or, where it has at most one, a few plain numbers."""
     from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 
     low, high = axis.get_view_interval()
@@ -533,7 +590,7 @@ def _label_log_axis(axis):
 
 
 def draw_multipliers(by_cost, reference, colour):
-    """One panel a cost: multiplier against the cost, with its spread."""
+    """Draw multipliers against the group's cost, with bands of 90% intervals: a panel for each cost."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -555,7 +612,7 @@ def draw_multipliers(by_cost, reference, colour):
         panel.set(xscale="log", yscale="log", xlabel=COSTS[cost], title=f"by {COSTS[cost]}")
         low, high = panel.dataLim.intervaly
         every = [ratio for entry in figures.values() if entry["multiplier"] for ratio in entry["multiplier_at"]]
-        if every:  # of bands wider than tenfold only that much
+        if every:  # cut off bands wider than tenfold
             panel.set_ylim(max(low, min(every) / 10) / 1.1, min(high, max(every) * 10) * 1.1)
         _label_log_axis(panel.xaxis)
         _label_log_axis(panel.yaxis)

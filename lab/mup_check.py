@@ -1,42 +1,43 @@
-"""Checks of structure-aware µP by experiment, each with a table and rows of JSON, those over widths with a picture.
+"""Check structure-aware µP by experiment: each check prints a table and writes rows of JSON; two also draw a picture.
 
-    python -m lab.mup_check coords --structures=dense,low_rank,btt --widths=64,128,256,512 --png=coords.png
-    python -m lab.mup_check depth --structures="dense;dense:depth_exponent=1" --n_layers=3,6,12,24
+    python -m lab.mup_check coords --structures="dense; low_rank; btt" --widths=64,128,256,512 --png=coords.png
+    python -m lab.mup_check depth --structures="dense; dense --depth_exponent=1" --n_layers=3,6,12,24
     python -m lab.mup_check lr_landscape --structure=btt --rank=2 --widths=64,128,256 --lrs=2**-12..2**-5
 
-coords         the coordinate check ("Tensor Programs V", arXiv 2203.03466, appendix D): sizes of activations after
-               a few Adam steps, and of their change, Δh, which µP keeps the same at every width
-depth          Δh of models of one width and several depths, the last block's and the logits'
-lr_landscape   loss against learning rate, a curve a width, whose minimum µP keeps in one place
+coords         the coordinate check ("Tensor Programs V", arXiv 2203.03466, appendix D): sizes of activations after a
+               few Adam steps, and of their change Δh; µP keeps both the same at every width
+depth          Δh of the last block and of the logits, for models of one width and several depths
+lr_landscape   loss against learning rate, one curve for each width; µP keeps the minimum in one place
                ("Compute Better Spent", ICML 2024, figure 2b)
 
-Those over widths are done twice, with the learning-rate multipliers that belong to each width (optim.py), and
-without: the narrowest model's at all widths, which is one rate for all, tuned at one of them.
-Of a single width (--widths=256,) lr_landscape finds the best rate of a structure: both ways are one there.
+Checks over widths run twice: with the learning-rate multipliers that belong to each width (optim.py), and without,
+that is, with the narrowest model's at all widths, which is one rate for all, tuned at one of them. With a single width
+(--widths=256,) the two are the same, and lr_landscape finds the best rate of a structure.
 
-A structure may carry options of GPTConfig: name:option=value,option=value, and so on. Spaces
-separate the values of a tuple ("einsum:theta=.5 .25 .25 .25 .5 .25 0"), a number may be a fraction
-of the width ("low_rank:rank=width/4") or its root (rank=sqrt(width)), and ";" separates structures that have options.
-Where no sizes are given, lr_landscape takes small ones on a CPU. How long it will take is said first, by a step of each
-width; rows of --json are written run by run, the picture width by width.
+A structure is its name and options of GPTConfig, as on a command line: "btt --rank=2 --normalize=False". ";" separates
+structures, quotes hold an option with spaces together ("einsum --theta='.5 .25 .25 .25 .5 .25 0'"), and a number may be
+a fraction of the width (--rank=width/4) or its root (--rank=sqrt(width)). Without sizes lr_landscape takes small ones on
+a CPU. It first estimates its duration from a step at each width; rows of --json are written after each run, the picture
+after each width.
 """
 
 import math
 import os
 import re
+import shlex
 import time
 from dataclasses import dataclass
 from typing import ClassVar, Literal, NamedTuple
 
-from configurator import ConfigError, as_script, choose_command, load_config
+from configurator import ConfigError, as_script, choose_command, load_config, split_configs, split_options, split_words
 from options import GPTConfig, RunConfig, check_seed
 
 # ---------------------------------------------------------------------------------------
 # Structures and options from the command line
 
 
-class Structure(NamedTuple):
-    """A structure's name and the options that go with it, as texts: {"rank": "width/4"}."""
+class StructureSpec(NamedTuple):
+    """A structure's name and its options, of which some depend on the width: {"rank": "width/4"}."""
 
     name: str
     options: dict
@@ -47,55 +48,47 @@ class Structure(NamedTuple):
     def config(self, width, **shape):
         """The GPTConfig of this structure at d_model = width; `shape` holds fields that the check sets itself."""
         values = {"structure": self.name, "d_model": width, **shape}
-        for key, text in self.options.items():
+        for key, value in self.options.items():
             if key in values:
                 raise ConfigError(f"structure {self}: {key} is an option of the check, not of a structure: --{key}")
-            values[key] = at_width(text, width)
+            values[key] = at_width(value, width)
         try:
             return load_config(GPTConfig, [f"--{key}={value}" for key, value in values.items()])
         except ConfigError as error:
             raise ConfigError(f"structure {self} at width {width}: {error}") from None
 
 
-# What a structure named without options stands for in the coordinate check. At rank 1 a low-rank layer hangs on a
-# single number, whose size is chance; and a head onto few tokens has no room for a rank that grows with the width.
-BARE = {"low_rank": "low_rank:rank=width/4,structured_layers=attn ffn", "btt": "btt:rank=2"}
+# What a structure without options means. At rank 1 the size of a low-rank layer's output is that of a single random
+# number; and a head of few tokens has no room for a rank that grows with the width.
+BARE = {"low_rank": "low_rank --rank=width/4 --structured_layers=attn,ffn", "btt": "btt --rank=2"}
 
 
 def parse_structures(text):
-    """Text of the form in the module's docstring -> [Structure]. Without options, "," separates too."""
-    words = [word.strip() for word in re.split(";" if ":" in text else "[;,]", text)]
-    if not all(words):
-        raise ConfigError(f"structures={text!r}: a name is missing, write dense;btt:rank=2, say")
-    return [parse_structure(BARE.get(word, word)) for word in words]
+    """Text of the form in the module's docstring -> [StructureSpec]; bare names as in BARE."""
+    specs = [parse_structure(shlex.join(words)) for words in split_configs("structures", text)]
+    if not specs:
+        raise ConfigError(f"structures={text!r} names none: give some, such as 'dense; btt --rank=2'")
+    return [parse_structure(BARE[spec.name]) if spec.name in BARE and not spec.options else spec for spec in specs]
 
 
 def parse_structure(text):
-    """ "btt:rank=2,normalize=False" -> Structure("btt", {"rank": "2", "normalize": "False"})."""
-    name, _, rest = text.partition(":")
-    options = {}
-    for word in rest.split(",") if rest.strip() else ():
-        key, _, value = (part.strip() for part in word.partition("="))
-        if not key or not value:
-            raise ConfigError(
-                f"structure {text!r}: {word.strip()!r} is not option=value; ';' separates structures, spaces values"
-            )
-        if key in options:
-            raise ConfigError(f"structure {text!r}: {key} is given twice, give it once")
-        options[key] = value
-    return Structure(name.strip(), options)
+    """ "btt --rank=width/4 --normalize=False" -> StructureSpec("btt", {"rank": "width/4", "normalize": False})."""
+    name, *words = split_words("structure", text) or [""]
+    if not name or name.startswith("--"):
+        raise ConfigError(f"structure={text!r}: begin with its name, as in 'btt --rank=2'")
+    return StructureSpec(name, split_options(f"structure {name}", shlex.join(words)))
 
 
-def at_width(text, width):
-    """A value of a structure's option as load_config reads it: "width/4" -> "16" at 64, "attn ffn" -> "attn,ffn"."""
-    if text == "sqrt(width)":
-        return str(math.isqrt(width))
-    if not text.startswith("width"):
-        return ",".join(text.split())
-    match = re.fullmatch(r"width(?:\s*//?\s*([1-9]\d*))?", text)
+def at_width(value, width):
+    """A structure's option at this width: "width/4" is 16 at 64; any other value is returned as it is."""
+    if value == "sqrt(width)":
+        return math.isqrt(width)
+    if not isinstance(value, str) or not value.startswith("width"):
+        return value
+    match = re.fullmatch(r"width(?:\s*//?\s*([1-9]\d*))?", value)
     if not match:
-        raise ConfigError(f"{text!r} is no fraction of the width: write width/4, say")
-    return str(width // int(match[1] or 1))
+        raise ConfigError(f"{value!r} is no fraction of the width: write width/4, for example")
+    return width // int(match[1] or 1)
 
 
 def parse_lrs(words):
@@ -127,17 +120,17 @@ def _number(text):
 
 @dataclass
 class CheckConfig:
-    """What both checks have."""
+    """Options that all checks share."""
 
     least_widths: ClassVar[int] = 2
     widths: tuple = (64, 128, 256, 512)  # d_model of the models to compare
     n_layer: int = 2  # transformer blocks
     n_head: int = 2  # attention heads, the same at every width
     block_size: int = 32  # context length, tokens
-    batch_rows: int = 8  # sequences a step
-    steps: int = 5  # of Adam
+    batch_rows: int = 8  # sequences in a batch
+    steps: int = 5  # Adam steps
     seed: int = 0  # of weights and batches
-    seeds: int = 2  # runs to average over: seed, seed + 1, ...
+    seeds: int = 2  # number of runs to average over, with seeds seed, seed + 1, ...
     device: str = "auto"  # cuda, cpu, mps; auto: a GPU where there is one
     png: str | None = None  # file for the picture
     json: str | None = None  # file for the rows
@@ -152,11 +145,11 @@ class CheckConfig:
         few = len(set(self.widths)) < self.least_widths
         if few or not all(isinstance(width, int) and width > 0 for width in self.widths):
             least = {1: "a whole number", 2: "two whole numbers"}[self.least_widths]
-            raise ConfigError(f"widths={self.widths}: give {least} or more, 64,128,256, say")
+            raise ConfigError(f"widths={self.widths}: give {least} or more, such as 64,128,256")
         self.widths = tuple(sorted(set(self.widths)))
 
     def models(self, structure, vocab_size):
-        """{width: GPTConfig}; sizes that do not factor are found here, before any work."""
+        """{width: GPTConfig}; ConfigError here, before any work, where sizes do not factor."""
         configs = {}
         for width in self.widths:
             shape = dict(n_layer=self.n_layer, n_head=self.n_head, block_size=self.block_size, vocab_size=vocab_size)
@@ -170,9 +163,9 @@ class CheckConfig:
 
 @dataclass
 class CoordsConfig(CheckConfig):
-    structures: str = "dense,low_rank,btt"  # rows of the picture; bare, low_rank has rank width/4 and btt has 2
+    structures: str = "dense; low_rank; btt"  # rows of the picture; without options low_rank has rank width/4, btt 2
     lr: float = 5e-4  # base learning rate
-    vocab_size: int = 96  # tokens are random
+    vocab_size: int = 96  # of the random tokens
 
     def __post_init__(self):
         super().__post_init__()
@@ -182,21 +175,21 @@ class CoordsConfig(CheckConfig):
 
 @dataclass
 class DepthConfig(CheckConfig):
-    n_layer: ClassVar[int] = 1  # of which there are several
+    n_layer: ClassVar[int] = 1  # replaced by n_layers
     widths: ClassVar[tuple] = (64,)
     least_widths: ClassVar[int] = 1
-    structures: str = "dense;dense:depth_exponent=1"  # with their options
+    structures: str = "dense; dense --depth_exponent=1"  # structures with their options
     n_layers: tuple = (3, 6, 12, 24)  # depths of the models to compare
-    width: int = 64  # d_model of all
+    width: int = 64  # d_model of all models
     lr: float = 5e-4  # base learning rate
-    vocab_size: int = 96  # tokens are random
+    vocab_size: int = 96  # of the random tokens
     png: ClassVar[None] = None
 
     def __post_init__(self):
         self.widths = (self.width,)
         super().__post_init__()
         if len(set(self.n_layers)) < 2 or not all(isinstance(n, int) and n > 0 for n in self.n_layers):
-            raise ConfigError(f"n_layers={self.n_layers}: give two whole numbers or more, 3,6,12, say")
+            raise ConfigError(f"n_layers={self.n_layers}: give two whole numbers or more, such as 3,6,12")
         if self.lr <= 0:
             raise ConfigError(f"lr={self.lr}: make it more than 0")
         self.n_layers = tuple(sorted(set(self.n_layers)))
@@ -205,28 +198,28 @@ class DepthConfig(CheckConfig):
 @dataclass
 class LandscapeConfig(CheckConfig):
     least_widths: ClassVar[int] = 1
-    structure: str = "btt"  # with its options, or without: btt, btt:rank=2, ...
-    rank: int | str | None = None  # the structure's option `rank`: a number, or width/4, say
+    structure: str = "btt"  # the structure, with options if any: btt, "btt --rank=2", ...
+    rank: int | str | None = None  # the structure's option `rank`: a number, or one such as width/4
     lrs: tuple = ("2**-12..2**-5",)  # base learning rates: numbers, or a range that doubles
-    data_dir: str = "data/stdlib_char96"  # of prepare_owt.py's files; this one prepares itself
-    vocab_size: int | None = None  # at least the data's; None: the data's
+    data_dir: str = "data/stdlib_char96"  # folder with prepare_owt.py's files; the default one is prepared when missing
+    vocab_size: int | None = None  # at least that of the data; None: that of the data
     widths: tuple | None = None  # d_model of the models to compare; None: 64,128,256,512, on a CPU 64,128,256
     n_layer: int | None = None  # transformer blocks; None: 3, on a CPU 2
     n_head: int = 4  # attention heads, the same at every width
     block_size: int | None = None  # context length, tokens; None: 256, on a CPU 64
-    batch_rows: int | None = None  # sequences a step; None: 128, on a CPU 8
-    steps: int | None = None  # of Adam; None: 300, on a CPU 100
-    warmup_steps: int | None = None  # of linear warm-up, the rate is constant after them; None: a tenth of the steps
-    seeds: int = 1  # runs to average over: seed, seed + 1, ...
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # matrix products; auto: bfloat16 on a GPU that has it
-    without: bool = True  # also with the narrowest model's multipliers at all widths; False: half the runs
-    compile: bool = False  # torch.compile, once a width: half a minute each, then steps take a half to a third
+    batch_rows: int | None = None  # sequences in a batch; None: 128, on a CPU 8
+    steps: int | None = None  # Adam steps; None: 300, on a CPU 100
+    warmup_steps: int | None = None  # of linear warm-up, after which the rate is constant; None: a tenth of the steps
+    seeds: int = 1  # number of runs to average over, with seeds seed, seed + 1, ...
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of matrix products; auto: bfloat16 on GPUs that have it
+    without: bool = True  # also use the narrowest model's multipliers at all widths; False: half the runs
+    compile: bool = False  # torch.compile: half a minute for each width, then steps take a half to a third of the time
 
     on_gpu: ClassVar[dict] = dict(widths=(64, 128, 256, 512), n_layer=3, block_size=256, batch_rows=128, steps=300)
     on_cpu: ClassVar[dict] = dict(widths=(64, 128, 256), n_layer=2, block_size=64, batch_rows=8, steps=100)
 
     def __post_init__(self):
-        super().__post_init__()  # of what is given; mistakes are answered before torch is imported
+        super().__post_init__()  # checks what is given: mistakes are answered before torch is imported
         self.lrs = parse_lrs(self.lrs)
         from engine.device import choose_device
 
@@ -241,7 +234,7 @@ class LandscapeConfig(CheckConfig):
 
     @property
     def kinds(self):
-        """With muP, and without, where asked for; of a single width both are one."""
+        """Multipliers to compare: with µP and without; with a single width the two are the same."""
         return ("with", "without") if self.without and len(self.widths) > 1 else ("with",)
 
 
@@ -249,7 +242,7 @@ CONFIGS = {"coords": CoordsConfig, "depth": DepthConfig, "lr_landscape": Landsca
 
 
 def read_options(argv):
-    """-> the name of a command, its options"""
+    """-> name of the check, its options"""
     choose_command(argv, CONFIGS, "lab.mup_check", "say which check", __doc__)
     return argv[0], load_config(CONFIGS[argv[0]], argv[1:])
 
@@ -261,15 +254,16 @@ import torch
 
 from data import TokenData
 from engine.compiling import order_loops
-from engine.device import choose_device, choose_dtype, device_name, write_rows
-from engine.runlog import duration, save_figure, whole_file, writing
+from engine.device import choose_device, choose_dtype, device_name
+from engine.runlog import duration, save_figure, writing
+from lab.bench_layers import save_rows
 from model import GPT, Attention, Block
 from moe import Router
 from optim import lr_multipliers, make_optimizers
 from prepare_owt import prepare_default
 
 
-def build(config, seed, device):
+def build_gpt(config, seed, device):
     """A GPT with the weights of `seed`."""
     torch.manual_seed(seed)
     with device:
@@ -280,13 +274,13 @@ def build(config, seed, device):
 # Coordinate check
 
 
-# Kinds of layers with a line in the picture; the spreads count all that is measured.
+# Kinds of layers with a line in the picture; the spreads cover everything that is measured.
 KINDS = ("embedding", "attn.q", "attn.logits", "attn.v", "ffn.up", "ffn.down", "router", "block", "lm_head")
 
 
 @torch.no_grad()
 def coordinates(model, idx):
-    """{name: what it computes} of a batch idx (B, T): embeddings, linear layers, routers' and attention's logits, blocks."""
+    """{name: output} for a batch idx (B, T): of embeddings, linear layers and blocks, and the logits of routers and attention."""
     values, hooks = {}, []
 
     def record(name):
@@ -300,7 +294,7 @@ def coordinates(model, idx):
                 values[name] = args[0] @ module.weight.T
             else:
                 values[name] = output.detach()
-                if getattr(module, "router", None) is not None:  # some kernels make its logits on the side
+                if getattr(module, "router", None) is not None:  # some kernels compute its logits themselves
                     x, input_fn = args[0], kwargs.get("input_fn")
                     values[f"{name}.router"] = (x if input_fn is None else input_fn(x)) @ module.router.weight.T
 
@@ -317,7 +311,7 @@ def coordinates(model, idx):
 
 
 def coordinates_after(model, multipliers, lr=5e-4, steps=5, batch_rows=8, seed=0):
-    """What `coordinates` lists, after `steps` Adam steps on one random batch -> {name: (RMS, RMS of its change since step 0)}.
+    """Outputs as of `coordinates` after `steps` Adam steps on one random batch -> {name: (RMS, RMS of its change since step 0)}.
 
     multipliers  {parameter name: its learning rate / lr}, as optim.lr_multipliers makes them
     """
@@ -338,28 +332,28 @@ def coordinates_after(model, multipliers, lr=5e-4, steps=5, batch_rows=8, seed=0
     return {name: (rms(h), rms(h - first[name])) for name, h in coordinates(model, idx[:, :-1]).items()}
 
 
-WHAT = ("rms", "change")  # of what coordinates_after gives
+MEASURED = ("rms", "change")  # the two figures of coordinates_after
 
 
 def coordinate_check(structure, config):
-    """Sizes of what a model computes, and of its change in training, over the widths; averages over the seeds.
+    """Sizes of a model's outputs, and of their change in training, at each width; averages over the seeds.
 
-    structure  a Structure;  config  CoordsConfig
+    structure  a StructureSpec;  config  CoordsConfig
     -> {"rms" | "change": {"with": {name: [RMS at each of config.widths]}, "without": the same with the multipliers of the
     narrowest model at all widths}}
     """
     device, models = choose_device(config.device), config.models(structure, config.vocab_size)
-    narrow = lr_multipliers(build(models[config.widths[0]], config.seed, device))
-    measured = {what: {"with": {}, "without": {}} for what in WHAT}
+    narrow = lr_multipliers(build_gpt(models[config.widths[0]], config.seed, device))
+    measured = {what: {"with": {}, "without": {}} for what in MEASURED}
     for kind in ("with", "without"):
         for width in config.widths:
             runs = []
             for seed in range(config.seed, config.seed + config.seeds):
-                model = build(models[width], seed, device)
+                model = build_gpt(models[width], seed, device)
                 multipliers = lr_multipliers(model) if kind == "with" else narrow
                 runs.append(coordinates_after(model, multipliers, config.lr, config.steps, config.batch_rows, seed))
             for name in runs[0]:
-                for what, values in zip(WHAT, zip(*(run[name] for run in runs))):
+                for what, values in zip(MEASURED, zip(*(run[name] for run in runs))):
                     measured[what][kind].setdefault(name, []).append(sum(values) / len(values))
     return measured
 
@@ -367,7 +361,7 @@ def coordinate_check(structure, config):
 def largest_spread(sizes):
     """{name: [RMS a width]} -> the largest ratio, over the layers, of the largest RMS to the smallest.
 
-    Of sizes leave out attention's logits: under muP they begin at 8 / sqrt(d_head), and only their change keeps its size.
+    For sizes the caller leaves attention's logits out: under µP they begin at 8 / √d_head, and only their change keeps its size.
     """
 
     def spread(values):
@@ -385,7 +379,7 @@ def kind_of(name):
 
 
 def spreads_of(measured):
-    """What coordinate_check gives -> {what: {kind: largest spread}}"""
+    """{"rms" | "change": {"with" | "without": largest spread}} of a coordinate_check."""
     return {
         what: {
             kind: largest_spread({n: v for n, v in of.items() if what == "change" or not n.endswith("logits")})
@@ -395,7 +389,8 @@ def spreads_of(measured):
     }
 
 
-def coords(config):
+def check_coords(config):
+    """The command `coords`."""
     device, results = choose_device(config.device), {}
     structures = parse_structures(config.structures)
     for structure in structures:
@@ -406,7 +401,7 @@ def coords(config):
     print(f"{'structure':<{column}}  with muP  without  with muP  without")
     for structure in structures:
         measured = results[str(structure)] = coordinate_check(structure, config)
-        spreads = [spreads_of(measured)[what][kind] for what in WHAT for kind in ("with", "without")]
+        spreads = [spreads_of(measured)[what][kind] for what in MEASURED for kind in ("with", "without")]
         print(f"{structure!s:<{column}}", *(f"{spread:8.2f}" for spread in spreads), flush=True)
     if config.png:
         draw_coords({label: measured["change"] for label, measured in results.items()}, config.widths, config.png)
@@ -420,14 +415,14 @@ def coords(config):
                 "rms": {name: list(map(_finite, values)) for name, values in measured[what][kind].items()},
             }
             for label, measured in results.items()
-            for what in WHAT
+            for what in MEASURED
             for kind in ("with", "without")
         ]  # fmt: skip
         save_rows(config.json, rows, device)
 
 
 def draw_coords(results, widths, path):
-    """results  {label: changes, as of coordinate_check}; a row of two panels each, RMS against width."""
+    """Draw the RMS of changes against width, a row of two panels for each structure. results: {label: changes of coordinate_check}"""
     plt = _pyplot()
     figure, grid = plt.subplots(
         len(results), 2, figsize=(8.5, 2.7 * len(results) + 0.7), sharex=True, sharey="row", squeeze=False,
@@ -438,7 +433,7 @@ def draw_coords(results, widths, path):
         for kind, axes in zip(("with", "without"), axes_of_row):
             for at, layer_kind in enumerate(KINDS):
                 layers = [values for name, values in sizes[kind].items() if kind_of(name) == layer_kind]
-                if not layers:  # a router, of a model without
+                if not layers:  # the model has no router
                     continue
                 mean = [sum(values) / len(values) for values in zip(*layers)]  # over depth
                 axes.plot(widths, mean, marker="o", ms=3.5, lw=1.5, color=f"C{at}", label=layer_kind)
@@ -460,14 +455,16 @@ def draw_coords(results, widths, path):
 
 
 def depth_check(structure, config):
-    """{"block" | "lm_head" | …: [RMS of the change at each of config.n_layers]}: of the last block, of the head, and means
-    over depth of what every block has; averages over the seeds."""
+    """{"block" | "lm_head" | …: [RMS of the change at each of config.n_layers]}, averages over the seeds.
+
+    "block" is the last block; layers that every block has are means over depth.
+    """
     device, changes = choose_device(config.device), {}
     for n_layer in config.n_layers:
         shape = dict(n_layer=n_layer, n_head=config.n_head, block_size=config.block_size, vocab_size=config.vocab_size)
         at_depth = {}
         for seed in range(config.seed, config.seed + config.seeds):
-            model = build(structure.config(config.width, **shape), seed, device)
+            model = build_gpt(structure.config(config.width, **shape), seed, device)
             run = coordinates_after(model, lr_multipliers(model), config.lr, config.steps, config.batch_rows, seed)
             for name, (_, change) in run.items():
                 if kind_of(name) != "block" or name == f"blocks.{n_layer - 1}":
@@ -477,7 +474,8 @@ def depth_check(structure, config):
     return changes
 
 
-def depth(config):
+def check_depth(config):
+    """The command `depth`."""
     rows, device = [], choose_device(config.device)
     structures = parse_structures(config.structures)
     column = max(len(str(structure)) for structure in structures)
@@ -506,34 +504,34 @@ def depth(config):
 
 
 class Landscape(NamedTuple):
-    """Final losses of the runs that are done, each the mean over those seeds that are."""
+    """Final losses of the finished runs, each the mean over the seeds that are finished."""
 
-    losses: dict  # {"with": {width: [loss at each rate, None of one that is to come]}, "without": …}
-    initial: float  # loss before the first step, the mean over runs
-    whole: tuple  # widths of which all runs are done
+    losses: dict  # {"with": {width: [loss at each rate, None if none is finished]}, "without": …}
+    initial: float  # loss before the first step, mean over runs
+    whole: tuple  # widths whose runs are all finished
 
 
 def lr_landscape(config, say=print, save=lambda landscape: None):
-    """Final training loss of every width at every rate, with the multipliers of the width and without.
+    """Final training loss of every width at every rate, with each width's own multipliers and without.
 
     config  LandscapeConfig
-    save    is given a Landscape after every run
-    -> {"with": {width: [loss at each of config.lrs]}, "without": the same, of config.kinds}, initial loss.
-    A loss is in nats a token, the mean over the last tenth of the steps and over the seeds, nan
-    where a run left the finite numbers; the initial one is the mean over widths and seeds before
-    the first step. All runs of a seed see the same batches, and those of a width the same weights.
+    save    called with a Landscape after every run
+    -> {"with": {width: [loss at each of config.lrs]}, "without": the same}, for config.kinds; initial loss.
+    Losses are nats per token, means over the last tenth of the steps and over the seeds, nan where a run's loss is not
+    finite; the initial loss is the mean over widths and seeds before the first step. All runs of a seed see the same
+    batches, and those of a seed and width start from the same weights.
     """
     structure = parse_structure(config.structure)
     if config.rank is not None:
         if "rank" in structure.options:
             raise ConfigError(f"rank={config.rank} with structure={config.structure!r}: give the rank once")
-        structure.options["rank"] = str(config.rank)
+        structure.options["rank"] = config.rank
     prepare_default(config.data_dir)
     data = TokenData(config.data_dir, config.block_size)
     vocab_size = config.vocab_size or data.meta["vocab_size"]
     if vocab_size < data.meta["vocab_size"]:
         raise ConfigError(
-            f"vocab_size={vocab_size}: {config.data_dir} has {data.meta['vocab_size']}, take that or more"
+            f"vocab_size={vocab_size}: {config.data_dir} has {data.meta['vocab_size']}, give at least that"
         )
     models = config.models(structure, vocab_size)
     device = choose_device(config.device)
@@ -542,13 +540,13 @@ def lr_landscape(config, say=print, save=lambda landscape: None):
     torch.set_float32_matmul_precision("high")
 
     seeds = range(config.seed, config.seed + config.seeds)
-    narrow = lr_multipliers(build(models[config.widths[0]], config.seed, device))
+    narrow = lr_multipliers(build_gpt(models[config.widths[0]], config.seed, device))
     kinds = config.kinds
     runs = {kind: {width: [[] for _ in config.lrs] for width in config.widths} for kind in kinds}
     initial, done, whole = [], 0, ()
-    total = sum(total_of(width, config) for width in config.widths)
+    total = sum(runs_at(width, config) for width in config.widths)
     seconds = {width: seconds_of_run(models[width], data, config, device, autocast) for width in config.widths}
-    planned = [seconds[width] for width in config.widths for _ in range(total_of(width, config))]
+    planned = [seconds[width] for width in config.widths for _ in range(runs_at(width, config))]
     less = ", less where torch.compile helps" if config.compile else ""
     say(
         f"{total} runs of {config.steps} steps on {device_name(device)}: about {duration(sum(planned))}{less}",
@@ -563,28 +561,29 @@ def lr_landscape(config, say=print, save=lambda landscape: None):
             }
             for kind, of in runs.items()
         }
-        for kind in kinds[1:]:  # both ways are one at the narrowest width
+        for kind in kinds[1:]:  # the same runs as "with" at the narrowest width
             losses[kind][config.widths[0]] = list(losses["with"][config.widths[0]])
         return Landscape(losses, sum(initial) / len(initial), whole)
 
     for width in config.widths:
-        model = build(models[width], config.seed, device)
-        # Both ways are one at the narrowest width.
-        ways = {"with": lr_multipliers(model), "without": narrow}
-        ways = {kind: ways[kind] for kind in (kinds[:1] if width == config.widths[0] else kinds)}
+        model = build_gpt(models[width], config.seed, device)
+        choices = {"with": lr_multipliers(model), "without": narrow}  # the same at the narrowest width
+        choices = {kind: choices[kind] for kind in (kinds[:1] if width == config.widths[0] else kinds)}
         compiled = model
         if config.compile:
             order_loops(device)
-            torch.compiler.reset()  # every width is compiled for itself, not as a change of another's shapes
+            torch.compiler.reset()  # compile each width anew, not as another width with dynamic shapes
             compiled = torch.compile(model, dynamic=False)
         for seed in seeds:
-            weights = {name: tensor.clone() for name, tensor in build(models[width], seed, device).state_dict().items()}
+            weights = {
+                name: tensor.clone() for name, tensor in build_gpt(models[width], seed, device).state_dict().items()
+            }
             batches = stage_batches(data, seed, config, device)
-            for kind, multipliers in ways.items():
+            for kind, multipliers in choices.items():
                 for at, lr in enumerate(config.lrs):
                     model.load_state_dict(weights)
                     optimizer = make_optimizers(model, RunConfig(lr=lr, weight_decay=0.0), multipliers)
-                    first, last = train(compiled, optimizer, lr, config.warmup_steps, batches, autocast)
+                    first, last = train_model(compiled, optimizer, lr, config.warmup_steps, batches, autocast)
                     runs[kind][width][at].append(last)
                     initial.append(first)
                     done += 1
@@ -595,36 +594,36 @@ def lr_landscape(config, say=print, save=lambda landscape: None):
                         f"{elapsed:.1f} s" + (f", about {duration(left)} left" if done < total else ""),
                         flush=True,
                     )
-                    if done == sum(total_of(each, config) for each in config.widths if each <= width):
+                    if done == sum(runs_at(each, config) for each in config.widths if each <= width):
                         whole = (*whole, width)
                     save(landscape())
     return landscape()[:2]
 
 
-def total_of(width, config):
-    """Number of runs of this width."""
+def runs_at(width, config):
+    """Number of runs at this width."""
     return (1 if width == config.widths[0] else len(config.kinds)) * len(config.lrs) * config.seeds
 
 
 def seconds_of_run(shape, data, config, device, autocast):
-    """About how long a run of this GPTConfig takes, by its second step, not compiled."""
-    model = build(shape, config.seed, device)
+    """Estimated seconds of a run of this GPTConfig, from its second step, not compiled."""
+    model = build_gpt(shape, config.seed, device)
     optimizer = make_optimizers(model, RunConfig(lr=1e-3, weight_decay=0.0))
     batches = stage_batches(data, config.seed, config, device, steps=1)
-    train(model, optimizer, 1e-3, 0, batches, autocast)
+    train_model(model, optimizer, 1e-3, 0, batches, autocast)
     began = time.perf_counter()
-    train(model, optimizer, 1e-3, 0, batches, autocast)
+    train_model(model, optimizer, 1e-3, 0, batches, autocast)
     return config.steps * (time.perf_counter() - began)
 
 
 def matmul_dtype(config, device):
-    """float16, what choose_dtype gives old GPUs, would need its loss scaled: they take float32."""
+    """The dtype of matrix products; float32 where choose_dtype returns float16, which would need a scaled loss."""
     dtype = choose_dtype(config.dtype, device)
     return torch.float32 if dtype == torch.float16 else dtype
 
 
 def stage_batches(data, seed, config, device, steps=None):
-    """The training batches of a run on the device, int32 (steps, batch_rows, block_size + 1), used by many runs; None: all."""
+    """Training batches on the device, int32 (steps, batch_rows, block_size + 1), shared by many runs; steps None: config's."""
     batches = torch.empty(steps or config.steps, config.batch_rows, config.block_size + 1, dtype=torch.int32)
     for step in range(len(batches)):
         x, y = data.train_batch(seed, step, config.batch_rows, 0, config.batch_rows)
@@ -632,8 +631,8 @@ def stage_batches(data, seed, config, device, steps=None):
     return batches.to(device)
 
 
-def train(model, optimizer, lr, warmup_steps, batches, autocast):
-    """One run over `batches` -> loss before the first step, mean loss over the last tenth (nan: not finite)."""
+def train_model(model, optimizer, lr, warmup_steps, batches, autocast):
+    """Train on `batches` -> loss before the first step, mean loss over the last tenth; nan where it is not finite."""
     steps, losses = len(batches), []
     for step in range(steps):
         optimizer.set_lr(lr * min(1.0, (step + 1) / max(1, warmup_steps)))
@@ -644,7 +643,7 @@ def train(model, optimizer, lr, warmup_steps, batches, autocast):
         optimizer.step()
         optimizer.zero_grad()
         losses.append(loss.detach())
-        # Reading a loss waits for the device, so it is done now and then.
+        # Reading a loss waits for the device, so check only every 50 steps.
         if step % 50 == 49 and not math.isfinite(loss.item()):
             return losses[0].item(), math.nan
     tail = torch.stack(losses[-max(1, steps // 10) :]).mean().item()
@@ -652,7 +651,7 @@ def train(model, optimizer, lr, warmup_steps, batches, autocast):
 
 
 def best_lrs(losses, lrs):
-    """{width: [loss a rate]} -> {width: (its best rate, the loss there)}; (None, nan) where no run is finite."""
+    """{width: [loss at each rate]} -> {width: (best rate, its loss)}; (None, nan) where no loss is finite."""
     best = {}
     for width, values in losses.items():
         finite = [(loss, lr) for loss, lr in zip(values, lrs) if loss is not None and math.isfinite(loss)]
@@ -661,8 +660,9 @@ def best_lrs(losses, lrs):
     return best
 
 
-def landscape(config):
-    label = config.structure + ("" if config.rank is None else f", rank={config.rank}")
+def check_landscape(config):
+    """The command `lr_landscape`."""
+    label = str(parse_structure(config.structure)) + ("" if config.rank is None else f", rank={config.rank}")
     drawn = []
 
     def save(landscape):
@@ -685,7 +685,7 @@ def landscape(config):
 
 
 def write_landscape(losses, initial, label, config):
-    """A row for each run that is done."""
+    """Write a row of JSON for each rate with a finished run."""
     device = choose_device(config.device)
     settings = (
         "steps", "warmup_steps", "seed", "seeds", "n_layer", "n_head", "block_size", "batch_rows", "data_dir",
@@ -710,7 +710,7 @@ def write_landscape(losses, initial, label, config):
 
 
 def draw_landscape(losses, lrs, initial, label, path):
-    """losses  what lr_landscape returns. Runs that ended above the initial loss, or nowhere, are drawn there."""
+    """Draw `losses`, as of lr_landscape. Runs that diverged, or end above the initial loss, are drawn at the initial loss."""
     plt = _pyplot()
     figure, grid = plt.subplots(
         1, len(losses), figsize=(4.5 * len(losses), 4), sharex=True, sharey=True, squeeze=False, layout="constrained"
@@ -742,12 +742,12 @@ def draw_landscape(losses, lrs, initial, label, path):
 
 
 def _finite(value):
-    """JSON has no nan and no infinity."""
+    """The value, or None where it is not finite: JSON has no nan and no infinity."""
     return value if math.isfinite(value) else None
 
 
 def _rate(lr):
-    """A learning rate to read: 2**-9 where it is a power of two."""
+    """A learning rate as text: "2**-9" if it is a power of two, "0.003" otherwise."""
     exponent = math.log2(lr)
     return f"2**{exponent:.0f}" if exponent.is_integer() else f"{lr:.3g}"
 
@@ -771,14 +771,9 @@ def _save(figure, path):
     save_figure(figure, path, remedy="give another --png")
 
 
-def save_rows(path, rows, device):
-    with writing(path, "give another --json"), whole_file(path) as part:
-        write_rows(part, rows, device)
-
-
 def main(argv):
     name, config = read_options(argv)
-    for option in ("png", "json"):  # before the work, not after it
+    for option in ("png", "json"):  # find out now whether they can be written, not after the work
         path = getattr(config, option)
         if path:
             with writing(path, f"give another --{option}"):
@@ -787,7 +782,7 @@ def main(argv):
                 open(path, "a").close()
             if new:
                 os.remove(path)
-    {"coords": coords, "depth": depth, "lr_landscape": landscape}[name](config)
+    {"coords": check_coords, "depth": check_depth, "lr_landscape": check_landscape}[name](config)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""Tables that are generated, in pages that are written: a page cannot say other figures than the table beside its logs.
+"""Put generated tables into hand-written pages, so that a page cannot differ from the table made from its logs.
 
     python -m lab.pages                        # README.md, and all pages in results/ and docs/
     python -m lab.pages results/scaling.md
 
-A page has a table between two comments of which the first names its file, relative to the page:
+A table stands between two comments, the first of which names its file, relative to the page:
 
     <!-- table: scaling/gpt_theta_fit/multipliers.md -->
     <!-- end -->
@@ -20,15 +20,15 @@ BEGIN = "<!-- table:"
 
 
 def pages():
-    """Paths of the pages that may have tables."""
+    """Paths of the pages that may hold tables."""
     return [
         "README.md",
         *sorted(glob.glob("docs/**/*.md", recursive=True) + glob.glob("results/**/*.md", recursive=True)),
     ]
 
 
-def filled(path):
-    """-> the page as it is, and with its tables as they are in their files."""
+def fill_tables(path):
+    """-> text of the page as it is, and with its tables read anew from their files; ConfigError where one is missing."""
     with open(path) as file:
         text = file.read()
     if text.count(BEGIN) != len(BLOCK.findall(text)):
@@ -41,7 +41,9 @@ def filled(path):
             with open(table) as file:
                 return f"{begin}\n{file.read().strip()}\n\n{end}"
         except OSError as error:
-            raise ConfigError(f"{path}: {table} cannot be read ({error.strerror}): make it, or mend its name") from None
+            raise ConfigError(
+                f"{path}: {table} cannot be read ({error.strerror}): make it, or correct its name"
+            ) from None
 
     return text, BLOCK.sub(fill, text)
 
@@ -49,8 +51,8 @@ def filled(path):
 def main(argv):
     for path in argv or pages():
         if not os.path.isfile(path):
-            raise ConfigError(f"{path} is no page: give files, such as results/scaling.md, or none for all")
-        old, new = filled(path)
+            raise ConfigError(f"{path} does not exist: give pages, such as results/scaling.md, or none for all")
+        old, new = fill_tables(path)
         if old != new:
             with open(path, "w") as file:
                 file.write(new)

@@ -1,16 +1,18 @@
-"""Loss of several runs, by their logs, against what they cost.
+"""Plot the losses of runs against their cost, fit scaling laws, and tabulate learning rates, from logs.
 
     python -m lab.scaling_laws plot out/gpt2_btt out/gpt2_dense            # folders of runs, or their log.jsonl
     python -m lab.scaling_laws plot out/*/log.jsonl --key=val_loss --png=validation.png
     python -m lab.scaling_laws plot out/a out/b --labels="rank 1,rank 4"
-    python -m lab.scaling_laws fit out/sweep/* --out=out/sweep_fit         # runs of several structures, each at several sizes
-    python -m lab.scaling_laws fit my_structures.py out/sweep/*            # of structures that a file of your own defines
+    python -m lab.scaling_laws fit out/sweep/* --out=out/sweep_fit         # several structures, each at several sizes
+    python -m lab.scaling_laws fit my_structures.py out/sweep/*            # with structures of your own
+    python -m lab.scaling_laws rates out/tune/* --out=out/rates            # several structures, each at several rates
 
 plot    loss against steps, tokens, FLOPs and seconds of training in one picture, and a table
-fit     frontiers and power laws of every structure, and the compute multipliers against dense: table, pictures, JSON
+fit     frontiers and power laws of every structure, and its compute multipliers over dense: table, pictures, JSON
+rates   final losses of every structure and width at every learning rate, and the best rate: table, JSON
 
-Runs of vision/ as well, whose logs count images, or samples, in place of tokens. The seconds of a fit are those at a
-run's median speed: a log's own have the compilation in them, which may be half of a short run.
+Logs of vision/ work too: they count images or samples instead of tokens. A fit computes seconds from a run's median
+speed, since the seconds in a log include compilation, which may be half of a short run.
 """
 
 import json
@@ -22,8 +24,9 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from configurator import ConfigError, as_script, choose_command, load_config, read_config_file
-from engine.runlog import median_of, read_log, save_figure, short
-from lab import frontiers
+from engine import runlog
+from engine.runlog import median_of, read_log, save_figure, short, writing
+from lab import frontiers, rates
 from lab.frontiers import Run
 from options import STRUCTURE_FIELDS, BlockConfig, GPTConfig
 from theta import canonical, find_structure, taxonomy
@@ -32,15 +35,15 @@ from theta import canonical, find_structure, taxonomy
 @dataclass
 class PlotConfig:
     png: str = "runs.png"  # the picture
-    key: Literal["both", "loss", "val_loss"] = "both"  # which loss: of training, of validation
-    labels: str = ""  # the runs' names, comma-separated; else what tells their folders apart
+    key: Literal["both", "loss", "val_loss"] = "both"  # loss of training, of validation, or both
+    labels: str = ""  # names of the runs, comma-separated; by default what tells their folders apart
 
 
-def plot(argv):
-    """The command: a picture and a table of the runs in `argv`."""
+def plot_logs(argv):
+    """The command `plot`: a picture and a table of the runs in `argv`."""
     words = [word for word in argv if not word.startswith("--")]
     config = load_config(PlotConfig, [word for word in argv if word.startswith("--")])
-    paths = list(dict.fromkeys(log_path(word) for word in words))  # one named twice is one run
+    paths = list(dict.fromkeys(log_path(word) for word in words))  # a run given twice counts once
     if not paths:
         raise ConfigError("plot: which runs? give their folders or logs, such as out/*/log.jsonl")
     wanted = LOSSES if config.key == "both" else (config.key,)
@@ -51,14 +54,14 @@ def plot(argv):
 
 
 def log_path(word):
-    """A run's log, of a path to it or of its folder: absolute, for a run may be the current folder."""
+    """The absolute path of a run's log, from the path of the log or of its folder."""
     return os.path.abspath(os.path.join(word, "log.jsonl") if os.path.isdir(word) else word)
 
 
 def read_run(path, wanted, known, option):
-    """The rows of a log that has figures of a `wanted` key: the numbers in them, since others may log more than that.
+    """The rows of a log, reduced to numbers; ConfigError where no row has one of the `wanted` keys.
 
-    known: what the option may name instead, {its value: key of a row}, or the keys alone
+    known: what the option may name instead, {value of the option: key of a row}, or the keys alone
     """
     if not os.path.isfile(path):
         raise ConfigError(f"{path} does not exist: give the folder of a run, or its log.jsonl")
@@ -77,16 +80,16 @@ def read_run(path, wanted, known, option):
 
 
 def only_numbers(row):
-    """The row without what cannot be drawn: null, text, lists and tables."""
+    """The row without values that cannot be drawn: null, text, lists and tables."""
     return {key: value for key, value in row.items() if type(value) in (int, float)}
 
 
 def run_labels(paths, given=""):
-    """A name for each run: those given, or the shortest part of the folders' names that tells them apart."""
+    """A name for each run: the given ones, or the shortest parts of the folders' names that differ."""
     if given:
         labels = [label.strip() for label in given.split(",")]
         if len(labels) != len(paths) or len(set(labels)) != len(paths):
-            raise ConfigError(f"labels={given!r}: give {len(paths)}, one a run, all different")
+            raise ConfigError(f"labels={given!r}: give {len(paths)}, one for each run, all different")
         return labels
     names = [path.removesuffix("/log.jsonl").split("/") for path in paths]
     depth = next(
@@ -95,14 +98,14 @@ def run_labels(paths, given=""):
     names = ["/".join(name[-depth:]) for name in names]
     if len(names) == 1:
         return names
-    ahead = common(names)
+    ahead = length_in_common(names)
     names = [name[ahead:] for name in names]
-    behind = common([name[::-1] for name in names])
+    behind = length_in_common([name[::-1] for name in names])
     return [name[: len(name) - behind] for name in names]
 
 
-def common(names):
-    """Length of the beginning that all names share, in whole words: up to a "/" or "_" that none of them ends with."""
+def length_in_common(names):
+    """Length of the beginning that all names share, in whole words: up to a "/" or "_" at which none of them ends."""
     shared = os.path.commonprefix(names)
     shared = shared[: min(len(name) for name in names) - 1]
     return max(shared.rfind("/"), shared.rfind("_")) + 1
@@ -113,7 +116,7 @@ def common(names):
 
 LOSSES = ("loss", "val_loss")
 
-# key of a row: (title of the axis, its scale); units is what the run counts
+# {key of a row: (title of the axis, scale)}; "units" are what the run counts
 COSTS = {
     "step": ("steps", "linear"),
     "units": ("", "log"),
@@ -121,12 +124,12 @@ COSTS = {
     "seconds": ("seconds of training", "linear"),
 }
 
-# what a run counts: what its loss is
+# {what a run counts: unit of its loss}
 UNITS = {"tokens": "nats per token", "images": "nats per image", "samples": "squared error"}
 
 
 def unit_of(rows):
-    """What the run counts: a key of UNITS; tokens where its rows do not say."""
+    """What the run counts, a key of UNITS; tokens if its rows have none of them."""
     return next((unit for row in rows for unit in UNITS if unit in row), "tokens")
 
 
@@ -152,7 +155,7 @@ def draw_runs(runs, key="both"):
     for panel, (cost, (title, scale)) in zip(panels.flat, COSTS.items()):
         for (label, rows), colour in zip(runs.items(), colours(len(runs))):
             draw_run(panel, rows, cost, key, label, colour)
-        frame(panel, runs.values(), cost, scale, key)
+        set_limits(panel, runs.values(), cost, scale, key)
         panel.set_xlabel(title or ", ".join(units))
         panel.grid(alpha=0.3)
     for panel in panels[:, 0]:
@@ -173,17 +176,17 @@ TITLES = {
 
 def draw_run(panel, rows, cost, key, label, colour):
     if key != "val_loss":
-        x, y = points(rows, cost, "loss")
+        x, y = costs_and_losses(rows, cost, "loss")
         panel.plot(x, y, gid="loss", label=label, color=colour, lw=0.5, alpha=0.35)
         panel.plot(x, running_mean(y), gid="smooth", label=label, color=colour, lw=1.2)
     if key != "loss":
-        x, y = points(rows, cost, "val_loss")
+        x, y = costs_and_losses(rows, cost, "val_loss")
         line = {"lw": 0} if key == "both" else {"lw": 1}
         panel.plot(x, y, gid="val_loss", label=label, color=colour, marker="o", ms=4.5, mec="white", mew=0.5, **line)
 
 
-def frame(panel, runs, cost, scale, key):
-    """Scales, and limits that leave out the first hundredth of every run, whose fall would press all the rest together."""
+def set_limits(panel, runs, cost, scale, key):
+    """Set scales, and limits that leave out the first hundredth of every run, whose steep fall would flatten the rest."""
     from matplotlib.ticker import FormatStrFormatter, LogLocator, NullFormatter
 
     wanted = LOSSES if key == "both" else (key,)
@@ -191,7 +194,7 @@ def frame(panel, runs, cost, scale, key):
     late = [row for row in late if any(name in row for name in wanted)]
     losses = [row[name] for row in late for name in wanted if name in row]
     losses = [loss for loss in losses if math.isfinite(loss)]
-    if losses and min(losses) > 0:  # ends that differ by a hundredth stay apart
+    if losses and min(losses) > 0:  # so that ends that differ by a hundredth stay distinguishable
         margin = (max(losses) / min(losses)) ** 0.04 if max(losses) > min(losses) else 1.1
         panel.set_yscale("log")
         panel.set_ylim(min(losses) / margin, max(losses) * margin)
@@ -204,14 +207,14 @@ def frame(panel, runs, cost, scale, key):
         panel.set_xlim(min(costs) / 1.1, max(costs) * 1.1)
 
 
-def points(rows, cost, key):
-    """-> costs, losses, of the rows that have both."""
+def costs_and_losses(rows, cost, key):
+    """-> costs and losses of the rows that have both."""
     pairs = [(row[cost], row[key]) for row in rows if cost in row and key in row]
     return [x for x, _ in pairs], [y for _, y in pairs]
 
 
 def running_mean(values):
-    """Means over a symmetric window: a fiftieth of the values, less at the end and at the beginning, where they fall."""
+    """Means over a symmetric window of a fiftieth of the values, narrower at both ends."""
     half, n = len(values) // 100, len(values)
     means = []
     for i in range(n):
@@ -222,6 +225,7 @@ def running_mean(values):
 
 
 def colours(number):
+    """That many colours that can be told apart."""
     import matplotlib
 
     if number <= 10:
@@ -234,7 +238,7 @@ def colours(number):
 
 
 def table_of_runs(runs):
-    """Lines: what each run, {label: rows}, has cost and reached."""
+    """Lines of a table: cost and losses of each run, {label: rows}."""
     units = ", ".join(dict.fromkeys(map(unit_of, runs.values())))
     head = ("run", "steps", units, "FLOPs", "seconds", "final loss", "final val loss", "best val loss")
     table = [head] + [(label, *run_figures(rows)) for label, rows in runs.items()]
@@ -244,6 +248,7 @@ def table_of_runs(runs):
 
 
 def run_figures(rows):
+    """Cells of a run's line: steps, units, FLOPs, seconds, losses."""
     last, unit = rows[-1], unit_of(rows)
     training, validation = ([row[key] for row in rows if key in row] for key in LOSSES)
     return (
@@ -259,7 +264,7 @@ def run_figures(rows):
 # ---------------------------------------------------------------------------------------
 # Scaling laws
 
-# what can be fitted: (what it is, the key that rows need for it)
+# what can be fitted: {measure: (its name, the key that rows need)}
 MEASURES = {
     "val_loss": ("validation loss", "val_loss"),
     "loss": ("training loss", "loss"),
@@ -267,17 +272,19 @@ MEASURES = {
 }
 
 
+# options of a run that make its group, where they are not the default
+GROUP_OPTIONS = (*STRUCTURE_FIELDS, "align_heads", "overrides", "moe", "num_experts", "top_k")
+
+
 @dataclass
 class FitConfig:
     out: str = "out/fit"  # folder for table.md, multipliers.md, fit.json and the pictures
-    reference: str = "dense"  # the group that the others are compared with
-    by: tuple = (  # options of a run that make its group, where they are not the default
-        *STRUCTURE_FIELDS, "align_heads", "overrides", "moe", "num_experts", "top_k",
-    )  # fmt: skip
+    reference: str = "dense"  # group that the others are compared with
+    by: tuple = GROUP_OPTIONS  # options that name the group of a run, where they are not the default
     loss: Literal["val_loss", "loss", "error"] = "val_loss"  # of validation, of training, or 1 - top-1 of images
-    points: Literal["all", "final"] = "all"  # of a run: validations after the warm-up, or, for a decayed rate, the last
-    costs: tuple = ("flops", "seconds", "parameters")  # what is paid
-    samples: int = 256  # draws of other seeds behind every interval; powers of 2 are spread most evenly
+    points: Literal["all", "final"] = "all"  # of a run: all validations after the warm-up, or only the last
+    costs: tuple = ("flops", "seconds", "parameters")  # costs to compare by
+    samples: int = 256  # draws of other seeds for an interval; a power of 2 is spread most evenly
 
     def __post_init__(self):
         for cost in self.costs:
@@ -290,33 +297,23 @@ class FitConfig:
 
 
 class Log(NamedTuple):
-    """What a run left behind."""
+    """A run as its folder records it."""
 
-    path: str  # of its log.jsonl
+    path: str  # of log.jsonl
     rows: list
-    options: dict  # its config.json
+    options: dict  # of config.json
     group: str
-    parameters: int
-    place: tuple | None = None  # (ω, ψ, ν), where it has one
+    parameters: int | None = None
+    place: tuple | None = None  # (ω, ψ, ν); None if the structure has none
 
 
-def fit(argv):
-    """The command: everything about the runs in `argv`, in one folder."""
-    words = [word for word in argv if not word.startswith("--")]
-    for file in [word for word in words if word.endswith(".py")]:  # which may define the runs' structures
-        words.remove(file)
-        read_config_file(file)
-    words = [word for word in words if not os.path.exists(os.path.join(word, "fit.json"))]  # an earlier fit's
-    config = load_config(FitConfig, [word for word in argv if word.startswith("--")])
-    paths = sorted({log_path(word) for word in words})  # nothing depends on their order
+def fit_logs(argv):
+    """The command `fit`: frontiers, laws and multipliers of the runs in `argv`, into one folder."""
+    config, paths = read_words(FitConfig, argv)
     if not paths:
         raise ConfigError("fit: which runs? give their folders or logs, such as out/sweep/*")
-    logs = furthest([read_run_and_options(path, config) for path in paths])
-    units = {unit_of(log.rows): log.path for log in logs}
-    if len(units) > 1:
-        (one, a), (other, b) = list(units.items())[:2]
-        raise ConfigError(f"{a} counts {one} and {b} {other}: their losses do not compare, fit them apart")
-    unit = next(iter(units))
+    logs = without_shorter_attempts([read_run_and_options(path, config) for path in paths])
+    unit = common_unit(logs)
     logs.sort(key=lambda log: (log.group != config.reference, log.group, log.parameters, what_it_learns(log.options)))
     runs = [make_run(log, config.loss, config.points) for log in logs]
     for log, run in zip(logs, runs):
@@ -327,52 +324,81 @@ def fit(argv):
                 raise ConfigError(f"{log.path} has validations without {cost}: leave the run out{remedy}")
         if (run.loss <= 0).any():
             raise ConfigError(f"{run.name}: {MEASURES[config.loss][0]} of 0 has no logarithm: take another --loss")
-    places = {log.group: log.place for log in logs}  # that of its largest size, where it depends on the width
+    places = {log.group: log.place for log in logs}  # that of the largest size, if it depends on the width
     figures = {cost: frontiers.analyse(runs, config.reference, cost, config.samples) for cost in config.costs}
     try:
         os.makedirs(config.out, exist_ok=True)
     except OSError as error:
         raise ConfigError(f"out={config.out} cannot be written ({error.strerror}): take another") from None
-    lines = [*summary(logs, runs, config, axis(config.loss, unit)), "", *table_of_groups(logs, places), ""]
+    lines = [
+        *summary_of_fit(logs, runs, config, measure_and_unit(config.loss, unit)),
+        "",
+        *table_of_groups(logs, places),
+        "",
+    ]
     for cost in config.costs:
-        lines += [*frontiers.table(figures[cost], cost, config.reference), ""]
+        lines += [*frontiers.table_of_frontiers(figures[cost], cost, config.reference), ""]
     with open(os.path.join(config.out, "table.md"), "w") as file:
         file.write("\n".join(lines))
     with open(os.path.join(config.out, "multipliers.md"), "w") as file:
         file.write("\n".join([*table_of_multipliers(logs, places, figures, config.reference), ""]))
     with open(os.path.join(config.out, "fit.json"), "w") as file:
-        json.dump({"groups": places, "runs": [ends(log) for log in logs], **figures}, file, indent=1)
+        json.dump({"groups": places, "runs": [figures_at_end(log) for log in logs], **figures}, file, indent=1)
     drawn = draw_fit(logs, runs, places, figures, config, unit)
     print(*lines, f"written: {config.out}/table.md, multipliers.md, fit.json, {', '.join(drawn)}", sep="\n")
 
 
+def read_words(Config, argv):
+    """-> the options among the words of a command line, and the logs; config files are run, for the structures they define."""
+    words = [word for word in argv if not word.startswith("--")]
+    for file in [word for word in words if word.endswith(".py")]:
+        words.remove(file)
+        read_config_file(file)
+    words = [word for word in words if not os.path.exists(os.path.join(word, "fit.json"))]  # an earlier fit's folder
+    config = load_config(Config, [word for word in argv if word.startswith("--")])
+    return config, sorted({log_path(word) for word in words})  # nothing depends on their order
+
+
+def common_unit(logs):
+    """What all runs count, a key of UNITS."""
+    units = {unit_of(log.rows): log.path for log in logs}
+    if len(units) > 1:
+        (one, a), (other, b) = list(units.items())[:2]
+        raise ConfigError(f"{a} counts {one} and {b} {other}: their losses do not compare, take them apart")
+    return next(iter(units))
+
+
 def what_it_learns(options, *without):
-    """A run's options as one text, but for those that change nothing of what it learns, and those named."""
+    """A run's options as one text, without those that do not affect what it learns and those in `without`."""
     left = {key: value for key, value in options.items() if key not in ("out_dir", "resume", *without)}
     return json.dumps(left, sort_keys=True)
 
 
-def furthest(logs):
-    """Of attempts at one run, seed and all, the one that got furthest; a new run sets an old one aside as NAME.1."""
+def without_shorter_attempts(logs):
+    """The logs without all but the longest attempt at each run; a new run renames the folder of an old one to NAME.1."""
     kept = {}
     for log in logs:
         run = what_it_learns(log.options)
         if run in kept:
             shorter, longer = sorted((log, kept[run]), key=lambda log: log.rows[-1]["step"])
-            print(f"{shorter.path}: another attempt at {longer.path}, which got as far or further: left out")
+            print(
+                f"{shorter.path}: left out, since {longer.path} is an attempt at the same run that is as long or longer"
+            )
             log = longer
         kept[run] = log
     return list(kept.values())
 
 
-def read_run_and_options(path, config):
+def read_run_and_options(path, config, sized=True):
+    """-> the Log of a run; sized: with its number of parameters and its place, which take torch and a model."""
     known = {measure: key for measure, (_, key) in MEASURES.items()}
     rows, options = read_run(path, [known[config.loss]], known, "loss"), read_options(path)
     try:
-        return Log(path, rows, options, group_name(options, config.by), num_parameters(options), place_of(options))
+        log = Log(path, rows, options, group_name(options, config.by))
+        return log._replace(parameters=num_parameters(options), place=place_in_taxonomy(options)) if sized else log
     except ImportError:
         raise
-    except Exception as error:  # of many kinds: a run of other code may have any option, of any type
+    except Exception as error:  # of any kind: a run of other code may have any option, of any type
         said = str(error) if isinstance(error, ConfigError) else f"{type(error).__name__}: {error}"
         said = said.partition("\n")[0]
         raise ConfigError(f"{path}: its config.json makes no model here ({said}): leave the run out") from None
@@ -381,20 +407,15 @@ def read_run_and_options(path, config):
 def read_options(path):
     """A run's config.json, a dict."""
     beside = os.path.join(os.path.dirname(path), "config.json")
-    try:
-        with open(beside) as file:
-            options = json.load(file)
-    except (OSError, ValueError):
-        options = None
-    if not isinstance(options, dict):
-        raise ConfigError(f"{beside} cannot be read: fit needs it beside log.jsonl, to know the structure")
-    return options
+    if not os.path.exists(beside):
+        raise ConfigError(f"{beside} does not exist: fit needs it beside log.jsonl, to know the structure")
+    return runlog.read_config_json(beside)
 
 
 def group_name(options, by):
-    """Such as "btt, rank=4": the structure, and the options in `by` that are not the default.
+    """A name such as "btt, rank=4": the structure, and the options in `by` that are not the default.
 
-    A structure by its θ has the name of its family before it, a mixture its experts: "btt, linear MoE, 2 of 8".
+    A θ is preceded by the name of its family; a mixture is named by its experts: "btt, linear MoE, 2 of 8".
     """
     defaults = json.loads(json.dumps({field.name: field.default for field in fields(BlockConfig)}))  # as in config.json
     for name in by:
@@ -402,7 +423,7 @@ def group_name(options, by):
             raise ConfigError(f"by: {name!r} is no option of these runs")
     value = {name: options.get(name, defaults.get(name)) for name in {**defaults, **dict.fromkeys(by)}}
     parts = [str(value["structure"])] if "structure" in by else []
-    shown = {"structure", "theta", "structure_options", "moe", "num_experts", "top_k"}  # in words of their own
+    shown = {"structure", "theta", "structure_options", "moe", "num_experts", "top_k"}  # worded differently
     if "theta" in by and value["theta"]:
         parts = [f"{family(value['theta'])} ({' '.join(f'{each:g}' for each in value['theta'])})"]
     if "moe" in by and value["moe"] != "none":
@@ -416,7 +437,7 @@ def group_name(options, by):
 
 
 def family(theta):
-    """The name of the structures that θ is one of, by the indices that it has not (README, "The structures")."""
+    """The name of the family that θ belongs to, by the indices that it lacks (README, "The structures")."""
     _, b, c, d, _, f, rho = canonical(theta)
     if b == d == 0:
         if c == f == 0:
@@ -428,7 +449,7 @@ def family(theta):
 
 
 def make_run(log, measure, points="all"):
-    """A Run: what it had cost at each validation after the warm-up, whose rate is none to compare at, and the measure then."""
+    """The Run of a log: cost and measure at each validation after the warm-up, in which the rate is not yet comparable."""
     unit, key, warmup = unit_of(log.rows), MEASURES[measure][1], log.options.get("warmup_steps") or 0
     rows = [row for row in log.rows if math.isfinite(row.get("val_loss", math.nan)) and row["step"] > warmup]
     rows = [row for row in rows if math.isfinite(row.get(key, math.nan))]
@@ -445,7 +466,7 @@ def make_run(log, measure, points="all"):
         "parameters": [log.parameters] * len(rows),
     }
     cost = {name: np.array(values, dtype=float) for name, values in cost.items()}
-    loss = np.array([measured(log.rows, row, measure) for row in rows])
+    loss = np.array([measured_at(log.rows, row, measure) for row in rows])
     steps = np.array([row["step"] for row in rows])
     return Run(
         os.path.dirname(log.path),
@@ -458,8 +479,8 @@ def make_run(log, measure, points="all"):
     )
 
 
-def measured(rows, at, measure):
-    """The measure at row `at`; of the training loss, each of one batch, the mean over the last tenth of the steps."""
+def measured_at(rows, at, measure):
+    """The measure at row `at`; the training loss, which rows have for single batches, is a mean over the last tenth of the steps."""
     if measure == "error":
         return 1 - at["top1"]
     if measure == "val_loss":
@@ -469,8 +490,8 @@ def measured(rows, at, measure):
 
 
 def num_parameters(options):
-    """Of the run's model, by what its config.json holds."""
-    import torch  # here, since it takes seconds to import and plot does without
+    """Number of parameters of the model that a run's config.json describes."""
+    import torch  # here, since its import takes seconds and plot does not need it
 
     from model import GPT
 
@@ -490,10 +511,10 @@ def num_parameters(options):
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def place_of(options):
-    """(ω, ψ, ν) of a run's structure, a fixed rank or number of blocks as the power of d_model that it is there.
+def place_in_taxonomy(options):
+    """(ω, ψ, ν) of a run's structure; a fixed rank or number of blocks counts as the power of d_model that it equals there.
 
-    None of a mixture, of three cores and more, and of a structure that has no θ.
+    None for a mixture, for three or more cores, and for a structure without θ.
     """
     if options.get("moe", "none") != "none" or (options.get("num_cores") or 2) > 2:
         return None
@@ -502,34 +523,34 @@ def place_of(options):
     structure = find_structure(options["structure"])
     if structure.theta is None:
         return None
-    if options.get("num_blocks"):  # of Monarch: each block passes d / b² values to every other
+    if options.get("num_blocks"):  # Monarch: each block passes d / b² values to every other
         b = math.log(options["num_blocks"]) / math.log(options["d_model"])
         return taxonomy((1 - b, 0, b, 0, 1 - b, b, 1 - 2 * b))
     rank = options.get("rank") or 1 if "rank" in structure.options else 1
     return taxonomy((*structure.theta[:6], min(1.0, math.log(rank) / math.log(options["d_model"]))))
 
 
-def axis(measure, unit):
-    """What the measure is, with its unit."""
+def measure_and_unit(measure, unit):
+    """The name of the measure, with its unit."""
     return MEASURES[measure][0] if measure == "error" else f"{MEASURES[measure][0]} ({UNITS[unit]})"
 
 
-def summary(logs, runs, config, measure):
-    """Lines on what was fitted."""
+def summary_of_fit(logs, runs, config, measure):
+    """Lines that state what was fitted."""
     groups = len({log.group for log in logs})
     what = "every validation after the warm-up" if config.points == "all" else "the last validation"
     yield f"{len(logs)} runs of {groups} groups, {measure} at {what} of each."
     yield (
-        "Intervals say how far figures would lie off with other seeds (nominally 90%): by their seeds, where sizes have "
-        "several, else by how far sizes scatter around their power law."
+        "90% intervals estimate how much figures would change with other seeds: from the seeds of each size or, with one seed, "
+        "from the scatter of sizes around their power law."
     )
     settings, spread = frontiers.spread_of_seeds(runs)
     if settings:
-        yield f"{settings} settings have several seeds, whose last losses differ by {spread:.2%} (standard deviation)."
+        yield f"{settings} settings have several seeds; the standard deviation of their last losses is {spread:.2%}."
 
 
 def table_of_groups(logs, places):
-    """Lines of a Markdown table: where each group lies, and its sizes."""
+    """Lines of a Markdown table: place of each group in the taxonomy, and its sizes."""
     yield "| group | ω | ψ | ν | d_model | parameters |"
     yield "|---|---|---|---|---|---|"
     for group, place in places.items():
@@ -541,7 +562,7 @@ def table_of_groups(logs, places):
 
 
 def table_of_multipliers(logs, places, figures, reference):
-    """Lines of a Markdown table: each group's multiplier by every cost, and the losses that it is the mean over."""
+    """Lines of a Markdown table: each group's multiplier by every cost, and the range of losses that it is a mean over."""
     heads = [f"{frontiers.COSTS[cost]}: {reference} ÷ it | losses in common" for cost in figures]
     yield f"| group | ω | ψ | ν | rate | {' | '.join(heads)} | least loss |"
     yield "|---" * (6 + 2 * len(figures)) + "|"
@@ -549,29 +570,29 @@ def table_of_multipliers(logs, places, figures, reference):
         if group == reference:
             continue
         lies = [f"{value:.2f}" for value in place] if place is not None else ["", "", ""]
-        rates = sorted({log.options["lr"] for log in logs if log.group == group and log.options.get("lr")})
+        taken = sorted({log.options["lr"] for log in logs if log.group == group and log.options.get("lr")})
         cells = [" | ".join(frontiers.multiplier_cells(entries[group], False)) for entries in figures.values()]
         least = min(min(entries[group]["frontier_loss"]) for entries in figures.values())
-        yield f"| {group} | {' | '.join(lies)} | {', '.join(map('{:g}'.format, rates))} | {' | '.join(cells)} | {least:.4f} |"
+        yield f"| {group} | {' | '.join(lies)} | {', '.join(map('{:g}'.format, taken))} | {' | '.join(cells)} | {least:.4f} |"
 
 
-def have(logs, measure):
-    """Whether all logs have figures of it."""
+def all_measured(logs, measure):
+    """Whether all logs have the measure."""
     return all(any(MEASURES[measure][1] in row for row in log.rows) for log in logs)
 
 
-def ends(log):
-    """What a run had cost and reached at its end, a dict."""
+def figures_at_end(log):
+    """Cost and measures of a run at its end, a dict."""
     figures = {"name": os.path.basename(os.path.dirname(log.path)), "group": log.group}
     for measure in MEASURES:
-        if have([log], measure):
+        if all_measured([log], measure):
             run = make_run(log, measure, "final")
             figures[measure] = float(run.loss[-1])
     return {**figures, **{cost: float(values[-1]) for cost, values in run.cost.items()}}
 
 
 def draw_fit(logs, runs, places, figures, config, unit):
-    """Write the pictures -> their names."""
+    """Draw and write the pictures -> their file names."""
     colour = dict(zip(places, colours(len(places))))
     drawn = []
 
@@ -579,13 +600,13 @@ def draw_fit(logs, runs, places, figures, config, unit):
         save_figure(figure, os.path.join(config.out, name), remedy="give another --out")
         drawn.append(name)
 
-    what = axis(config.loss, unit)
+    what = measure_and_unit(config.loss, unit)
     for cost, entries in figures.items():
-        title = "the least loss for what it costs" + law_of(entries)
+        title = "the least loss for what it costs" + title_of_laws(entries)
         save(frontiers.draw_frontiers(runs, entries, cost, what, colour, title), f"frontiers_{cost}.png")
     save(frontiers.draw_multipliers(figures, config.reference, colour), "multipliers.png")
-    measures = ["error" if have(logs, "error") else "val_loss"] + ["loss"] * have(logs, "loss")
-    last = {axis(measure, unit): [make_run(log, measure, "final") for log in logs] for measure in measures}
+    measures = ["error" if all_measured(logs, "error") else "val_loss"] + ["loss"] * all_measured(logs, "loss")
+    last = {measure_and_unit(measure, unit): [make_run(log, measure, "final") for log in logs] for measure in measures}
     paid = [cost for cost in figures if cost != "parameters"] or list(figures)
     save(frontiers.draw_reached(last, paid, colour), "reached.png")
     if "flops" in figures:
@@ -596,18 +617,18 @@ def draw_fit(logs, runs, places, figures, config, unit):
         ):
             some = [group for group, lies in places.items() if lies is not None and chosen(lies)]
             values = [places[group][place] for group in some]
-            if values and max(values) - min(values) > 0.01:  # else there is nothing to see
+            if values and max(values) - min(values) > 0.01:  # otherwise there is nothing to see
                 shade, scale = shades({group: places[group][place] for group in some})
                 entries = {group: figures["flops"][group] for group in some}
                 mine = [run for run in runs if run.group in some]
-                heading = f"the least loss for what it costs{law_of(entries)}, by {title.partition(',')[0]}"
+                heading = f"the least loss for what it costs{title_of_laws(entries)}, by {title.partition(',')[0]}"
                 picture = frontiers.draw_frontiers(mine, entries, "flops", what, shade, heading, (scale, title))
                 save(picture, f"frontiers_{name}.png")
     return drawn
 
 
-def law_of(entries):
-    """What a title says of power laws: all groups have one, some have, or none, for want of points."""
+def title_of_laws(entries):
+    """The part of a title about power laws: all groups have one, some, or none, since a law needs three points."""
     laws = [entry["law"] is not None for entry in entries.values()]
     return (
         (", and its power law" if all(laws) else ", and its power law where it has three points") if any(laws) else ""
@@ -615,7 +636,7 @@ def law_of(entries):
 
 
 def shades(values):
-    """{group: colour} by a value each, and what a colour bar needs."""
+    """-> {group: colour} by {group: value}, and the scale for a colour bar."""
     import matplotlib
 
     low, high = min(values.values()), max(values.values())
@@ -623,8 +644,89 @@ def shades(values):
     return {group: scale.to_rgba(value) for group, value in values.items()}, scale
 
 
+# ---------------------------------------------------------------------------------------
+# Learning rates
+
+
+@dataclass
+class RatesConfig:
+    out: str = "out/rates"  # path without suffix: the table goes to OUT.md, the losses to OUT.json
+    by: tuple = GROUP_OPTIONS  # options that name the group of a run, where they are not the default
+    loss: Literal["val_loss", "loss", "error"] = "val_loss"  # of validation, of training, or 1 - top-1 of images
+
+    def __post_init__(self):
+        self.out = self.out.removesuffix(".json").removesuffix(".md")
+
+
+def tabulate_rates(argv):
+    """The command `rates`: final losses of the runs in `argv` by group, width and rate; earlier .json files add theirs."""
+    files = [word for word in argv if word.endswith(".json") and not word.startswith("--")]
+    config, paths = read_words(RatesConfig, [word for word in argv if word not in files])
+    if not paths and not files:
+        raise ConfigError("rates: which runs? give their folders or logs, such as out/tune/*")
+    curves, losses = [], {}
+    for file in files:
+        earlier, losses[file] = rates.read_curves(file)
+        curves += earlier
+    if paths:
+        logs = without_shorter_attempts([read_run_and_options(path, config, sized=False) for path in paths])
+        losses[paths[0]] = measure_and_unit(config.loss, common_unit(logs))
+        curves += curves_of(logs, config.loss)
+    (first, loss), *others = losses.items()
+    for file, other in others:
+        if other != loss:
+            raise ConfigError(f"{first} has {loss}, {file} {other}: take another --loss, or leave one out")
+    curves = sorted(rates.merged(curves), key=lambda curve: (curve.group != "dense", curve[:3]))
+    lines = list(rates.table_of_rates(curves, loss))
+    with writing(config.out, "give another --out"):
+        os.makedirs(os.path.dirname(config.out) or ".", exist_ok=True)
+        rates.write_curves(f"{config.out}.json", curves, loss)
+        with open(f"{config.out}.md", "w") as file:
+            file.write("\n".join([*lines, ""]))
+    print(*lines, f"written: {config.out}.md, {config.out}.json", sep="\n")
+
+
+def curves_of(logs, measure):
+    """The logs' final losses as Curves, each of runs that differ only in rate and seed.
+
+    Where several have the same group, width and steps, their names list the options in which they differ.
+    """
+    alike = {}
+    for log in logs:
+        named = log.group, log.options.get("d_model"), log.options.get("max_steps")
+        if None in (*named, log.options.get("lr")):
+            raise ConfigError(f"{log.path}: its config.json has no d_model, max_steps or lr: leave the run out")
+        alike.setdefault(named, {}).setdefault(what_it_learns(log.options, "seed", "lr"), []).append(log)
+    curves = []
+    for (group, width, steps), settings in alike.items():
+        options = [json.loads(setting) for setting in settings]
+        keys = dict.fromkeys(key for each in options for key in each)
+        differ = [key for key in keys if any(each.get(key) != options[0].get(key) for each in options)]
+        for mine, which in zip(settings.values(), options):
+            losses = {}
+            for log in mine:
+                losses.setdefault(log.options["lr"], {})[log.options.get("seed")] = final_loss(log, measure)
+            name = ", ".join([group, *(f"{key}={which.get(key)}" for key in differ)])
+            curves.append(rates.Curve(name, width, steps, losses, {}))
+    return curves
+
+
+def final_loss(log, measure):
+    """The measure at the run's last step; None, and a note, of a run that did not reach it."""
+    last, steps = log.rows[-1], log.options["max_steps"]
+    if last["step"] < steps:
+        print(f"note: {log.path} ends at step {last['step']} of {steps}: it diverged, or is not finished")
+        return None
+    key = MEASURES[measure][1]
+    if measure != "loss" and key not in last:
+        raise ConfigError(f"{log.path} has no {key} at its last step: leave the run out, or take another --loss")
+    value = measured_at(log.rows, last, measure)
+    return value if math.isfinite(value) else None
+
+
 def main(argv):
-    choose_command(argv, {"plot": plot, "fit": fit}, "lab.scaling_laws", "say what to do", __doc__)(argv[1:])
+    commands = {"plot": plot_logs, "fit": fit_logs, "rates": tabulate_rates}
+    choose_command(argv, commands, "lab.scaling_laws", "say what to do", __doc__)(argv[1:])
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What a search leaves behind: a table of the best structures, and a picture of what was tried."""
+"""The results of a search: a table of the best structures, and a picture of all that were tried."""
 
 import math
 import os
@@ -13,7 +13,9 @@ from engine.runlog import save_figure, short, whole_file, writing
 def write_report(rows, budget, out):
     """Print the best structures; write table.md, search.json and search.png to the folder `out`.
 
-    rows: a dict for each trial, as of search.make_rows; budget: of each, {"flops", "evaluations"}.
+    rows    a dict for each trial, from search.make_rows
+    budget  of each trial, {"flops": in training, "evaluations": their number}
+    ConfigError or RunFailed if the folder cannot be written.
     """
     if not any(row["losses"] for row in rows):
         print("no trial has a loss yet: there is nothing to report")
@@ -23,26 +25,26 @@ def write_report(rows, budget, out):
         with whole_file(os.path.join(out, "table.md")) as part, open(part, "w") as file:
             file.write("\n".join(lines) + "\n")
         with whole_file(os.path.join(out, "search.json")) as part:
-            write_rows(part, rows, torch.device("cpu"))  # rows have their own device
+            write_rows(part, rows, torch.device("cpu"))  # each row names its own device
     save_figure(draw_search(rows, budget), os.path.join(out, "search.png"), "give another --out")
     print("", *lines, "", f"written: {out}/table.md, search.json, search.png", sep="\n")
 
 
 def dotted(seven):
-    """Such as 0.5 0 0.5 · 0 0.5 0.5 · 0; "" of None."""
+    """Seven numbers as in "0.5 0 0.5 · 0 0.5 0.5 · 0"; "" for None."""
     if seven is None:
         return ""
     shown = [f"{each:g}" for each in seven]
     return " · ".join((" ".join(shown[:3]), " ".join(shown[3:6]), shown[6]))
 
 
-def ranked(rows):
-    """Those trained to their end, the best first."""
+def rows_by_loss(rows):
+    """The rows of trials that trained to their end, the best first."""
     return sorted((row for row in rows if row["state"] == "complete"), key=lambda row: row["loss"])
 
 
 def comparable(rows, budget):
-    """-> the last evaluation that all trials have, and the rows that have it: at it losses compare."""
+    """-> the last evaluation that all trials have reached, at which losses compare, and the rows that have it."""
     at = 1 if any(row["state"] == "pruned" for row in rows) else budget["evaluations"]
     return at, [row for row in rows if at in row["losses"]]
 
@@ -62,14 +64,14 @@ def two_digits(value):
     return "" if value is None else f"{value:.2f}"
 
 
-def placed(rows):
-    """Those that have a place in the taxonomy: not three cores and more, nor layers of a user's own."""
+def rows_in_taxonomy(rows):
+    """The rows with a place in the taxonomy, which structures of three cores or more and a user's own lack."""
     return [row for row in rows if row["nu"] is not None]
 
 
 def table_of_trials(rows, budget, most=15):
-    """Lines of Markdown: what was done, the best, and how the loss goes with ω, ψ and ν."""
-    best, (at, scored) = ranked(rows), comparable(rows, budget)
+    """Lines of Markdown: a summary, the `most` best trials, and how the loss correlates with ω, ψ and ν."""
+    best, (at, scored) = rows_by_loss(rows), comparable(rows, budget)
     early, failed = (sum(row["state"] == state for row in rows) for state in ("pruned", "fail"))
     yield (
         f"{len(rows)} trials: {len(best)} trained to their end, {budget['flops']:.3g} FLOPs each; "
@@ -78,7 +80,7 @@ def table_of_trials(rows, budget, most=15):
     yield from ("", f"| | {' | '.join(COLUMNS)} |", "|" + "---|" * (1 + len(COLUMNS)))
     for i, row in enumerate(best[:most], 1):
         yield f"| {' | '.join(str(cell) for cell in (i, *(column(row) for column in COLUMNS.values())))} |"
-    scored = placed(scored)
+    scored = rows_in_taxonomy(scored)
     losses = [row["losses"][at] for row in scored]
     correlations = {name[0]: rank_correlation([row[key] for row in scored], losses) for key, name in AXES.items()}
     shown = (f"{name} {'constant' if math.isnan(value) else f'{value:+.2f}'}" for name, value in correlations.items())
@@ -89,7 +91,7 @@ def table_of_trials(rows, budget, most=15):
 
 
 def rank_correlation(x, y):
-    """Spearman's: the correlation of ranks, equal values sharing theirs; NaN where either is constant."""
+    """Spearman's correlation, in which equal values share their mean rank; NaN if x or y is constant."""
     ranks = []
     for values in (x, y):
         _, index, counts = np.unique(values, return_inverse=True, return_counts=True)
@@ -97,8 +99,8 @@ def rank_correlation(x, y):
     return math.nan if len(x) == 0 or any(np.ptp(each) == 0 for each in ranks) else float(np.corrcoef(*ranks)[0, 1])
 
 
-def by_place(rows, axes):
-    """Lists of the rows within 0.02 of the list's first, mixtures apart: most rows first, to draw the few on top."""
+def cluster_rows(rows, axes):
+    """Lists of rows within 0.02 of the list's first on these axes, mixtures apart; the longest list first, to be drawn below."""
 
     def near(a, b):
         return (a["experts"] > 1) == (b["experts"] > 1) and all(abs(a[key] - b[key]) <= 0.02 for key in axes)
@@ -113,20 +115,20 @@ def by_place(rows, axes):
 
 
 def draw_search(rows, budget):
-    """A figure: what was tried in (ω, ψ, ν), coloured by loss, and the best so far."""
+    """A figure of all trials in (ω, ψ, ν), coloured by loss, and of the best loss so far."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    best, (at, scored) = ranked(rows), comparable(rows, budget)
+    best, (at, scored) = rows_by_loss(rows), comparable(rows, budget)
     losses = np.array([row["losses"][at] for row in scored])
     colour = {"cmap": "viridis", "vmin": losses.min(), "vmax": np.quantile(losses, 0.9)}
-    scored = placed(scored)
+    scored = rows_in_taxonomy(scored)
     figure, panels = plt.subplots(2, 2, figsize=(13, 10), layout="constrained")
     for panel, axes in zip(panels.flat, (("omega", "psi"), ("omega", "nu"), ("psi", "nu"))):
         best_here = {row["trial"]: str(number) for number, row in enumerate(best[:3], 1)}
-        for here in by_place(scored, axes):
+        for here in cluster_rows(scored, axes):
             whole, mixture = any(row["state"] == "complete" for row in here), here[0]["experts"] > 1
             place = [sum(row[key] for row in here) / len(here) for key in axes]
             points = panel.scatter(
@@ -156,7 +158,7 @@ def draw_search(rows, budget):
         panel.grid(alpha=0.3)
     figure.suptitle(
         f"{len(rows)} structures, {budget['flops']:.3g} training FLOPs each to the end; ω ψ ν of d → d layers\n"
-        "a point stands for all trials within 0.02: the more, the larger; its colour is their least loss\n"
+        "a point stands for all trials within 0.02: it is larger for more trials, and has the colour of their lowest loss\n"
         "ringed: one was trained to the end; squares: mixtures; 1 2 3: the best, as in the table",
         fontsize=11,
     )

@@ -1,9 +1,8 @@
-"""What a structure is, in figures: sizes, FLOPs, parameters, rank, and its place in the taxonomy.
+"""Describe structures in figures: sizes, FLOPs, parameters, rank, and place in the taxonomy.
 
 python einsum_linear.py --d_in=1024 --d_out=4096                            # all named structures
 python einsum_linear.py --d_in=1024 --d_out=4096 --theta=.5,0,.5,0,.5,.5,0  # one point of the space
-python einsum_linear.py --plot=taxonomy.png                                 # where each lies in (omega psi nu)
-
+python einsum_linear.py --plot=taxonomy.png                                 # all at their (omega, psi, nu)
 """
 
 import math
@@ -18,7 +17,7 @@ class StructuresConfig:
     d_in: int = 1024  # width of the input
     d_out: int = 1024  # width of the output
     theta: tuple | None = None  # seven exponents (alpha beta gamma delta epsilon phi rho); None: the named structures
-    plot: bool | str = False  # draw every named structure at its (omega, psi, nu); --plot=FILE, or taxonomy.png
+    plot: bool | str = False  # draw every named structure at its (omega, psi, nu): --plot, or --plot=FILE
 
     def __post_init__(self):
         for name in ("d_in", "d_out"):
@@ -29,15 +28,15 @@ class StructuresConfig:
 
 
 def measured_rank(layer):
-    """Numerical rank of the layer's matrix as initialised, in float64 from the cores on."""
+    """Numerical rank of the layer's matrix, computed in float64 from its cores."""
     import torch
 
     return int(torch.linalg.matrix_rank(layer.double().materialize()))
 
 
 def describe_theta(d_in, d_out, theta):
-    """Lines about one point of the space."""
-    import torch  # here and below: what is drawn or refused does without it
+    """Lines about one point of the space: a θ at these widths."""
+    import torch  # here and below: pictures and error messages do not need it
 
     from einsum_linear import EinsumLinear
 
@@ -59,7 +58,7 @@ def describe_theta(d_in, d_out, theta):
 
 
 def table_of_structures(d_in, d_out):
-    """Lines of a table: every named structure at this width."""
+    """Lines of a table: every named structure at these widths."""
     import torch
 
     from einsum_linear import make_linear
@@ -96,7 +95,7 @@ def table_of_structures(d_in, d_out):
 
 
 def plot_taxonomy(png):
-    """Every named structure at its (ω, ψ, ν)."""
+    """Draw every named structure at its (ω, ψ, ν)."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -138,9 +137,7 @@ def main(argv):
         try:
             plot_taxonomy(path)
         except (OSError, ValueError) as error:  # no such folder, or no such format
-            raise ConfigError(
-                f"plot={path} cannot be written ({error}): give a .png in a folder that is there"
-            ) from None
+            raise ConfigError(f"plot={path} cannot be written ({error}): give a .png in a folder that exists") from None
         print(f"drawn: {path}")
     elif config.theta is None:
         print("\n".join(table_of_structures(config.d_in, config.d_out)))
@@ -149,5 +146,5 @@ def main(argv):
 
 
 def run_command():
-    """The command of einsum_linear.py."""
+    """The command `python einsum_linear.py`."""
     as_script(main)

@@ -1,27 +1,29 @@
 """Many runs of train.py, or of another script, from a list in a plain Python file.
 
-    python -m lab.sweep config/sweeps/quickstart.py                       # those that are not finished, one after the other
+    python -m lab.sweep config/sweeps/quickstart.py                       # all unfinished runs, one after the other
     python -m lab.sweep config/sweeps/gpt_theta.py --small                # the file's small version: minutes, not days
     python -m lab.sweep config/sweeps/gpt_theta.py --small --common="--data_dir=data/mine"      # options for all runs
-    python -m lab.sweep config/sweeps/quickstart.py --jobs=4              # on every GPU one trains while three start
+    python -m lab.sweep config/sweeps/quickstart.py --jobs=4              # on each GPU one run trains while three start
     python -m lab.sweep config/sweeps/quickstart.py --commands            # only print them, one a line
 
-A sweep file defines `runs`, a list of dicts of options, and may define `common`, options of all of them; `config`,
-files that come first; `script`, "vision/train.py" say; `fit`, options of `lab.scaling_laws fit`, which follows when all
-runs are finished; and `small`, a dict of these names: its `common` is laid over the other, the rest stands instead.
+A sweep file defines `runs`, a list of dicts of options. It may define `common`, options of all runs; `config`, config
+files that every run reads first; `script`, such as "vision/train.py"; `fit`, options of `lab.scaling_laws fit`, which
+follows when all runs are finished; and `small`, a dict of these names: its `common` adds to the file's and overrides it,
+its other values replace the file's.
 
-Runs go in the order of the list. A run's folder is out/sweeps/NAME/ (NAME_small/ of the small version) and what tells
-it apart. A run is finished when its log has its last step; one that was interrupted resumes from its checkpoint. So the
-same command again does what is left. Small runs take longer to start and compile than to train: with --jobs several do
-so side by side on a GPU, and train one after the other, so that their seconds are their own. On a CPU they train side
-by side, and the fit leaves seconds out.
+Runs start in the order of the list. Each has a folder in out/sweeps/NAME/ (NAME_small/ for the small version), named
+after the options that tell it apart. A run is finished when its log has its last step; one that was interrupted resumes
+from its checkpoint. So the same command does what is left. Ending the sweep, even with SIGKILL, ends its runs, and a
+second sweep in the same folder is refused.
+
+Small runs take longer to start and compile than to train: with --jobs several start side by side on a GPU, but train
+one at a time, so that their times compare. On a CPU they train side by side, and the fit leaves seconds out.
 """
 
 import json
 import os
 import runpy
 import shlex
-import signal
 import subprocess
 import sys
 import time
@@ -29,18 +31,20 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from configurator import ConfigError, as_script, load_config, split_options, split_words
-from engine.runlog import read_log
+from engine.ownership import owning, wait_until_free
+from engine.runlog import read_config_json, read_log, writing
+from lab.children import ignore_signals, start_child, stop_as_by_ctrl_c, stop_children
 
 
 @dataclass
 class SweepConfig:
     small: bool = False  # the sweep file's small version
-    common: str = ""  # options for all runs, laid over the file's: --common="--data_dir=data/mine --max_steps=500"
-    jobs: int = 1  # runs at a time on every GPU, of which one trains and the others start; or on the CPU
-    gpus: int | None = None  # GPUs to use; None: all there are, or that CUDA_VISIBLE_DEVICES names
-    commands: bool = False  # print the commands of the runs that are not finished, and do nothing
+    common: str = ""  # options for all runs, which override the file's: --common="--data_dir=data/mine --max_steps=500"
+    jobs: int = 1  # runs at a time on each GPU, of which one trains while the others start; or on the CPU
+    gpus: int | None = None  # GPUs to use; None: all that are here, or that CUDA_VISIBLE_DEVICES names
+    commands: bool = False  # only print the commands of unfinished runs
     out: str | None = None  # folder of all runs; None: out/sweeps/ and the sweep file's name
-    only: str = ""  # runs whose name contains this
+    only: str = ""  # do only the runs whose names contain this
 
     def __post_init__(self):
         if self.jobs < 1 or (self.gpus is not None and self.gpus < 0):
@@ -48,23 +52,23 @@ class SweepConfig:
 
 
 class Sweep(NamedTuple):
-    runs: dict  # {name of a run: its options, out_dir included}
-    script: str  # what they are runs of
-    configs: list  # its config files
+    runs: dict  # {name of a run: its options, including out_dir}
+    script: str  # that every run calls
+    configs: list  # config files of every run
     fit: str | None  # options of lab.scaling_laws fit
 
 
-SMALL = ("runs", "common", "config", "fit")  # names that a file's `small` may have
-SHARED = "shared.txt"  # in the folder of a sweep: some of its runs shared the CPU
+SMALL = ("runs", "common", "config", "fit")  # names that a file's `small` may define
+SHARED = "shared.txt"  # a file in a sweep's folder that tells that some of its runs shared the CPU
 
 
 def module_of(script):
-    """How `python -m` calls a script, from the repository's root: "vision/train.py" -> "vision.train"."""
+    """The name by which `python -m` calls a script: "vision/train.py" -> "vision.train"."""
     return os.path.splitext(script)[0].replace(os.sep, ".")
 
 
 def read_sweep(path, small=False, common="", out=None):
-    """-> Sweep; ConfigError for what is none."""
+    """Run a sweep file -> Sweep; arguments as the options of SweepConfig. ConfigError if the file defines no sweep."""
     try:
         values = runpy.run_path(path)
     except OSError as error:
@@ -84,7 +88,7 @@ def read_sweep(path, small=False, common="", out=None):
     for key in added:
         if key == "out_dir" or any(key in run for run in runs):
             remedy = "give --out" if key == "out_dir" else f"change it in {path}"
-            raise ConfigError(f"common: {key} is made run by run: {remedy}")
+            raise ConfigError(f"common: {key} differs from run to run: {remedy}")
     out = out or os.path.join("out", "sweeps", name)
     named = {}
     for run, name in zip(runs, run_names(runs)):
@@ -95,18 +99,18 @@ def read_sweep(path, small=False, common="", out=None):
 
 
 def small_version(path, values):
-    """A sweep file's names, with those of its `small` in their place."""
+    """The values of a sweep file, replaced by those of its `small`. ConfigError if it has none."""
     small = values.get("small")
     if not isinstance(small, dict):
         raise ConfigError(f"{path} has no small version: leave --small out, or define small = dict(runs=[…])")
     for key in small:
         if key not in SMALL:
-            raise ConfigError(f"{path}: small has {key!r}, which is unknown: it may have {', '.join(SMALL)}")
+            raise ConfigError(f"{path}: small defines {key!r}, which is unknown: it may define {', '.join(SMALL)}")
     return {**values, **small, "common": {**values.get("common", {}), **small.get("common", {})}}
 
 
 def run_names(runs):
-    """Such as "btt_rank4_d_model256": the structure, and every option that is not the same in all runs."""
+    """Names of runs such as "btt_rank4_d_model256": the structure, and each option that differs between runs."""
     keys = list(dict.fromkeys(key for run in runs for key in run))
     varying = [key for key in keys if len({repr(run.get(key)) for run in runs}) > 1] or keys[:1]
     return ["_".join(_word(key, run[key]) for key in varying if key in run) for run in runs]
@@ -122,30 +126,26 @@ def _word(key, value):
 
 
 def command_of(sweep, name):
-    """The words that start a run of the sweep, or resume it."""
+    """The command, as a list of words, that starts a run of the sweep or resumes it."""
     words = [f"--{key}={value}" for key, value in sweep.runs[name].items()]
     return [sys.executable, "-m", module_of(sweep.script), *sweep.configs, *words, "--resume"]
 
 
 def is_finished(options):
-    """Whether the run's log has its last step: that of the options, else that of the config.json it wrote."""
+    """Whether the run's log has its last step, which its options give, or else the config.json that it wrote."""
     rows = read_log(os.path.join(options["out_dir"], "log.jsonl"))
     last = options.get("max_steps") or options_written(options).get("max_steps")
     return bool(rows) and isinstance(last, (int, float)) and rows[-1]["step"] >= last
 
 
 def options_written(options):
-    """The options that the run in this folder had, {} where it did not say."""
-    try:
-        with open(os.path.join(options["out_dir"], "config.json")) as file:
-            options = json.load(file)
-    except (OSError, ValueError):
-        return {}
-    return options if isinstance(options, dict) else {}
+    """The options that a run has written to its folder; {} if none has. ConfigError if they cannot be read."""
+    path = os.path.join(options["out_dir"], "config.json")
+    return read_config_json(path) if os.path.exists(path) else {}
 
 
 def say_what_differs(runs):
-    """Finished runs stay as they are: say so of those that had other options than they would have now."""
+    """Print a note if finished runs, which stay as they are, had other options than they would have now."""
     others = []
     for name, options in runs.items():
         had, wants = options_written(options), json.loads(json.dumps(options))
@@ -153,23 +153,27 @@ def say_what_differs(runs):
         keys = [key for key in had if had[key] != wants[key] and str(had[key]) != str(wants[key])]  # --data_dir=2024
         others += [f"{name} {keys[0]}={had[keys[0]]!r}, not {wants[keys[0]]!r}"] if keys else []
     if others:
-        print(f"note: {len(others)} of these had other options, {others[0]}: another --out trains them again")
+        print(f"note: {len(others)} of these had other options: {others[0]}; give another --out to train them again")
 
 
 def gpus_to_use(most=None):
-    """Numbers of the GPUs that CUDA_VISIBLE_DEVICES names, else of all that are here; the first `most` of them."""
+    """The GPUs that CUDA_VISIBLE_DEVICES names, otherwise all that are here, as strings; at most `most` of them.
+
+    ConfigError if there are fewer.
+    """
     if most == 0:
         return []
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
     found = [name.strip() for name in named.split(",") if name.strip()] if named is not None else all_gpus()
     if most is not None and most > len(found):
         raise ConfigError(
-            f"gpus={most}, but {len(found)} are here or named by CUDA_VISIBLE_DEVICES: make it at most that"
+            f"gpus={most}, but CUDA_VISIBLE_DEVICES or this machine has {len(found)}: give at most that many"
         )
     return found[:most]
 
 
 def all_gpus():
+    """The numbers of this machine's GPUs, as strings."""
     try:
         listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True)
     except OSError:
@@ -178,22 +182,24 @@ def all_gpus():
 
 
 def run_all(todo, sweep, slots):
-    """Run those in `todo`, as many at a time as there are slots (numbers of GPUs, or None) -> names that failed."""
+    """Run those named in `todo`, one at a time in each slot (the number of a GPU, or None) -> names of those that failed."""
     waiting, running, failed = list(todo), {}, []
-    threads = str(max(1, (os.cpu_count() or 1) // len(slots)))  # that compile, of each
+    threads = str(max(1, (os.cpu_count() or 1) // len(slots)))  # of each run, for compiling
     began, done = time.monotonic(), 0
     try:
         while waiting or running:
             while waiting and slots:
                 name, slot = waiting.pop(0), slots.pop(0)
                 folder = sweep.runs[name]["out_dir"]
-                os.makedirs(folder, exist_ok=True)
                 env = {"TORCHINDUCTOR_COMPILE_THREADS": threads, **os.environ}
                 if slot is not None:
                     turn = os.path.join(os.path.dirname(folder), f"gpu{slot}.turn")
                     env |= {"CUDA_VISIBLE_DEVICES": slot, "GPU_TURN": turn}
-                with open(os.path.join(folder, "train.log"), "a") as log:
-                    process = subprocess.Popen(command_of(sweep, name), stdout=log, stderr=subprocess.STDOUT, env=env)
+                with writing(folder, "give another --out"):
+                    wait_until_free(folder, seconds=60)  # a killed sweep's run may still be saving
+                    log = open(os.path.join(folder, "train.log"), "a")
+                with log:
+                    process = start_child(command_of(sweep, name), log, env)
                 running[name] = process, slot, time.monotonic()
             time.sleep(0.1)
             for name, (process, slot, start) in list(running.items()):
@@ -209,12 +215,9 @@ def run_all(todo, sweep, slots):
                 print(f"{took}{how}; about {left:.0f} s left", flush=True)
                 if process.returncode:
                     failed.append(name)
-    except KeyboardInterrupt:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C would leave them running
-        for process, _, _ in running.values():
-            process.send_signal(signal.SIGINT)  # each saves and ends
-        for process, _, _ in running.values():
-            process.wait()
+    except KeyboardInterrupt:  # Ctrl-C, SIGTERM or SIGHUP
+        ignore_signals()
+        stop_children([process for process, _, _ in running.values()], seconds=600)
         raise SystemExit("stopped: the same command resumes") from None
     return failed
 
@@ -227,7 +230,7 @@ def main(argv):
     sweep = read_sweep(files[0], config.small, config.common, config.out)
     chosen = [name for name in sweep.runs if config.only in name]
     if not chosen:
-        raise ConfigError(f"only={config.only!r} is in no run's name, such as {next(iter(sweep.runs))}")
+        raise ConfigError(f"only={config.only!r} is part of no run's name; one is {next(iter(sweep.runs))}")
     todo = [name for name in chosen if not is_finished(sweep.runs[name])]
     if config.commands:
         print(*(shlex.join(command_of(sweep, name)) for name in todo), sep="\n")
@@ -237,10 +240,21 @@ def main(argv):
     print(f"{len(chosen)} runs, {len(chosen) - len(todo)} of them finished; {len(slots)} at a time", flush=True)
     say_what_differs({name: sweep.runs[name] for name in chosen if name not in todo})
     folder = os.path.dirname(sweep.runs[chosen[0]]["out_dir"])
-    if config.jobs > 1 and not gpus and todo:  # a word for the fit, which a later command may do
-        os.makedirs(folder, exist_ok=True)
+    stop_as_by_ctrl_c()
+    with owning(folder, "give another --out"):
+        run_and_fit(sweep, todo, slots, folder, shared=config.jobs > 1 and not gpus)
+
+
+def run_and_fit(sweep, todo, slots, folder, shared):
+    """Run those named in `todo`, then fit all runs if all are finished. SystemExit if a run or the fit fails.
+
+    shared: whether several runs at a time share the CPU
+    """
+    if shared and todo:  # for the fit, which a later command may do
         with open(os.path.join(folder, SHARED), "w") as file:
-            file.write(f"{config.jobs} runs at a time shared the CPU: their seconds compare with no others\n")
+            file.write(
+                f"{len(slots)} runs at a time shared the CPU: do not compare their seconds with those of others\n"
+            )
     failed = run_all(todo, sweep, slots)
     if failed:
         which = f"{len(failed)} of {len(todo)} runs failed: {', '.join(failed)}"
@@ -253,7 +267,7 @@ def main(argv):
 
 
 def fit_runs(sweep, folder):
-    """lab.scaling_laws fit of all runs -> its exit status. The config files may define the runs' structures."""
+    """Call `lab.scaling_laws fit` for all runs -> its exit status. It reads the config files, which may define structures."""
     words = [*sweep.configs, *(options["out_dir"] for options in sweep.runs.values())]
     words.append(f"--out={os.path.join(folder, 'fit')}")
     if os.path.exists(os.path.join(folder, SHARED)):

@@ -52,7 +52,7 @@ def tiny(char_data, tmp_path):
     return [f"--{key}={value}" for key, value in options.items()]
 
 
-HANDLERS = {name: signal.getsignal(name) for name in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
+HANDLERS = {name: signal.getsignal(name) for name in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)}
 
 
 @pytest.fixture(autouse=True)

@@ -44,13 +44,16 @@ DDP, FSDP = dict(processes=2, shard="none"), dict(processes=2, shard="fsdp")
 
 # Scripts that do harm from within, {…} filled in. `step` is the number of the update in progress, 1 for the first.
 HARM = """
-import math, os, sys, time
+import errno, math, os, sys, time
 import torch
 import data, train
-from engine import checkpoint
+from engine import checkpoint, recorder
 
+step = 0
 mine, first = int(os.environ.get("RANK", 0)) == {rank}, os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
-train_batch, forward, load = data.TokenData.train_batch, train.GPT.forward, checkpoint.load
+train_batch, val_batch = data.TokenData.train_batch, data.TokenData.val_batch
+forward, load = train.GPT.forward, checkpoint.load
+fsync, save, run_passes, failed_reads = os.fsync, checkpoint.save, train.Trainer.run_passes, 0
 
 def harmed_batch(self, seed, number, *rest):
     global step
@@ -58,6 +61,11 @@ def harmed_batch(self, seed, number, *rest):
     if "hang" == {what!r} and mine and first and step == 7:
         time.sleep(1000)
     return train_batch(self, seed, number, *rest)
+
+def harmed_val_batch(self, *args):
+    if "hang_evaluation" == {what!r} and mine and step >= 10:
+        time.sleep(1000)
+    return val_batch(self, *args)
 
 def harmed_forward(self, *args, **kwargs):
     if self.training and mine and step == 13:
@@ -71,9 +79,38 @@ def slow_load(*args, **kwargs):  # as of a large checkpoint, which rank 0 reads 
     time.sleep(4)
     return load(*args, **kwargs)
 
-data.TokenData.train_batch, train.GPT.forward = harmed_batch, harmed_forward
+def harmed_passes(self, *batch):
+    losses = run_passes(self, *batch)
+    if "all_nan" == {what!r} and step > 10:
+        next(self.model.parameters()).grad[0] = math.nan
+    return losses
+
+def harmed_open(path, *args, **kwargs):
+    global failed_reads
+    if str(path).endswith("/ckpt.pt") and failed_reads < dict(read_error=99, read_errors=2).get({what!r}, 0):
+        failed_reads += 1
+        raise OSError(errno.EIO, os.strerror(errno.EIO), path)
+    return open(path, *args, **kwargs)
+
+def harmed_fsync(descriptor):
+    if "hang_writing" == {what!r} and mine and step == 10:
+        time.sleep(1000)
+    return fsync(descriptor)
+
+def save_apart(out_dir, *args, **kwargs):  # as of a node with a disk of its own
+    return save(out_dir + ".other" * mine, *args, **kwargs)
+
+data.TokenData.train_batch, data.TokenData.val_batch = harmed_batch, harmed_val_batch
+train.GPT.forward = harmed_forward
+train.Trainer.run_passes, checkpoint.open, os.fsync = harmed_passes, harmed_open, harmed_fsync
+if "apart" == {what!r}:
+    checkpoint.save = save_apart
+if "options" == {what!r} and mine:
+    sys.argv.append("--lr=1e-5")
 if "nan" == {what!r}:
     checkpoint.load = slow_load
+if "early" == {what!r} and mine and first:  # the folder is locked, an earlier run in it not yet set aside
+    recorder.open_out_dir = lambda *args: os._exit(1)
 train.main(sys.argv[1:])
 """
 
@@ -99,14 +136,15 @@ class Done(NamedTuple):
 class Command:
     """A command in the background. A tag in their environment finds all of its processes, orphans too."""
 
-    def __init__(self, words, folder, limit=None):
+    def __init__(self, words, folder, limit=None, stdout=None, **variables):
         tag = uuid.uuid4().hex
         self.tag = f"FAULTS_TAG={tag}".encode()
         self.paths = [os.path.join(folder, f"{tag}.{name}") for name in ("out", "err")]
         env = {**os.environ, "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": ROOT, "FAULTS_TAG": tag}
+        env |= variables
         with open(self.paths[0], "wb") as out, open(self.paths[1], "wb") as err:
             self.popen = subprocess.Popen(
-                words, cwd=ROOT, stdout=out, stderr=err, env=env, start_new_session=True,
+                words, cwd=ROOT, stdout=stdout or out, stderr=err, env=env, start_new_session=True,
                 preexec_fn=limit and (lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))),
             )  # fmt: skip
 
@@ -179,8 +217,8 @@ class Lab:
         os.mkdir(folder)
         return os.path.join(folder, name)
 
-    def start(self, out_dir, processes=1, restarts=0, harm=None, rank=0, limit=None, **options):
-        """train.py on so many processes. harm: what goes wrong on that rank; limit: of a file's bytes."""
+    def start(self, out_dir, processes=1, restarts=0, harm=None, rank=0, how=None, **options):
+        """train.py on so many processes. harm: what goes wrong on that rank; how: further arguments of Command."""
         script, launcher = "train.py", [sys.executable]
         if harm:
             script = self.path("harm.py")
@@ -190,7 +228,7 @@ class Lab:
             launcher += [f"--nproc_per_node={processes}", f"--max-restarts={restarts}"]
         options = {"data_dir": self.data, "out_dir": out_dir, **OPTIONS, **options}
         words = [*launcher, script, *(f"--{key}={value}" for key, value in options.items())]
-        self.commands.append(Command(words, self.folder, limit))
+        self.commands.append(Command(words, self.folder, **(how or {})))
         return self.commands[-1]
 
     def end(self):
@@ -352,8 +390,8 @@ AIMS = ["writing", "training", "renaming", "training", "writing", "training", "r
 
 def check_resumed(command, number, newest, troubles):
     """Wait until a restart has found its checkpoint; note where it is older than the newest that was surely saved."""
-    if number and command.wait_until(lambda: "going on from step" in command.out()):
-        step = int(re.search(r"going on from step (\d+)", command.out())[1])
+    if number and command.wait_until(lambda: "resuming from step" in command.out()):
+        step = int(re.search(r"resuming from step (\d+)", command.out())[1])
         if step < newest or "not a whole" in command.out():
             troubles.append(f"restart {number} went on from step {step}, {newest} was saved")
     elif number:
@@ -370,7 +408,7 @@ def rank_killed(lab, writing=False, **options):
         reached = command.wait_until(lambda: unfinished(out_dir))
     os.kill(pid, signal.SIGKILL)
     done = command.wait()
-    resumed = re.findall(r"going on from step (\d+)", done.out)
+    resumed = re.findall(r"resuming from step (\d+)", done.out)
     claims = {"rank 1 was killed": reached, **ended_well(done), "the group was restarted, once": len(resumed) == 1}
     return judge(done, {**claims, **equals(out_dir, unbroken)}, f"killed after step {at}, went on from step {resumed}")
 
@@ -391,7 +429,7 @@ def asked_to_save(lab, **options):
     claims = {
         "it was saved while it ran": saved,
         "within a few steps": asked_at < step <= asked_at + 5,
-        "it went on from there": f"going on from step {step}" in done.out,
+        "it went on from there": f"resuming from step {step}" in done.out,
         **ended_well(done),
         **equals(out_dir, unbroken),
     }
@@ -418,6 +456,205 @@ def hang(lab, restarts, timeout, **options):
     return judge(done, claims, f"ended {seconds:.0f} s after step 6")
 
 
+def hang_alone(lab, harm, words, timeout):
+    """A run of one process hangs in step 7, or in writing a checkpoint."""
+    out_dir = lab.path("run")
+    begun = time.monotonic()
+    done = lab.run(out_dir, harm=harm, timeout=timeout)
+    claims = {**ended_clearly(done, "no progress", "--timeout", *words), "it ends soon": time.monotonic() - begun < 60}
+    return judge(done, claims, f"{time.monotonic() - begun:.0f} s with the start")
+
+
+def ranks_differ(lab, **options):
+    """Rank 1 is given another learning rate than rank 0."""
+    out_dir = lab.path("run")
+    done = lab.run(out_dir, harm="options", rank=1, **options)
+    claims = {
+        **ended_clearly(done, "rank 1 has --lr=1e-05", "rank 0 has --lr=0.005", processes=2),
+        "no run begins": not os.path.exists(out_dir),
+    }
+    return judge(done, claims)
+
+
+def told_to_end(lab, name, whom, **options):
+    """A signal to the command or to its launcher, far from any evaluation: it saves and ends. Then --resume."""
+    options = {"max_steps": 200, "eval_interval": 200, **options}
+    out_dir, unbroken = lab.path("run"), lab.unbroken(**options)
+    command = lab.start(out_dir, **options)
+    command.wait_until(lambda: last_step(out_dir) >= 6)
+    command.popen.send_signal(name)
+    begun = time.monotonic()
+    while command.pids() and time.monotonic() < begun + 20:
+        time.sleep(0.05)
+    seconds = time.monotonic() - begun
+    first = command.wait()
+    step = saved_in(out_dir)[0]["step"]
+    done = lab.run(out_dir, resume=True, **options)
+    claims = {
+        "all processes ended by themselves": seconds < 20,
+        "the status is 0": first.status == (0 if whom == "run" else -name),
+        "what was done is saved": 6 <= step < 200 and f"stopped at step {step}, saved" in first.out,
+        "no traceback": "Traceback" not in first.out + first.err,
+        "it continued from there": f"from step {step}" in done.out,
+        **ended_well(done),
+        "and ended as the unbroken run": equals(out_dir, unbroken)["so does the last checkpoint"],
+    }
+    return judge(done, claims, f"all ended {seconds:.1f} s after the signal, saved at step {step}")
+
+
+def interrupted_twice(lab):
+    """Ctrl-C twice in an evaluation that takes for ever."""
+    out_dir = lab.path("run")
+    command = lab.start(out_dir, harm="hang_evaluation")
+    command.wait_until(lambda: last_step(out_dir) >= 9)
+    time.sleep(1)
+    command.popen.send_signal(signal.SIGINT)
+    asked = command.wait_until(lambda: "asked to stop" in command.out())
+    time.sleep(0.5)
+    begun = time.monotonic()
+    command.popen.send_signal(signal.SIGINT)
+    done = command.wait()
+    claims = {
+        "the first is answered": asked,
+        "the second ends it": time.monotonic() - begun < 5,
+        "the status is 130": done.status == 130,
+        "no traceback": "Traceback" not in done.out + done.err,
+        "it names the last checkpoint": "last checkpoint" in done.out,
+        "the checkpoint of step 0 is whole": saved_in(out_dir)[0]["step"] == 0,
+    }
+    return judge(done, claims)
+
+
+def output_lost(lab, kind):
+    """Standard output that is full, closed, without a reader, or for ASCII only: the run is the unbroken one."""
+    name, how = "run", {}
+    if kind == "full":
+        how["stdout"] = open("/dev/full", "wb")
+    elif kind == "unread":
+        reader, writer = os.pipe()
+        os.close(reader)
+        how["stdout"] = writer
+    elif kind == "ascii":
+        name, how["PYTHONIOENCODING"] = "läuft", "ascii"
+    out_dir = lab.path(name)
+    done = lab.run(out_dir, how=how, **(dict(resume=True) if kind == "ascii" else {}))
+    said = dict(full="No space left on device", unread="Broken pipe").get(kind, "")
+    claims = {**ended_well(done), "no traceback": "Traceback" not in done.err, "it says so": said in done.err}
+    claims["in one line"] = done.err.count("\n") == (1 if said else 0)
+    return judge(done, {**claims, **equals(out_dir, lab.unbroken())})
+
+
+def hang_writing(lab, rank, timeout, **options):
+    """This rank's disk takes for ever to write the checkpoint of step 10."""
+    out_dir = lab.path("run")
+    command = lab.start(out_dir, harm="hang_writing", rank=rank, timeout=timeout, **options)
+    command.wait_until(lambda: last_step(out_dir) >= 10)
+    begun = time.monotonic()
+    done = command.wait()
+    seconds = time.monotonic() - begun
+    claims = {
+        **ended_clearly(done, f"rank {rank} made no progress", "checkpoint.py", "--timeout", processes=2),
+        "torchrun blames it too": bool(re.search(rf"Root Cause.*?rank +: {rank} ", done.err, re.S)),
+        "it ends soon": seconds < timeout + 15,
+        "the checkpoint of step 0 is whole": saved_in(out_dir)[0]["step"] == 0,
+    }
+    return judge(done, claims, f"ended {seconds:.0f} s after step 10")
+
+
+# ---------------------------------------------------------------------------------------
+# Whose folder it is
+
+
+def restarted_early(lab, **options):
+    """Rank 0 dies before the old run in out_dir is set aside: the restart starts the new run, and not the old one again."""
+    out_dir = shutil.copytree(lab.unbroken(), lab.path("run"))
+    done = lab.run(out_dir, restarts=1, harm="early", rank=0, seed=7, **options)
+    claims = {
+        **ended_well(done),
+        "it resumed nothing": "resuming from" not in done.out and "resumed with" not in done.out,
+        "the old run is set aside whole": all(equals(f"{out_dir}.1", lab.unbroken()).values()),
+        **equals(out_dir, lab.unbroken(seed=7, **options)),
+    }
+    return judge(done, claims)
+
+
+def together(lab, count):
+    """So many runs at once in one out_dir, half of them with --resume: one trains, the others are refused."""
+    out_dir, options = lab.path("run"), dict(max_steps=100_000, eval_interval=50_000, log_interval=1)
+    commands = [lab.start(out_dir, resume=number % 2 > 0, **options) for number in range(count)]
+
+    def training():
+        return [command for command in commands if command.popen.poll() is None]
+
+    for command in commands:  # until it has ended, or is the last
+        command.wait_until(lambda: len(training()) <= 1)
+    (owner,) = training()
+    refused = [command.wait() for command in commands if command is not owner]
+    owner.wait_until(lambda: last_step(out_dir) >= 3)
+    os.kill(owner.popen.pid, signal.SIGTERM)
+    done = owner.wait()
+    steps = [row["step"] for row in rows_of(out_dir)]
+    words = ("is in use by process", str(owner.popen.pid), "give another out_dir")
+    claims = {
+        **ended_well(done),
+        "its log holds every step once": steps == list(range(len(steps))) and len(steps) > 3,
+        "its checkpoint is of the last step": saved_in(out_dir)[0]["step"] == steps[-1],
+    }
+    for number, each in enumerate(refused):
+        claims |= {f"{claim}, refused run {number}": so for claim, so in ended_clearly(each, *words).items()}
+    return judge(refused[0], claims, f"{len(refused)} refused")
+
+
+def folder_above(lab):
+    """A new run in a folder with an old run's files, the data, and the folder of a run that trains."""
+    above = shutil.copytree(lab.unbroken(), lab.path("out"))
+    data_dir, inside = shutil.copytree(lab.data, os.path.join(above, "data")), os.path.join(above, "run")
+    living = lab.start(inside, data_dir=data_dir, max_steps=100_000, eval_interval=50_000)
+    living.wait_until(lambda: last_step(inside) >= 3)
+    done = lab.run(above, data_dir=data_dir)
+    os.kill(living.popen.pid, signal.SIGTERM)
+    stopped = living.wait()
+    steps = [row["step"] for row in rows_of(inside)]
+    claims = {
+        **ended_well(done),
+        **equals(above, lab.unbroken()),
+        "the old run is set aside whole": all(equals(f"{above}.1", lab.unbroken()).values()),
+        "nothing else is": not {"data", "run"} & set(os.listdir(f"{above}.1")),
+        "the other run trained on undisturbed": all(ended_well(stopped).values()) and steps == list(range(len(steps))),
+    }
+    return judge(done, claims)
+
+
+def children_end(lab, module, name):
+    """A sweep or a search gets this signal while a run of it trains: none of its processes outlives it."""
+    out = lab.path("runs")
+    options = {**OPTIONS, "data_dir": lab.data, "max_steps": 100_000, "eval_interval": 50_000}
+    if module == "lab.sweep":
+        file, run = lab.path("sweep.py"), os.path.join(out, "seed1")
+        write(file, f"runs = [dict(seed=1)]\ncommon = {options!r}\n")
+        words = [file, "--gpus=0"]
+    else:
+        run, left_out = os.path.join(out, "trial_0"), ("micro_batch", "dropout")
+        words = [f"--{key}={value}" for key, value in options.items() if key not in left_out]
+        words += ["config/quickstart.py", "--micro_batch=4", "--trials=1"]
+    command = Command([sys.executable, "-m", module, *words, f"--out={out}"], lab.folder)
+    lab.commands.append(command)
+    reached = command.wait_until(lambda: last_step(run) >= 3)
+    command.popen.send_signal(getattr(signal, name))
+    begun = time.monotonic()
+    while command.pids() and time.monotonic() < begun + 60:
+        time.sleep(0.05)
+    done = command.wait()
+    claims = {
+        "a run was training": reached,
+        "no process is left": not done.left and time.monotonic() < begun + 60,
+        "its run saved": saved_in(run)[0]["step"] == last_step(run) > 0,
+        "exit status not 0": done.status != 0,
+        "one line": name == "SIGKILL" or done.message.startswith("stopped: the same command resumes"),
+    }
+    return judge(done, claims, f"all ended after {time.monotonic() - begun:.1f} s")
+
+
 # ---------------------------------------------------------------------------------------
 # Disks and checkpoints
 
@@ -435,7 +672,7 @@ def disk_full(lab, mounted, **options):
     if not mounted:
         limit = 6 * size // len(files) // 10
     try:
-        done = lab.run(out_dir, limit=limit, **options)
+        done = lab.run(out_dir, how=dict(limit=limit), **options)
         step, saved = last_step(out_dir), saved_in(out_dir)[0]["step"]
         words = "No space left on device" if mounted else "File too large", f"of step {saved}", "intact", "make room"
         claims = {
@@ -448,7 +685,7 @@ def disk_full(lab, mounted, **options):
             claims |= resumed_while_full(lab, folder, out_dir, options)
             subprocess.run(["mount", "-o", f"remount,size={10 * size}", folder], check=True)
         again = lab.run(out_dir, resume=True, **options)
-        went_on = again.status == 0 and f"going on from step {saved}" in again.out
+        went_on = again.status == 0 and f"resuming from step {saved}" in again.out
         claims |= {"with room again it goes on from there": went_on, **equals(out_dir, unbroken)}
     finally:
         if mounted:
@@ -469,6 +706,29 @@ def resumed_while_full(lab, folder, out_dir, options):
     claims = ended_clearly(full, "No space left", processes=options.get("processes", 1))
     claims[f"files stay as they were: {changed}"] = not changed
     return {f"{claim}, resumed while full": holds for claim, holds in claims.items()}
+
+
+def nodes_apart(lab, **options):
+    """Each of two ranks has an out_dir of its own, as on two nodes without a common file system."""
+    out_dir = lab.path("run")
+    done = lab.run(out_dir, harm="apart", rank=1, **options)
+    words = f"out_dir={out_dir}", "which rank 1 has written", "all nodes share"
+    left = [name for path in (out_dir, f"{out_dir}.other") for name in os.listdir(path) if name.startswith("ckpt")]
+    return judge(done, {**ended_clearly(done, *words, processes=2), f"no checkpoint is left: {left}": not left})
+
+
+def read_error(lab, harm):
+    """The disk does not let the newest checkpoint be read, twice or for good. None is taken for damaged."""
+    out_dir = shutil.copytree(lab.unbroken(), lab.path("run"))
+    before = {name: read(os.path.join(out_dir, name)) for name in os.listdir(out_dir) if name.startswith("ckpt")}
+    done = lab.run(out_dir, harm=harm, resume=True)
+    after = {name: read(os.path.join(out_dir, name)) for name in os.listdir(out_dir) if name.startswith("ckpt")}
+    claims = {"the checkpoints stay as they were": before == after, "none is skipped": "skipped" not in done.out}
+    if harm == "read_errors":
+        claims |= {**ended_well(done), "it resumed from the newest": "from step 30" in done.out}
+    else:
+        claims |= ended_clearly(done, f"{out_dir}/ckpt.pt cannot be read", "Input/output error", "may be whole")
+    return judge(done, claims)
 
 
 def no_folder(lab):
@@ -494,7 +754,7 @@ def damaged(lab, spoil, words=None, **options):
         claims |= {**ended_clearly(done, *words), "the log stays as it was": rows_of(out_dir) == log}
         return judge(done, claims)
     said = next((line for line in done.out.splitlines() if "not a whole checkpoint" in line), "")
-    went_on = said.startswith(newest) and "going on from step 20" in done.out
+    went_on = said.startswith(newest) and "resuming from step 20" in done.out
     claims |= {**ended_well(done), "it says that it goes on from the one before": went_on}
     if not options:  # on as many processes as before, so that sums round the same
         claims |= equals(out_dir, lab.unbroken())
@@ -561,8 +821,48 @@ def a_folder(newest, *_):
     os.mkdir(newest)
 
 
+def a_fifo(newest, *_):
+    os.remove(newest)
+    os.mkfifo(newest)
+
+
 def a_text(newest, *_):
     write(newest, "This is not a checkpoint.\n")
+
+
+def packed(newest, *_):
+    """Its members compressed, as by unzip and zip: every sum is right, the bytes are others."""
+    with zipfile.ZipFile(newest) as archive:
+        members = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(newest, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in members.items():
+            archive.writestr(name, content)
+
+
+def step_nan(newest, *_):
+    torch.save({**torch.load(newest, weights_only=True), "step": float("nan")}, newest)
+
+
+def without_scaler(newest, *_):
+    saved = torch.load(newest, weights_only=True)
+    del saved["scaler"]
+    torch.save(saved, newest)
+
+
+def with_nan(newest, *_):
+    saved = torch.load(newest, weights_only=True)
+    saved["model"]["final_norm.weight"][0] = float("nan")
+    torch.save(saved, newest)
+
+
+def without_chunk(newest, *_):
+    """DCP would leave a hole in the tensor: numbers that the memory happened to hold."""
+    path, manifest = (os.path.join(newest, name) for name in (".metadata", "manifest.json"))
+    metadata = pickle.loads(read(path))
+    del metadata.state_dict_metadata["model.token_embedding.weight"].chunks[1]
+    with open(path, "wb") as file:
+        pickle.dump(metadata, file)
+    write(manifest, json.dumps({**json.loads(read(manifest)), ".metadata": checkpoint.checksum_of(path)}))
 
 
 def other_model(newest, previous, _):
@@ -650,6 +950,22 @@ def in_step_13(lab, harm, words, rank=0, **options):
     return judge(done, claims)
 
 
+def not_finite(lab, words, step, harm=None, **options):
+    """Numbers that are not finite, which no loss of a step shows. What was saved is finite, and is resumed from."""
+    out_dir = lab.path("run")
+    done = lab.run(out_dir, harm=harm, **options)
+    saved, tensors = saved_in(out_dir)
+    again = lab.run(out_dir, resume=True, **{**options, "dtype": "float32", "lr": 1e-6, "max_steps": saved["step"] + 2})
+    claims = {
+        **ended_clearly(done, f"of step {saved['step']}", "lower lr", *words),
+        f"the checkpoint is of step {step}": saved["step"] == step,
+        "it is finite": all(tensor.isfinite().all() for tensor in tensors.values()),
+        "the log holds no NaN": "NaN" not in read(os.path.join(out_dir, "log.jsonl")).decode(),
+        "the remedy helps": again.status == 0,
+    }
+    return judge(done, claims)
+
+
 def leak(lab, steps):
     """Memory, open files and threads, by what the system says. The first quarter of the run is its warm-up."""
     out_dir, samples = lab.path("run"), []
@@ -691,6 +1007,10 @@ def table(short):
     ddp, fsdp = ({**processes, "max_steps": 30 * few + 30} for processes in (DDP, FSDP))  # share the unbroken run
     again, gone, memory = "prepare_owt.py", ["no whole checkpoint"], ["micro_batch=4", "lower micro_batch"]
     nan = ["step 13", "gradient norm nan", "of step 10", "lower lr"]
+    val_nan = dict(words=["val_loss nan"], step=1, lr=1e30, warmup_steps=0, eval_interval=1)
+    all_nan = dict(
+        words=["step 35", "float16", "--dtype=float32"], step=30, harm="all_nan", dtype="float16", max_steps=60
+    )
     odd = dict(dtype="uint16", train_tokens=4500, train_bytes=9001)
     halved = dict(dtype="uint16", train_tokens=7900, train_bytes=15800, val_tokens=2000)
     rows = [
@@ -703,10 +1023,28 @@ def table(short):
         ("asked_to_save_ddp", "the same, SIGUSR1 to rank 1 of 2", asked_to_save, DDP),
         ("hang", "rank 1 of 2 sleeps in step 7", hang, dict(restarts=0, timeout=timeout, processes=2)),
         ("hang_restart", "the same, --max-restarts=1", hang, dict(restarts=1, timeout=timeout, **ddp)),
+        (
+            "hang_alone",
+            "one process sleeps in step 7",
+            hang_alone,
+            dict(harm="hang", words=["in harmed_batch"], timeout=3),
+        ),
+        ("ranks_differ", "rank 1 of 2 is given another lr", ranks_differ, DDP),
+        ("hangup", "SIGHUP", told_to_end, dict(name=signal.SIGHUP, whom="run")),
+        ("launcher_killed", "SIGKILL to torchrun", told_to_end, dict(name=signal.SIGKILL, whom="launcher", **DDP)),
+        ("interrupted_twice", "Ctrl-C twice in an evaluation", interrupted_twice, {}),
+        ("stdout_full", "stdout is /dev/full", output_lost, dict(kind="full")),
+        ("stdout_unread", "stdout is a pipe without a reader", output_lost, dict(kind="unread")),
+        ("stdout_ascii", "stdout takes ASCII only", output_lost, dict(kind="ascii")),
+        ("hang_writing", "rank 0 of 2 hangs as it saves", hang_writing, dict(rank=0, timeout=timeout, **DDP)),
+        ("hang_writing_fsdp", "rank 1, --shard=fsdp", hang_writing, dict(rank=1, timeout=timeout, **FSDP)),
         ("disk_full", "file system with room for 2.5 checkpoints", disk_full, dict(mounted=True)),
         ("disk_full_fsdp", "the same, 2 processes", disk_full, dict(mounted=True, **FSDP)),
         ("file_limit", "RLIMIT_FSIZE below a checkpoint's size", disk_full, dict(mounted=False)),
         ("no_folder", "out_dir below a regular file", no_folder, {}),
+        ("nodes_apart", "two nodes that do not share out_dir", nodes_apart, FSDP),
+        ("read_errors", "EIO from the newest checkpoint, twice", read_error, dict(harm="read_errors")),
+        ("read_error", "EIO from the newest checkpoint for good", read_error, dict(harm="read_error")),
         ("ckpt_truncated", "newest truncated", damaged, dict(spoil=truncated)),
         ("ckpt_bit", "one bit of a tensor flipped", damaged, dict(spoil=bit_flipped)),
         ("ckpt_bit_fsdp", "the same in a directory", damaged, dict(spoil=bit_flipped, **FSDP)),
@@ -716,7 +1054,13 @@ def table(short):
         ("ckpt_evil_fsdp", "the same in a directory", damaged, dict(spoil=evil, **FSDP)),
         ("ckpt_evil_both", "both malicious pickles", damaged, dict(spoil=both_evil, words=gone)),
         ("ckpt_folder", "ckpt.pt a directory", damaged, dict(spoil=a_folder)),
+        ("ckpt_fifo", "ckpt.pt a FIFO", damaged, dict(spoil=a_fifo)),
         ("ckpt_text", "ckpt.pt a text", damaged, dict(spoil=a_text)),
+        ("ckpt_packed", "newest compressed again", damaged, dict(spoil=packed)),
+        ("ckpt_nan", "a weight of the newest is NaN", damaged, dict(spoil=with_nan)),
+        ("ckpt_step", "its step is NaN", damaged, dict(spoil=step_nan)),
+        ("ckpt_key", "it has no scaler", damaged, dict(spoil=without_scaler)),
+        ("ckpt_chunk", "a chunk is missing, --shard=fsdp", damaged, dict(spoil=without_chunk, **FSDP)),
         ("data_truncated", "train.bin cut", bad_data, dict(spoil=data(9000), words=["9000 bytes", "15945", again])),
         (
             "data_odd",
@@ -736,8 +1080,18 @@ def table(short):
         ("nan", "a gradient is NaN in step 13", in_step_13, dict(harm="nan", words=nan)),
         ("nan_ddp", "on rank 1 of 2 only", in_step_13, dict(harm="nan", words=nan, rank=1, **DDP)),
         ("nan_fsdp", "the same, --shard=fsdp", in_step_13, dict(harm="nan", words=nan, rank=1, **FSDP)),
+        ("val_nan", "--lr=1e30: a validation loss that is NaN", not_finite, val_nan),
+        ("all_nan", "float16 gradients that are always NaN", not_finite, all_nan),
         ("memory", "torch.OutOfMemoryError in step 13", in_step_13, dict(harm="memory", words=memory)),
         ("memory_1", "on rank 1 of 2 only", in_step_13, dict(harm="memory", words=memory, rank=1, **DDP)),
+        ("restarted_early", "rank 0 dies before an old run is set aside, --max-restarts=1", restarted_early, DDP),
+        ("together", f"{3 if short else 8} runs at once in one out_dir", together, dict(count=3 if short else 8)),
+        ("folder_above", "out_dir holds an old run, the data and a run that trains", folder_above, {}),
+        *(
+            (f"{module}_{name}", f"{name} to lab.{module}", children_end, dict(module=f"lab.{module}", name=name))
+            for module in ("sweep", "search")
+            for name in ("SIGTERM", "SIGHUP", "SIGKILL")
+        ),
         ("leak", f"{steps} steps", leak, dict(steps=steps)),
     ]
     return {name: (what, function, arguments) for name, what, function, arguments in rows}

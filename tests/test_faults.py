@@ -7,7 +7,18 @@ import pytest
 from faults import Lab, inflict, table
 
 # Name of a fault, and what to change of its arguments. A group of processes takes 10 s of one core to start.
-SHORTER = {"kills": {"count": 2}, "rank_killed_writing": {"max_steps": 50}, "nan_ddp": {}, "leak": {}}
+SHORTER = {
+    "kills": {"count": 2},
+    "rank_killed_writing": {"max_steps": 50},
+    "nan_ddp": {},
+    "val_nan": {},
+    "hang_writing_fsdp": {"timeout": 3},
+    "ranks_differ": {},
+    "launcher_killed": {},
+    "together": {},
+    "interrupted_twice": {},
+    "leak": {},
+}
 
 
 @pytest.fixture(scope="module")

@@ -391,7 +391,7 @@ def test_standard_parametrization_draws_dense_experts_as_gpt2_and_leaves_routers
     torch.testing.assert_close(ffn.router.weight.norm(dim=1), torch.full((8,), math.sqrt(8 / 64)))
 
 
-@pytest.mark.parametrize("structure", ["btt:rank=2,moe=linear,num_experts=4", "dense:moe=ffn,num_experts=4"])
+@pytest.mark.parametrize("structure", ["btt --rank=2 --moe=linear --num_experts=4", "dense --moe=ffn --num_experts=4"])
 def test_coordinate_check(structure):
     """Outputs of layers and blocks keep their size over the widths; logits of attention and routers begin at others."""
     measured = coordinate_check(parse_structure(structure), CoordsConfig(widths=(64, 144, 256), steps=3, seeds=1))

@@ -130,7 +130,7 @@ def test_weight_decay_takes_lr_times_decay_off_every_matrix():
 
 @pytest.mark.parametrize(
     "structure",
-    ["dense", "low_rank:rank=width/4,structured_layers=attn ffn", "btt:rank=2"],
+    ["dense", "low_rank --rank=width/4 --structured_layers=attn,ffn", "btt --rank=2"],
     ids=["dense", "low_rank", "btt"],
 )
 def test_coordinate_check(structure):

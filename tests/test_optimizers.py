@@ -118,8 +118,17 @@ def test_state_of_any_shape_goes_into_a_file_and_back(make, tmp_path):
             checkpoint.restore(checkpoint.load(str(tmp_path)), model, optimizers)
         else:
             one_step(model, optimizers)
-            state = {"step": 1, "config": {}, "model": model.state_dict(), "optimizer": optimizers.state_dict()}
-            checkpoint.save(str(tmp_path), state)
+            plain = {
+                "step": 1,
+                "seconds": 0.0,
+                "best_val_loss": 1.0,
+                "wandb_id": None,
+                "config": {},
+                "meta": {},
+                "scaler": {},
+            }
+            state = {"model": model.state_dict(), "optimizer": optimizers.state_dict()}
+            checkpoint.save(str(tmp_path), {**plain, **state})
         one_step(model, optimizers)
         results.append([p.detach() for p in model.parameters()])
     assert all(torch.equal(one, other) for one, other in zip(*results))

@@ -153,7 +153,7 @@ def test_it_is_searched(own_file, tiny, tmp_path, monkeypatch):
     for wrong, message in (
         ("{'structure': 'banned'}", "structure='banned' is unknown"),
         ("{'structure': 'btt', 'bnds': 3}", "choices: 'bnds' is no option of a structure, choose from"),
-        ("{'bands': (2, 3)}", "say of which structure"),
+        ("{'bands': (2, 3)}", "name the structure"),
         ("{'structure': 'banded', 'bands': ()}", "bands has no values"),
     ):
         with pytest.raises(ConfigError, match=message):

@@ -10,19 +10,22 @@ import random
 import re
 import shutil
 import signal
+import subprocess
+import sys
 import time
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import train
 from configurator import ConfigError, RunFailed
-from conftest import losses, read_rows, run_forked, run_script, start_script
+from conftest import environment, losses, read_rows, run_forked, run_script, start_script
 from data import TokenData
-from engine import checkpoint, parallel, runlog
+from engine import checkpoint, heartbeat, parallel, runlog
 from engine.device import choose_device, choose_dtype, peak_flops
 from sample import load_model
 from train import TrainConfig, lr_at
@@ -74,7 +77,14 @@ def test_schedules_at_their_corners():
 
 
 def test_a_run_learns_and_leaves_what_it_should(straight):
-    assert sorted(os.listdir(straight)) == ["ckpt.pt", "ckpt_prev.pt", "config.json", "log.jsonl", "loss.png"]
+    assert sorted(os.listdir(straight)) == [
+        "ckpt.pt",
+        "ckpt_prev.pt",
+        "config.json",
+        "log.jsonl",
+        "loss.png",
+        "run.lock",
+    ]
     rows = read_rows(straight)
     assert [row["step"] for row in rows] == list(range(21))
     val = losses(straight, "val_loss")
@@ -129,7 +139,7 @@ def test_every_rank_evaluates_its_share(char_data, monkeypatch):
             return model(x, y)
 
         counting.eval = counting.train = lambda: None
-        trainer.fast, trainer.task.rank = counting, rank
+        trainer.compiled_model, trainer.task.rank = counting, rank
         trainer.task.evaluate(trainer)
     assert [len(seen[0]), len(seen[1])] == [16, 15]
     assert sorted(seen[0] + seen[1]) == sorted(tuple(row.tolist()) for row in data.val_batch(data.val_rows(1000))[0])
@@ -182,7 +192,7 @@ def test_last_evaluation_and_checkpoint_happen_also_before_the_first_interval(ti
 
 def test_without_checkpoints_a_run_leaves_its_log_and_picture(tiny, tmp_path, straight, capsys):
     train.main([*tiny, "--dropout=0.1", "--save=False"])
-    assert sorted(os.listdir(tmp_path / "run")) == ["config.json", "log.jsonl", "loss.png"]
+    assert sorted(os.listdir(tmp_path / "run")) == ["config.json", "log.jsonl", "loss.png", "run.lock"]
     for key in ("loss", "val_loss", "grad_norm"):
         assert losses(tmp_path / "run", key) == losses(straight, key)
     assert "ckpt" not in capsys.readouterr().out
@@ -277,7 +287,7 @@ def test_a_run_starts_from_anothers_weights(tiny, tmp_path, straight, capsys):
     assert losses(tmp_path / "hand") == losses(tmp_path / "run")
     # A resumed run goes on with its own.
     train.main([*words, f"--init_from={straight}", "--max_steps=12", "--resume"])
-    assert "going on from step 10" in capsys.readouterr().out
+    assert "resuming from step 10" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -468,7 +478,7 @@ def test_killed_and_resumed_equals_straight(tiny, tmp_path, capsys):
     saved_at = checkpoint.load(tmp_path / "run")["step"]
     assert 10 <= saved_at < 60 and 12 <= killed_at < 60, "the run ended before it could be killed"
     train.main([*arguments, "--resume"])
-    assert f"going on from step {saved_at}" in capsys.readouterr().out
+    assert f"resuming from step {saved_at}" in capsys.readouterr().out
     for key in ("loss", "val_loss", "grad_norm", "lr"):
         got, want = losses(tmp_path / "run", key), losses(tmp_path / "straight", key)
         assert got.keys() == want.keys()
@@ -499,7 +509,7 @@ def test_resume_refuses_another_model_and_tells_other_changes(tiny, tmp_path, ca
     out = capsys.readouterr().out
     assert "resumed with lr=0.001, it was 0.005" in out and "resumed with max_steps=4, it was 2" in out
     train.main([*tiny, "--resume", "--max_steps=4", "--lr=1e-3"])
-    assert "going on from step 4, nothing is left of max_steps=4" in capsys.readouterr().out
+    assert "resuming from step 4; max_steps=4 is already reached" in capsys.readouterr().out
     rates = losses(tmp_path / "run", "lr")
     assert max(rates) == 4 and rates[3] == pytest.approx(1e-3 * 3 / 5)  # from the new base rate, not from a saved one
 
@@ -510,18 +520,63 @@ def test_a_torn_checkpoint_is_passed_over(tiny, tmp_path, capsys):
     os.truncate(path, os.path.getsize(path) // 2)
     train.main([*tiny, "--resume"])
     out = capsys.readouterr().out
-    assert "not a whole checkpoint" in out and "going on from step 10" in out
+    assert "not a whole checkpoint" in out and "resuming from step 10" in out
     for name in ("ckpt.pt", "ckpt_prev.pt"):
         os.truncate(tmp_path / "run" / name, 10)
     with pytest.raises(RunFailed, match="no whole checkpoint"):
         train.main([*tiny, "--resume"])
 
 
-def test_torchruns_restart_resumes_without_the_flag(tiny, tmp_path, monkeypatch, capsys):
+def test_a_restart_continues_its_own_run_and_no_other(tiny, tmp_path, monkeypatch, capsys):
+    """A torchrun's runs have one id: its restart resumes without the flag. Another torchrun's restart begins anew."""
+    store = dist.HashStore()
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    monkeypatch.setattr(heartbeat, "_open_store", lambda rank, limit: store)
     train.main([*tiny, "--max_steps=10"])
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     train.main(tiny)
-    assert "going on from step 10" in capsys.readouterr().out
+    assert "resuming from step 10" in capsys.readouterr().out
+    assert os.listdir(tmp_path) == ["run"] and read_rows(tmp_path / "run")[-1]["step"] == 20
+
+    store = dist.HashStore()
+    train.main([*tiny, "--seed=7", "--max_steps=1"])
+    said = capsys.readouterr().out
+    assert "resuming" not in said and "resumed" not in said and "held an earlier run: moved to" in said
+    assert [read_rows(tmp_path / name)[-1]["step"] for name in ("run", "run.1")] == [1, 20]
+    seeds = [json.loads((tmp_path / name / "config.json").read_text())["seed"] for name in ("run", "run.1")]
+    assert seeds == [7, 1337]
+
+
+def test_a_restart_before_the_old_run_is_set_aside_begins_anew(tiny, tmp_path, monkeypatch, capsys):
+    """The first attempt dies when it has locked the folder and not yet set the old run aside."""
+    store = dist.HashStore()
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    monkeypatch.setattr(heartbeat, "_open_store", lambda rank, limit: store)
+    train.main([*tiny, "--max_steps=5"])
+    store = dist.HashStore()
+    with monkeypatch.context() as harm:
+        harm.setattr(checkpoint, "set_aside", lambda *arguments: (_ for _ in ()).throw(RuntimeError("it died")))
+        with pytest.raises(RuntimeError, match="it died"):
+            train.main([*tiny, "--max_steps=1"])
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    train.main([*tiny, "--max_steps=1"])
+    assert "resuming" not in capsys.readouterr().out
+    assert [read_rows(tmp_path / name)[-1]["step"] for name in ("run", "run.1")] == [1, 5]
+
+
+@pytest.mark.parametrize("resume", [[], ["--resume"]])
+def test_a_run_beside_a_living_one_is_refused(tiny, tmp_path, resume):
+    train.main([*tiny, "--max_steps=1"])
+    files = sorted(os.listdir(tmp_path / "run"))
+    owned = "from engine import ownership; ownership.own_folder({!r}, ''); print('owned', flush=True); input()"
+    words = [sys.executable, "-c", owned.format(str(tmp_path / "run"))]
+    how = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment(None))
+    with subprocess.Popen(words, **how) as other:
+        assert other.stdout.readline() == b"owned\n"
+        with pytest.raises(ConfigError, match=f"run is in use by process {other.pid} on .*: wait for its end, or give"):
+            train.main([*tiny, *resume])
+    assert sorted(os.listdir(tmp_path / "run")) == files and os.listdir(tmp_path) == ["run"]
+    train.main([*tiny, *resume])  # the other has died
 
 
 # -- several processes
@@ -575,11 +630,18 @@ def test_sharded_on_two_goes_on_sharded_on_four_and_whole_on_one(tiny, tmp_path)
     done = run_forked("train.py", *tiny, "--shard=fsdp", "--max_steps=10", processes=2)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "view tensor" not in done.stderr, done.stderr  # of FSDP2, about hooks that an in-place operation would drop
-    assert sorted(os.listdir(tmp_path / "run")) == ["ckpt.dcp", "ckpt_prev.dcp", "config.json", "log.jsonl", "loss.png"]
+    assert sorted(os.listdir(tmp_path / "run")) == [
+        "ckpt.dcp",
+        "ckpt_prev.dcp",
+        "config.json",
+        "log.jsonl",
+        "loss.png",
+        "run.lock",
+    ]
     for name in ("four", "one"):
         shutil.copytree(tmp_path / "run", tmp_path / name)
     done = run_forked("train.py", *tiny, "--shard=fsdp", "--resume", f"--out_dir={tmp_path}/four", processes=4)
-    assert done.returncode == 0 and "going on from step 10" in done.stdout, done.stdout + done.stderr
+    assert done.returncode == 0 and "resuming from step 10" in done.stdout, done.stdout + done.stderr
     train.main([*tiny, "--resume", f"--out_dir={tmp_path}/one"])
     for key in ("loss", "val_loss", "grad_norm", "lr"):
         want = losses(tmp_path / "straight", key)

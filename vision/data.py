@@ -164,8 +164,13 @@ def image_files(folder):
 
 class Files(list):
     def __call__(self, i):
-        with open(self[i], "rb") as file:
+        with open(self[i], "rb", opener=open_without_waiting) as file:
             return file.read()
+
+
+def open_without_waiting(path, flags):
+    """A FIFO with the name of an image is then empty, and counts as broken."""
+    return os.open(path, flags | os.O_NONBLOCK)
 
 
 def hub(config, say):
@@ -533,6 +538,9 @@ class Order:
 
 PIECE = 64  # images that a worker decodes at a time: a whole share would be late at first, and take much memory ahead
 
+PREFETCH = 4  # pieces that a worker is ahead
+SHARED_MEMORY = "/dev/shm"  # where torch's processes share tensors, on Linux
+
 WORTH_A_WORKER = 2048  # held images, below which decoding them takes no longer than starting one
 
 
@@ -663,7 +671,7 @@ class Streamed:
 
     mean, std = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]  # of ImageNet's training images
 
-    def __init__(self, config, splits, device):
+    def __init__(self, config, splits, device, say=lambda text: None):
         self.config, self.splits, self.device = config, splits, device
         self.n, self.broken, self.last_broken = len(splits["train"].labels), 0, ""
         self.order, self.next_step, self.pieces = Order(self.n, config.seed), None, None
@@ -674,14 +682,17 @@ class Streamed:
                 "gpu_decode=True needs torchvision, which is missing: pip install torchvision, or leave it out"
             )
         self.workers = decoders(config)
+        piece = config.channels * config.image_size**2 * (PIECE + config.micro_batch)  # bytes, of both splits
+        self.shares_memory = shared_memory_holds(piece * PREFETCH * self.workers, say)
 
     def loader(self, split, keys):
         """keys: lists of (position, image) -> iterator over them of uint8 (B, C, S, S), labels (B,), on the device."""
         loader = data_loader(
             Images(self.config, self.splits[split], split == "train"), self.workers, batch_sampler=keys,
-            collate_fn=collate, prefetch_factor=4 if self.workers else None,
+            collate_fn=collate if self.shares_memory else collate_arrays, prefetch_factor=PREFETCH if self.workers else None,
         )  # fmt: skip
         for images, labels, boxes, broken in loader:
+            images, labels = torch.as_tensor(images), torch.as_tensor(labels)
             if broken:
                 self.broken, self.last_broken = self.broken + len(broken), broken[-1]
             if split == "train" and (labels < 0).any():
@@ -796,6 +807,30 @@ def collate(items):
     return images, torch.tensor(labels), boxes, [name for names in broken for name in names]
 
 
+def collate_arrays(items):
+    """As collate, in numpy arrays: workers send them through a pipe, and tensors in shared memory."""
+    images, labels, boxes, broken = collate(items)
+    return images.numpy(), labels.numpy(), boxes, broken
+
+
+def shared_memory_holds(size, say):
+    """Whether this machine's shared memory has room for `size` bytes of each process; a note where it has not.
+
+    A worker that finds it full loses its batch, and the trainer would wait for that for ever.
+    """
+    try:
+        status = os.statvfs(SHARED_MEMORY)
+    except OSError:  # no such folder: a system that keeps shared memory elsewhere
+        return True
+    free, needed = status.f_bavail * status.f_frsize, size * int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if free < needed:
+        say(
+            f"note: {SHARED_MEMORY} has {free / 2**20:,.1f} MiB free, decoded images need up to {needed / 2**20:,.1f} MiB: they "
+            "come through pipes, which is slower (docker run --shm-size enlarges it)"
+        )
+    return free >= needed
+
+
 def decode_on(device, files, boxes, config):
     """Files' bytes -> uint8 (B, C, S, S): upright JPEGs decoded on the GPU by torchvision, the rest by PIL on the host.
 
@@ -839,8 +874,9 @@ def workers_watched():
 
 
 def leave_signals(worker):
-    """Ctrl-C is the trainer's, which ends its workers."""
+    """Ctrl-C and a closed terminal are the trainer's to answer, which ends its workers."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     torch.set_num_threads(1)
 

@@ -8,7 +8,7 @@ the student the residual MLP of mlp.py. One pass: no input comes twice. The loss
 """
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from functools import partial
 
 from configurator import as_script, load_config
@@ -134,7 +134,7 @@ class TeacherTask:
     @torch.no_grad()
     def evaluate(self, trainer):
         """-> val_loss, the mean squared error."""
-        trainer.fast.eval()
+        trainer.compiled_model.eval()
         size = self.config.micro_batch
         count = -(-self.config.eval_inputs // (size * self.world))  # as many on every rank
         errors = []
@@ -142,10 +142,10 @@ class TeacherTask:
             trainer.watchdog.beat()
             x = self.inputs(VALIDATION, number, size, 0, size)
             with trainer.autocast:
-                y, _ = trainer.fast(x)
+                y, _ = trainer.compiled_model(x)
             errors.append(squared_error(y.float(), self.teacher(x)).view(1))
         (total,) = sum_over_ranks(errors, self.device)
-        trainer.fast.train()
+        trainer.compiled_model.train()
         return {"val_loss": total / (count * self.world)}
 
 
@@ -160,9 +160,9 @@ def train_student(config, progress):
     rank, local_rank, world = ranks()
     split_batch(config, world)
     device = choose_device(config.device, local_rank)
-    watchdog = init_distributed(device, config.timeout)
-    trainer = Trainer(config, TeacherTask(config, device), device, watchdog, progress)
-    trainer.run()
+    with init_distributed(device, config.timeout, asdict(config)) as watchdog:
+        trainer = Trainer(config, TeacherTask(config, device), device, watchdog, progress)
+        trainer.run()
     if rank == 0:
         trainer.say_summary()
 

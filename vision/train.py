@@ -9,7 +9,7 @@ says what a batch and an evaluation are. batch_size is that of all processes tog
 """
 
 import time
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from functools import partial
 
 from configurator import ConfigError, as_script, load_config
@@ -66,6 +66,7 @@ if __name__ == "__main__":  # a mistake is answered before torch is imported, wh
 import torch
 import torch.nn.functional as F
 
+from engine.agreement import check_data_of_ranks
 from engine.device import choose_device
 from engine.failures import run_with_progress
 from engine.heartbeat import init_distributed
@@ -130,7 +131,7 @@ class ImageTask:
     def evaluate(self, trainer):
         """-> figures of all validation images: val_loss, top1, top5, of the running mean of the weights where there is one."""
         with trainer.optimizers.averaged():
-            figures = self.validate(trainer.fast, trainer.autocast, trainer.watchdog.beat)
+            figures = self.validate(trainer.compiled_model, trainer.autocast, trainer.watchdog.beat)
         if self.config.stream and "broken" in figures:
             last = self.data.last_broken or "none"
             self.say(f"{figures['broken']} broken images passed over so far, the last here {last}")
@@ -177,20 +178,22 @@ def train_on_images(config, progress):
     rank, local_rank, world = ranks()
     split_batch(config, world)  # a mistake is answered before images are decoded
     device = choose_device(config.device, local_rank)
-    watchdog = init_distributed(device, config.timeout)
-    if device.type == "cpu" and config.compile == "blocks":
-        config.compile = False
-        progress.say("compile=blocks is for a GPU: on a CPU compiling delays the first step (--compile=True compiles)")
-    with watchdog.paused(), workers_watched():  # decoding may take minutes
-        data, classes = load_images(config, device, progress.say)
-    task = ImageTask(config, device, data, classes, progress.say)
-    trainer = Trainer(config, task, device, watchdog, progress)
-    epochs = config.max_steps * config.batch_size / data.n
-    progress.say(f"{config.dataset}: {data.n:,} training images, of which the run sees {epochs:,.1f} epochs")
-    if device.type == "cpu":
-        say_if_long(3 * trainer.model.flops() * config.max_steps * config.batch_size / world, progress.say)
-    with workers_watched():
-        trainer.run()
+    with init_distributed(device, config.timeout, asdict(config)) as watchdog:
+        if device.type == "cpu" and config.compile == "blocks":
+            config.compile = False
+            progress.say(
+                "compile=blocks is for a GPU: on a CPU compiling delays the first step (--compile=True compiles)"
+            )
+        with watchdog.paused(), workers_watched():  # decoding may take minutes
+            data, classes = load_images(config, device, progress.say)
+        task = ImageTask(config, device, data, classes, progress.say)
+        trainer = Trainer(config, task, device, watchdog, progress)
+        epochs = config.max_steps * config.batch_size / data.n
+        progress.say(f"{config.dataset}: {data.n:,} training images, of which the run sees {epochs:,.1f} epochs")
+        if device.type == "cpu":
+            say_if_long(3 * trainer.model.flops() * config.max_steps * config.batch_size / world, progress.say)
+        with workers_watched():
+            trainer.run()
     if rank == 0:
         trainer.say_summary()
 
@@ -199,7 +202,8 @@ def load_images(config, device, say):
     """-> images and labels (Held or Streamed), names of the classes or None. ConfigError of a data set that does not fit."""
     splits, classes = open_splits(config, say)
     check_labels(config, splits, classes, say)
-    data = Streamed(config, splits, device) if config.stream else Held(config, splits, device, say)
+    check_data_of_ranks({"classes": classes}, {f"{name} labels": split.labels for name, split in splits.items()})
+    data = Streamed(config, splits, device, say) if config.stream else Held(config, splits, device, say)
     return data, classes
 
 

@@ -54,21 +54,21 @@ fit = "--reference=dense"
 
 # Widths at which all groups have 0.4 to 12 million forward FLOPs per token, and two larger ones of dense and of BTT, for
 # seconds. A run takes 20 to 30 s to start and compile, and for its 33M tokens 1 to 40 s.
-# Each group at the best of four to six rates, as measured at its second width (results/scaling/rates.json).
-sizes = {  # θ: rate, widths
-    (0.5, 0, 0.5, 0, 0.5, 0.5, 0): (6e-3, (256, 512, 1024, 1536, 2048, 3072)),  # full-rank BTT, ν = 1/2
-    (0.67, 0, 0.33, 0, 0.33, 0.67, 0): (6e-3, (192, 384, 768, 1024)),  # full-rank BTT, ν = 2/3
-    (0.67, 0, 0.33, 0, 0.67, 0.33, 0): (1.2e-2, (384, 768, 1536, 3072)),  # low-rank BTT, ψ = 2/3
-    (1, 0, 0, 0, 1, 0, 0.5): (1.2e-2, (256, 512, 1024, 1536)),  # low-rank, ψ = 1/2
-    (0.5, 0.5, 0, 0.5, 0.5, 0, 0): (4.8e-2, (256, 512, 768, 1024)),  # Kronecker, ω = 1/2
-    (0.5, 0.5, 0, 0.5, 0.5, 0, 0.25): (4.8e-2, (128, 256, 512, 768)),  # TT, ω = 1/2
-    (0.5, 0.25, 0.25, 0.25, 0.5, 0.25, 0): (4.8e-2, (256, 512, 768, 1024)),  # generic, ω = 1/4
+# Each size takes the best rate of the nearer of the two widths at which gpt_rates.py looked for it.
+sizes = {  # θ: {rate: widths}
+    (0.5, 0, 0.5, 0, 0.5, 0.5, 0): {1.2e-2: (256, 512, 1024, 1536, 2048, 3072)},  # full-rank BTT, ν = 1/2
+    (0.67, 0, 0.33, 0, 0.33, 0.67, 0): {1.2e-2: (192, 384, 768, 1024)},  # full-rank BTT, ν = 2/3
+    (0.67, 0, 0.33, 0, 0.67, 0.33, 0): {2.4e-2: (384, 768, 1536, 3072)},  # low-rank BTT, ψ = 2/3
+    (1, 0, 0, 0, 1, 0, 0.5): {1.2e-2: (256, 512), 6e-3: (1024, 1536)},  # low-rank, ψ = 1/2
+    (0.5, 0.5, 0, 0.5, 0.5, 0, 0): {4.8e-2: (256, 512, 768, 1024)},  # Kronecker, ω = 1/2
+    (0.5, 0.5, 0, 0.5, 0.5, 0, 0.25): {4.8e-2: (128, 256), 2.4e-2: (512, 768)},  # TT, ω = 1/2
+    (0.5, 0.25, 0.25, 0.25, 0.5, 0.25, 0): {4.8e-2: (256, 512, 768, 1024)},  # generic, ω = 1/4
 }
 small = dict(
     common=dict(
         data_dir="data/linux_char96", n_layer=3, max_steps=1000, warmup_steps=100, batch_tokens=32_768, micro_batch=256,
         eval_interval=50, eval_tokens=262_144, log_interval=50, save=False,
     ),
-    runs=[gpt(d, structure="dense", lr=1.5e-3) for d in (64, 128, 192, 256, 384, 768, 1024)]
-    + [gpt(d, structure="einsum", theta=theta, lr=lr) for theta, (lr, widths) in sizes.items() for d in widths],
+    runs=[gpt(d, structure="dense", lr=3e-3) for d in (64, 128, 192, 256, 384, 768, 1024)]
+    + [gpt(d, structure="einsum", theta=theta, lr=lr) for theta, rates in sizes.items() for lr, widths in rates.items() for d in widths],
 )  # fmt: skip

@@ -32,7 +32,7 @@ for number in (8, 16):
 fit = "--reference=dense"
 
 # Widths at which all groups have 0.4 to 11 million forward FLOPs per token, each group at the best of four rates, as
-# measured at its second width (results/scaling/rates.json). A run takes 20 to 30 s to start and compile,
+# measured at its second width (results/scaling/moe_rates.json). A run takes 20 to 30 s to start and compile,
 # and for its 33M tokens 2 to 5 s (dense), 2 to 9 s (MoE of FFNs) or 5 to 40 s (BTT-MoE, 0.9 to 7M tokens/s). In all 8
 # minutes to start and 5 to train.
 small = dict(

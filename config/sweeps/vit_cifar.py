@@ -35,7 +35,7 @@ fit = "--by=structure --loss=loss --points=final"  # the rate decays
 small = dict(
     common=dict(
         dataset="cifar10", n_classes=10, max_steps=20 * 50_000 // 256, eval_interval=1000, log_interval=50, save=False,
-        lr=4e-3,
+        lr=2e-3,
     ),
     runs=vits({
         "dense": (32, 64, 128, 256, 512, 1024), "kronecker": (64, 256, 512, 1024), "low_rank": (64, 128, 256, 512),

@@ -1,7 +1,7 @@
-"""Gradients of a compiled model, pass by pass, against those of the same model not compiled: the rows of gradients.json.
+"""Compare the gradients of a compiled model with those of the same model in eager mode, pass by pass: rows of gradients.json.
 
 python -m results.compiling.gradients --moe=ffn --compile=blocks --barrier=False          # on a GPU
-TORCH_LOGS=output_code python -m results.compiling.gradients … 2>&1 | grep -c "\\.run("    # kernels that are launched
+TORCH_LOGS=output_code python -m results.compiling.gradients … 2>&1 | grep -c "\\.run("    # number of kernel launches
 """
 
 import copy

@@ -1,7 +1,7 @@
 """The kernels whose block sizes were swept for results/kernels.md, in the form that was timed (rows: sweep.json).
 
-fwd and grads are the fused method with any blocks (kernels.py kept the case where all of both cores fit), t1 to t4 the staged one.
-A row names (BM, GB, FB, warps, stages) of fwd and grads, (BM, warps, parts, stages) of t1 to t4, and programs a multiprocessor.
+fwd and grads are the fused method with blocks of any size (kernels/btt.py takes whole cores only), t1 to t4 the staged method.
+A row gives (BM, GB, FB, warps, stages) for fwd and grads, (BM, warps, parts, stages) for t1 to t4, and programs per multiprocessor.
 """
 
 import triton

@@ -1,14 +1,14 @@
 # ruff: noqa: SIM102, SIM113, B023 (compile-time conditions apart from run-time ones; calls are made at once)
-"""A method of computing BTT that is not in kernels/btt.py: z only in L2, no copies, each core read once. Figures: results/kernels.md.
+"""A method for BTT that kernels/btt.py lacks: z stays in L2, no copies, each core is read once. Figures: results/kernels.md.
 
-    python -m results.kernels.streamed          # on a GPU: errors, and times beside kernels/btt.py's staged method
+    python -m results.kernels.streamed          # on a GPU: errors, and times beside the staged method of kernels/btt.py
     TRITON_INTERPRET=1 python -m results.kernels.streamed    # phase by phase, on the CPU: errors
 
-A group of max(γ, φ) programs goes through the tokens tile by tile. Program i makes z of block γ = i, waits for the
-group, and makes y of block φ = i; both its blocks of the cores stay with it, and so do its sums dA and dB. z of a tile is
-written and read within microseconds and stays in L2. Where there are fewer blocks of one kind than programs, several
-programs share the tokens of one. Programs take their numbers in the order in which they start, so that a group is whole
-or waits for one that is: no program waits for another that cannot start.
+A group of max(γ, φ) programs processes the tokens tile by tile. Program i computes z of block γ = i, waits for the
+group, and computes y of block φ = i; it keeps both its blocks of the cores and its sums dA and dB. The z of a tile is
+written and read within microseconds and stays in L2. If there are fewer blocks of one kind than programs, several
+programs share the tokens of one block. Programs take numbers in the order in which they start, so no program waits for
+another that cannot start.
 
 Predicted for d = 4096, rank 1, 32,768 tokens, from bytes through L2 at 5.5 TB/s: 0.20 ms forward (1.07 GB) and 0.39 backward
 (2.15 GB), 0.6 to 0.7 with barriers, where staged takes 1.02; rank 4: 0.49 and 0.98, where staged takes 2.65.

@@ -1,7 +1,7 @@
-"""What torch computes on real tensors to learn the shapes of an AdamW of sharded parameters: first_step.txt.
+"""Print what torch computes on real tensors to infer the shapes of AdamW on sharded parameters: first_step.txt.
 
 torchrun --standalone --nproc_per_node=2 -m results.multi_gpu.first_step            # rates as numbers: nothing
-torchrun --standalone --nproc_per_node=2 -m results.multi_gpu.first_step tensors    # rates as tensors, as a GPU's were
+torchrun --standalone --nproc_per_node=2 -m results.multi_gpu.first_step tensors    # rates as tensors, as they were on a GPU
 """
 
 import sys

@@ -61,7 +61,7 @@ STYLES = {"CUDA graphs": "C0o", "DDP, one bucket": "C3s", "DDP, buckets of 25 MB
 
 
 def models(world, on_gpu):
-    """{name: (options, tokens an update of all GPUs together)}; a model more is a line more."""
+    """{name: (options, tokens per update over all GPUs)}; add a line to measure another model."""
     if on_gpu:
         wide = "config/char_btt.py --d_model=1024 --n_head=16 --micro_batch=512"
         return {
@@ -82,7 +82,7 @@ def models(world, on_gpu):
 
 
 class Bench:
-    """The machine, and a folder for what the commands write."""
+    """The machine, and a folder for the output of its commands."""
 
     def __init__(self, device, world, folder, only=""):
         self.device, self.world, self.folder, self.only = device, world, folder, only
@@ -90,18 +90,18 @@ class Bench:
         self.references, self.lock = {}, threading.Lock()
 
     def end(self):
-        """Asked to stop: nothing outlives this process."""
+        """Handle a signal to stop: kill all commands, so that none outlives this process."""
         self.ended = True
         for command in self.commands:
             command.kill()
         sys.exit(1)
 
     def path(self, name):
-        """A new path, whose last part is `name`."""
+        """A new path that ends with `name`."""
         return os.path.join(tempfile.mkdtemp(dir=self.folder), name)
 
     def start(self, script, options, processes, gpu=0, restarts=0, env=None):
-        """A command in the background, on as many GPUs as processes, from `gpu` on."""
+        """Start a command in the background, with one GPU for each process, from number `gpu` on."""
         if self.ended:
             raise RuntimeError("asked to stop")
         words = [*([] if script.endswith(".py") else ["-m"]), script, *shlex.split(options)]
@@ -117,14 +117,14 @@ class Bench:
         return command
 
     def train(self, options, processes, out_dir=None, **how):
-        """train.py, in a new out_dir if none is given."""
+        """Start train.py, in a new out_dir if none is given."""
         out_dir = out_dir or self.path("run")
         command = self.start("train.py", f"{options} --out_dir={out_dir}", processes, **how)
         command.out_dir, command.text = out_dir, command.text.replace(f" --out_dir={out_dir}", "")
         return command
 
     def reference(self, options, processes, **how):
-        """A run to compare others with: the same one for all parts that ask for it."""
+        """A run to compare others with; all parts that ask for it share it."""
         with self.lock:
             key = (options, processes)
             if key not in self.references:
@@ -135,7 +135,7 @@ class Bench:
 
 
 class Command:
-    """A command of python, or of torchrun, in the background."""
+    """A command of python or torchrun that runs in the background."""
 
     def __init__(self, words, torchrun, env, path):
         self.text = ("torchrun " if torchrun else "python ") + shlex.join(words)
@@ -147,7 +147,7 @@ class Command:
             )
 
     def finish(self, limit=110):
-        """Wait -> figures that all rows have, and what it printed. It is killed `limit` seconds after its start."""
+        """Wait for it -> figures that all rows have, its output. It is killed `limit` seconds after its start."""
         if self.done is None:
             with suppress(subprocess.TimeoutExpired):
                 self.popen.wait(max(1, self.begun + limit - time.monotonic()))
@@ -164,7 +164,7 @@ class Command:
         return self.done
 
     def kill(self):
-        """SIGKILL to it and to all below it, if it still runs: torchrun's workers are in sessions of their own."""
+        """Send SIGKILL to it and to all its descendants, if it still runs: torchrun's workers have their own sessions."""
         pids = [self.popen.pid] if self.popen.poll() is None else []
         for pid in pids:
             pids += children(pid)
@@ -197,7 +197,7 @@ def rank_of(pid):
 
 
 def cases(count, world, tokens):
-    """[(scaling, tokens an update, how)] of `count` GPUs."""
+    """[(scaling, tokens per update, how)] for `count` GPUs."""
     weak = tokens * count // world
     if count == 1:
         return [("weak", weak, "CUDA graph"), ("weak", weak, "no graph"), ("strong", tokens, "CUDA graph")]
@@ -207,7 +207,7 @@ def cases(count, world, tokens):
 
 
 def speed(bench):
-    """Commands of few GPUs go side by side where all have GPUs of their own, and cores."""
+    """Run commands side by side if there are enough GPUs and cores for all of them."""
     chosen = [
         (name, *model) for name, model in models(bench.world, bench.on_gpu).items() if re.search(bench.only, name)
     ]
@@ -233,7 +233,7 @@ def speed(bench):
 
 
 def start_timing(bench, count, gpu, name, options, tokens):
-    """All cases of a model on `count` GPUs from `gpu` on, by one command in the background."""
+    """Measure all cases of a model on `count` GPUs from number `gpu` on, with one command in the background."""
     todo, commands = cases(count, bench.world, tokens), []
     for _, batch, how in todo:
         steps = max(10, min(40, 5_500_000 // (batch // count))) if bench.on_gpu else 3
@@ -252,7 +252,7 @@ STEPS = 40  # of the small run; a checkpoint half way
 
 
 def small(bench):
-    """Options of a run that any number of processes up to 8 can take, calm: what differs by rounding stays close."""
+    """Options of a run for any number of processes up to 8, so stable that runs which differ by rounding stay close."""
     shape = "--n_head=8 --micro_batch=64" if bench.on_gpu else "--n_layer=2 --d_model=64 --n_head=2 --micro_batch=4"
     batch = 2 * 64 * 128 * bench.world if bench.on_gpu else 4 * 128 * 8
     return (
@@ -266,7 +266,7 @@ EXACT = {"NVIDIA_TF32_OVERRIDE": "0"}  # float32 that is float32
 
 
 def compare(out_dir, reference, first=1):
-    """Figures of how far two runs' losses are apart, from step `first` on; *_equal_at_first: before any difference."""
+    """Figures of the distance between two runs' losses from step `first` on; *_equal_at_first: steps before they differ."""
     figures = {}
     for key in ("loss", "val_loss"):
         ours, theirs = (
@@ -286,7 +286,7 @@ def compare(out_dir, reference, first=1):
 
 
 def equal(bench):
-    """The small runs side by side, for nothing is timed here; then GPT-2's, in micro-batches of which three fit a GPU."""
+    """The small runs side by side, since nothing is timed here; then GPT-2, in micro-batches small enough for three on a GPU."""
     runs = {"BTT, float32, not compiled": (small(bench), EXACT)}
     if bench.on_gpu:
         runs["GPT-2 124M, bfloat16, compiled"] = (
@@ -325,7 +325,7 @@ def resume(bench):
         started.append((count, bench.train(f"{options} --resume{shard}", count, out_dir=out_dir, env=EXACT)))
     for count, command in started:
         figures, text = command.finish(limit=80)
-        figures["went_on"] = f"going on from step {half}" in text
+        figures["went_on"] = f"resuming from step {half}" in text
         figures |= compare(command.out_dir, whole.out_dir, first=half + 1)
         what = f"saved on {bench.world} at step {half}, resumed on {count}, against the unbroken run on {bench.world}"
         yield {"part": "resume", "what": what, **figures}
@@ -340,7 +340,7 @@ def kill(bench):
         figures, text = killed.finish()
         whole.finish()
         what = f"{how} on {bench.world}: rank {bench.world - 1} killed, against the unbroken run"
-        figures |= {"failed": step is None, "killed_at_step": step, "went_on": "going on from step" in text}
+        figures |= {"failed": step is None, "killed_at_step": step, "went_on": "resuming from step" in text}
         return {"part": "kill", "what": what, **figures, **compare(killed.out_dir, whole.out_dir)}
 
     with ThreadPoolExecutor(2 if bench.on_gpu else 1) as threads:
@@ -348,7 +348,7 @@ def kill(bench):
 
 
 def kill_last_rank(bench, command, step):
-    """SIGKILL when the log has that step -> the last step in the log; None where the run ended before."""
+    """Send SIGKILL once the log has that step -> the last step in the log; None if the run ended before."""
     while command.popen.poll() is None and time.monotonic() < command.begun + 100:
         rows = read_log(f"{command.out_dir}/log.jsonl")
         if rows and rows[-1]["step"] >= step:
@@ -408,7 +408,7 @@ def large(bench):
 
 
 def efficiency(row, rows):
-    """Tokens a second over those of as many single GPUs -> {"CUDA graph": …, "no graph": …}, of the same scaling."""
+    """Tokens a second ÷ those of as many single GPUs, with the same scaling -> {"CUDA graph": …, "no graph": …}"""
     result = {}
     for one in rows:
         same = all(one[key] == row[key] for key in ("model", "device"))
@@ -419,7 +419,7 @@ def efficiency(row, rows):
 
 
 def report(paths):
-    """Print Markdown tables of all rows; the picture goes beside the first file."""
+    """Print Markdown tables of all rows, and draw the picture beside the first file."""
     rows = []
     for path in paths:
         with open(path) as file:
@@ -493,7 +493,7 @@ def number(value):
 
 
 def draw(rows, png):
-    """Tokens a second against GPUs, a panel a model; the legend has the efficiency of weak scaling on most GPUs."""
+    """Draw tokens a second against GPUs, a panel for each model; legends give the efficiency of weak scaling on the most GPUs."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -571,7 +571,7 @@ def main():
 
 
 def measure(part, bench, path):
-    """Rows of a part, written as they come in the place of those that the file had of it."""
+    """The rows of a part, written as they arrive; they replace those that the file had of this part."""
     begun, rows = time.monotonic(), []
     try:
         for row in PARTS[part](bench):

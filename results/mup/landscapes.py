@@ -1,4 +1,4 @@
-"""Best rate at each width, of rows that lab.mup_check lr_landscape wrote, over seeds: landscapes.md and landscapes.png.
+"""Tabulate and draw the best rate at each width, over seeds, from rows of lab.mup_check lr_landscape.
 
 python -m results.mup.landscapes
 """
@@ -16,9 +16,9 @@ import matplotlib.pyplot as plt
 
 HERE = pathlib.Path(__file__).parent
 NAMES = {
-    "dense": "dense", "dense:normalize_dense=True": "dense, RMS cap", "btt": "BTT rank 1", "btt:rank=4": "BTT rank 4",
-    "low_rank:rank=sqrt(width),structured_layers=attn ffn": "low-rank √d", "kronecker:structured_layers=attn ffn": "Kronecker",
-    "btt:moe=linear": "BTT-MoE",
+    "dense": "dense", "dense, normalize_dense=True": "dense, RMS cap", "btt": "BTT rank 1", "btt, rank=4": "BTT rank 4",
+    "low_rank, rank=sqrt(width), structured_layers=attn,ffn": "low-rank √d", "kronecker, structured_layers=attn,ffn": "Kronecker",
+    "btt, moe=linear": "BTT-MoE",
 }  # fmt: skip
 
 

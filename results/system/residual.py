@@ -1,8 +1,8 @@
 """Relative error of the whole gradient under bfloat16 autocast, with the residual stream in float32 and in bfloat16.
 
-    python -m results.system.residual data/linux_char96        # a folder of prepare_owt.py's, characters
+    python -m results.system.residual data/linux_char96        # a folder that prepare_owt.py wrote, of characters
 
-The reference is the gradient in float32, of the same weights and batch, at steps 0, 100 and 200 of training. CPU.
+The reference is the float32 gradient for the same weights and batch, at steps 0, 100 and 200 of training, on a CPU.
 """
 
 import sys

@@ -3,6 +3,7 @@
 Run alone with `pytest tests/engine/test_checkpoint.py`. Ranks are real processes that talk through gloo.
 """
 
+import dataclasses
 import errno
 import io
 import json
@@ -22,7 +23,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from torch.distributed.checkpoint.metadata import BytesStorageMetadata
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata, MetadataIndex
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
@@ -208,7 +209,7 @@ def test_cores_of_other_sizes_are_refused_in_a_line_that_says_why(tmp_path, monk
         patch.setitem(theta.STRUCTURES, "kronecker", now._replace(function=earlier))
         model = GPT(GPTConfig(**options))
     assert rank_of(model.blocks[0].attn.q.sizes) == 64
-    state = {"model": model.state_dict(), "optimizer": {}, "step": 1, "config": options, "meta": {}}
+    state = {**PLAIN, "model": model.state_dict(), "optimizer": {}, "step": 1, "config": options}
     checkpoint.save(str(tmp_path), state)
     model = GPT(GPTConfig(**options))
     optimizers = make_optimizers(model, RUN)
@@ -291,7 +292,7 @@ def damaged_copy(runs, name, tmp_path):
     return tmp_path / name, tmp_path / name / ("ckpt.pt" if name == "file" else "ckpt.dcp")
 
 
-def assert_passed_over(out_dir, tensors, why="not a whole checkpoint"):
+def assert_skipped(out_dir, tensors, why="not a whole checkpoint"):
     saved, said = load(out_dir)
     assert saved["step"] == 1 and "ckpt_prev" in saved["path"] and why in said, said
     assert "\n" not in said
@@ -311,7 +312,7 @@ def test_a_flipped_bit_in_a_weight_which_torch_does_not_notice(runs, tmp_path):
     weight = runs[1][2]["model.token_embedding.weight"]
     flip(path, path.read_bytes().index(weight.numpy().tobytes()) + 1000)
     assert not torch.equal(torch.load(path, weights_only=True)["model"]["token_embedding.weight"], weight)
-    assert_passed_over(out_dir, runs[1])
+    assert_skipped(out_dir, runs[1])
 
 
 @pytest.mark.parametrize("name", ["ckpt.pt", ".metadata", "__0_0.distcp", "manifest.json", "values.json"])
@@ -344,10 +345,10 @@ def test_truncated_empty_or_missing(runs, tmp_path, name):
     size = os.path.getsize(path)
     for length in (size - 1, size // 2, 10, 0):
         os.truncate(path, length)
-        assert_passed_over(out_dir, runs[1])
+        assert_skipped(out_dir, runs[1])
     os.remove(path)
     if kind == "directory":
-        assert_passed_over(out_dir, runs[1])
+        assert_skipped(out_dir, runs[1])
     else:
         assert load(out_dir)[0]["step"] == 1
 
@@ -356,7 +357,7 @@ def test_truncated_empty_or_missing(runs, tmp_path, name):
 def test_a_manifest_of_nothing(runs, tmp_path, text):
     out_dir, path = damaged_copy(runs, "directory", tmp_path)
     (path / "manifest.json").write_text(text)
-    assert_passed_over(out_dir, runs[1])
+    assert_skipped(out_dir, runs[1])
 
 
 def test_a_manifest_that_leaves_out_a_file(runs, tmp_path):
@@ -365,24 +366,24 @@ def test_a_manifest_that_leaves_out_a_file(runs, tmp_path):
         manifest = json.loads((path / "manifest.json").read_text())
         del manifest[name]
         (path / "manifest.json").write_text(json.dumps(manifest))
-        assert_passed_over(out_dir, runs[1])
+        assert_skipped(out_dir, runs[1])
 
 
 def test_what_is_no_checkpoint_at_all(runs, tmp_path):
     out_dir, path = damaged_copy(runs, "file", tmp_path)
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("letter.txt", "Dear reader")
-    assert_passed_over(out_dir, runs[1])
+    assert_skipped(out_dir, runs[1])
     for thing in ([1, 2], {"step": 3}, {"step": 3, "model": {}}, None):
         torch.save(thing, path)
-        assert_passed_over(out_dir, runs[1])
+        assert_skipped(out_dir, runs[1])
     os.remove(path)
     os.mkdir(path)
-    assert_passed_over(out_dir, runs[1])
+    assert_skipped(out_dir, runs[1])
     out_dir, path = damaged_copy(runs, "directory", tmp_path)
     shutil.rmtree(path)
     path.write_text("Dear reader")
-    assert_passed_over(out_dir, runs[1])
+    assert_skipped(out_dir, runs[1])
 
 
 @pytest.mark.parametrize("name", ["file", "directory"])
@@ -404,6 +405,230 @@ def test_a_checkpoint_replaced_while_it_is_read(runs, tmp_path):
     os.replace(out_dir / "ckpt_prev.dcp", path)
     with pytest.raises(RunFailed, match="newer one took its place.*try again"):
         saved["model"]
+
+
+def test_members_that_were_compressed_again(runs, tmp_path):
+    """zipfile unpacks and finds every CRC right; torch maps the packed bytes as if they were numbers."""
+    out_dir, path = damaged_copy(runs, "file", tmp_path)
+    pack_again(path, lambda name, data: data, zipfile.ZIP_DEFLATED)
+    with zipfile.ZipFile(path) as archive:
+        assert archive.testzip() is None
+    garbage = torch.load(path, weights_only=True, mmap=True)["model"]["token_embedding.weight"]
+    assert not torch.equal(garbage, runs[1][2]["model.token_embedding.weight"])
+    assert_skipped(out_dir, runs[1], "is compressed")
+
+
+def pack_again(path, change, compression=zipfile.ZIP_STORED):
+    with zipfile.ZipFile(path) as archive:
+        members = {name: change(name, archive.read(name)) for name in archive.namelist()}
+    with zipfile.ZipFile(path, "w", compression) as archive:
+        for name, data in members.items():
+            archive.writestr(name, data)
+
+
+def test_a_member_shorter_than_its_tensor(runs, tmp_path):
+    """torch would read on into the next member."""
+    out_dir, path = damaged_copy(runs, "file", tmp_path)
+    pack_again(path, lambda name, data: data[:-4] if name.endswith("/data/0") else data)
+    assert_skipped(out_dir, runs[1], "sizes of its members")
+
+
+HOSTILE = dict(
+    step=[math.nan, "2", True, -1, None], seconds=["1.5", math.nan, math.inf, -1.0], best_val_loss=[math.nan, None],
+    wandb_id=[3], config=[[], "{}"], meta=[None], scaler=[None, {"scale": 1.0}],
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["file", "directory"])
+def test_plain_values_that_are_missing_or_of_another_type(runs, tmp_path, name):
+    out_dir, path = damaged_copy(runs, name, tmp_path)
+    if name == "file":
+        whole_one = torch.load(path, weights_only=True)
+        write = lambda values: torch.save({**whole_one, **values}, path)  # noqa: E731
+    else:
+        values_now = json.loads((path / "values.json").read_text())
+        write = lambda values: rewrite(path, "values.json", json.dumps({**values_now, **values}).encode())  # noqa: E731
+    write({})
+    assert load(out_dir)[0]["step"] == 2
+    for key, values in HOSTILE.items():
+        for value in values:
+            write({key: value})
+            assert_skipped(out_dir, runs[1], f"its {key}")
+    assert HOSTILE.keys() == checkpoint.VALUES.keys()
+    for key in (*HOSTILE, *(("model", "optimizer") if name == "file" else ())):
+        if name == "file":
+            torch.save({k: value for k, value in whole_one.items() if k != key}, path)
+        else:
+            left = {k: value for k, value in values_now.items() if k != key}
+            rewrite(path, "values.json", json.dumps(left).encode())
+        assert_skipped(out_dir, runs[1], key)
+
+
+SPOILT = {
+    "complex": (lambda t: t.to(torch.complex64), "is of torch.complex64"),
+    "nan": (lambda t: t.clone().fill_(math.nan), "holds inf or NaN"),
+    "inf": (lambda t: torch.cat((t[:-1], t[-1:] * math.inf)), "holds inf or NaN"),
+    "sparse": (lambda t: t.to_sparse(), "not a dense tensor"),
+    "text": (lambda t: "0.1", "has no attribute"),
+}
+
+
+@pytest.mark.parametrize("kind", SPOILT)
+def test_tensors_that_no_run_has_saved(runs, tmp_path, kind):
+    out_dir, path = damaged_copy(runs, "file", tmp_path)
+    saved, name = torch.load(path, weights_only=True), "position_embedding.weight"
+    spoil, why = SPOILT[kind]
+    for place in (saved["model"], saved["optimizer"][name]):
+        key = name if place is saved["model"] else "exp_avg"
+        right = place[key]
+        place[key] = spoil(right)
+        torch.save(saved, path)
+        place[key] = right
+        if kind == "text":
+            assert load(out_dir)[0]["step"] == 1
+        else:
+            assert_skipped(out_dir, runs[1], why)
+
+
+def test_whole_numbers_in_the_place_of_weights_are_refused(runs, tmp_path):
+    """A model may have whole numbers of its own, so only the model tells."""
+    out_dir, path = damaged_copy(runs, "file", tmp_path)
+    saved = torch.load(path, weights_only=True)
+    weight = saved["model"]["final_norm.weight"]
+    saved["model"]["final_norm.weight"] = weight.long()
+    torch.save(saved, path)
+    with pytest.raises(ConfigError, match="final_norm.weight is of torch.int64, where the model has torch.float32"):
+        checkpoint.restore(load(out_dir)[0], *make(1))
+    saved["model"]["final_norm.weight"] = weight
+    saved["optimizer"]["final_norm.weight"]["exp_avg"] = weight.long()
+    torch.save(saved, path)
+    assert_skipped(out_dir, runs[1], "exp_avg is of torch.int64")
+
+
+def without_chunk(metadata, name, chunk):
+    del metadata.state_dict_metadata[name].chunks[0]
+
+
+def without_part(metadata, name, chunk):
+    del metadata.storage_data[MetadataIndex(name, chunk.offsets)]
+
+
+def half_a_chunk(metadata, name, chunk):
+    chunk.sizes = torch.Size((chunk.sizes[0] // 2, *chunk.sizes[1:]))
+
+
+def beside_the_tensor(metadata, name, chunk):
+    chunk.offsets = torch.Size((1, *chunk.offsets[1:]))
+
+
+def of_another_dtype(metadata, name, chunk):
+    entry = metadata.state_dict_metadata[name]
+    entry.properties = dataclasses.replace(entry.properties, dtype=torch.int64)
+
+
+def of_another_shape(metadata, name, chunk):
+    entry = metadata.state_dict_metadata[name]
+    entry.size = chunk.sizes = torch.Size((chunk.sizes[0] // 2, *chunk.sizes[1:]))
+
+
+@pytest.mark.parametrize(
+    "spoil", [without_chunk, without_part, half_a_chunk, beside_the_tensor, of_another_dtype, of_another_shape]
+)
+def test_metadata_that_leave_numbers_out(runs, tmp_path, spoil):
+    """DCP fills the numbers that no chunk has with whatever the memory holds."""
+    out_dir, path = damaged_copy(runs, "directory", tmp_path)
+    metadata, name = pickle.loads((path / ".metadata").read_bytes()), "model.token_embedding.weight"
+    spoil(metadata, name, metadata.state_dict_metadata[name].chunks[0])
+    rewrite(path, ".metadata", pickle.dumps(metadata))
+    assert_skipped(out_dir, runs[1], name)
+
+
+@pytest.mark.parametrize("kind", ["model", "optimizer"])
+def test_a_directory_with_nan_in_it(runs, tmp_path, kind):
+    with one_rank():
+        model, optimizers = train(*make(0, sharded=True), 1)
+        save(tmp_path, 1, model, optimizers)
+        weight = model.token_embedding.weight
+        with torch.no_grad():
+            (weight if kind == "model" else optimizers.parts[0].state[weight]["exp_avg"]).to_local()[5, 3] = math.nan
+        save(tmp_path, 2, model, optimizers)
+    assert_skipped(tmp_path, runs[1], "holds inf or NaN")
+
+
+def test_what_is_not_finite_is_found_before_it_is_saved():
+    model, optimizers = train(*make(0), 1)
+    state = {"model": model.state_dict(), "optimizer": optimizers.state_dict()}
+    assert checkpoint.first_non_finite(state) is None
+    weight = model.blocks[0].ffn_norm.weight
+    for value in (math.inf, -math.inf, math.nan):
+        optimizers.parts[0].state[weight]["exp_avg_sq"][2] = value
+        assert checkpoint.first_non_finite(state) == "optimizer.blocks.0.ffn_norm.weight.exp_avg_sq"
+    weight.data[0] = math.nan
+    assert checkpoint.first_non_finite(state) == "model.blocks.0.ffn_norm.weight"
+
+
+# -- reads that fail for a while, or for good
+
+
+def failing_open(monkeypatch, part_of_path, number, times):
+    """From here on so many attempts to open such a path fail with this errno -> a list of them."""
+    attempts = []
+
+    def open_or_fail(path, *args, **kwargs):
+        if part_of_path in str(path):
+            attempts.append(path)
+            if len(attempts) <= times:
+                raise OSError(number, os.strerror(number), str(path))
+        return open(path, *args, **kwargs)
+
+    monkeypatch.setattr(checkpoint, "open", open_or_fail, raising=False)
+    monkeypatch.setattr(checkpoint, "PAUSES", (0, 0))
+    return attempts
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.EACCES])
+@pytest.mark.parametrize("part", ["/ckpt.pt", "/ckpt.dcp/__0_0", "/ckpt.dcp/manifest", "/ckpt.dcp/.metadata"])
+def test_a_read_that_fails_is_tried_again_and_is_not_damage(runs, tmp_path, monkeypatch, part, number):
+    out_dir, path = damaged_copy(runs, "file" if part.endswith("pt") else "directory", tmp_path)
+    before = sorted(out_dir.rglob("*"))
+    with monkeypatch.context() as patch:
+        failing_open(patch, part, number, times=2)
+        saved, said = load(out_dir)
+        assert saved["step"] == 2 and not said
+    with monkeypatch.context() as patch:
+        attempts = failing_open(patch, part, number, times=99)
+        with pytest.raises(RunFailed) as error:
+            load(out_dir)
+        assert len(attempts) == 3
+        assert str(error.value).startswith(
+            f"{path} cannot be read ({os.strerror(number)}), tried 3 times: it may be whole"
+        )
+        assert "\n" not in str(error.value)
+        assert str(error.value) == checkpoint.describe_newest(out_dir)
+    assert sorted(out_dir.rglob("*")) == before and load(out_dir)[0]["step"] == 2
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.EACCES])
+def test_a_folder_that_cannot_be_read_is_not_an_empty_one(runs, tmp_path, monkeypatch, number):
+    out_dir, path = damaged_copy(runs, "file", tmp_path)
+    lstat, attempts = os.lstat, []
+
+    def failing(path, *args, **kwargs):
+        attempts.append(path)
+        if len(attempts) % 100 <= times:
+            raise OSError(number, os.strerror(number), str(path))
+        return lstat(path, *args, **kwargs)
+
+    monkeypatch.setattr(os, "lstat", failing)
+    monkeypatch.setattr(checkpoint, "PAUSES", (0, 0))
+    times = 2
+    assert load(out_dir)[0]["step"] == 2
+    del attempts[:]
+    assert checkpoint.exists(out_dir)
+    times = 100
+    for ask in (load, checkpoint.exists, checkpoint.set_aside):
+        with pytest.raises(RunFailed, match=rf"cannot be read \({os.strerror(number)}\)"):
+            ask(out_dir)
 
 
 # -- malice
@@ -445,7 +670,7 @@ def test_code_in_a_file_is_not_run(runs, tmp_path, payload, form):
         torch.save({**saved, "scaler": payload}, path)
     else:
         path.write_bytes(pickle.dumps({**saved, "scaler": payload}, protocol=0 if "old" in form else 4))
-    assert_passed_over(out_dir, runs[1], "something other than tensors and plain values")
+    assert_skipped(out_dir, runs[1], "something other than tensors and plain values")
 
 
 def test_code_in_a_directory_is_not_run(runs, tmp_path, payload):
@@ -453,14 +678,14 @@ def test_code_in_a_directory_is_not_run(runs, tmp_path, payload):
     with open(path / ".metadata", "rb") as file:
         metadata = pickle.load(file)
     rewrite(path, ".metadata", pickle.dumps(payload))
-    assert_passed_over(out_dir, runs[1], "something other than tensors and plain values")
+    assert_skipped(out_dir, runs[1], "something other than tensors and plain values")
     metadata.planner_data = payload
     rewrite(path, ".metadata", pickle.dumps(metadata))
-    assert_passed_over(out_dir, runs[1], "something other than tensors and plain values")
+    assert_skipped(out_dir, runs[1], "something other than tensors and plain values")
     mkdir = b"os\nmkdir\n", b"posix\nmkdir\n", b"torch\nos.mkdir\n", b"builtins\neval\n", b"pathlib\nPosixPath\n"
     for function in mkdir:
         rewrite(path, ".metadata", b"c" + function + pickle.dumps((payload.path,), protocol=0)[:-1] + b"R.")
-        assert_passed_over(out_dir, runs[1], "something other than tensors and plain values")
+        assert_skipped(out_dir, runs[1], "something other than tensors and plain values")
 
 
 def test_code_among_the_parts_is_not_run(runs, tmp_path, payload):
@@ -475,16 +700,10 @@ def test_code_among_the_parts_is_not_run(runs, tmp_path, payload):
     info.offset, info.length = len(parts), len(buffer.getvalue())
     rewrite(path, "__0_0.distcp", parts + buffer.getvalue())
     rewrite(path, ".metadata", pickle.dumps(metadata))
-    saved, said = load(out_dir)
-    assert saved["step"] == 2 and not said
-    with pytest.raises(RunFailed, match="cannot be read.*other than tensors"):
-        saved[index.fqn.split(".")[0]]
-    model, optimizers = make(1)
-    with pytest.raises(RunFailed, match="cannot be read.*other than tensors"):
-        checkpoint.restore(saved, model, optimizers)
+    assert_skipped(out_dir, runs[1], "something other than tensors and plain values")
     metadata.state_dict_metadata[index.fqn] = BytesStorageMetadata()
     rewrite(path, ".metadata", pickle.dumps(metadata))
-    assert_passed_over(out_dir, runs[1], "something other than tensors and plain values")
+    assert_skipped(out_dir, runs[1], "something other than tensors and plain values")
 
 
 # -- disks that do not take it
@@ -591,6 +810,87 @@ def failing_ranks(rank, folder):
         assert checkpoint.load(folder / "directory", alone=True)["step"] == 3
 
 
+def test_ranks_that_do_not_share_a_folder_publish_nothing(tmp_path):
+    on_ranks(2, save_apart, tmp_path)
+    assert not list(tmp_path.rglob("*.dcp")) and not list(tmp_path.rglob("*.distcp"))
+
+
+def save_apart(rank, folder):
+    checkpoint.PAUSES = (0.01,)
+    with pytest.raises(ConfigError) as error:
+        save(folder / str(rank), 1, *train(*make(0, sharded=True), 1))
+    message = str(error.value)
+    assert "rank 0 does not see __1_0.distcp, which rank 1 has written" in message and "\n" not in message
+    assert "--shard=fsdp" in message and "all nodes share" in message
+
+
+def test_a_read_that_fails_on_one_rank_stops_all(runs, tmp_path):
+    damaged_copy(runs, "directory", tmp_path)
+    on_ranks(2, one_rank_cannot_read, tmp_path)
+
+
+def one_rank_cannot_read(rank, folder):
+    with pytest.MonkeyPatch.context() as patch:
+        failing_open(patch, "ckpt.dcp/values" if rank == 1 else "nothing", errno.EIO, times=99)
+        with pytest.raises(RunFailed, match=r"ckpt.dcp cannot be read \(Input/output error\)"):
+            load(folder / "directory")
+    assert load(folder / "directory")[0]["step"] == 2
+
+
+class Beats:
+    """Counts what a watchdog is told."""
+
+    def __init__(self):
+        self.beats = self.signs = 0
+
+    def beat(self):
+        self.beats += 1
+
+    def show_life(self):
+        self.signs += 1
+
+
+def test_a_rank_that_writes_is_behind_those_that_wait(tmp_path):
+    """So a rank that hangs there is the one to blame; and all come out of it with as many beats."""
+    on_ranks(2, write_and_wait, tmp_path)
+
+
+def write_and_wait(rank, folder):
+    model, optimizers = train(*make(0, sharded=True), 1)
+    sharded = {"model": model.state_dict(), "optimizer": optimizers.state_dict()}
+    file = as_tensors(1, sharded=False)
+    save_while_one_waits(rank, folder, file, 0, checkpoint, "write_file")
+    save_while_one_waits(rank, folder, file, 0, checkpoint, "make_newest")
+    save_while_one_waits(rank, folder, sharded, 1, checkpoint.Writer, "write_data")
+    save_while_one_waits(rank, folder, sharded, 0, checkpoint.Writer, "finish")
+    save_while_one_waits(rank, folder, sharded, 1, checkpoint, "checksum_of")
+    save_while_one_waits(rank, folder, sharded, 0, checkpoint, "find_missing")
+
+
+def save_while_one_waits(rank, folder, state, writer, place, work):
+    """That work waits on the rank `writer` until the other one has made more beats."""
+    store, original, beats = dist.distributed_c10d._get_default_store(), getattr(place, work), Beats()
+
+    def beat():
+        beats.beats += 1
+        if rank != writer:
+            store.set(work, str(beats.beats))
+
+    def wait_and_work(*args, **kwargs):
+        deadline = time.monotonic() + 20
+        while rank == writer and not (store.check([work]) and int(store.get(work)) > beats.beats):
+            assert time.monotonic() < deadline, f"the other rank is not ahead in {work}"
+            time.sleep(0.01)
+        return original(*args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(beats, "beat", beat)
+        patch.setattr(place, work, wait_and_work)
+        checkpoint.save(folder, {**PLAIN, "step": 1, **state}, watchdog=beats)
+    counts = checkpoint.gather_from_ranks(beats.beats)
+    assert counts[0] == counts[1] and (beats.signs > 0 or rank != writer)
+
+
 # -- the next one takes the place of the last
 
 
@@ -601,7 +901,7 @@ def as_tensors(step, sharded):
     if sharded:
         mesh = init_device_mesh("cpu", (dist.get_world_size(),))
         weight, state["exp_avg"] = (distribute_tensor(t, mesh, [Shard(0)]) for t in (weight, state["exp_avg"]))
-    return {"step": step, "config": {}, "model": {"a.weight": weight}, "optimizer": {"a.weight": state}}
+    return {**PLAIN, "step": step, "model": {"a.weight": weight}, "optimizer": {"a.weight": state}}
 
 
 def check_tensors(saved):
@@ -664,7 +964,10 @@ def test_a_run_of_either_format_is_set_aside(tmp_path, sharded):
 
 def test_only_a_runs_own_files_are_set_aside(tmp_path, monkeypatch):
     """From the working folder too, twice; a log without checkpoints is a run, an empty folder is none."""
-    own = ["ckpt.pt", "ckpt_best.pt", "ckpt_step500.pt", "config.json", "experts.png", "log.jsonl", "loss.png"]
+    own = [
+        "ckpt.pt", "ckpt.pt.part", "ckpt_best.pt", "ckpt_step500.pt", "config.json", "config.json.node-7.lan.41.part",
+        "experts.png", "log.jsonl", "loss.png", "loss.png.node-7.lan.41.part",
+    ]  # fmt: skip
     others = ["notes.md", "quickstart", "train.log", "train.py"]
     monkeypatch.chdir(tmp_path)
     for folder, aside in ((".", "run"), ("other/", "other")):
@@ -713,7 +1016,7 @@ def test_kept_ones_outlive_the_newest_two(tmp_path, monkeypatch, links):
 
 
 def test_no_room_for_a_kept_one_costs_nothing(tmp_path, monkeypatch):
-    def full(*paths):
+    def full(*paths, watchdog):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     checkpoint.save(tmp_path, as_tensors(1, False), ["ckpt_best.pt"])

@@ -60,7 +60,7 @@ def test_slurm_script_trains_on_two_nodes_and_goes_on(tiny, tmp_path):
         done = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
         assert done.returncode == 0, done.stdout + done.stderr
         assert checkpoint.load(tmp_path / "run")["step"] == steps
-    assert "going on from step 10" in done.stdout
+    assert "resuming from step 10" in done.stdout
     train.main([*tiny, "--schedule=constant", f"--out_dir={tmp_path}/alone"])
     want, got = losses(tmp_path / "alone"), losses(tmp_path / "run")
     assert want.keys() == got.keys() and all(got[step] == pytest.approx(want[step], rel=1e-3) for step in want)

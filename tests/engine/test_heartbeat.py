@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-from conftest import environment
+from conftest import environment, run_forked
 from engine.heartbeat import Watchdog, find_hung
 
 TIMEOUT = 3  # seconds without a beat; the processes' start is outside it
@@ -27,6 +27,16 @@ def act(step):
         time.sleep(1000)
     if what.startswith("stop") and what.endswith(str(rank)) and step == 5:
         os.kill(os.getpid(), signal.SIGSTOP)
+    if what == "works" and step == 5:
+        if rank == 0:
+            for piece in range(10):
+                time.sleep({TIMEOUT} / 5)
+                watchdog.show_life()
+        watchdog.beat()
+    if what == "hangs_in_work" and step == 5:
+        if rank == 0:
+            time.sleep(1000)
+        watchdog.beat()
     if what == "slow" and rank == 1 and step < 2:
         time.sleep({TIMEOUT} / 2)
     if what == "slow" and rank == 1 and step == 5:
@@ -123,6 +133,20 @@ def test_slow_steps_and_a_long_pause_are_let_live_and_the_end_is_silent(torchrun
     assert stderr == ""
 
 
+def test_a_rank_that_works_while_others_wait_is_let_live_for_as_long_as_it_shows_life(torchrun):
+    status, stdout, stderr, seconds = torchrun("works")
+    assert status == 0 and stderr == "", stderr
+    assert seconds > 2 * TIMEOUT and stdout.count("through after 0 restarts") == 2
+
+
+def test_a_rank_that_hangs_in_such_work_is_named_and_torchrun_blames_it(torchrun):
+    status, _, stderr, seconds = torchrun("hangs_in_work")
+    assert status != 0 and seconds < TIMEOUT + 15
+    (line,) = ours(stderr)
+    assert line.startswith(f"error: rank 0 made no progress for {TIMEOUT} s (rank 0 at step 5, script.py:")
+    assert re.search(r"Root Cause.*?rank +: 0 ", stderr, re.S), stderr
+
+
 def test_no_rank_leaves_before_all_are_through(start_ranks):
     """One that ends closes its connections, and gloo may let one hang that is still inside the last collective."""
     outputs = [process.communicate(timeout=60)[0] for process in start_ranks("late")]
@@ -163,19 +187,43 @@ def test_who_hangs():
 
 
 def test_a_long_wait_is_forgotten_as_soon_as_it_is_over():
-    """Not only when it is next measured: till then another rank may be through, and this one the only one to blame."""
-    watchdog = Watchdog(timeout=1)
-    watchdog._stuck = watchdog._at, 5.0
-    assert watchdog._idle() == 5
-    watchdog.beat(0)
-    assert watchdog._idle() == 0
+    """Not only when it is next measured: by then another rank may have finished, and this one be the only one to blame."""
+    for sign_of_life in (lambda watchdog: watchdog.beat(0), Watchdog.show_life):
+        watchdog = Watchdog()
+        watchdog._stuck = watchdog._mark(), 5.0
+        assert watchdog._idle() == 5
+        sign_of_life(watchdog)
+        assert watchdog._idle() == 0
 
 
-def test_one_process_is_not_watched():
-    watchdog = Watchdog(timeout=0.01)
-    for step in range(3):
-        watchdog.beat(step)
-        watchdog.beat()
-    with watchdog.paused():
-        time.sleep(0.05)
-    watchdog.stop()
+@pytest.fixture
+def alone(tmp_path):
+    """alone(code) -> how a process of one rank ended, which ran this code with a watchdog of 0.5 s."""
+
+    def run(code):
+        script = tmp_path / "alone.py"
+        head = "import pdb, sys, time, torch; from engine.heartbeat import init_distributed\n"
+        script.write_text(f"{head}with init_distributed(torch.device('cpu'), timeout=0.5) as watchdog:\n    {code}\n")
+        return run_forked(str(script))
+
+    return run
+
+
+def test_one_process_is_watched_too(alone):
+    done = alone("watchdog.beat(3); time.sleep(100)")
+    assert done.returncode == 1
+    line = "error: no progress for 0.5 s (at step 3, alone.py:3 in <module>): ended; raise --timeout=0.5 if"
+    assert done.stderr.startswith(line) and done.stderr.count("\n") == 1
+
+
+def test_one_process_is_let_live_while_it_advances_pauses_or_has_stopped(alone):
+    works = "[(time.sleep(0.1), watchdog.beat(step)) for step in range(10)]"
+    pauses = "context = watchdog.paused(); context.__enter__(); time.sleep(1); context.__exit__(None, None, None)"
+    done = alone(f"{works}; {pauses}; watchdog.stop(); time.sleep(1); print('end')")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "end\n", "")
+
+
+def test_a_debugger_may_wait_for_its_user(alone):
+    user = "type('', (), {'readline': lambda self: time.sleep(1.5) or 'continue'})()"
+    done = alone(f"pdb.Pdb(stdin={user}, stdout=sys.stdout).set_trace()\n    print('end')")
+    assert (done.returncode, done.stderr) == (0, "") and done.stdout.endswith("end\n"), done.stderr

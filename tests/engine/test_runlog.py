@@ -16,7 +16,7 @@ from engine import runlog
 from lab.structures import measured_rank
 from model import GPT
 from optim import lr_multipliers, make_optimizers
-from options import GPTConfig, RunConfig
+from options import GPTConfig, RunConfig, TrainConfig
 
 # -- the table
 
@@ -255,7 +255,7 @@ def test_the_plan_of_a_resumed_run_is_about_the_rest():
         (dict(warmup_steps=1000), 1, "note: warmup_steps=1000 of max_steps=1000: the rate rises to the end, to 0.002 of lr=0.002"),
         (dict(warmup_steps=4000), 1, "note: warmup_steps=4000 of max_steps=1000: the rate rises to the end, to 0.0005 of lr=0.002"),
         (dict(warmup_steps=999), 1, None),
-        (dict(shard="fsdp"), 1, "note: shard=fsdp does nothing on one process, there is no other to share with"),
+        (dict(shard="fsdp"), 1, "note: shard=fsdp does nothing with one process: there is no other to share with"),
         (dict(shard="fsdp"), 2, None),
     ],
 )  # fmt: skip
@@ -461,6 +461,67 @@ def test_no_log_has_no_rows(tmp_path):
     assert runlog.read_log(str(tmp_path / "log.jsonl")) == []
 
 
+ROW = {
+    "step": 10, "tokens": 2560, "flops": 1.5e9, "seconds": 1.25, "loss": 2.5, "val_loss": 2.75, "lr": 0.01, "grad_norm": 0.5,
+    "tokens_per_second": 2048.0, "mfu": 0.25, "aux_loss": 1.0, "top1": 0.5, "top5": 0.75,
+    "moe": {"blocks.0.ffn.up": {"load": [0.5, 0.5], "token_entropy": 0.1, "mean_entropy": 0.6}},
+}  # fmt: skip
+HOSTILE = [
+    "null", "true", '"3"', '""', "[]", "[1]", "{}", '{"a": 1}', "-1", "1e999", "-1e999", "NaN", "1" * 400, "1" * 5000,
+    "[" * 5000, "1e308", '{"a": {"load": []}}', '{"a": {"load": ["x"], "token_entropy": 1, "mean_entropy": 1}}',
+    '{"a": {"load": [1], "token_entropy": null, "mean_entropy": 1}}', "0", "0.5",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("key", ROW)
+def test_any_value_in_a_log_is_read_or_refused_in_one_line(tmp_path, key):
+    """What is read, the summary and the next row's check can show; NaN is a loss of a run that diverged."""
+    path, refused = str(tmp_path / "log.jsonl"), []
+    for value in HOSTILE:
+        with open(path, "w") as file:
+            file.write(json.dumps(ROW) + "\n")
+            file.write(json.dumps({**ROW, key: "HERE"}).replace('"HERE"', value) + "\n")
+        try:
+            lines = runlog.summary_of_run(path, TrainConfig(out_dir=str(tmp_path), max_steps=20))
+            assert lines and all("\n" not in line for line in lines)
+        except ConfigError as error:
+            refused.append(value)
+            assert (
+                str(error).startswith(f"{path}: line 2 has {key}=") and "\n" not in str(error) and len(str(error)) < 300
+            )
+    may_diverge = key in ("loss", "val_loss", "aux_loss", "grad_norm")
+    assert key == "step" or {"null", "true", '"3"', "[1]"} <= set(refused)
+    assert ("NaN" in refused) == (key != "step" and not may_diverge)
+
+
+@pytest.mark.parametrize("what", ["pipe", "folder", "unreadable"])
+def test_a_log_that_is_no_file_is_one_line(tmp_path, monkeypatch, what):
+    path = str(tmp_path / "log.jsonl")
+    if what == "pipe":
+        os.mkfifo(path)
+    elif what == "folder":
+        os.mkdir(path)
+    else:
+        open(path, "w").close()
+        monkeypatch.setattr(
+            "builtins.open", lambda *args, **how: (_ for _ in ()).throw(OSError(5, "Input/output error"))
+        )
+    with pytest.raises(ConfigError, match=r"log.jsonl cannot be read"):
+        runlog.read_log(path)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[", "[" * 9000, "7", "null", "[]", '{"a": 1', '{"a": ' + "1" * 5000 + "}", "\x00"]
+)
+def test_damaged_options_are_one_line(tmp_path, text):
+    path = tmp_path / "config.json"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=r"config.json cannot be read, it holds no options: remove it"):
+        runlog.read_config_json(str(path))
+    path.write_text('{"lr": 0.1}')
+    assert runlog.read_config_json(str(path)) == {"lr": 0.1}
+
+
 full_disk = pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full")
 
 
@@ -546,9 +607,7 @@ def run_rows():
 
 
 def items(lines):
-    return dict(
-        line.split(maxsplit=1) if not line.startswith(("val loss", "go on")) else line.split("  ", 1) for line in lines
-    )
+    return dict(line.split(maxsplit=1) if not line.startswith("val loss") else line.split("  ", 1) for line in lines)
 
 
 def summarised(rows, tmp_path, max_steps=60, **more):
@@ -601,10 +660,10 @@ def test_an_unfinished_run_says_how_it_goes_on(tmp_path, monkeypatch, argv, envi
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    assert "go on" not in summarised(run_rows(), tmp_path, max_steps=61)  # nothing was saved
+    assert "resume" not in summarised(run_rows(), tmp_path, max_steps=61)  # nothing was saved
     (tmp_path / "ckpt.pt").touch()
-    assert summarised(run_rows(), tmp_path, max_steps=61)["go on"] == command
-    assert "go on" not in summarised(run_rows(), tmp_path, max_steps=60)
+    assert summarised(run_rows(), tmp_path, max_steps=61)["resume"] == command
+    assert "resume" not in summarised(run_rows(), tmp_path, max_steps=60)
 
 
 def test_a_sharded_checkpoint_is_found(tmp_path):

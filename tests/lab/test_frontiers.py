@@ -75,7 +75,7 @@ def test_the_ends_that_no_size_was_best_at_do_not_count():
     c, loss = frontiers.optimal(runs, "flops")
     np.testing.assert_allclose(loss, TRUE["dense"].loss(c), rtol=0.01)
     assert c.min() > runs[0].cost["flops"].min() and c.max() < runs[-1].cost["flops"].max()
-    assert frontiers.fit_group(runs[:1], "flops") is None
+    assert frontiers.analyse(runs[:1], "dense", "flops", 4)["dense"]["law"] is None
 
 
 def test_a_run_of_another_measure_is_left_out():
@@ -92,7 +92,7 @@ def test_a_run_of_another_measure_is_left_out():
 def test_multiplier_is_not_made_up_beyond_what_was_run():
     dense, btt = synthetic("dense", noise=0), synthetic("btt", noise=0)
     cheap = [run for run in dense if run.cost["flops"].max() < 1e17]
-    at, ratio = frontiers.multipliers(btt, cheap, "flops")
+    at, ratio = frontiers.multipliers(*(frontiers.optimal(runs, "flops") for runs in (btt, cheap)))
     reached = min(run.loss.min() for run in cheap)
     assert np.isfinite(ratio).any() and np.isnan(ratio[at < reached]).all()
 
@@ -205,6 +205,42 @@ def test_seeds_of_one_setting_say_what_those_of_others_may_do():
     assert [float(np.std(each)) for each in shifts.groups[0]] == pytest.approx([0.01 / np.sqrt(3), 0.01], rel=0.02)
 
 
+def test_curves_of_few_sizes_leave_an_error_between_them_and_final_points_do_not():
+    """Without noise all of a frontier's distance from its law is between sizes; the more of them, the less."""
+    found = {}
+    for sizes in (3, 4, 6):
+        points = frontiers.optimal(synthetic("dense", noise=0, sizes=sizes), "flops")
+        found[sizes] = frontiers.variance_between_sizes(points, [points], sizes)
+        residuals = np.log(points[1] / fit_power_law(*points).loss(points[0]))
+        assert found[sizes] == pytest.approx((residuals**2).sum() / (len(residuals) - 3))
+    assert found[3] > found[4] > found[6] > 0
+    points = frontiers.optimal(final("dense", [[3.0], [2.5], [2.3], [2.2], [2.15]]), "flops")
+    assert len(points[0]) == 5 and frontiers.variance_between_sizes(points, [points], 5) == 0
+
+
+def test_seeds_noise_is_not_counted_as_an_error_between_sizes():
+    """Points that scatter by their noise alone: redrawn, they scatter by √2 times as much."""
+    random, cost = np.random.default_rng(0), np.geomspace(1e14, 1e17, 40)
+
+    def noisy(loss):
+        return loss * np.exp(0.002 * random.standard_normal(len(cost)))
+
+    loss = noisy(TRUE["dense"].loss(cost))
+    alone = frontiers.variance_between_sizes((cost, loss), [], 4)
+    less = frontiers.variance_between_sizes((cost, loss), [(cost, noisy(loss)) for _ in range(32)], 4)
+    assert alone == 0 and less < 0.3 * 0.002**2
+    bent = loss * np.exp(0.01 * np.sin(np.linspace(0, 20, 40)))
+    bulges = frontiers.variance_between_sizes((cost, bent), [(cost, noisy(bent)) for _ in range(32)], 4)
+    assert bulges == pytest.approx(0.01**2 / 2, rel=0.2)
+
+
+def test_the_slope_of_a_frontier_turns_errors_of_losses_into_those_of_costs():
+    frontier = np.array([1.0, 10.0, 1000.0]), np.array([4.0, 2.0, 1.0])
+    np.testing.assert_allclose(
+        frontiers.steepness(frontier, [3.0, 1.5, 1.0, 4.0]), np.log([10, 100, 100, 10]) / np.log(2)
+    )
+
+
 def test_the_order_of_runs_changes_no_bit():
     for seeds in ((1.0,), (0.995, 1.0, 1.004)):
         runs = [
@@ -227,7 +263,10 @@ def test_what_is_no_frontier_is_named_and_has_no_number():
         "partly": final("partly", [[2.8], [2.4], [2.5], [2.1]]),
     }
     figures = frontiers.analyse([*dense, *sum(groups.values(), [])], "dense", "flops", 32)
-    rows = ([cell.strip() for cell in line.split("|")[1:-1]] for line in frontiers.table(figures, "flops", "dense"))
+    rows = (
+        [cell.strip() for cell in line.split("|")[1:-1]]
+        for line in frontiers.table_of_frontiers(figures, "flops", "dense")
+    )
     lines = {cells[0]: cells for cells in rows if cells}
     assert lines["one"][3:] == ["one size", "", "2.3000", "one size", ""]
     assert lines["rising"][3:] == ["losses rise", "", "2.3000", "losses rise", ""]
@@ -235,7 +274,7 @@ def test_what_is_no_frontier_is_named_and_has_no_number():
     assert lines["partly"][7].startswith("2.100 to 2.8") and "[" in lines["partly"][6]
     assert all(figures[name]["multiplier"] is None for name in ("one", "rising", "apart"))
     assert all(figures[name]["law"] is None for name in ("one", "rising"))
-    *_, note = frontiers.table(figures, "flops", "dense")
+    *_, note = frontiers.table_of_frontiers(figures, "flops", "dense")
     assert note.endswith("rising (2 of 3), partly (1 of 4).") or note.endswith("partly (1 of 4), rising (2 of 3).")
 
 
@@ -244,7 +283,7 @@ def test_few_runs_have_a_number_without_an_interval():
     runs = final("dense", [[3.0], [2.5], [2.2]]) + final("btt", [[2.9], [2.45], [2.15]])
     entry = frontiers.analyse(runs, "dense", "flops", 32)["btt"]
     assert entry["multiplier"] > 1 and entry["multiplier_interval"] is None and entry["intervals"] is None
-    *_, line = frontiers.table({"btt": entry}, "flops", "dense")
+    *_, line = frontiers.table_of_frontiers({"btt": entry}, "flops", "dense")
     assert line.count("too few runs for an interval") == 3
 
 
@@ -256,7 +295,7 @@ def test_multipliers_are_taken_at_the_points_of_both_frontiers():
 
     group = [run("a", 1.0, 4.0), run("a", 100.0, 1.0)]
     reference = [run("b", 20.0, 2.5), run("b", 80.0, 2.0)]
-    at, ratio = frontiers.multipliers(group, reference, "flops")
+    at, ratio = frontiers.multipliers(*(frontiers.optimal(runs, "flops") for runs in (group, reference)))
     both = np.isfinite(ratio)
     assert list(at[both]) == [2.0, 2.5]
     np.testing.assert_allclose(ratio[both], [80 / 10, 20 / 100 ** (np.log(4 / 2.5) / np.log(4))])
@@ -374,8 +413,8 @@ def test_pictures_by_exponent_are_of_groups_that_differ_and_laws_are_named_where
         "nu.png": "the least loss for what it costs, by ν",
     }
     some = {"a": {"law": None}, "b": {"law": {}}}
-    assert scaling_laws.law_of(some).endswith("where it has three points")
-    assert scaling_laws.law_of({"b": {"law": {}}}) == ", and its power law"
+    assert scaling_laws.title_of_laws(some).endswith("where it has three points")
+    assert scaling_laws.title_of_laws({"b": {"law": {}}}) == ", and its power law"
 
 
 def test_an_attempt_that_was_set_aside_is_no_second_seed(tmp_path, capsys):
@@ -389,7 +428,7 @@ def test_an_attempt_that_was_set_aside_is_no_second_seed(tmp_path, capsys):
         scaling_laws.main(["fit", *words, f"--out={tmp_path}/fit", "--samples=5", "--costs=flops"])
         fits.append(json.loads((tmp_path / "fit" / "fit.json").read_text())["flops"])
     assert fits[0] == fits[1]
-    assert "btt0.1/log.jsonl: another attempt at" in capsys.readouterr().out
+    assert "btt0.1/log.jsonl: left out, since" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -407,7 +446,7 @@ def test_mistakes_are_one_line(tmp_path, words, message):
     (tmp_path / "runs").mkdir()
     run = write_runs(tmp_path / "runs", groups=("dense",), sizes=1)[0]
     with pytest.raises(ConfigError, match=message):
-        scaling_laws.fit([word.format(run=run, tmp=tmp_path) for word in words])
+        scaling_laws.fit_logs([word.format(run=run, tmp=tmp_path) for word in words])
 
 
 def test_a_run_without_its_options(tmp_path):
@@ -415,7 +454,7 @@ def test_a_run_without_its_options(tmp_path):
     run = write_runs(tmp_path / "runs", groups=("dense",), sizes=1)[0]
     (tmp_path / "runs" / "dense0" / "config.json").unlink()
     with pytest.raises(ConfigError, match="fit needs it beside log.jsonl"):
-        scaling_laws.fit([run])
+        scaling_laws.fit_logs([run])
 
 
 def test_group_names():
@@ -453,9 +492,9 @@ def test_a_theta_has_the_name_of_its_family(theta, name):
 
 
 def test_monarch_lies_where_its_blocks_put_it():
-    place = scaling_laws.place_of({"structure": "monarch", "num_blocks": 4, "d_model": 256})
+    place = scaling_laws.place_in_taxonomy({"structure": "monarch", "num_blocks": 4, "d_model": 256})
     assert place == pytest.approx((0, 1, 0.75))  # 2 d² / 4 multiplications a token are 2 d^1.75
-    place = scaling_laws.place_of({"structure": "monarch", "num_blocks": None, "d_model": 256})
+    place = scaling_laws.place_in_taxonomy({"structure": "monarch", "num_blocks": None, "d_model": 256})
     assert place == pytest.approx((0, 1, 0.5))
 
 
@@ -533,7 +572,7 @@ def test_a_fit_of_another_loss_says_which(tmp_path, capsys, monkeypatch, unit, l
     (tmp_path / "runs" / "fit").mkdir()
     (tmp_path / "runs" / "fit" / "fit.json").write_text("{}")  # an earlier one: no run
     runs = [str(folder) for folder in sorted((tmp_path / "runs").iterdir())]
-    scaling_laws.fit([*runs, f"--out={tmp_path}/fit", "--loss=loss", "--points=final", "--samples=5"])
+    scaling_laws.fit_logs([*runs, f"--out={tmp_path}/fit", "--loss=loss", "--points=final", "--samples=5"])
     said = capsys.readouterr().out
     assert f"{label}" in said and "every validation" not in said
     assert "| btt | 0.00 | 1.00 | 0.50 | 2, 4 | 200 to 400 |" in said
@@ -559,9 +598,9 @@ def test_a_fit_is_of_one_kind_of_runs(tmp_path):
     with pytest.raises(
         ConfigError, match="images/log.jsonl counts images and .*dense0/log.jsonl tokens: their losses do not compare"
     ):
-        scaling_laws.fit([text, str(folder)])
+        scaling_laws.fit_logs([text, str(folder)])
     with pytest.raises(ConfigError, match="log.jsonl has no top1: leave it out, or take --loss=val_loss"):
-        scaling_laws.fit([text, "--loss=error"])
+        scaling_laws.fit_logs([text, "--loss=error"])
 
 
 def test_no_error_at_all_has_no_logarithm(tmp_path, monkeypatch):
@@ -570,7 +609,7 @@ def test_no_error_at_all_has_no_logarithm(tmp_path, monkeypatch):
     (tmp_path / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "config.json").write_text('{"structure": "dense", "d_model": 8}')
     with pytest.raises(ConfigError, match="error, 1 - top-1 of 0 has no logarithm: take another --loss"):
-        scaling_laws.fit([str(tmp_path), "--loss=error"])
+        scaling_laws.fit_logs([str(tmp_path), "--loss=error"])
 
 
 @pytest.mark.parametrize(

@@ -35,39 +35,44 @@ from options import GPTConfig
 
 
 def test_structures_with_and_without_options():
-    names = [structure.name for structure in parse_structures("dense, low_rank,btt")]
-    assert names == ["dense", "low_rank", "btt"]
-    dense, low_rank, btt = parse_structures("dense; low_rank:rank=width//4 ;btt:rank=2,normalize=False")
+    dense, low_rank, btt = parse_structures("dense; low_rank --rank=width//4 ;btt --rank 2 --normalize=False")
     assert (dense.options, low_rank.options) == ({}, {"rank": "width//4"})
     assert str(btt) == "btt, rank=2, normalize=False"
     config = btt.config(64, n_head=2)
     assert (config.structure, config.d_model, config.rank, config.normalize) == ("btt", 64, 2, False)
+    assert list(map(str, parse_structures("low_rank; btt"))) == [
+        "low_rank, rank=width/4, structured_layers=attn,ffn",
+        "btt, rank=2",
+    ]
 
 
 def test_options_may_be_fractions_of_the_width_and_tuples():
-    low_rank = parse_structure("low_rank:rank=width/4,structured_layers=attn ffn")
+    low_rank = parse_structure("low_rank --rank=width/4 --structured_layers='attn ffn'")
     assert [low_rank.config(width, n_head=2).rank for width in (64, 128)] == [16, 32]
     assert low_rank.config(64, n_head=2).structured_layers == ("attn", "ffn")
-    assert parse_structure("low_rank:rank=width").config(64, n_head=2).rank == 64
-    assert parse_structure("low_rank:rank=sqrt(width)").config(128, n_head=2).rank == 11
-    einsum = parse_structure("einsum:theta=.5 .25 .25 .25 .5 .25 0").config(64, n_head=2)
-    assert einsum.theta == (0.5, 0.25, 0.25, 0.25, 0.5, 0.25, 0)
+    assert parse_structure("low_rank --rank=width").config(64, n_head=2).rank == 64
+    assert parse_structure("low_rank --rank=sqrt(width)").config(128, n_head=2).rank == 11
+    for theta in ("'.5 .25 .25 .25 .5 .25 0'", ".5,.25,.25,.25,.5,.25,0"):
+        einsum = parse_structure(f"einsum --theta={theta}").config(64, n_head=2)
+        assert einsum.theta == (0.5, 0.25, 0.25, 0.25, 0.5, 0.25, 0)
+    (mixed,) = parse_structures("""btt --overrides="{'lm_head': 'dense'}" """)
+    assert mixed.config(64, n_head=2).overrides == {"lm_head": "dense"}
 
 
 @pytest.mark.parametrize(
     "text, named",
     [
-        ("dense;;btt:rank=2", "name is missing"),
-        ("btt:rank", "'rank' is not option=value"),
-        ("btt:rank=2,dense", "'dense' is not option=value"),
-        ("btt:rank=2,rank=3", "rank is given twice"),
-        ("btt:rnak=2", "did you mean 'rank'"),
-        ("btt:rank=width/0", "no fraction of the width"),
-        ("btt:rank=width*2", "no fraction of the width"),
-        ("btt:rank=two", "a whole number"),
-        ("btt:d_model=32", "--d_model"),
+        (" ; ", "names none"),
+        ("dense; --rank=2", "begin with its name"),
+        ("btt rank=2", "'rank=2' is no option, write each as --key=value"),
+        ("btt --rnak=2", "did you mean 'rank'"),
+        ("btt --rank='2", "close the quotes"),
+        ("btt --rank=width/0", "no fraction of the width"),
+        ("btt --rank=width*2", "no fraction of the width"),
+        ("btt --rank=two", "a whole number"),
+        ("btt --d_model=32", "--d_model"),
         ("bttt", "bttt"),
-        ("low_rank:rank=width/2", "rank <= 96"),  # a head onto 96 tokens
+        ("low_rank --rank=width/2", "rank <= 96"),  # a head onto 96 tokens
     ],
 )
 def test_mistakes_in_structures(text, named):
@@ -105,7 +110,7 @@ def test_mistakes_of_the_landscape(char_data, tmp_path):
     with pytest.raises(ConfigError, match="warmup_steps=10"):
         LandscapeConfig(steps=10, warmup_steps=10)
     with pytest.raises(ConfigError, match="give the rank once"):
-        lr_landscape(LandscapeConfig(structure="btt:rank=2", rank=2, data_dir=char_data))
+        lr_landscape(LandscapeConfig(structure="btt --rank=2", rank=2, data_dir=char_data))
     with pytest.raises(ConfigError, match="vocab_size=64"):
         lr_landscape(LandscapeConfig(vocab_size=64, block_size=32, data_dir=char_data))
     with pytest.raises(ConfigError, match="data_dir"):
@@ -124,7 +129,7 @@ def test_spread_counts_the_worst_layer():
 
 
 def test_coordinate_check_holds_for_a_structure_without_a_name():
-    structure = parse_structure("einsum:theta=.5 .25 .25 .25 .5 .25 0,structured_layers=attn ffn")
+    structure = parse_structure("einsum --theta=.5,.25,.25,.25,.5,.25,0 --structured_layers=attn,ffn")
     measured = coordinate_check(structure, CoordsConfig(widths=(64, 256), seeds=2))
     assert spreads_of(measured)["rms"]["with"] < 2
     assert largest_spread(measured["rms"]["without"]) > 3
@@ -133,7 +138,7 @@ def test_coordinate_check_holds_for_a_structure_without_a_name():
             assert values[0] == measured[what]["without"][name][0]  # the narrowest is the same either way
 
 
-@pytest.mark.parametrize("structure", ["dense", "btt:rank=2", "btt:rank=2,moe=linear,num_experts=4"])
+@pytest.mark.parametrize("structure", ["dense", "btt --rank=2", "btt --rank=2 --moe=linear --num_experts=4"])
 def test_updates_keep_their_size_with_mup_only(structure):
     """The change of every kind of layer, of attention's logits and routers'; blocks' and head's come from all of it."""
     measured = coordinate_check(parse_structure(structure), CoordsConfig(widths=(32, 128), seeds=2, block_size=16))
@@ -174,7 +179,7 @@ def test_coordinates_are_what_the_layers_compute():
 
 def test_the_change_keeps_its_size_over_depth_with_completep_only(capsys, tmp_path):
     config = DepthConfig(n_layers=(3, 24), width=32, block_size=16, seeds=1, steps=10, device="cpu")
-    usual, complete = (depth_check(parse_structure(f"dense:depth_exponent={e}"), config)["block"] for e in (0.5, 1))
+    usual, complete = (depth_check(parse_structure(f"dense --depth_exponent={e}"), config)["block"] for e in (0.5, 1))
     assert usual[0] == complete[0]  # the same model at 3 layers
     assert usual[1] > 1.15 * usual[0] and complete[1] < 1.05 * complete[0]
     path = tmp_path / "depth.json"
@@ -198,7 +203,7 @@ def test_branches_are_scaled_by_the_depth():
 def test_coords_writes_its_picture_and_rows(tmp_path, capsys):
     files = {name: tmp_path / "new" / f"coords.{name}" for name in ("png", "json")}
     mup_check.main(
-        ["coords", "--structures=dense;btt:rank=2", "--widths=16,32", "--steps=2", "--seeds=1", "--device=cpu"]
+        ["coords", "--structures=dense; btt --rank=2", "--widths=16,32", "--steps=2", "--seeds=1", "--device=cpu"]
         + [f"--{name}={path}" for name, path in files.items()]
     )
     rows = json.loads(files["json"].read_text())
@@ -225,7 +230,7 @@ SMALL = dict(n_layer=1, n_head=2, block_size=8, batch_rows=32, steps=30, warmup_
         ("dense", 16, 128, "2**-12..2**-7"),
         # The cap on the RMS of cores makes high rates harmless to a narrow layer, whose curve then has no clear
         # minimum. A core's fan-in grows as the root of the width: that takes a width 16 times the other.
-        ("btt:rank=2,normalize=False", 16, 256, "2**-13..2**-8"),
+        ("btt --rank=2 --normalize=False", 16, 256, "2**-13..2**-8"),
     ],
     ids=["dense", "btt"],
 )
@@ -272,7 +277,7 @@ def test_lr_landscape_writes_its_picture_and_rows(char_data, tmp_path, capsys):
 
 def test_what_is_done_is_written_run_by_run_and_an_estimate_comes_first(char_data, tmp_path, monkeypatch, capsys):
     """Stopped in the fourth of six runs: three rows, and the picture of the width that is whole."""
-    calls, done, drawn = [], mup_check.train, []
+    calls, done, drawn = [], mup_check.train_model, []
 
     def train(model, optimizer, lr, warmup_steps, batches, autocast):
         if len(batches) == 3:
@@ -281,7 +286,7 @@ def test_what_is_done_is_written_run_by_run_and_an_estimate_comes_first(char_dat
                 raise KeyboardInterrupt
         return done(model, optimizer, lr, warmup_steps, batches, autocast)
 
-    monkeypatch.setattr(mup_check, "train", train)
+    monkeypatch.setattr(mup_check, "train_model", train)
     monkeypatch.setattr(mup_check, "draw_landscape", lambda losses, *rest: drawn.append(losses))
     options = {**SMALL, "steps": 3, "warmup_steps": 1, "lrs": "2**-9,2**-8", "widths": "16,32"}
     words = [f"--{name}={value}" for name, value in options.items()]

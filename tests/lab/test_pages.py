@@ -11,7 +11,7 @@ from lab import pages
 
 def test_pages_hold_the_tables_of_their_files(monkeypatch):
     monkeypatch.chdir(ROOT)
-    every = {path: pages.filled(path) for path in pages.pages()}
+    every = {path: pages.fill_tables(path) for path in pages.pages()}
     differ = [path for path, (old, new) in every.items() if old != new]
     assert not differ, f"run python -m lab.pages: {differ}"
     assert sum(old.count(pages.BEGIN) for old, _ in every.values()) >= 8
@@ -37,7 +37,7 @@ def test_a_table_is_filled_and_nothing_else_changes(tmp_path, monkeypatch, capsy
     [
         ("<!-- table: none.md -->\n<!-- end -->", "none.md cannot be read"),
         ("<!-- table: page.md -->\n", 'has no "<!-- end -->"'),
-        (None, "is no page"),
+        (None, "does not exist: give pages"),
     ],
 )
 def test_mistakes_are_one_line(tmp_path, page, message):

@@ -219,7 +219,7 @@ def test_labels_and_png(folder, capsys):
         (["plot", "good", "--pgn=x.png"], "unknown option --pgn: did you mean 'png'?"),
         (["plot", "good", "--key=lss"], "give one of 'both', 'loss', 'val_loss'"),
         (["plot", "good", "--png"], "--png needs a value"),
-        (["plot", "good", "trained", "--labels=a"], "labels='a': give 2, one a run, all different"),
+        (["plot", "good", "trained", "--labels=a"], "labels='a': give 2, one for each run, all different"),
         (["plot", "good", "trained", "--labels=a,a"], "labels='a,a': give 2"),
         (["plot", "good", "--png=no/folder.png"],
          "no/folder.png cannot be written (No such file or directory): give another --png"),

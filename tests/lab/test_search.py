@@ -4,10 +4,13 @@ import json
 import multiprocessing
 import os
 import re
+import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -112,13 +115,13 @@ def test_what_the_budget_has_no_model_for_is_a_misfit():
 def test_sizes_have_the_place_and_the_name_of_their_structure():
     named = {name: factor_sizes(4096, 4096, theta) for name, theta in NAMED_THETAS.items()}
     for name, sizes in named.items():
-        assert search.place_of_sizes(sizes) == pytest.approx(taxonomy(NAMED_THETAS[name]), abs=1e-4), name
-    assert [search.name_of(sizes) for sizes in named.values()] == [
+        assert search.taxonomy_of_sizes(sizes) == pytest.approx(taxonomy(NAMED_THETAS[name]), abs=1e-4), name
+    assert [search.name_of_sizes(sizes) for sizes in named.values()] == [
         "low-rank, rank 64", "low-rank, rank 512", "Kronecker", "TT, rank 8", "BTT, rank 1", "BTT, rank 8",
         "BTT family, rank 1", "BTT family, rank 1", "", "dense",
     ]  # fmt: skip
-    assert search.name_of((1, 16, 16, 16, 1, 16, 2)) == "BTT, rank 2"  # cores' names swapped
-    assert search.name_of((64, 1, 4, 64, 1, 4, 1)) == "dense"  # B is one number a block
+    assert search.name_of_sizes((1, 16, 16, 16, 1, 16, 2)) == "BTT, rank 2"  # cores' names swapped
+    assert search.name_of_sizes((64, 1, 4, 64, 1, 4, 1)) == "dense"  # B is one number a block
 
 
 # ---------------------------------------------------------------------------------------
@@ -129,7 +132,7 @@ D = 4096
 
 def made_up_loss(sizes):
     """A scaling law: with the FLOPs of a dense D × D layer the width is D^(2 / (1 + ν)); sharing and low rank cost."""
-    omega, psi, nu = search.place_of_sizes(sizes)
+    omega, psi, nu = search.taxonomy_of_sizes(sizes)
     return 1.5 + 3 * (D ** (2 / (1 + nu))) ** -0.12 + omega + (1 - psi)
 
 
@@ -339,7 +342,7 @@ def test_report(tmp_path, capsys, pruner):
             yield evaluation, 1 + figures["omega"] + 1 / evaluation
         return 1 + figures["omega"]
 
-    say = search.progress(study, 9)
+    say = search.trial_reporter(study, 9)
     search.search(study, search.Space(experts=(1, 4)), objective, 9, "random", 0, say=say)
     shown = capsys.readouterr().out.strip().split("\n")
     assert len(shown) == 10 and sum("FAILED: it blew up" in line for line in shown) == 1
@@ -390,6 +393,88 @@ def test_searches_that_start_together_on_a_new_database_share_it(tmp_path, stora
     assert {(tmp_path / f"{i}.txt").read_text() for i in range(4)} == {
         f"[1, {load_config(search.SearchConfig, SMALL).lr}]"
     }
+
+
+@pytest.fixture(scope="module")
+def small_search(tmp_path_factory):
+    """A folder with a search.db of two trials, one whole and one that was pruned."""
+    folder = tmp_path_factory.mktemp("search")
+    config = load_config(search.SearchConfig, [*SMALL, f"--out={folder}", "--device=cpu"])
+    study, budget = search.open_study(config), search.meta_model(config).flops_per_token()
+
+    def objective(trial, point, slot):
+        _, figures = search.fit_model(config, point, budget)
+        trial.set_user_attr("model", {**figures, "command": "python train.py"})
+        yield 1, 2.0
+        return 1.5
+
+    search.search(study, search.Space(), objective, 2, "random")
+    return folder
+
+
+def report(folder):
+    search.main(["--report", f"--out={folder}"])
+
+
+@pytest.mark.parametrize("what", ["text", "empty", "truncated", "zeros in the middle", "folder", "pipe"])
+def test_a_damaged_database_is_one_line(small_search, tmp_path, what):
+    content, file = (small_search / "search.db").read_bytes(), tmp_path / "search.db"
+    middle = len(content) // 8
+    contents = {
+        "text": b"This is no database.", "empty": b"", "truncated": content[: len(content) // 3],
+        "zeros in the middle": content[:middle] + bytes(6 * middle) + content[7 * middle :],
+    }  # fmt: skip
+    if what in contents:
+        file.write_bytes(contents[what])
+    else:
+        {"folder": os.mkdir, "pipe": os.mkfifo}[what](file)
+    with pytest.raises(ConfigError) as error:
+        report(tmp_path)
+    assert "search.db" in str(error.value) and "\n" not in str(error.value)
+
+
+HOSTILE = [None, True, -1, "x", [], [1], {}, {"a": 1}, float("nan"), 1e308, 10**400, [[]] * 3]
+
+
+def test_any_value_in_the_database_is_read_or_refused(small_search, capsys):
+    """Each field of the study and of a trial in turn: what passes the check can be shown."""
+    report(small_search)
+    assert "| 1 | 1.5000 |" in capsys.readouterr().out
+    study = optuna.load_study(study_name="search", storage=f"sqlite:///{small_search}/search.db")
+    about, trials = study.user_attrs, study.get_trials()
+    places = [(where, name, None) for where in (about, trials[0].user_attrs) for name in where]
+    places += [(where, name, field) for where, name, _ in places if name != "settings" for field in where[name]]
+    assert {("budget", "flops"), ("owner", "pid"), ("model", "theta")} <= {place[1:] for place in places}
+    refused = 0
+    for where, name, field in places:
+        whole = where[name]
+        for value in HOSTILE:
+            where[name] = value if field is None else {**whole, field: value}
+            shown = SimpleNamespace(user_attrs=about, study_name="search", get_trials=lambda **how: trials)
+            try:
+                search.check_study(shown)
+                rows = search.make_rows(shown)
+                assert list(search_report.table_of_trials(rows, about["budget"]))
+                search_report.rows_by_loss(search_report.rows_in_taxonomy(rows))
+            except ValueError as error:
+                assert name in str(error) and "search" in str(error)
+                refused += 1
+        where[name] = whole
+    assert refused > len(places) * len(HOSTILE) // 2
+
+
+def test_a_hostile_value_in_the_database_is_one_line(small_search, tmp_path):
+    shutil.copy(small_search / "search.db", tmp_path / "search.db")
+    with sqlite3.connect(tmp_path / "search.db") as database:
+        database.execute("UPDATE trial_user_attributes SET value_json = '7' WHERE key = 'model'")
+    with pytest.raises(
+        ConfigError, match=r"search.db cannot be used, ValueError: model of trial 0 is not what a search"
+    ):
+        report(tmp_path)
+    with pytest.raises(
+        ConfigError, match=r"search.db cannot be used, ValueError: model of trial 0 is not what a search"
+    ):
+        search.main([*SMALL, f"--out={tmp_path}", "--device=cpu"])
 
 
 def test_a_storage_that_cannot_be_opened_is_not_tried_again(monkeypatch):
@@ -444,7 +529,7 @@ def test_places_of_the_picture():
     """Trials at one place are one point, mixtures apart; nothing is moved."""
     rows = [dict(omega=0, psi=1, experts=1), dict(omega=0.3, psi=1, experts=1)]
     rows += [dict(omega=0.01, psi=1, experts=experts) for experts in (1, 1, 4)]
-    places = search_report.by_place(rows, ("omega", "psi"))
+    places = search_report.cluster_rows(rows, ("omega", "psi"))
     assert [[(row["omega"], row["experts"]) for row in place] for place in places] == [
         [(0, 1), (0.01, 1), (0.01, 1)], [(0.3, 1)], [(0.01, 4)],
     ]  # fmt: skip
@@ -485,7 +570,7 @@ def test_killed_in_the_middle_it_goes_on_to_the_end(tiny, tmp_path):
     done = run_forked("lab.search", *words)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("/2 trial") == 2 and "ended early" in done.stdout, done.stdout
-    assert "going on from step" in (out / "trial_0" / "train.log").read_text()
+    assert "resuming from step" in (out / "trial_0" / "train.log").read_text()
     after = losses(out / "trial_0", "val_loss")
     assert after.pop(8) == 9.9 and after.pop(0) and before.pop(0)
     assert {step: after[step] for step in before} == before
@@ -509,8 +594,8 @@ def test_killed_in_the_middle_it_goes_on_to_the_end(tiny, tmp_path):
         (["--experts=0,4"], "whole numbers of 1 or more"),
         (["--experts=2,4", "--top_k=3"], "top_k=3"),
         (["--top_k=3"], "top_k=3 with moe='none'"),
-        (["--structure=btt"], "--structure is every trial's own"),
-        (["--out_dir=out/x"], "--out_dir is every trial's own.*--out"),
+        (["--structure=btt"], "--structure is set by each trial"),
+        (["--out_dir=out/x"], "--out_dir is set by each trial.*--out"),
         (["--trails=4"], "unknown option --trails: did you mean 'trials'?"),
         (["--storage=search.db"], "storage=search.db: give a URL"),
         (["--storage=nosql://me:secret@host/db"], "storage=nosql://me:…@host/db cannot be used"),
@@ -531,7 +616,7 @@ def test_mistakes_are_one_line(tmp_path, words, message):
 
 def test_another_study_and_folders_of_another(tmp_path):
     (tmp_path / "trial_0").mkdir()
-    with pytest.raises(ConfigError, match="has trials of another study"):
+    with pytest.raises(ConfigError, match="holds trials of another study"):
         search.main([*SMALL, f"--out={tmp_path}"])
     with pytest.raises(ConfigError, match="study='other' is not in sqlite"):
         search.main([*SMALL, f"--out={tmp_path}", "--report", "--study=other"])

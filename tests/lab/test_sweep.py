@@ -16,6 +16,7 @@ import vision.regression
 import vision.train
 from configurator import ConfigError, load_config
 from conftest import ROOT, read_rows, run_forked, start_script
+from engine.ownership import is_alive, owning
 from lab import scaling_laws, sweep
 from model import GPT
 from vision.mlp import MLP
@@ -108,7 +109,49 @@ def test_ctrl_c_twice_leaves_nothing_running_and_the_same_command_goes_on(path, 
     assert "Traceback" not in train_log and 0 < steps[-1] < 100_000, train_log
     done = run_forked(*words, f"--common=--max_steps={steps[-1] + 2}")
     assert done.returncode == 0 and "1/1 dense_d_model36" in done.stdout, done.stdout + done.stderr
-    assert f"going on from step {steps[-1]}" in (log.parent / "train.log").read_text()
+    assert f"resuming from step {steps[-1]}" in (log.parent / "train.log").read_text()
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP", "SIGKILL"])
+def test_runs_end_with_their_sweep(path, tmp_path, name):
+    """Whatever ends it; a second sweep in the folder is refused before, and starts after."""
+    out = tmp_path / "runs"
+    words = ["lab.sweep", path, f"--out={out}", "--gpus=0", "--only=btt_d_model36"]
+    process = start_script(*words, "--common=--max_steps=100000 --eval_interval=50000")
+    lock = out / "btt_d_model36" / "run.lock"
+    try:
+        wait_until(lambda: lock.exists() and json.loads(lock.read_text() or "{}").get("run"))  # it trains
+        run = json.loads(lock.read_text())["pid"]
+        assert is_alive(run) and run != process.pid
+        with pytest.raises(ConfigError, match=f"runs is in use by process {process.pid} on .*, or give another --out"):
+            sweep.main(words[1:])
+        process.send_signal(getattr(signal, name))
+        said, _ = process.communicate(timeout=120)
+        wait_until(lambda: not is_alive(run))
+    finally:
+        process.kill()
+    assert process.returncode == (-9 if name == "SIGKILL" else 1)
+    assert name == "SIGKILL" or "stopped: the same command resumes" in said
+    assert "saved in" in (out / "btt_d_model36" / "train.log").read_text()
+    with owning(str(out), ""), owning(str(out / "btt_d_model36"), ""):
+        pass
+
+
+def wait_until(condition):
+    deadline = time.monotonic() + 120
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize("file, text", [("config.json", "[7]"), ("log.jsonl", '{"step": 6, "val_loss": "low"}\n')])
+def test_a_damaged_run_is_one_line(path, tmp_path, file, text):
+    run = tmp_path / "runs" / "dense_d_model36"
+    run.mkdir(parents=True)
+    (run / "log.jsonl").write_text('{"step": 6}\n')
+    (run / file).write_text(text)
+    with pytest.raises(ConfigError, match=f"dense_d_model36/{file}"):
+        sweep.main([path, f"--out={tmp_path}/runs", "--gpus=0"])
 
 
 @pytest.mark.parametrize(
@@ -156,7 +199,7 @@ small = dict(common=dict(max_steps=10), runs=[dict(d_model=16), dict(d_model=32)
     assert list(small.runs) == ["d_model16", "d_model32"] and small.fit == "--points=final"
     where = os.path.join("out", "sweeps", "some_small", "d_model16")
     assert small.runs["d_model16"] == {"lr": 0.1, "max_steps": 10, "d_model": 16, "out_dir": where}
-    with pytest.raises(ConfigError, match="small has 'run', which is unknown: it may have runs, common"):
+    with pytest.raises(ConfigError, match="small defines 'run', which is unknown: it may define runs, common"):
         sweep.read_sweep(write(tmp_path, "runs = [{}]; small = dict(run=[])"), small=True)
     with pytest.raises(ConfigError, match="has no small version: leave --small out"):
         sweep.read_sweep(write(tmp_path, "runs = [{}]"), small=True)
@@ -174,8 +217,8 @@ def test_options_for_all_runs(tmp_path, capsys):
     for text, message in (
         ("data/mine", "'data/mine' is not an option, write each as --key=value"),
         ("--save 'x", "close the quotes"),
-        ("--d_model=8", "d_model is made run by run: change it in"),
-        ("--out_dir=x", "out_dir is made run by run: give --out"),
+        ("--d_model=8", "d_model differs from run to run: change it in"),
+        ("--out_dir=x", "out_dir differs from run to run: give --out"),
     ):
         with pytest.raises(ConfigError, match=message):
             sweep.read_sweep(path, common=text)
@@ -201,13 +244,12 @@ def test_a_run_whose_steps_a_config_file_sets(tmp_path):
 
 
 def test_options_of_other_types_than_they_are_written_with(tmp_path, capsys):
-    """data_dir=2024 is written as text by the run; a config.json that holds no options is no reason to fail."""
+    """A run writes data_dir=2024 as text; a last step that is no number is never reached."""
     options = {"out_dir": str(tmp_path), "data_dir": 2024, "lr": 1e-3}
     (tmp_path / "log.jsonl").write_text('{"step": 5}\n')
     for text, finished in (
         ('{"data_dir": "2024", "max_steps": 5}', True),
         ('{"max_steps": "all"}', False),
-        ("[]", False),
     ):
         (tmp_path / "config.json").write_text(text)
         assert sweep.is_finished(options) == finished
@@ -220,7 +262,9 @@ def test_finished_runs_of_other_options_are_spoken_of(tmp_path, capsys):
     for steps, data in ((5, "a"), (6, "b")):
         leave_behind(tmp_path / f"max_steps{steps}", steps, max_steps=steps, data_dir=data, theta=[0.5, 0], out_dir="x")
     sweep.main([path, f"--out={tmp_path}", "--gpus=0"])
-    note = "note: 1 of these had other options, max_steps5 data_dir='a', not 'b': another --out trains them again"
+    note = (
+        "note: 1 of these had other options: max_steps5 data_dir='a', not 'b'; give another --out to train them again"
+    )
     assert capsys.readouterr().out.splitlines() == ["2 runs, 2 of them finished; 1 at a time", note]
 
 
@@ -233,7 +277,7 @@ def test_gpus_are_those_that_are_named(tmp_path, monkeypatch):
     )
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,1")
     assert sweep.gpus_to_use() == ["3", "1"] and sweep.gpus_to_use(1) == ["3"]
-    with pytest.raises(ConfigError, match="gpus=3, but 2 are here or named by CUDA_VISIBLE_DEVICES"):
+    with pytest.raises(ConfigError, match="gpus=3, but CUDA_VISIBLE_DEVICES or this machine has 2: give"):
         sweep.gpus_to_use(3)
     look = "import os, sys; open(sys.argv[-1].split('=')[1] + '/gpu', 'w').write(os.environ['CUDA_VISIBLE_DEVICES'])"
     monkeypatch.setattr(
@@ -285,7 +329,7 @@ def test_seeds_of_a_regression_are_one_setting(tmp_path, capsys):
     done = run_forked("lab.sweep", write(tmp_path, REGRESSION), f"--out={tmp_path}/runs", "--gpus=0", "--jobs=2")
     assert done.returncode == 0, done.stdout + done.stderr
     runs = [str(tmp_path / "runs" / name) for name in ("seed1", "seed2")]
-    scaling_laws.fit([*runs, f"--out={tmp_path}/fit", "--samples=5"])
+    scaling_laws.fit_logs([*runs, f"--out={tmp_path}/fit", "--samples=5"])
     said = capsys.readouterr().out
     assert "1 settings have several seeds" in said and "(squared error)" in said
     fit = json.loads((tmp_path / "fit" / "fit.json").read_text())
@@ -301,7 +345,9 @@ def test_seeds_of_a_regression_are_one_setting(tmp_path, capsys):
 @pytest.mark.parametrize("file", sorted(os.listdir(SWEEPS)))
 def test_sweeps_of_the_project_can_be_run(file, small):
     """Options exist, config files are there, sizes factor; groups of a small version have FLOPs in common."""
-    if not file.endswith(".py") or (small and file in ("quickstart.py", "gpt_wide.py", "mlp_rates.py", "mlp_seeds.py")):
+    if not file.endswith(".py") or (
+        small and file in ("quickstart.py", "gpt_wide.py", "gpt_rates.py", "mlp_rates.py", "mlp_seeds.py")
+    ):
         pytest.skip("no sweep, or one that is small")
     chosen = sweep.read_sweep(os.path.join(SWEEPS, file), small)
     Config, flops_of = RUNS_OF[chosen.script]

@@ -172,7 +172,7 @@ def test_a_run_with_unshuffled_pixels_resumes_as_it_was(tmp_path, capsys):
         vision.train.main(words(more))
     capsys.readouterr()
     vision.train.main(words({**more, "shuffle_pixels": False}))
-    assert "going on from step 2" in capsys.readouterr().out
+    assert "resuming from step 2" in capsys.readouterr().out
 
 
 def test_start_at_zero_and_rates_of_the_published_input_layer():
@@ -626,7 +626,14 @@ def straight(tmp_path_factory):
 
 
 def test_a_run_leaves_what_it_should(straight, capsys):
-    assert sorted(os.listdir(straight)) == ["ckpt.pt", "ckpt_prev.pt", "config.json", "log.jsonl", "loss.png"]
+    assert sorted(os.listdir(straight)) == [
+        "ckpt.pt",
+        "ckpt_prev.pt",
+        "config.json",
+        "log.jsonl",
+        "loss.png",
+        "run.lock",
+    ]
     rows = read_rows(straight)
     last, config = rows[-1], ImageTrainConfig(**TINY_VIT)
     assert [row["step"] for row in rows] == list(range(21))
@@ -837,6 +844,16 @@ def test_a_dead_worker_ends_the_run_in_one_line(folder, tmp_path):
     assert "error: a process that decodes images ended" in rest and "fewer --workers" in rest
 
 
+def test_a_fifo_among_the_images_is_a_broken_one(folder, tmp_path):
+    path = sorted(glob.glob(f"{folder}/val/*/*"))[0]
+    os.remove(path)
+    os.mkfifo(path)
+    config = ImageTrainConfig(**{k: v for k, v in streaming(folder, tmp_path).items() if k != "out_dir"})
+    data = Streamed(config, open_splits(config)[0], CPU)
+    (_, labels), *_ = data.val_batches(0, 1, 12)
+    assert labels[0] == -1 and data.last_broken.startswith(path)
+
+
 def test_a_folder_of_broken_files_is_one_clear_line(folder, tmp_path):
     for path in glob.glob(f"{folder}/train/*/*"):
         os.truncate(path, 100)
@@ -869,6 +886,23 @@ def test_streamed_images_against_pil(folder, tmp_path):
     ]
     items = [vision.data.Images(config, splits["train"], True)[k, 5] for k in (0, 1)]
     assert boxes[0] != boxes[1] and not np.array_equal(items[0][0], items[1][0])
+
+
+def test_small_shared_memory_means_pipes_and_the_same_batches(folder, tmp_path, monkeypatch):
+    """Workers that find it full lose their batch, for which the trainer would wait for ever."""
+    options = {key: value for key, value in streaming(folder, tmp_path).items() if key != "out_dir"}
+    config, said = ImageTrainConfig(**{**options, "workers": 1}), []
+    batches = []
+    for free in (1 << 40, 700 << 10):
+        blocks = type("", (), dict(f_bavail=free // 1024, f_frsize=1024))
+        monkeypatch.setattr(vision.data.os, "statvfs", lambda path, blocks=blocks: blocks)
+        data = Streamed(config, open_splits(config)[0], CPU, said.append)
+        batches.append((*data.draw(0, 8, 0, 8), *next(iter(data.val_batches(0, 1, 8)))))
+        assert data.shares_memory == (free > 1 << 30)
+    assert len(said) == 1 and "/dev/shm has 0.7 MiB free" in said[0] and "pipes" in said[0]
+    assert all(torch.equal(one, other) for one, other in zip(*batches, strict=True))
+    monkeypatch.setattr(torch.UntypedStorage, "_share_fd_cpu_", lambda *args: pytest.fail("shared memory is used"))
+    next(iter(data.val_batches(0, 1, 8)))
 
 
 def test_decoding_by_torchvision_is_the_same_picture(folder, tmp_path, monkeypatch):
