@@ -203,7 +203,7 @@ def fastest_method(n, sizes):
         return "fused"  # moves little more than x, y, dx and dy
     seconds = expected_seconds(n, sizes)
     if sizes.r > 1 or n < 16 * 64:
-        seconds.pop("fused", None)  # not timed
+        seconds.pop("fused", None)  # not measured
     if not staged_fits(sizes):
         del seconds["staged"]
     return min(seconds, key=seconds.get)
@@ -228,12 +228,12 @@ def expected_seconds(n, sizes):
 
 
 def fuses(sizes):
-    """Whether fused kernels take a layer: those in Gluon where its sizes are theirs (gluon_btt.py), otherwise these."""
+    """Whether fused kernels fit a layer: those of gluon_btt.py, which are used if both do, or those below."""
     return _by_gluon(sizes) or fused_blocks(sizes) is not None
 
 
 def _by_gluon(sizes):
-    """Whether the Gluon kernels take it, which Triton's interpreter cannot run."""
+    """Whether the Gluon kernels fit a layer. Triton's interpreter cannot run them."""
     return gluon_btt is not None and not INTERPRETED and gluon_btt.launches(sizes) is not None
 
 

@@ -98,7 +98,7 @@ if triton is not None:
         sums_A, sums_B, dA, dB, PARTS_A, PARTS_B, stride_A, stride_B, SIZE_A: tl.constexpr, SIZE_B: tl.constexpr,
         ROWS: tl.constexpr, BLOCK: tl.constexpr,
     ):  # fmt: skip
-        """The first programs sum BLOCK columns of sums_A (parts, SIZE_A), the others of sums_B."""
+        """The first programs sum sums_A (parts, SIZE_A) over its parts, BLOCK columns each; the others sum sums_B."""
         PROGRAMS_A: tl.constexpr = (SIZE_A + BLOCK - 1) // BLOCK
         pid = tl.program_id(0)
         if pid < PROGRAMS_A:
@@ -118,7 +118,7 @@ if triton is not None:
 
 
 def sum_parts(sums_A, sums_B, A, B):
-    """float32 gradients (parts, size of a core) of both cores -> dA, dB in their dtype. One launch, in a fixed order."""
+    """Sums the parts of both cores' gradients, (parts, size of the core), float32, in a fixed order -> dA, dB like A, B."""
     dA, dB = torch.empty_like(A), torch.empty_like(B)
     block = 128
     programs = triton.cdiv(A.numel(), block) + triton.cdiv(B.numel(), block)

@@ -1,18 +1,24 @@
-"""BTT products that keep z on chip, in Gluon: for Hopper GPUs and blocks of 32 or 64.
+"""BTT products that keep z on chip, in Gluon, for Hopper GPUs and blocks of 24 to 64 numbers.
 
     z[n, g, r, f] = Σ_a x[n, g, a] · A[g, a, (r f)]        y[n, f, e] = Σ_{g r} z[n, g, r, f] · B[f, (g r), e]
 
-A program has a slice of both cores and takes tiles of 16 tokens; several programs read the same x, all but the first of them
-from L2. The product kernel makes y of x, or dx of dy (the same two products with the cores exchanged and transposed). The
-gradient kernel makes dA and dB of a slice of the blocks γ and φ, and dx too if it has all φ.
+A program holds a slice of both cores and processes tiles of 16 tokens. Programs with different slices read the same x;
+all but the first of them find it in L2. Two kernels serve forward and backward:
 
-z and dz pass between warps as (g, f, n), tokens last, in 16-byte rows of 8 tokens. Row (g, f) lies in bank group
-(g xor f) mod 8: a warp that has one f and eight g, and one that has one g and eight f, both touch eight bank groups,
-so neither side has bank conflicts.
+    product    y from x, or dx from dy: the same two products, with the cores exchanged and transposed
+    gradients  dA and dB of a slice of the blocks γ and φ, and also dx if the slice has all blocks φ
 
-Places. The registers of a matrix product hold numbers 2q and 2q + 1 (and 2q + 8 ...) of the axis that is summed in lane q
-of four. Its order is free as long as both operands agree: if place 16t + 8h + 2q + b stands for number 8q + 4t + 2h + b,
-a lane has 8 neighbours, which are one 16-byte access of memory. `in_places` renames an axis so.
+Bank conflicts. z and dz pass between warps as (g, f, n), tokens last, in 16-byte rows of 8 tokens. Row (g, f) is stored
+in bank group (g xor f) mod 8. A warp that holds one f and eight g, and a warp that holds one g and eight f, both access
+eight different bank groups, so neither side has conflicts. Triton's own layout of this tile causes 9-way conflicts.
+
+Places. In a matrix product, lane q of four holds elements 2q, 2q + 1, 2q + 8, 2q + 9, ... of the axis that is summed. The
+order of that axis is free as long as both operands agree. If place 16t + 8h + 2q + b stands for element 8q + 4t + 2h + b,
+each lane holds 8 neighbouring elements, which it accesses with one 16-byte instruction. `to_places` and `from_places`
+rename an axis accordingly; they move no data.
+
+Sizes are padded in registers and shared memory to powers of 2, never in device memory. In the kernels, names are
+G, AL, F, EL, R for the sizes g, a, f, e, r; AP and EP for padded sizes; BM for tokens, GB and FB for slices; W for warps.
 """
 
 import functools
@@ -26,11 +32,11 @@ from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 
 from kernels.common import SHARED_MEMORY, multiprocessors, pow2, sum_parts
 
-# Renamed between Triton 3.6 and 3.9.
+# Triton 3.9 renamed it.
 copy_async = async_copy.async_load if hasattr(async_copy, "async_load") else async_copy.async_copy_global_to_shared
 
 # ---------------------------------------------------------------------------------------
-# Layouts. Bases of a linear layout: what bit after bit of an offset (register, lane, warp) adds to the coordinates.
+# Layouts. The bases of a linear layout are the coordinates that each bit of an offset (or register, lane, warp) adds.
 
 
 @gluon.constexpr_function
@@ -46,7 +52,7 @@ def padded(size, least=16):
 
 @gluon.constexpr_function
 def exchange_layout(G, F, BM):
-    """Of z (g, f, n) in shared memory: bits of an offset are n0 n1 n2 | g0^f0 g1^f1 g2^f2 | n3.. f0.. g3.."""
+    """Layout of z (g, f, n) in shared memory. Bits of an offset: n0 n1 n2 | g0^f0 g1^f1 g2^f2 | n3.. f0.. g3.."""
     bases = [[0, 0, 1], [0, 0, 2], [0, 0, 4], [1, 0, 0], [2, 0, 0], [4, 0, 0]]
     bases += [[0, 0, 1 << i] for i in range(3, _bits(BM))]
     bases += [[(1 << i) if i < 3 else 0, 1 << i, 0] for i in range(_bits(F))]
@@ -56,8 +62,11 @@ def exchange_layout(G, F, BM):
 
 @gluon.constexpr_function
 def rows_layout(blocks, rows, K):
-    """Of (block, row, k) in shared memory, K contiguous numbers a row in 16-byte chunks. In eight bank groups each: one chunk
-    of eight rows (ldmatrix), eight neighbouring chunks (copies), and four chunks of two rows (16 bytes a lane)."""
+    """Layout of (block, row, k) in shared memory: rows of K elements in 16-byte chunks.
+
+    Three kinds of access touch eight different bank groups: one chunk of eight rows (ldmatrix), eight neighbouring chunks
+    (copies), and four chunks of two rows (one chunk for each lane).
+    """
     chunks = _bits(K // 8)
     bases = [[0, 0, 1], [0, 0, 2], [0, 0, 4]] + [[0, 0, 8 << i] for i in range(chunks)]
     if chunks == 1:  # bank group = n1 n0 c0^n2
@@ -76,7 +85,7 @@ def rows_layout(blocks, rows, K):
 
 @gluon.constexpr_function
 def copy_layout(blocks, rows, K, W):
-    """Of a copy of (block, row, k): 16 bytes a lane; a warp takes chunks of a row, of neighbouring blocks, of several rows."""
+    """Layout of a copy of (block, row, k): each lane copies 16 bytes; a warp covers whole rows of neighbouring blocks."""
     chunks = K // 8
     near = max(1, min(blocks, 8 // chunks))
     return gl.BlockedLayout([1, 1, 8], [near, 32 // chunks // near, chunks], [W, 1, 1], [2, 0, 1])
@@ -84,7 +93,8 @@ def copy_layout(blocks, rows, K, W):
 
 @gluon.constexpr_function
 def token_rows_layout(blocks, BM, K, W, K_LAST):
-    """Of (block, n, k) in registers, a lane with 8 neighbouring k of a token: (block, k, n) if not K_LAST."""
+    """Layout of (block, n, k), or of (block, k, n) if not K_LAST, in registers: lanes hold 8 neighbouring k of a token."""
+    assert blocks >= W, "every warp needs a block"
     regs = [[0, 0, 1], [0, 0, 2], [0, 0, 4]]
     rows = [[0, 1 << i, 0] for i in range(3, _bits(BM))]
     wide = [[0, 0, 1 << i] for i in range(5, _bits(K))]
@@ -101,8 +111,8 @@ def token_rows_layout(blocks, BM, K, W, K_LAST):
 
 
 @gluon.jit
-def in_places(t):
-    """Renames axis 1 of (block, k, column): numbers -> places."""
+def to_places(t):
+    """Reorders axis 1 of (block, k, column) from elements to places."""
     B: gl.constexpr = t.shape[0]
     K: gl.constexpr = t.shape[1]
     C: gl.constexpr = t.shape[2]
@@ -110,8 +120,8 @@ def in_places(t):
 
 
 @gluon.jit
-def in_numbers(t):
-    """Renames axis 2 of (block, row, k): places -> numbers."""
+def from_places(t):
+    """Reorders axis 2 of (block, row, k) from places to elements."""
     B: gl.constexpr = t.shape[0]
     R: gl.constexpr = t.shape[1]
     K: gl.constexpr = t.shape[2]
@@ -147,8 +157,11 @@ def load_core(
     base, blocks, rows, run, B: gl.constexpr, R: gl.constexpr, K: gl.constexpr, SB: gl.constexpr, SR: gl.constexpr,
     RUN: gl.constexpr, SK: gl.constexpr, W: gl.constexpr,
 ):  # fmt: skip
-    """(block, row, k) of a core, in runs of RUN contiguous k. Blocks are SB numbers apart, rows SR and runs SK. Zero from
-    block `blocks`, row `rows` and number `run` of each run on."""
+    """(block, row, k) of a core, where k consists of runs of RUN contiguous elements.
+
+    SB, SR and SK are the distances between blocks, rows and runs. Zero outside the first `blocks` blocks, `rows` rows and
+    `run` elements of each run.
+    """
     C: gl.constexpr = copy_layout(B, R, K, W)
     b = gl.arange(0, B, gl.SliceLayout(1, gl.SliceLayout(2, C)))[:, None, None]
     r = gl.arange(0, R, gl.SliceLayout(0, gl.SliceLayout(2, C)))[None, :, None]
@@ -162,7 +175,7 @@ def copy_tile(
     to, base, tile, stride, N, blocks, B: gl.constexpr, BM: gl.constexpr, KP: gl.constexpr, K: gl.constexpr,
     W: gl.constexpr,
 ):  # fmt: skip
-    """Starts the copy of (block, n, k), K numbers a block; zero from block `blocks`, token N and number K on."""
+    """Starts to copy (block, n, k) of a matrix with K columns for each block. Zero outside its blocks, rows and columns."""
     C: gl.constexpr = copy_layout(B, BM, KP, W)
     b = gl.arange(0, B, gl.SliceLayout(1, gl.SliceLayout(2, C)))[:, None, None]
     n = gl.arange(0, BM, gl.SliceLayout(0, gl.SliceLayout(2, C)))[None, :, None]
@@ -172,12 +185,12 @@ def copy_tile(
 
 
 # ---------------------------------------------------------------------------------------
-# y of x, or dx of dy
+# Product
 
 
 @gluon.jit
 def to_shared(t):
-    """(block, row, k) in shared memory"""
+    """(block, row, k) -> the same in shared memory"""
     layout: gl.constexpr = rows_layout(t.shape[0], t.shape[1], t.shape[2])
     return gl.allocate_shared_memory(t.dtype, t.shape, layout, t)
 
@@ -187,7 +200,7 @@ def load_first(
     core, f0, g0, G: gl.constexpr, AL: gl.constexpr, F: gl.constexpr, R: gl.constexpr, GC: gl.constexpr,
     FB: gl.constexpr, BACKWARD: gl.constexpr, W: gl.constexpr,
 ):  # fmt: skip
-    """(g, a, r f), or backward (g, a, f r), of the core of the first product: of A, or of B, stored (g, (f r), a)."""
+    """Core of the first product: A -> (g, a, r f); backward B, stored as (g, (f r), a) -> (g, a, f r)."""
     AP: gl.constexpr = padded(AL, 32)
     if BACKWARD:
         at = core + (g0 * F + f0) * R * AL
@@ -201,7 +214,7 @@ def load_second(
     core, f0, g0, G: gl.constexpr, F: gl.constexpr, EL: gl.constexpr, R: gl.constexpr, GC: gl.constexpr,
     FB: gl.constexpr, BACKWARD: gl.constexpr, W: gl.constexpr,
 ):  # fmt: skip
-    """(f, e, g r), or backward (f, e, r g), of the core of the second product: of B, or of A, stored (f, e, (r g))."""
+    """Core of the second product: B -> (f, e, g r); backward A, stored as (f, e, (r g)) -> (f, e, r g)."""
     EP: gl.constexpr = padded(EL, 32)
     if BACKWARD:
         return load_core(core + f0 * EL * R * G + g0, F - f0, EL, G - g0, FB, EP, R * GC, EL * R * G, R * G, GC, G, W)
@@ -219,9 +232,10 @@ def product_kernel(
 ):  # fmt: skip
     """FB of the blocks φ of y[n, f, e] = Σ_{g r} Σ_a x[n, g, a] first[g, a, (r f)] second[f, (g r), e].
 
-    The cores stay in registers, or the second one in shared memory. x comes from memory straight into the registers of the
-    first product, a chunk (of the blocks γ of a tile) ahead. BACKWARD: `first` is stored as (g, (f r), a) and `second`
-    as (f, e, (r g)), as the cores B and A are for dx of dy. GELU: of x. SLOPE: y times gelu'(u), u (n, f, e).
+    The first core stays in registers, the second one in registers or in shared memory. A tile of x is read in CHUNKS
+    groups of blocks γ, each loaded while the one before it is processed: into registers, or, if STAGES > 0, into a ring of
+    STAGES chunks in shared memory. BACKWARD computes dx from dy: `first` is B, which is (g, (f r), a) in the names used
+    here, and `second` is A, (f, e, (r g)). GELU applies gelu to x. SLOPE multiplies y by gelu'(u), u (n, f, e).
     """
     mma: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [W, 1, 1], [1, 16, 8])
     a_op: gl.constexpr = gl.DotOperandLayout(0, mma, 2)
@@ -258,12 +272,12 @@ def product_kernel(
     z_s = ()
     for c in gl.static_range(CHUNKS):
         first_c = load_first(first, f0, c * GC, G, AL, F, R, GC, FB, BACKWARD, W)  # (g, a, r f)
-        first_t = first_t + (gl.convert_layout(in_places(first_c).permute([0, 2, 1]), a_op),)
-        second_c = in_places(load_second(second, f0, c * GC, G, F, EL, R, GC, FB, BACKWARD, W))  # (f, e, g r)
+        first_t = first_t + (gl.convert_layout(to_places(first_c).permute([0, 2, 1]), a_op),)
+        second_c = to_places(load_second(second, f0, c * GC, G, F, EL, R, GC, FB, BACKWARD, W))  # (f, e, g r)
         if not SECOND_SHARED:
             second_t = second_t + (gl.convert_layout(second_c.permute([0, 2, 1]), b_op),)
         else:
-            second_c = second_c if BACKWARD else second_c.permute([0, 2, 1])  # as it is stored
+            second_c = second_c if BACKWARD else second_c.permute([0, 2, 1])  # in the order in which it is stored
             second_t = second_t + (to_shared(second_c),)
         z_s = z_s + (gl.allocate_shared_memory(dtype, [GC, FB * R, BM] if BACKWARD else [GC * R, FB, BM], Z),)
 
@@ -292,7 +306,7 @@ def product_kernel(
                 x_next = gl.load(x_at + (ahead.to(gl.int64) * BM * x_stride + g0 * AL), mask=mask_x, other=0.0)
             if GELU:
                 x_t = gelu_of(x_t)
-            x_t = gl.convert_layout(in_places(x_t), b_op)
+            x_t = gl.convert_layout(to_places(x_t), b_op)
             z = mma_v2(first_t[c], x_t, gl.zeros([GC, R * FB, BM], gl.float32, mma)).to(dtype)
             z_s[c].reshape([GC, R * FB, BM]).store(z)
         y_t = gl.zeros([FB, BM, EP], gl.float32, mma)
@@ -306,11 +320,11 @@ def product_kernel(
             y_t = mma_v2(z_t.load(a_op), B_t, y_t)
         mask_y = (fy < F) & (ey < EL) & (tile * BM + ny < N)
         if SLOPE:
-            y_t = gl.convert_layout(in_numbers(y_t), Y)
+            y_t = gl.convert_layout(from_places(y_t), Y)
             u_t = gl.load(u_at + tile.to(gl.int64) * BM * u_stride, mask=mask_y, other=0.0)
             y_t = (y_t * gelu_and_slope_of(u_t)[1]).to(dtype)
         else:
-            y_t = gl.convert_layout(in_numbers(y_t.to(dtype)), Y)
+            y_t = gl.convert_layout(from_places(y_t.to(dtype)), Y)
         gl.store(y_at + tile.to(gl.int64) * (BM * F * EL), y_t, mask=mask_y)
         tile += step
 
@@ -326,9 +340,10 @@ def gradients_kernel(
     GB: gl.constexpr, FB: gl.constexpr, DX: gl.constexpr, GELU: gl.constexpr, B_SHARED: gl.constexpr,
     STAGES: gl.constexpr, W: gl.constexpr,
 ):  # fmt: skip
-    """dA and dB of GB blocks γ and FB blocks φ, summed over the tiles of its part, and with DX (FB = F) dx of the blocks γ.
+    """dA and dB of GB blocks γ and FB blocks φ; DX (only if FB >= F): also dx of the blocks γ.
 
-    sums (parts, A and B), float32.
+    Programs with the same slice share out the tiles. Each writes its sums to row `part` of sums (parts, A and B), float32.
+    GELU: the layer's input is gelu(x).
     """
     mma: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [W, 1, 1], [1, 16, 8])
     a_op: gl.constexpr = gl.DotOperandLayout(0, mma, 2)
@@ -356,8 +371,7 @@ def gradients_kernel(
         copy_tile(x_s.index(i), x_g, tile + i * step, x_stride, N, G - g0, GB, BM, AP, AL, W)
         copy_tile(dy_s.index(i), dy_f, tile + i * step, dy_stride, N, F - f0, FB, BM, EP, EL, W)
         async_copy.commit_group()
-    # core A (g, a, r f) with a in places, B (f, g r, e)
-    A_s = to_shared(in_places(load_first(A, f0, g0, G, AL, F, R, GB, FB, False, W)))
+    A_s = to_shared(to_places(load_first(A, f0, g0, G, AL, F, R, GB, FB, False, W)))
     B_t = load_second(B, f0, g0, G, F, EL, R, GB, FB, False, W)
     if B_SHARED:
         B_s = to_shared(B_t.permute([0, 2, 1]))
@@ -381,7 +395,7 @@ def gradients_kernel(
             x_r, slope = gelu_and_slope_of(x_r)
             slope = slope.to(dtype)
             x_t.store(x_r)
-        x_r = gl.convert_layout(in_places(x_r.permute([0, 2, 1])).permute([0, 2, 1]), a_op)
+        x_r = gl.convert_layout(to_places(x_r.permute([0, 2, 1])).permute([0, 2, 1]), a_op)
         z = mma_v2(x_r, A_s.load(b_op), gl.zeros([GB, BM, R * FB], gl.float32, mma))
         z_s.reshape([GB, R * FB, BM]).permute([0, 2, 1]).store(z.to(dtype))
         if B_SHARED:
@@ -400,7 +414,7 @@ def gradients_kernel(
         if DX:
             A_r = A_s.permute([0, 2, 1]).load(b_op)
             dx_t = mma_v2(dz_g.load(a_op), A_r, gl.zeros([GB, BM, AP], gl.float32, mma))
-            dx_t = gl.convert_layout(in_numbers(dx_t), X)
+            dx_t = gl.convert_layout(from_places(dx_t), X)
             if GELU:
                 dx_t = dx_t * slope.to(gl.float32)
             mask_x = (gx < G) & (ax < AL) & (tile * BM + nx < N)
@@ -424,19 +438,19 @@ def gradients_kernel(
 # ---------------------------------------------------------------------------------------
 # Launches
 
-TOKENS = 16  # of a tile
-BANDWIDTH, L2_BANDWIDTH = 2.3e12, 4.0e12  # bytes/s that these kernels reach on an H100 (results/kernels.md)
+TOKENS = 16  # in a tile
+BANDWIDTH, L2_BANDWIDTH = 2.3e12, 4.0e12  # bytes/s, reached on an H100 (results/kernels.md)
 
 
 class Product(NamedTuple):
     """Launch shape of the product kernel."""
 
-    slice: int  # FB: output blocks of a program
+    slice: int  # FB, output blocks of a program
     chunks: int
     second_shared: bool
-    stages: int  # of chunks in shared memory; 0: the next chunk waits in registers
+    stages: int  # chunks of x in shared memory; 0: the next chunk is kept in registers
     warps: int
-    bytes: int  # a token, through L2
+    bytes: int  # that each token moves through L2
 
 
 class Gradients(NamedTuple):
@@ -447,17 +461,17 @@ class Gradients(NamedTuple):
     with_dx: bool
     stages: int
     warps: int
-    bytes: int  # a token, through L2
+    bytes: int  # that each token moves through L2
 
     def programs(self, sizes):
-        """How many programs share out the cores."""
+        """Number of slices of the cores."""
         return -(-sizes[0] // self.g_slice) * -(-sizes[2] // self.f_slice)
 
 
 class Launches(NamedTuple):
     y: Product
     gradients: Gradients
-    dx: Product | None  # where the gradient kernel does not make dx
+    dx: Product | None  # None: the gradient kernel computes dx
 
 
 def _pad(g, a, f, e):
@@ -465,13 +479,13 @@ def _pad(g, a, f, e):
 
 
 def _product(g, a, f, e, r):
-    """The shape of a product kernel, or None if none fits."""
+    """Launch shape of a product kernel, or None if none fits."""
     G, A, F, E = _pad(g, a, f, e)
     for size in (16, 8):
         first, second = 2 * G * A * r * size, 2 * size * G * r * E
         z = 2 * G * r * size * TOKENS
         warps = 16 if size == 16 and first <= 65_536 else 8
-        chunks = min(max(1, G * A * r // 1024), G // warps)  # of x: 32 KiB, or less of higher ranks
+        chunks = min(max(1, G * A * r // 1024), G // warps)  # of 32 KiB of x, less for higher ranks
         if F % size == 0 and chunks and first <= 131_072 and second + z <= SHARED_MEMORY and r * size >= 16:
             moved = 2 * (-(-f // size) * g * a + f * e)
             return Product(size, chunks, first + second > 98_304, 0, warps, moved)
@@ -479,25 +493,25 @@ def _product(g, a, f, e, r):
 
 
 def _gradients(g, a, f, e, r):
-    """All shapes of gradient kernels that fit."""
+    """All launch shapes of the gradient kernel that fit."""
     G, A, F, E = _pad(g, a, f, e)
     for g_slice in (8, 16, 32):
         for f_slice in (8, 16, 32, 64):
             with_dx = f_slice == F
             warps = min(8 if with_dx else 16, g_slice, f_slice)
             sums = r * g_slice * f_slice * (A + E)
-            core = 2 * r * g_slice * f_slice * A  # core A; core B is in registers
+            core = 2 * r * g_slice * f_slice * A  # A; B is in registers
             tile = 2 * TOKENS * (g_slice * A + f_slice * E)
             z = 2 * 2 * TOKENS * g_slice * r * f_slice
             stages = min(3, (SHARED_MEMORY - core - z) // tile)
             fits = g_slice <= G and f_slice <= F and r * f_slice >= 16 and stages >= 2
-            if fits and sums <= 4096 * min(warps, 8):  # half of the registers
+            if fits and sums <= 4096 * min(warps, 8):  # which takes half of the registers
                 moved = 2 * (-(-f // f_slice) * g * a + -(-g // g_slice) * f * e + with_dx * g * a)
                 yield Gradients(g_slice, f_slice, with_dx, stages, warps, moved)
 
 
 def launches(sizes):
-    """Launches for a BTT of these sizes (g, a, f, e, r), those that move the fewest bytes through L2; None if none fit."""
+    """The launches for a BTT of sizes (g, a, f, e, r) that move the fewest bytes through L2, or None if none fit."""
     g, a, f, e, r = sizes
     if (
         max(g, a, f, e) > 64
@@ -514,11 +528,11 @@ def launches(sizes):
     return min(found, key=lambda each: each.gradients.bytes + (each.dx.bytes if each.dx else 0), default=None)
 
 
-_launches = functools.cache(launches)  # torch.compile traces the function, not a cache
+_launches = functools.cache(launches)  # torch.compile traces `launches` itself
 
 
 def expected_seconds(n, sizes):
-    """Of forward and backward for n tokens, by bytes; a padded layer is taken to need as long as one of the padded sizes."""
+    """Expected seconds of forward and backward for n tokens, from bytes. A padded layer counts as one of the padded sizes."""
     G, A, F, E = _pad(*sizes[:4])
     shapes, d_in, d_out = launches((G, A, F, E, sizes[4])), G * A, F * E
     moved = [(d_in + d_out, shapes.y), ((2 if shapes.gradients.with_dx else 1) * d_in + d_out, shapes.gradients)]
@@ -528,7 +542,7 @@ def expected_seconds(n, sizes):
 
 
 def _aligned(x):
-    """x (n, d) with rows that 16-byte copies can read."""
+    """x (n, d), copied unless 16-byte accesses can read its rows."""
     fits = x.stride(1) == 1 and x.stride(0) % 16 == 0 and x.data_ptr() % 16 == 0
     return x if fits else x.clone(memory_format=torch.contiguous_format)
 
@@ -549,12 +563,12 @@ def _launch_product(x, first, second, sizes, shape, backward=False, after_gelu=F
 
 
 def forward(x, A, B, sizes, after_gelu):
-    """y = W x or W gelu(x). x (n, g·a), cores contiguous, of one 16-bit dtype."""
+    """x (n, g·a), cores A and B, contiguous, all of one 16-bit dtype -> W x or W gelu(x), (n, f·e). See `launches`."""
     return _launch_product(_aligned(x), A, B, sizes, _launches(sizes).y, after_gelu=after_gelu)
 
 
 def _launch_gradients(x, dy, A, B, dx, sizes, shape, parts, after_gelu, second_shared=False):
-    """-> dA, dB; writes dx if the shape says so."""
+    """-> dA, dB. Also writes dx if shape.with_dx."""
     g, a, f, e, r = sizes
     sums = torch.empty(parts, A.numel() + B.numel(), dtype=torch.float32, device=x.device)
     gradients_kernel[(parts * shape.programs(sizes),)](
@@ -566,7 +580,7 @@ def _launch_gradients(x, dy, A, B, dx, sizes, shape, parts, after_gelu, second_s
 
 
 def backward(x, dy, A, B, sizes, after_gelu):
-    """dx, dA, dB"""
+    """Gradients of `forward`, given dy (n, f·e) -> dx, dA, dB"""
     x, dy, (g, a, f, e, r), (_, shape, product) = _aligned(x), _aligned(dy), sizes, _launches(sizes)
     parts = max(1, min(triton.cdiv(len(x), TOKENS), multiprocessors(x) // shape.programs(sizes)))
     if product is None:

@@ -1,8 +1,8 @@
-"""Runs the PTX of a compiled kernel on a CPU, all threads of a block in lockstep. Gluon has no interpreter; this tests its kernels.
+"""Runs the PTX of a compiled kernel on a CPU, all threads of a block in lockstep. It tests Gluon kernels, which have no interpreter.
 
-Besides results it finds races (two warps touch a word of shared memory between the same two barriers, and one of them writes)
-and counts bank conflicts. Limits: control flow must be the same in all threads of a block, as it is in kernels whose loops run
-over tiles; a copy by cp.async lands at the wait that covers it; instructions are those that these kernels use, others raise.
+It also detects races (two warps access a word of shared memory between the same two barriers, and one of them writes) and
+counts bank conflicts. Limits: all threads of a block must take the same branches, as they do in kernels that loop over
+tiles; a cp.async copy takes effect at the wait that covers it; instructions that these kernels do not use raise an error.
 """
 
 import re
@@ -58,7 +58,7 @@ class Memory:
 
 
 def parse(ptx):
-    """-> lines of code, and {label: index of the line after it}"""
+    """-> lines of code, and {label: index of the next line}"""
     lines, labels = [], {}
     body = re.sub(r"//[^\n]*", "", ptx[ptx.index("{", ptx.index(".entry")) :])
     for line in (line.strip().rstrip(";").strip() for line in body.splitlines()):
@@ -71,13 +71,13 @@ def parse(ptx):
 
 
 def run_grid(ptx, memory, params, warps, blocks):
-    """Runs blocks 0 .. blocks - 1, one after the other. params: numbers, an address for a pointer -> Blocks."""
+    """Runs `blocks` blocks one after the other -> a Block each. params: numbers; a pointer is an address of `memory`."""
     program = parse(ptx)
     return [Block(program, memory, params, 32 * warps, block, blocks).run() for block in range(blocks)]
 
 
 class Block:
-    """One block of threads. A register is an array with one entry a thread."""
+    """One block of threads. A register is an array with one element for each thread."""
 
     def __init__(self, program, memory, params, threads, block, blocks):
         self.lines, self.labels = program
@@ -89,10 +89,10 @@ class Block:
         self.registers = {}
         self.warp = np.arange(threads) // 32
         self.shared = np.full(SHARED_MEMORY, 0xFF, np.uint8)  # NaNs
-        # Of each 16-bit word of shared memory: the barrier after which it was last written and read, and by which warp (-2: several).
+        # For each 16-bit word of shared memory: number of barriers before its last write and read, and their warp (-2: several).
         self.written, self.written_by, self.read, self.read_by = (np.full(SHARED_MEMORY // 2, -1) for _ in range(4))
         self.barriers = 0
-        self.copies, self.groups = [], []  # of cp.async: those not committed yet, and committed groups
+        self.copies, self.groups = [], []  # cp.async copies that are not committed, and committed groups
         self.races = []
         self.wavefronts, self.without_conflicts = {}, {}  # {instruction: count}, from the first matrix product on
         self.products = 0
@@ -105,7 +105,7 @@ class Block:
         return self
 
     def step(self, line):
-        """Executes one line -> the label it jumps to, or None."""
+        """Executes one line -> the label to jump to, or None."""
         self.line, active = line, None
         predicate = re.match(r"@(!?)(%p\d+)\s+(.*)", line)
         if predicate:
@@ -124,7 +124,7 @@ class Block:
     # -- registers
 
     def get(self, name, dtype=np.uint32):
-        """Values of a register or constant, its bits taken as dtype if it has the same size."""
+        """Values of a register or constant. A register of the same size as dtype is reinterpreted, not converted."""
         if name in self.special:
             return self.special[name].astype(dtype)
         if name.startswith("%"):
@@ -153,7 +153,7 @@ class Block:
     # -- shared memory
 
     def touch(self, at, size, warp, write, lands_later=False):
-        """Notes accesses of `size` bytes at addresses `at`, and races."""
+        """Records accesses of `size` bytes at addresses `at`, and detects races."""
         for offset in range(0, size, 2):
             word = (at + offset) // 2
             race = (self.written[word] == self.barriers) & (self.written_by[word] != warp)
@@ -168,16 +168,16 @@ class Block:
                 self.read[word], self.read_by[word] = self.barriers, np.where(several, -2, warp)
 
     def count_conflicts(self, kind, at, size):
-        """at: byte addresses in the order of threads, `size` bytes each; 128 bytes are served at a time if no bank has two words."""
+        """Counts the wavefronts of accesses of `size` bytes at addresses `at`, in thread order. One serves 128 bytes at most."""
         if not self.products:
-            return  # cores being loaded, once a launch
+            return  # cores are loaded once per launch
         for request in at.reshape(-1, max(1, 128 // max(size, 4))):
             words = np.unique((request[:, None] + np.arange(0, max(size, 4), 4)) // 4)
             self.wavefronts[kind] = self.wavefronts.get(kind, 0) + np.bincount(words % 32).max()
             self.without_conflicts[kind] = self.without_conflicts.get(kind, 0) + 1
 
     def conflicts(self):
-        """{instruction: wavefronts for each one that it would take without bank conflicts}, from the first matrix product on"""
+        """{instruction: wavefronts, as a multiple of those without bank conflicts}, from the first matrix product on"""
         return {kind: count / self.without_conflicts[kind] for kind, count in self.wavefronts.items()}
 
     # -- arithmetic
@@ -347,7 +347,7 @@ class Block:
             self.copies.append((at, data, self.warp[on]))
 
     def matrices(self, args, parts, kind, write):
-        """Of ldmatrix and stmatrix: for each register the byte addresses (warps, 8) of the rows of its 8 × 8 matrix."""
+        """For ldmatrix and stmatrix: each register's name, and the indices (warps, 8, 8) of the 16-bit words of its matrix."""
         names, at = self.names(args[1 if write else 0]), self.address(args[0 if write else 1]).reshape(-1, 32)
         for i, name in enumerate(names):
             rows = at[:, 8 * i : 8 * i + 8]
