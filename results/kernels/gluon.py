@@ -1,8 +1,9 @@
-"""Milliseconds of the Gluon kernels of kernels/gluon_btt.py in many launch shapes, beside btt() and dense layers, on a GPU.
+"""Milliseconds of the Gluon kernels of kernels/gluon_btt.py in several launch shapes, beside btt() and dense layers, on a GPU.
 
-    python -m results.kernels.gluon 1024-1024:1 1024-4096:1 4096-1024:1:gelu 2048-2048:1 2048-2048:2   # d_in-d_out:rank
+python -m results.kernels.gluon 1024-1024:1 4096-1024:1:gelu 2048-2048:2     # d_in-d_out:rank
+python -m results.kernels.gluon all 1024-1024:1                              # slices of all sizes too
 
-Every result is checked against float64 first. Compiling takes most of the time, 20 to 60 seconds a layer.
+Every result is first checked against float64.
 """
 
 import itertools
@@ -41,7 +42,7 @@ def error(found, exact):
     return ((found.double() - exact).norm() / exact.norm()).item()
 
 
-def time_layer(text):
+def time_layer(text, every):
     layer, rank, *rest = text.split(":")
     d_in, d_out = map(int, layer.split("-"))
     a, _, g, _, e, f, r = factor_sizes(d_in, d_out, BTT, int(rank))
@@ -78,11 +79,15 @@ def time_layer(text):
             print(f"  {name:4} {shape} {type(problem).__name__}: {str(problem)[:200]}", flush=True)
 
     for shape in products(g, a, f, e, r):
+        if not every and shape.slice != kernels._product(*sizes).slice:
+            continue
         report(
             "y", shape, lambda n, s=shape: [kernels._launch_product(x[:n], A, B, sizes, s, False, after_gelu)], exact
         )
     back, u = (f, e, g, a, r), x if after_gelu else None
     for shape in products(*back):
+        if not every and shape.slice != kernels._product(*back).slice:
+            continue
 
         def run(n, s=shape):
             return [kernels._launch_product(dy[:n], B, A, back, s, True, u=None if u is None else u[:n])]
@@ -92,7 +97,7 @@ def time_layer(text):
         for warps, shared in itertools.product((8, 16), (False, True)):
             held = 2 * r * shape.g_slice * shape.f_slice * (a + shared * e + 2 * kernels.TOKENS)
             stages = min(4, (SHARED_MEMORY - held) // (2 * kernels.TOKENS * (shape.g_slice * a + shape.f_slice * e)))
-            if warps > min(shape.g_slice, shape.f_slice) or stages < 2:
+            if warps > min(shape.g_slice, shape.f_slice) or stages < 2 or (shared and not every):
                 continue
             one = shape._replace(warps=warps, stages=stages)
 
@@ -124,8 +129,9 @@ def main():
     a = torch.empty(2**28, dtype=torch.bfloat16, device=CUDA)
     b = torch.empty_like(a)
     print(f"a large copy: {4 * a.numel() / milliseconds(lambda: b.copy_(a), CUDA) / 1e9:.2f} TB/s", flush=True)
-    for text in sys.argv[1:] or ["1024-1024:1"]:
-        time_layer(text)
+    words = sys.argv[1:]
+    for text in [word for word in words if word != "all"] or ["1024-1024:1"]:
+        time_layer(text, "all" in words)
 
 
 if __name__ == "__main__":
