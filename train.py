@@ -49,8 +49,7 @@ from model import GPT
 from moe import auxiliary_loss, set_top_k
 from optim import make_optimizers
 from prepare_owt import prepare_default
-from sample import Config as SampleConfig
-from sample import load_model, sample
+from sample import SampleConfig, load_model, sample
 
 MOST_SKIPPED = 25  # updates with overflown float16 gradients in a row: each halves GradScaler's factor, 65,536 at first
 
@@ -260,7 +259,7 @@ class Trainer:
         self.scaler.update()
         self.optimizers.zero_grad(set_to_none=True)
         if self.mixtures is not None:
-            self.mixtures.balance(self.update_reports)
+            self.mixtures.balance(self.update_reports, self.config.router_balance)
             self.reports.add_(self.update_reports)
         return norm.view(1)
 
@@ -433,13 +432,14 @@ def main(argv):
 def train_gpt(config, progress):
     """Train a GPT. Every process calls it. progress: runlog.Progress, or runlog.Silent on ranks that print nothing."""
     rank, local_rank, world = ranks()
-    split_batch(config, world)  # reports mistakes before data are prepared
+    if not os.path.isdir(config.data_dir):
+        split_batch(config, world)  # report mistakes before data are prepared
     if rank == 0:
         prepare_default(config.data_dir)
     device = choose_device(config.device, local_rank)
     with init_distributed(device, config.timeout, asdict(config)) as watchdog:
         data = TokenData(config.data_dir, config.block_size)
-        check_data_of_ranks(data.meta, data.tokens)
+        check_data_of_ranks(data.meta)
         check_vocabulary(config, data.meta, progress.say)
         trainer = Trainer(config, TokenTask(config, device, data), device, watchdog, progress)
         stopped = trainer.run()

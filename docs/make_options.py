@@ -16,8 +16,8 @@ PAGE = ROOT / "docs" / "options.md"
 # Command: the classes whose fields are its options, as MODULE.CLASS.
 COMMANDS = {
     "train": ["options.TrainConfig"],
-    "sample": ["sample.Config"],
-    "prepare_owt": ["prepare_owt.Config"],
+    "sample": ["sample.SampleConfig"],
+    "prepare_owt": ["prepare_owt.PrepareConfig"],
     "einsum_linear": ["lab.structures.StructuresConfig"],
     "vision.train": ["vision.train.ImageTrainConfig"],
     "vision.regression": ["vision.regression.RegressionConfig"],

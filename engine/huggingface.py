@@ -17,11 +17,20 @@ GPT2_BLOCK_NAMES = {
 def load_gpt2(name):
     """A GPT with GPT-2's weights, from the Hugging Face hub ("gpt2", "gpt2-xl") or a local folder.
 
-    ConfigError where the model differs from GPT-2 in more than its sizes; errors of transformers pass through.
+    ConfigError where weights are missing or the model differs from GPT-2 in more than its sizes; errors of transformers pass through.
     """
-    from transformers import GPT2LMHeadModel
+    from transformers import GPT2LMHeadModel, PretrainedConfig
 
-    theirs = GPT2LMHeadModel.from_pretrained(name)
+    kind = PretrainedConfig.get_config_dict(name)[0].get("model_type")
+    if kind != "gpt2":
+        raise ConfigError(f"{name} has model_type={kind}, but this GPT-2 needs gpt2: take another model")
+    # transformers invents random numbers for missing weights, and drops layers that config.json does not count.
+    theirs, report = GPT2LMHeadModel.from_pretrained(name, output_loading_info=True)
+    dropped = [key for key in report["unexpected_keys"] if ".h." in f".{key}"]
+    for names, wrong in ((report["missing_keys"], "lacks"), (dropped, "has layers beyond its n_layer:")):
+        if names:
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            raise ConfigError(f"{name} {wrong} {min(names)}{more}: take another copy")
     c = theirs.config
     wanted = dict(
         activation_function="gelu_new",

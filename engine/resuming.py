@@ -11,6 +11,8 @@ from engine import checkpoint, ownership, runlog
 
 # Options of a model that a resumed run may change, since they leave the parameters as they are.
 MAY_CHANGE = {"dropout", "activation_checkpointing"}
+# Options that checkpoints of earlier versions lack, and what they were trained with.
+BEFORE = {"base_ffn_expansion": 1}
 
 
 def own_out_dir(config, run, say):
@@ -68,7 +70,8 @@ def check_same_model(config, saved, shape, say):
 
     saved: the checkpoint's options, {name: value}. shape: names of those that must not change.
     """
-    for key, (value, was) in differing_options(config, saved, shape).items():
+    earlier = {key: value for key, value in BEFORE.items() if key not in saved}
+    for key, (value, was) in differing_options(config, {**earlier, **saved}, shape | earlier.keys()).items():
         raise ConfigError(
             f"{key}={value!r}, but the checkpoint in {config.out_dir} has {was!r}: give that value, or another out_dir"
         )

@@ -270,9 +270,7 @@ def _kind(name):
 
 
 def _embedding_std(config):
-    from model import EMBEDDING_STD  # not above: reading logs should not wait for torch
-
-    return GPT2_STD if config.parametrization == "standard" else EMBEDDING_STD
+    return GPT2_STD if config.parametrization == "standard" else getattr(config, "embedding_std", 1.0)  # a ViT's: 1
 
 
 def _init_stds(config, role, layer):

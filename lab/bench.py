@@ -55,8 +55,7 @@ from generate import generate
 from kernels.cuda_graph import Graphed
 from lab.bench_layers import Clock, bench_layers, bench_mixtures, save_rows
 from model import GPT
-from prepare_owt import Config as PrepareConfig
-from prepare_owt import prepare, stdlib_files
+from prepare_owt import PrepareConfig, prepare, stdlib_files
 
 # ---------------------------------------------------------------------------------------
 # An update

@@ -1,21 +1,22 @@
-"""A trained dense GPT -> a structured one to fine-tune; any standard GPT -> a Hugging Face GPT-2.
+"""Convert a trained dense GPT to a structured one to fine-tune, or any standard GPT to a Hugging Face GPT-2.
 
     python -m lab.convert --source=gpt2 --out_dir=out/gpt2_btt_converted --structure=btt --rank=4 --vocab_size=50304
     python -m lab.convert --source=out/gpt2_dense --out_dir=out/low_rank --structure=low_rank --rank=64 --structured_layers=ffn
     python -m lab.convert --source=out/run --export=my_gpt2
 
-With --out_dir each matrix becomes the nearest of its structure (`load_dense`), everything else is
-copied, and a checkpoint of step 0 is written with its options beside it, in config.py. With --export
-the weights of a checkpoint are written as transformers' GPT2LMHeadModel reads them.
+With --out_dir each matrix becomes the nearest one of its structure (`load_dense`), everything else is copied, and a
+checkpoint of step 0 is written, with its options beside it in config.py. With --export the weights of a checkpoint are
+written as transformers' GPT2LMHeadModel reads them.
 """
 
 import math
 import os
+import shutil
 from dataclasses import MISSING, asdict, dataclass, fields
 from functools import partial
 from typing import ClassVar
 
-from configurator import ConfigError, as_script, load_config
+from configurator import ConfigError, RunFailed, as_script, load_config
 from options import GPTConfig
 
 
@@ -23,7 +24,7 @@ from options import GPTConfig
 class ConvertConfig(GPTConfig):
     """GPTConfig's options that say how a matrix is structured, and those of the conversion."""
 
-    # What fixes the function that is approximated is the source's: a ClassVar is no option.
+    # These come from the source, because they fix the function to approximate. A ClassVar is not an option.
     block_size: ClassVar
     n_layer: ClassVar
     n_head: ClassVar
@@ -37,13 +38,13 @@ class ConvertConfig(GPTConfig):
 
     vocab_size: int | None = None  # larger than the source's: pad embedding and head; None: the source's
     source: str = ""  # folder of a run, or GPT-2 of Hugging Face: a name on the hub or a folder
-    out_dir: str = ""  # of the converted checkpoint
-    export: str = ""  # new folder for a Hugging Face GPT-2, in the place of out_dir
+    out_dir: str = ""  # folder of the converted checkpoint
+    export: str = ""  # new folder for a Hugging Face GPT-2, instead of out_dir
 
     def __post_init__(self):
         super().__post_init__()
         if self.moe != "none":
-            raise ConfigError(f"moe={self.moe!r}: a matrix has no experts to convert it to, leave it out")
+            raise ConfigError(f"moe={self.moe!r}: a matrix cannot be converted to experts, leave it out")
         if not self.source:
             raise ConfigError("source is missing: give --source=FOLDER of a run, or --source=gpt2")
         if bool(self.out_dir) == bool(self.export):
@@ -76,35 +77,46 @@ from engine.runlog import writing
 from model import GPT
 from moe import Router
 from sample import load_model
+from text_files import first_line
 
 # ---------------------------------------------------------------------------------------
 # The source
 
 
 def load_source(source):
-    """A run's folder, or GPT-2 of Hugging Face -> (GPT on the CPU in float32, meta of its data)."""
-    if checkpoint.exists(source):
-        model, meta = load_model(source)
-        if model.config.moe != "none":
-            raise ConfigError(f"source={source} has moe={model.config.moe!r}: mixtures are no matrices, take another")
-        return model, meta
+    """A run's folder, or GPT-2 of Hugging Face -> (GPT on the CPU in float32, meta of its data). ConfigError for any other."""
+    model, meta = load_run(source) if checkpoint.exists(source) else load_hugging_face(source)
+    for name, tensor in model.state_dict().items():
+        if not tensor.isfinite().all():
+            raise ConfigError(f"source={source}: its {name} is not finite, take another")
+    return model, meta
+
+
+def load_run(source):
+    model, meta = load_model(source)
+    if model.config.moe != "none":
+        raise ConfigError(f"source={source} has moe={model.config.moe!r}: mixtures cannot be converted, take another")
+    return model, meta
+
+
+def load_hugging_face(source):
     remedy = "give the out_dir of a run, or a GPT-2 of Hugging Face (gpt2, gpt2-medium, a folder)"
     parent = os.path.dirname(source)
     if not os.path.exists(source) and (source.count("/") > 1 or (parent and os.path.isdir(parent))):
-        raise ConfigError(f"source={source} does not exist: {remedy}")  # a path, not owner/name on the hub
+        raise ConfigError(f"source={source} does not exist: {remedy}")  # a path; owner/name is on the hub
     try:
         model = load_gpt2(source)
     except ImportError:
         raise ConfigError(f"source={source} needs the package transformers: pip install transformers") from None
     except Exception as error:  # transformers raises many kinds: no file, no network, no such model
-        reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(". ")
+        reason = first_line(error).rstrip(".: ")
         raise ConfigError(f"source={source} holds no checkpoint and no GPT-2 ({reason}): {remedy}") from None
     meta = {name: getattr(GPT2Tokenizer, name) for name in ("vocab_size", "dtype")}
     return model.eval(), {"tokenizer": GPT2Tokenizer.name, **meta}
 
 
 def linear_layers(model, needs):
-    """{name: layer} of all that make_linear made; ConfigError where one, of a user's own, does not have the method `needs`."""
+    """{name: layer} for every layer that make_linear made; ConfigError if one, of a user's own class, lacks the method `needs`."""
     layers = {
         name: layer
         for name, layer in model.named_modules()
@@ -125,8 +137,8 @@ def convert(model, config):
     """A dense GPT -> (the structured GPT that `config` asks for, {layer: relative error}).
 
     config  ConvertConfig; its fields replace those of the same name in the model's GPTConfig
-    error   ||W - W'||_F / ||W||_F, 0 for a layer that stays dense. Queries and keys under muP are
-            compared up to a scale: the RMS cap leaves them none, and their LayerNorm undoes it.
+    error   ||W - W'||_F / ||W||_F, 0 for a layer that stays dense. Queries and keys under muP are compared up to a
+            scale: the RMS cap takes their scale away, and the LayerNorm after them makes it irrelevant.
     """
     for name, layer in linear_layers(model, needs="cores").items():
         if not isinstance(layer, Dense):
@@ -136,17 +148,17 @@ def convert(model, config):
     target = make_target(model.config, config)
     theirs = model.state_dict()
     for name, layer in linear_layers(model, needs="cores").items():
-        if layer.normalize:  # the matrix as used
+        if layer.normalize:  # the matrix that the layer multiplies by
             theirs[f"{name}.weight"] = layer.materialize()
             theirs.pop(f"{name}.gains", None)
     theirs = pad_vocabulary(theirs, target.config.vocab_size)
     layers = linear_layers(target, needs="load_dense")
     structured = [name for name, layer in layers.items() if not isinstance(layer, Dense)]
-    # Embeddings, norms, biases and matrices that stay dense have their names in both models.
+    # Embeddings, norms, biases and matrices that stay dense have the same names in both models.
     copied = {name: tensor for name, tensor in theirs.items() if name.removesuffix(".weight") not in structured}
     ours = target.state_dict()
     for name in copied.keys() - ours.keys():
-        raise ConfigError(f"the source has a {name}, for which its layer in the structured model has no place")
+        raise ConfigError(f"the source has a {name}, but the structured model has none: leave that layer dense")
     target.load_state_dict({**ours, **copied})
     errors = {}
     for name, layer in layers.items():
@@ -156,16 +168,16 @@ def convert(model, config):
         approximation = layer.materialize().double()
         if getattr(layer, "normalize", False) and layer.gains is None:
             scale = (W * approximation).sum() / approximation.square().sum()
-            if scale > 0:  # a zero matrix has none
+            if scale > 0:  # not so if a matrix is zero
                 approximation = scale * approximation
                 if layer.bias is not None:
-                    layer.bias /= scale  # so that LayerNorm sees W x + b, over the scale
+                    layer.bias /= scale  # LayerNorm then reads (W x + b) / scale
         errors[name] = ((W - approximation).norm() / W.norm().clamp(min=1e-30)).item()
     return target.eval(), errors
 
 
 def make_target(shape, config):
-    """The model to fill: `shape`, a GPTConfig, with the fields that `config` has."""
+    """A new GPT of the source's GPTConfig `shape`, with the options that `config` gives in place of its own."""
     options = asdict(shape)
     options.update({name: value for name, value in vars(config).items() if name in options})
     if config.vocab_size is None:
@@ -175,7 +187,7 @@ def make_target(shape, config):
             (size for size in wider_vocabularies(shape.vocab_size) if makes_a_model({**options, "vocab_size": size})),
             None,
         )
-        remedy = f"rows are only added, --vocab_size={enough} say" if enough else "leave it out"
+        remedy = f"rows are only added, take --vocab_size={enough}" if enough else "leave it out"
         raise ConfigError(f"vocab_size={config.vocab_size} is less than the source's {shape.vocab_size}: {remedy}")
     try:
         return GPT(GPTConfig(**options))
@@ -194,12 +206,13 @@ def make_target(shape, config):
 
 
 def wider_vocabularies(vocab_size):
-    """Sizes to pad a vocabulary to: multiples of 64, which matrix products like, then any that is near."""
+    """Sizes to pad a vocabulary to: multiples of 64, which make matrix products fast, then any just above."""
     first = -(-vocab_size // 64) * 64
     return (*range(first, first + 8 * 64, 64), *range(vocab_size, vocab_size + 64))
 
 
 def makes_a_model(options):
+    """Whether a GPT can have these options: its structures have sizes for all widths."""
     try:
         with torch.device("meta"):
             GPT(GPTConfig(**options))
@@ -209,12 +222,12 @@ def makes_a_model(options):
 
 
 def pad_vocabulary(state, vocab_size):
-    """The state of a GPT with rows added to embedding and head, each the mean of the rows there are.
+    """The state dict of a GPT with rows added to embedding and head, each the mean of the existing rows.
 
-    A row of zeros would have the logit 0, and GPT-2's logits are far below: the new tokens would take
-    all the probability. The mean row has the mean logit, and by Jensen's inequality the loss then
-    rises by at most log(new size / old size): 0.001 nats for 50257 -> 50304 (Hewitt, "Initializing New
-    Word Embeddings for Pretrained Language Models", 2021).
+    A row of zeros would have the logit 0, but GPT-2's logits are far below it: the new tokens would take all the
+    probability. The mean row has the mean logit, so by Jensen's inequality the loss rises by at most
+    log(new size / old size), 0.001 nats for 50257 -> 50304 (Hewitt, "Initializing New Word Embeddings for Pretrained
+    Language Models", 2021).
     """
     state = dict(state)
     for name in ("token_embedding.weight", "lm_head.weight"):
@@ -224,11 +237,13 @@ def pad_vocabulary(state, vocab_size):
 
 
 def save_converted(model, meta, config):
-    """A checkpoint of step 0 in config.out_dir, and config.py with the model's options beside it."""
-    checkpoint.set_aside(config.out_dir, also=("config.py",))
-    with writing(config.out_dir, "give another out_dir"):
+    """Write a checkpoint of step 0 to config.out_dir, and config.py with the model's options beside it."""
+    options, path = asdict(model.config), os.path.join(config.out_dir, "config.py")
+    # A twentieth of the usual rate of pretraining, as nanoGPT fine-tunes GPT-2: 6e-4 there, 2e-3 of muP's width 768.
+    lr = {"standard": 3e-5, "mup": 1e-4}[model.config.parametrization]
+    with writing(config.out_dir, "make room, or give another out_dir"):
+        checkpoint.set_aside(config.out_dir, also=("config.py",))
         os.makedirs(config.out_dir, exist_ok=True)
-    options = asdict(model.config)
     checkpoint.save(
         config.out_dir,
         {
@@ -236,16 +251,11 @@ def save_converted(model, meta, config):
             "model": model.state_dict(), "optimizer": {}, "scaler": {},
         },
     )  # fmt: skip
-    path = os.path.join(config.out_dir, "config.py")
-    # A twentieth of the usual rate of pretraining, as nanoGPT fine-tunes GPT-2: 6e-4 there, 2e-3 of muP's width 768.
-    lr = {"standard": 3e-5, "mup": 1e-4}[model.config.parametrization]
-    with open(path, "w") as file:
+    with writing(config.out_dir, "make room, or give another out_dir"), open(path, "w") as file:
         file.write(f"# The model that lab.convert made of {config.source}. To train it further:\n")
         file.write(f"#   python train.py {path} --data_dir=...\n")
         file.write(f"out_dir = {config.out_dir!r}\nresume = True  # from the converted weights\n")
-        file.write(
-            f"lr = {lr}  # a twentieth of the rate of pretraining, which would undo much of what the weights know\n"
-        )
+        file.write(f"lr = {lr}  # a twentieth of the rate of pretraining, which would undo much of what was learned\n")
         file.writelines(f"{name} = {value!r}\n" for name, value in options.items())
 
 
@@ -254,7 +264,11 @@ def save_converted(model, meta, config):
 
 
 def export(model, folder, source, meta):
-    """Write a GPT of parametrization="standard" as config.json and model.safetensors. ConfigError where GPT-2 has no place for it."""
+    """Write a GPT of parametrization="standard" to a new folder, as config.json and model.safetensors.
+
+    source  what a ConfigError calls the model: Hugging Face's GPT-2 cannot hold every model
+    meta    of its data; if they are GPT-2's tokens, the end of a text is one of them
+    """
     c = model.config
     if c.parametrization != "standard":
         raise ConfigError(
@@ -268,12 +282,14 @@ def export(model, folder, source, meta):
         )
     linear_layers(model, needs="materialize")
     if os.path.exists(folder) and not (os.path.isdir(folder) and not os.listdir(folder)):
-        raise ConfigError(f"export={folder} is there already: give a new folder")
+        raise ConfigError(f"export={folder} exists and is not empty: give a new folder")
     try:
+        from safetensors import SafetensorError
         from transformers import GPT2Config, GPT2LMHeadModel
     except ImportError:
         raise ConfigError("export needs the package transformers: pip install transformers") from None
-    end = GPT2Tokenizer.eot if meta["tokenizer"] == GPT2Tokenizer.name and c.vocab_size > GPT2Tokenizer.eot else None
+    is_gpt2s = meta.get("tokenizer") == GPT2Tokenizer.name and c.vocab_size > GPT2Tokenizer.eot
+    end = GPT2Tokenizer.eot if is_gpt2s else None
     theirs = GPT2LMHeadModel(
         GPT2Config(
             vocab_size=c.vocab_size, n_positions=c.block_size, n_embd=c.d_model, n_layer=c.n_layer, n_head=c.n_head,
@@ -283,11 +299,24 @@ def export(model, folder, source, meta):
         )
     )  # fmt: skip
     theirs.load_state_dict(hugging_face_state_dict(model))
-    with writing(folder, "give another export"):
-        theirs.save_pretrained(folder)
+    # Under another name first: a folder of the asked name is whole.
+    partial = os.path.normpath(folder) + ".part"
+    try:
+        with writing(folder, "make room, or give another export"):
+            shutil.rmtree(partial, ignore_errors=True)
+            os.makedirs(partial)
+            theirs.save_pretrained(partial)
+            os.replace(partial, folder)
+    except SafetensorError as error:  # its own class, of a full disk too
+        raise RunFailed(
+            f"export={folder} cannot be written ({first_line(error)}): make room, or give another"
+        ) from None
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def is_tied(model):
+    """Whether the head of a GPT is its embedding."""
     return getattr(model.lm_head, "weight", None) is model.token_embedding.weight
 
 
@@ -295,7 +324,7 @@ def is_tied(model):
 def hugging_face_state_dict(model):
     """Our weights under transformers' names, structured ones as matrices: the inverse of engine.huggingface.gpt2_state_dict.
 
-    A linear layer there keeps its matrix as (d_in, d_out), q k v are one, and every bias exists.
+    There a linear layer stores its matrix as (d_in, d_out), q, k and v are one layer, and every bias exists.
     """
 
     def tensors(module):
@@ -324,7 +353,7 @@ def hugging_face_state_dict(model):
 # ---------------------------------------------------------------------------------------
 
 
-def count(module):
+def count_parameters(module):
     return sum(parameter.numel() for parameter in module.parameters())
 
 
@@ -338,13 +367,15 @@ def main(argv):
     model, errors = convert(source, config)
     added = model.config.vocab_size - source.config.vocab_size
     if added:
-        print(f"embedding and head padded by {added} rows, each the mean of the {source.config.vocab_size} there are")
+        print(f"embedding and head padded by {added} rows, each the mean of the {source.config.vocab_size} old ones")
     print("relative error ||W - W'|| / ||W||, parameters of each layer:")
     before, after = (linear_layers(each, needs="cores") for each in (source, model))
     for name, error in errors.items():
         kept = " (dense, kept)" if isinstance(after[name], Dense) else ""
-        print(f"  {name:<20} {error:9.3e}   {count(before[name]):>12,} -> {count(after[name]):,}{kept}")
-    print(f"{count(source):,} parameters -> {count(model):,}")
+        print(
+            f"  {name:<20} {error:9.3e}   {count_parameters(before[name]):>12,} -> {count_parameters(after[name]):,}{kept}"
+        )
+    print(f"{count_parameters(source):,} parameters -> {count_parameters(model):,}")
     with owning(config.out_dir, "give another out_dir"):
         save_converted(model, meta, config)
     print(

@@ -6,6 +6,7 @@ Scripts are called as users call them: train.py by its file, lab.sweep as `pytho
 import json
 import multiprocessing
 import os
+import resource
 import runpy
 import signal
 import socket
@@ -13,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -66,6 +68,17 @@ def keep_signal_handlers():
 def restore_signal_handlers():
     for name, handler in HANDLERS.items():
         signal.signal(name, handler)
+
+
+@contextmanager
+def small_disk(size):
+    """Files of this process cannot grow beyond so many bytes, as on a full disk."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 def read_rows(out_dir):

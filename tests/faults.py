@@ -256,9 +256,10 @@ def read(path):
         return file.read()
 
 
-def write(path, text):
-    with open(path, "w") as file:
-        file.write(text)
+def write(path, text, content=b""):
+    """A file of this text, and bytes behind it."""
+    with open(path, "wb") as file:
+        file.write(text.encode() + content)
 
 
 # ---------------------------------------------------------------------------------------
@@ -905,13 +906,64 @@ def bad_token(row):
 
     def spoil(folder):
         tokens = TokenData(folder, OPTIONS["block_size"])
-        count = len(tokens.tokens["train"])
-        tokens.tokens["train"], tokens.meta["vocab_size"] = np.arange(count), count  # a batch now tells its places
         with open(os.path.join(folder, "train.bin"), "r+b") as file:
-            file.seek(int(tokens.train_batch(1337, 4, 8, row, row + 1)[0][0, 5]))
+            file.seek(int(tokens.train_offsets(1337, 4, 8)[row]) + 5)
             file.write(bytes([200]))
 
     return spoil
+
+
+def data_cut_while_running(lab, **options):
+    """train.bin truncated in a run's sixth step or later; with the data back the run goes on and ends as the unbroken one."""
+    options = {"max_steps": 200, **options}
+    folder, out_dir, unbroken = shutil.copytree(lab.data, lab.path("cut")), lab.path("run"), lab.unbroken(**options)
+    command, path = lab.start(out_dir, data_dir=folder, **options), os.path.join(folder, "train.bin")
+    command.wait_until(lambda: last_step(out_dir) >= 6)
+    os.truncate(path, 10)
+    done = command.wait()
+    claims = ended_clearly(done, path, "10 bytes", "15945", "--resume", processes=options.get("processes", 1))
+    shutil.copy(os.path.join(lab.data, "train.bin"), path)
+    again = lab.run(out_dir, data_dir=folder, resume=True, **options)
+    claims |= {"with the data back it goes on": again.status == 0, **equals(out_dir, unbroken)}
+    return judge(done, claims)
+
+
+def shared_memory_full(lab):
+    """Streamed images that a /dev/shm of 1 MB cannot hold, as in a container with little; the same without workers."""
+    folder, draw = lab.path("images"), np.random.default_rng(0)
+    for number in range(160):
+        path = os.path.join(folder, "val" if number % 8 == 7 else "train", "ab"[number % 2])
+        os.makedirs(path, exist_ok=True)
+        pixels = draw.integers(256, size=(128, 128, 3), dtype=np.uint8)
+        write(os.path.join(path, f"{number}.ppm"), "P6 128 128 255\n", pixels.tobytes())
+    options = dict(
+        data_dir=folder, image_size=128, stream=True, n_classes=2, d_model=16, n_layer=1, structure="dense", batch_size=64,
+        micro_batch=64, max_steps=2, device="cpu", compile=False,
+    )  # fmt: skip
+
+    def run(workers):
+        words = [f"--{key}={value}" for key, value in options.items()]
+        words += [f"--out_dir={lab.path('run')}", f"--workers={workers}"]
+        small = 'mount -t tmpfs -o size=1m faults /dev/shm && exec "$@"'
+        command = ["unshare", "-m", "sh", "-c", small, "sh", sys.executable, "-m", "vision.train", *words]
+        lab.commands.append(Command(command, lab.folder))
+        return lab.commands[-1].wait()
+
+    if subprocess.run(["unshare", "-m", "mount", "-t", "tmpfs", "faults", "/dev/shm"], capture_output=True).returncode:
+        return Verdict("", True, "not tried: mounting is not permitted here", None)
+    done, again = run(workers=2), run(workers=0)
+    claims = ended_clearly(done, "shared memory is full", "--workers=0")
+    return judge(done, {**claims, "with --workers=0 it trains": again.status == 0})
+
+
+def data_replaced(lab):
+    """Other tokens in a train.bin of the same size: a resumed run says so."""
+    out_dir, folder = shutil.copytree(lab.unbroken(), lab.path("run")), shutil.copytree(lab.data, lab.path("other"))
+    path = os.path.join(folder, "train.bin")
+    np.fromfile(path, np.uint8)[::-1].tofile(path)
+    done = lab.run(out_dir, data_dir=folder, resume=True, max_steps=34)
+    said = next((line for line in done.out.splitlines() if "the data changed" in line), "")
+    return judge(done._replace(err=said), {**ended_well(done), "it is noticed": "train_fingerprint" in said})
 
 
 def other_shape(lab):
@@ -1072,6 +1124,10 @@ def table(short):
         ("data_token", "a token that is none", bad_data, dict(spoil=bad_token(0), words=["token 200", "96", again])),
         ("data_token_1", "rank 1 reads it", bad_data, dict(spoil=bad_token(5), words=["token 200", again], **DDP)),
         ("data_short", "train.bin of 20 tokens", bad_data, dict(spoil=data(20, train_tokens=20), words=["block_size"])),
+        ("data_cut", "train.bin truncated while the run reads it", data_cut_while_running, {}),
+        ("data_cut_ddp", "the same, 2 processes", data_cut_while_running, DDP),
+        ("shm_full", "streamed images and a /dev/shm of 1 MB", shared_memory_full, {}),
+        ("data_replaced", "resumed with other data of the same size", data_replaced, {}),
         ("meta_missing", "no meta.json", bad_data, dict(spoil=no_meta, words=["meta.json is missing", again])),
         ("meta_broken", "meta.json cut", bad_data, dict(spoil=data(meta_bytes=50), words=["meta.json", again])),
         ("meta_key", "no train_tokens in it", bad_data, dict(spoil=data(train_tokens=None), words=["train_tokens"])),

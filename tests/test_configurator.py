@@ -156,7 +156,7 @@ def test_help_lists_every_option_with_default_and_comment(capsys):
 @pytest.mark.parametrize(
     "where",
     ["options.TrainConfig", "vision.train.ImageTrainConfig", "vision.regression.RegressionConfig",
-     "prepare_owt", "sample", "lab.convert.ConvertConfig", "lab.search.SearchConfig",
+     "prepare_owt.PrepareConfig", "sample.SampleConfig", "lab.convert.ConvertConfig", "lab.search.SearchConfig",
      "lab.sweep.SweepConfig", "lab.structures.StructuresConfig", "lab.coverage.CoverageConfig",
      "lab.mup_check.CoordsConfig",
      "lab.mup_check.LandscapeConfig", "lab.scaling_laws.PlotConfig", "lab.scaling_laws.FitConfig",
@@ -166,7 +166,7 @@ def test_help_lists_every_option_with_default_and_comment(capsys):
 )  # fmt: skip
 def test_help_says_what_every_option_does(where):
     """Those of the classes it inherits from, too; a field that is more than one line loses its comment."""
-    module, _, name = where.rpartition(".") if where.endswith("Config") else (where, "", "Config")
+    module, _, name = where.rpartition(".")
     Config = getattr(importlib.import_module(module), name)
     lines = help_text(Config).splitlines()
     hidden = getattr(Config, "hidden", ())

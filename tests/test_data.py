@@ -1,6 +1,8 @@
 """Tokenizers against independent ones, preparation against plain loops, batches as pure functions."""
 
 import concurrent.futures
+import dataclasses
+import errno
 import json
 import multiprocessing
 import os
@@ -9,6 +11,7 @@ import random
 import re
 import shutil
 import string
+from contextlib import suppress
 
 import numpy as np
 import pytest
@@ -16,8 +19,8 @@ import torch
 
 import prepare_owt
 import train
-from configurator import ConfigError
-from conftest import ROOT, run_forked
+from configurator import ConfigError, RunFailed
+from conftest import ROOT, run_forked, small_disk
 from data import (
     ByteTokenizer,
     CharTokenizer,
@@ -25,10 +28,11 @@ from data import (
     TokenData,
     VocabularyTokenizer,
     check_same_data,
+    fingerprint,
     read_meta,
     tokenizer_of,
 )  # fmt: skip
-from prepare_owt import Config, prepare
+from prepare_owt import PrepareConfig, prepare
 from theta import BTT, factor_sizes
 
 
@@ -202,7 +206,7 @@ def test_characters_of_a_local_folder(tmp_path, monkeypatch, kind, num_proc):
     write_corpus(kind, tmp_path / "in", documents)
     out = str(tmp_path / "out")
     meta = prepare(
-        Config(source=str(tmp_path / "in"), tokenizer="char96", out_dir=out, val_fraction=0.2, num_proc=num_proc)
+        PrepareConfig(source=str(tmp_path / "in"), tokenizer="char96", out_dir=out, val_fraction=0.2, num_proc=num_proc)
     )
     stored, tokens = read_tokens(out)
     kept = [text for text in documents if allowed(text)]
@@ -229,7 +233,9 @@ def test_bpe_of_the_hubs_layout(tmp_path, small_bpe):
         )
     out = str(tmp_path / "out")
     prepare(
-        Config(source="owt", dataset=str(tmp_path / "hub"), bpe_dir=folder, out_dir=out, val_fraction=0.1, num_proc=2)
+        PrepareConfig(
+            source="owt", dataset=str(tmp_path / "hub"), bpe_dir=folder, out_dir=out, val_fraction=0.1, num_proc=2
+        )
     )
     _, tokens = read_tokens(out)
     split = datasets.Dataset.from_dict({"text": documents}).train_test_split(test_size=0.1, seed=2357, shuffle=True)
@@ -243,14 +249,16 @@ def test_a_data_set_of_one_document_is_refused_in_one_line(tmp_path):
     datasets = pytest.importorskip("datasets")
     (tmp_path / "hub").mkdir()
     datasets.Dataset.from_dict({"text": ["all there is"]}).to_parquet(tmp_path / "hub" / "train-00000-of-00001.parquet")
-    with pytest.raises(ConfigError, match="val_fraction=0.0005: .*hub cannot be split so"):
-        prepare(Config(dataset=str(tmp_path / "hub"), tokenizer="bytes", out_dir=str(tmp_path / "out")))
+    with pytest.raises(ConfigError, match="val_fraction=0.0005: .*hub cannot be split like that"):
+        prepare(PrepareConfig(dataset=str(tmp_path / "hub"), tokenizer="bytes", out_dir=str(tmp_path / "out")))
 
 
 def test_one_document_is_split_at_its_end(tmp_path):
     path = tmp_path / "one.txt"
     path.write_text("abcdefghij" * 100)
-    prepare(Config(source=str(path), tokenizer="char96", out_dir=str(tmp_path / "out"), val_fraction=0.1, num_proc=1))
+    prepare(
+        PrepareConfig(source=str(path), tokenizer="char96", out_dir=str(tmp_path / "out"), val_fraction=0.1, num_proc=1)
+    )
     _, tokens = read_tokens(str(tmp_path / "out"))
     assert len(tokens["val"]) == 100 and len(tokens["train"]) == 901
     assert [*tokens["train"], *tokens["val"]] == char_ids("abcdefghij" * 100 + "\n")
@@ -258,7 +266,9 @@ def test_one_document_is_split_at_its_end(tmp_path):
 
 def test_the_same_again_gives_the_same_and_a_failure_leaves_the_old(tmp_path):
     (tmp_path / "a.txt").write_text("some text " * 50)
-    config = Config(source=str(tmp_path / "a.txt"), tokenizer="char96", out_dir=str(tmp_path / "out"), num_proc=1)
+    config = PrepareConfig(
+        source=str(tmp_path / "a.txt"), tokenizer="char96", out_dir=str(tmp_path / "out"), num_proc=1
+    )
     prepare(config)
     before = {name: open(tmp_path / "out" / name, "rb").read() for name in os.listdir(tmp_path / "out")}
     prepare(config)
@@ -274,7 +284,7 @@ def prepare_folder(tmp_path, documents, **options):
     folder.mkdir()
     for i, text in enumerate(documents):
         (folder / f"{i:04}.txt").write_text(text, encoding="utf-8", newline="")
-    prepare(Config(**{"source": str(folder), "tokenizer": "bytes", "out_dir": out, "num_proc": 1, **options}))
+    prepare(PrepareConfig(**{"source": str(folder), "tokenizer": "bytes", "out_dir": out, "num_proc": 1, **options}))
     return read_tokens(out)
 
 
@@ -305,14 +315,14 @@ def test_what_is_left_out_is_named(tmp_path, capsys):
     assert "日" not in out  # the first is enough
     (tmp_path / "book.txt").write_text("a\nb\né")
     with pytest.raises(ConfigError, match=r"book.txt:3 has 'é', which.* --tokenizer=chars or bytes"):
-        prepare(Config(source=str(tmp_path / "book.txt"), tokenizer="char96", out_dir=str(tmp_path / "out2")))
+        prepare(PrepareConfig(source=str(tmp_path / "book.txt"), tokenizer="char96", out_dir=str(tmp_path / "out2")))
 
 
 @pytest.mark.parametrize("size, share", [(1000, 0.1), (4_000_000, 0.1), (10_000_000, 0.05), (2_000_000_000, 0.0005)])
 def test_validation_is_a_tenth_of_small_texts(tmp_path, size, share):
     with open(tmp_path / "a.txt", "wb") as file:
         file.truncate(size)
-    config = Config(source=str(tmp_path / "a.txt"), tokenizer="bytes")
+    config = PrepareConfig(source=str(tmp_path / "a.txt"), tokenizer="bytes")
     assert prepare_owt.open_source(config).val_fraction == pytest.approx(share)
 
 
@@ -343,7 +353,7 @@ def test_the_standard_library_is_there():
 def test_broken_jsonl_is_named(tmp_path, content, words):
     (tmp_path / "a.jsonl").write_text(content)
     with pytest.raises(ConfigError) as caught:
-        prepare(Config(source=str(tmp_path), tokenizer="char96", out_dir=str(tmp_path / "out"), num_proc=1))
+        prepare(PrepareConfig(source=str(tmp_path), tokenizer="char96", out_dir=str(tmp_path / "out"), num_proc=1))
     assert all(word in str(caught.value) for word in words), str(caught.value)
 
 
@@ -351,9 +361,9 @@ def test_nulls_and_bad_rows_are_left_out_and_counted(tmp_path, capsys):
     lines = ['{"text": "one"}', '{"text": null}', "not json", '{"text": 3}', '{"text": "two"}']
     (tmp_path / "a.jsonl").write_text("\n".join(lines))
     out = str(tmp_path / "out")
-    prepare(Config(source=str(tmp_path / "a.jsonl"), tokenizer="bytes", out_dir=out, skip_bad=True))
+    prepare(PrepareConfig(source=str(tmp_path / "a.jsonl"), tokenizer="bytes", out_dir=out, skip_bad=True))
     said = capsys.readouterr().out
-    assert "1 nulls left out" in said and "2 left out that cannot be read; the first:" in said and "a.jsonl:3" in said
+    assert "1 nulls left out" in said and "left out because unreadable: 2; the first:" in said and "a.jsonl:3" in said
     _, tokens = read_tokens(out)
     assert bytes([*tokens["train"], *tokens["val"]]) == b"one\ntwo\n"
 
@@ -383,7 +393,7 @@ def test_a_dead_process_is_one_line(tmp_path, monkeypatch):
         return concurrent.futures.ProcessPoolExecutor(1, context, initializer=os._exit, initargs=(9,))
 
     monkeypatch.setattr(prepare_owt, "make_pool", pool)
-    with pytest.raises(ConfigError, match="num_proc=1: a tokenizing process died"):
+    with pytest.raises(ConfigError, match="num_proc=1: a tokenizing process was killed"):
         prepare_folder(tmp_path, ["some text"])
     assert os.listdir(tmp_path / "out") == []
 
@@ -391,7 +401,56 @@ def test_a_dead_process_is_one_line(tmp_path, monkeypatch):
 def test_a_folder_that_cannot_be_written_is_one_line(tmp_path):
     (tmp_path / "a.txt").write_text("some text")
     with pytest.raises(ConfigError, match="out_dir=.*a.txt/out cannot be written"):
-        prepare(Config(source=str(tmp_path / "a.txt"), tokenizer="bytes", out_dir=str(tmp_path / "a.txt" / "out")))
+        prepare(
+            PrepareConfig(source=str(tmp_path / "a.txt"), tokenizer="bytes", out_dir=str(tmp_path / "a.txt" / "out"))
+        )
+
+
+@pytest.mark.parametrize("tokenizer", ["bytes", "chars"])
+def test_a_full_disk_is_one_line_and_leaves_the_old_data(tmp_path, tokenizer):
+    prepare_folder(tmp_path, ["a\n" * 10])
+    before = {name: (tmp_path / "out" / name).read_bytes() for name in sorted(os.listdir(tmp_path / "out"))}
+    (tmp_path / "in" / "large.txt").write_text("text\n" * 40_000)
+    config = PrepareConfig(source=str(tmp_path / "in"), tokenizer=tokenizer, out_dir=str(tmp_path / "out"))
+    with small_disk(50_000), pytest.raises(ConfigError, match="out cannot be written .File too large.: take another"):
+        prepare(config)
+    assert {name: (tmp_path / "out" / name).read_bytes() for name in sorted(os.listdir(tmp_path / "out"))} == before
+
+
+def test_a_folder_of_nanogpt_that_cannot_be_written_is_one_line(tmp_path):
+    folder = nanogpt_folder(tmp_path / "nanogpt", [1, 2, 3] * 50)
+    with small_disk(10), pytest.raises(ConfigError, match="nanogpt cannot be written .File too large."):
+        prepare(PrepareConfig(source=folder))
+    assert sorted(os.listdir(folder)) == ["train.bin", "val.bin"]
+
+
+@pytest.mark.parametrize(
+    "value", ["1", "-1", "0", "nan", "None", "", "x", "1e400", "(1,)", "{}", "True", "\x7f", "a/b"]
+)
+def test_any_value_of_any_option_is_taken_or_refused_in_one_line(tmp_path, value, monkeypatch, capsys):
+    """tokenizer=gpt2 and source=owt aside, which need a network."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.txt").write_text("some text\n" * 20)
+    for field in dataclasses.fields(PrepareConfig):
+        words = {"source": "a.txt", "tokenizer": "bytes", "num_proc": "1", "out_dir": "out", field.name: value}
+        with suppress(ConfigError, SystemExit):
+            prepare_owt.main([f"--{name}={text}" for name, text in words.items()])
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_a_data_set_of_the_hub_is_read_as_files_are(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    rows = ["short", None, "long " * 100, *["end"] * 20]
+    (tmp_path / "hub").mkdir()
+    datasets.Dataset.from_dict({"text": rows}).to_parquet(tmp_path / "hub" / "train-00000-of-00001.parquet")
+    options = dict(dataset=str(tmp_path / "hub"), tokenizer="bytes", val_fraction=0.5, max_document=100)
+    with pytest.raises(
+        ConfigError, match="hub, row [0-9]+ of (train|val) has 500 (characters|bytes of text): max_document=100"
+    ):
+        prepare(PrepareConfig(**options, out_dir=str(tmp_path / "out")))
+    prepare(PrepareConfig(**options, out_dir=str(tmp_path / "out"), skip_bad=True))
+    _, tokens = read_tokens(str(tmp_path / "out"))
+    assert sorted(bytes([*tokens["train"], *tokens["val"]]).splitlines()) == [b"end"] * 20 + [b"short"]
 
 
 def test_several_quickstarts_at_once(tmp_path, monkeypatch):
@@ -454,22 +513,22 @@ def test_nanogpts_characters_are_taken_over(tmp_path):
     folder = nanogpt_folder(tmp_path / "shakespeare_char", [stoi[char] for char in text], meta)
     with pytest.raises(ConfigError, match=f"--source={folder}"):
         TokenData(folder, 16)
-    prepare(Config(source=folder))
+    prepare(PrepareConfig(source=folder))
     data = TokenData(folder, 16)
-    assert tokenizer_of(data.meta).decode(data.tokens["val"]) == text[-40:]
+    assert tokenizer_of(data.meta).decode(data.tokens["val"].read([0], 40)[0]) == text[-40:]
     x, _ = data.train_batch(seed=0, step=0, rows=2, start=0, stop=2)
     assert tokenizer_of(data.meta).decode(x[0].tolist()) in text
 
 
 def test_nanogpts_bpe_is_taken_over_and_other_tokens_are_not(tmp_path):
     folder = nanogpt_folder(tmp_path / "openwebtext", [15496, 995, 50256] * 50)
-    prepare(Config(source=folder))
+    prepare(PrepareConfig(source=folder))
     meta = TokenData(folder, 16).meta
     assert (meta["tokenizer"], meta["vocab_size"], meta["train_tokens"]) == ("gpt2", 50257, 110)
     with pytest.raises(ConfigError, match="nanoGPT's tokens stay in"):
-        Config(source=nanogpt_folder(tmp_path / "moved", [1] * 50), out_dir=str(tmp_path / "elsewhere"))
+        PrepareConfig(source=nanogpt_folder(tmp_path / "moved", [1] * 50), out_dir=str(tmp_path / "elsewhere"))
     with pytest.raises(ConfigError, match="train.bin holds token 60000"):
-        prepare(Config(source=nanogpt_folder(tmp_path / "other", [60000] * 50)))
+        prepare(PrepareConfig(source=nanogpt_folder(tmp_path / "other", [60000] * 50)))
 
 
 class Opens:
@@ -486,7 +545,7 @@ def test_a_pickle_that_runs_code_is_refused(tmp_path):
     trap = str(tmp_path / "trap")
     folder = nanogpt_folder(tmp_path / "data", [1] * 50, {"itos": Opens(trap)})
     with pytest.raises(ConfigError, match="meta.pkl is not the vocabulary.*--tokenizer=chars"):
-        prepare(Config(source=folder))
+        prepare(PrepareConfig(source=folder))
     assert not os.path.exists(trap) and not os.path.exists(os.path.join(folder, "meta.json"))
 
 
@@ -501,7 +560,7 @@ def test_batches_are_a_function_of_seed_and_step_and_ranks_share_them(char_data)
     assert torch.equal(whole_x[:, 1:], whole_y[:, :-1])
     for seed, step in ((1, 6), (2, 5)):
         assert not torch.equal(data.train_batch(seed, step, 12, 0, 12)[0], whole_x)
-    stream = data.tokens["train"].tobytes()
+    stream = np.fromfile(os.path.join(char_data, "train.bin"), np.uint8).tobytes()
     assert all(bytes(row.to(torch.uint8).numpy()) in stream for row in whole_x)
 
 
@@ -541,6 +600,83 @@ def test_broken_data_is_named(tmp_path, spoil, words):
     with pytest.raises(ConfigError) as caught:
         TokenData(str(tmp_path), 32)
     assert all(word in str(caught.value) for word in words), str(caught.value)
+
+
+WRONG = [None, True, -1, 1.5, "96", [], {}, [96], {"a": 1}, 10**400, "\ud800", float("nan")]
+
+
+@pytest.mark.parametrize(
+    "name", ["dtype", "vocab_size", "train_tokens", "row_tokens", "tokenizer", "vocabulary", "train_fingerprint"]
+)
+def test_wrong_types_in_meta_json_are_one_line(tmp_path, char_data, name):
+    """Whatever stands in a field of meta.json, the data are read, or a ConfigError names file and field."""
+    folder = shutil.copytree(char_data, tmp_path / "data")
+    meta, named = json.loads((folder / "meta.json").read_text()), 0
+    for value in WRONG:
+        (folder / "meta.json").write_text(json.dumps({**meta, name: value}))
+        with suppress(ConfigError):
+            data = TokenData(str(folder), 32)
+            tokenizer_of(data.meta).decode(data.train_batch(0, 0, 4, 0, 4)[0][0].tolist())
+            continue
+        named += 1
+    assert named >= len(WRONG) - 2
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"[]", b"7", b'"text"', b"null", b"\xff\xfe", b"[" * 100_000, b'{"dtype": "uint8"', b"1" * 5000]
+)
+def test_a_meta_json_that_is_none_is_one_line(tmp_path, char_data, content):
+    folder = shutil.copytree(char_data, tmp_path / "data")
+    (folder / "meta.json").write_bytes(content)
+    with pytest.raises(ConfigError, match="meta.json is broken") as caught:
+        TokenData(str(folder), 32)
+    assert "\n" not in str(caught.value)
+
+
+def unreachable(*_):
+    raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+
+
+def test_data_cut_or_gone_while_they_are_read_are_one_line(tmp_path, char_data, monkeypatch):
+    """A memory map would end the process by SIGBUS."""
+    folder = shutil.copytree(char_data, tmp_path / "data")
+    data = TokenData(str(folder), 32)
+    before = data.train_batch(0, 0, 8, 0, 8)[0]
+    os.truncate(folder / "train.bin", 20)
+    with pytest.raises(RunFailed, match="train.bin has 20 bytes; it had 15945 when the run started: put"):
+        data.train_batch(0, 0, 8, 0, 8)
+    shutil.copy(os.path.join(char_data, "train.bin"), folder / "train.bin")
+    assert torch.equal(data.train_batch(0, 0, 8, 0, 8)[0], before)  # put back: the same file again
+    monkeypatch.setattr(os, "pread", unreachable)
+    with pytest.raises(RunFailed, match="train.bin cannot be read .Stale file handle.: see to its disk, then --resume"):
+        data.train_batch(0, 0, 8, 0, 8)
+
+
+def test_other_tokens_in_a_file_of_the_same_size_are_noticed(tmp_path, char_data):
+    folder, said = shutil.copytree(char_data, tmp_path / "data"), []
+    meta = TokenData(char_data, 32).meta
+    check_same_data(TokenData(str(folder), 32).meta, meta, said.append)
+    assert said == []
+    tokens = np.fromfile(folder / "train.bin", np.uint8)
+    tokens[::-1].tofile(folder / "train.bin")
+    check_same_data(TokenData(str(folder), 32).meta, meta, said.append)
+    assert len(said) == 1 and "note: the data changed since the checkpoint: train_fingerprint is" in said[0]
+    (folder / "meta.json").write_text(json.dumps(meta))  # with the fingerprint, as prepare_owt.py writes it
+    with pytest.raises(ConfigError, match="train.bin is not the file that meta.json describes"):
+        TokenData(str(folder), 32)
+
+
+@pytest.mark.parametrize("size", [0, 1, 4095, 4096, 300_000, 3_000_000])
+def test_a_fingerprint_reads_both_ends_of_a_file_and_all_of_a_small_one(tmp_path, size):
+    content = np.random.default_rng(0).bytes(size)
+    (tmp_path / "a").write_bytes(content)
+    found = {fingerprint(tmp_path / "a")}
+    for at in {0, size // 3 if size < 250_000 else 1, size - 1} if size else ():
+        (tmp_path / "a").write_bytes(content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :])
+        found.add(fingerprint(tmp_path / "a"))
+    (tmp_path / "a").write_bytes(content + b"x")
+    found.add(fingerprint(tmp_path / "a"))
+    assert len(found) == {0: 2, 1: 3}.get(size, 5) and all(len(digest) == 16 for digest in found)
 
 
 def test_a_context_longer_than_the_data_is_refused(char_data):

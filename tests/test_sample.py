@@ -12,9 +12,10 @@ import torch
 import prepare_owt
 import sample
 import train
-from configurator import ConfigError
+from configurator import ConfigError, RunFailed
 from conftest import ROOT, run_forked
 from data import CharTokenizer, read_meta
+from engine.huggingface import GPT2_BLOCK_NAMES
 from generate import sample_token
 from model import GPT
 from options import GPTConfig
@@ -35,7 +36,7 @@ def run(char_data, tmp_path_factory):
 def test_text_looks_like_what_was_learned(run):
     """Lines of the data are `a + b = c`: a trained model writes their form."""
     model, _ = sample.load_model(run)
-    config = sample.Config(max_new_tokens=300, temperature=0.5)
+    config = sample.SampleConfig(max_new_tokens=300, temperature=0.5)
     (text,) = sample.sample(model, CharTokenizer(), [0], config, torch.device("cpu"))
     lines = text.split("\n")[1:-1]
     well_formed = [
@@ -70,8 +71,10 @@ def test_seed_decides(run, capsys):
         (["--start=a\tb"], ["start", r"'\t'", "position 1"]),
         (["--start=FILE:/nowhere.txt"], ["start", "nowhere.txt"]),
         (["--temperature=-1"], ["temperature=-1"]),
-        (["--max_new_tokens=100000000000000"], ["max_new_tokens=100000000000000", "out of memory"]),
-        (["--temperature=1e50"], ["temperature=1e+50", "1e30"]),
+        (["--max_new_tokens=2000000000", "--num_samples=2000000"], ["max_new_tokens=2000000000", "out of memory"]),
+        (["--max_new_tokens=100000000000000"], ["max_new_tokens=100000000000000", "at most 2147483648"]),
+        (["--num_samples=100000000000000000000"], ["num_samples=1", "at most 2147483648"]),
+        (["--temperature=1e50"], ["temperature=1e+50", "at most 1e+30"]),
         (["--top_p=1.5"], ["top_p=1.5"]),
         (["--top_k=0"], ["top_k=0"]),
         (["--out_dir=nowhere"], ["nowhere", "no checkpoint"]),
@@ -94,14 +97,14 @@ def test_a_prompt_longer_than_the_context_is_cropped_to_its_end(run, capsys):
         assert said.out.startswith(words)
         texts.append((said.out.removeprefix(words), said.err))
     assert texts[0][0] == texts[1][0]
-    assert f"start has {len(start)} tokens, of which the model reads the last 32" in texts[0][1] and not texts[1][1]
+    assert f"start has {len(start)} tokens, but the model reads only the last 32" in texts[0][1] and not texts[1][1]
 
 
 def test_ids_that_the_tokenizer_lacks_are_never_drawn():
     """A new model's logits are all equal: of 128 ids a quarter have no character."""
     model = GPT(GPTConfig(vocab_size=128, n_layer=1, n_head=2, d_model=36, block_size=16))
     for options in (dict(temperature=1.0), dict(temperature=1.0, top_k=100), dict(temperature=1.0, top_p=0.99)):
-        config = sample.Config(max_new_tokens=200, num_samples=2, **options)
+        config = sample.SampleConfig(max_new_tokens=200, num_samples=2, **options)
         for text in sample.sample(model, CharTokenizer(), [0], config, torch.device("cpu")):
             assert len(text) == 200 and len(set(text)) > 50
 
@@ -159,3 +162,46 @@ def test_the_readmes_three_commands_for_ones_own_text(tmp_path, monkeypatch, cap
     sample.main([*commands[2][2:], "--max_new_tokens=5", "--device=cpu"])
     (start,) = (word.partition("=")[2] for word in commands[2] if word.startswith("--start="))
     assert capsys.readouterr().out.startswith(start)
+
+
+def test_nanogpts_checkpoint_is_sampled_from_its_folder_too(tmp_path, capsys):
+    """Its name is that of a run's, which must not resume from it."""
+    config = GPTConfig(n_layer=1, n_head=2, d_model=36, block_size=8, vocab_size=96, bias=True, parametrization="standard",
+                       structure="dense")  # fmt: skip
+    torch.manual_seed(0)
+    ours = GPT(config)
+    args = dict(n_layer=1, n_head=2, n_embd=36, block_size=8, vocab_size=96, bias=True, dropout=0.0)
+    theirs = dict(model={}, model_args=args)
+    for name, tensor in gpt2_names(ours).items():
+        theirs["model"][f"_orig_mod.{name}"] = tensor
+    torch.save(theirs, tmp_path / "ckpt.pt")
+    for out_dir in (tmp_path, tmp_path / "ckpt.pt"):
+        model, meta = sample.load_model(str(out_dir))
+        x = torch.arange(8)[None]
+        assert torch.equal(model(x)[0], ours(x)[0]) and meta["vocab_size"] == 96
+    os.truncate(tmp_path / "ckpt.pt", 1000)
+    with pytest.raises(RunFailed):
+        sample.load_model(str(tmp_path))
+
+
+def gpt2_names(model):
+    """The weights of a dense standard GPT of one block as nanoGPT names them: matrices (d_out, d_in), q k v in one."""
+    state = model.state_dict()
+    theirs = {f"lm_head.{kind}": state[f"lm_head.{kind}"] for kind in ("weight", "bias") if f"lm_head.{kind}" in state}
+    for our_name, name in (("token_embedding", "wte"), ("position_embedding", "wpe"), ("final_norm", "ln_f")):
+        theirs |= {f"transformer.{name}.{key.split('.')[-1]}": state[key] for key in state if key.startswith(our_name)}
+    for kind in ("weight", "bias"):
+        for our_name, name in GPT2_BLOCK_NAMES.items():
+            theirs[f"transformer.h.0.{name}.{kind}"] = state[f"blocks.0.{our_name}.{kind}"]
+        qkv = [state[f"blocks.0.attn.{part}.{kind}"] for part in "qkv"]
+        theirs[f"transformer.h.0.attn.c_attn.{kind}"] = torch.cat(qkv)
+    return theirs
+
+
+@pytest.mark.parametrize("wrong", [{"n_layer": "two"}, {"structured_layers": 7}, {"overrides": [1]}, {"d_model": None}])
+def test_a_checkpoint_with_wrong_options_is_one_line(run, tmp_path, wrong):
+    saved = torch.load(os.path.join(run, "ckpt.pt"), weights_only=True)
+    torch.save({**saved, "config": {**saved["config"], **wrong}}, tmp_path / "ckpt.pt")
+    with pytest.raises(ConfigError) as caught:
+        sample.load_model(str(tmp_path))
+    assert "\n" not in str(caught.value)

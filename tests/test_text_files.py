@@ -3,7 +3,9 @@
 import gzip
 import json
 import os
+import tracemalloc
 
+import numpy as np
 import pytest
 
 import sample
@@ -55,18 +57,115 @@ def test_a_prompt_is_read_as_the_data_is(tmp_path, name):
     if name:
         write(str(tmp_path / name), RAW)
         start = f"FILE:{tmp_path / name}"
-    prompt, ids = sample.read_prompt(sample.Config(start=start), ByteTokenizer(), 100)
+    prompt, ids = sample.read_prompt(sample.SampleConfig(start=start), ByteTokenizer(), 100)
     assert prompt == CLEAN and ids == list(CLEAN.encode())
 
 
-def test_a_long_file_is_read_in_pieces(tmp_path, monkeypatch):
-    monkeypatch.setattr(text_files, "LONGEST_DOCUMENT", 50)
+def test_a_long_file_is_read_in_pieces(tmp_path):
     lines = "".join(f"line {i}\n" for i in range(1, 101))
     (tmp_path / "long.txt").write_text(lines, newline="\r\n")
-    pieces = list(TextReader().documents(str(tmp_path / "long.txt")))
+    pieces = list(TextReader(max_document=50).documents(str(tmp_path / "long.txt")))
     assert "".join(piece.text for piece in pieces) == lines and len(pieces) > 10
     for piece in pieces:  # where it says it is
         assert piece.text.startswith(f"line {piece.line}\n") and piece.text.endswith("\n")
+
+
+LONG = "a word " * 1_000_000  # 7 MB
+
+
+def long_file(folder, kind):
+    """A file of two short documents and one of 7 MB between, or many; how the line about it begins, and what is left."""
+    path, texts = str(folder / f"long.{kind.split()[-1]}"), ["one", LONG, "three"]
+    if kind == "bomb.parquet":
+        pq.write_table(pa.table({"text": texts}), path, compression="zstd")
+        return path, f"{path}, rows 1 to 3 would unpack from", []
+    if "dictionary" in kind:  # the long cell once, for many rows: to unpack them all would take 350 MB
+        table = pa.table({"text": pa.array(["one", *[LONG] * 50, "three"]).dictionary_encode()})
+        pq.write_table(table, path, store_schema="stored" in kind)
+    elif kind == "parquet":
+        pq.write_table(pa.table({"text": texts}), path, use_dictionary=False, compression="none")
+    else:
+        with (gzip.open if kind.endswith("gz") else open)(path, "wt") as file:
+            file.writelines(json.dumps({"text": text}) + "\n" for text in texts)
+        return path, f"{path}:2 is too long a line", ["one", "three"]
+    return path, f"{path}, row 2 has 7,000,000 bytes of text", ["one", "three"]
+
+
+@pytest.mark.parametrize(
+    "kind", ["jsonl", "jsonl.gz", "parquet", "bomb.parquet", "dictionary parquet", "stored dictionary parquet"]
+)
+def test_a_document_that_is_too_long_is_named_and_takes_no_memory(tmp_path, kind):
+    path, place, left = long_file(tmp_path, kind)
+    default = pa.default_memory_pool()
+    pool = pa.proxy_memory_pool(default)
+    pa.set_memory_pool(pool)
+    tracemalloc.start()
+    try:
+        with pytest.raises(ConfigError) as caught:
+            read(path, max_document=10_000)
+        texts, notes = read(path, max_document=10_000, skip_bad=True)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+        pa.set_memory_pool(default)
+    assert str(caught.value).startswith(place) and "max_document=10000" in str(caught.value)
+    assert texts == left and "because unreadable: " in notes[0] and place in notes[0]
+    assert peak < 4e6 and pool.max_memory() < 4e7, (peak, pool.max_memory())
+
+
+def test_a_prompt_that_is_too_long_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(text_files, "MAX_DOCUMENT", 10_000)
+    (tmp_path / "a.txt").write_text(LONG)
+    with pytest.raises(ConfigError, match="a.txt has more than 10,000 characters"):
+        read_text(str(tmp_path / "a.txt"))
+
+
+def test_one_long_line_of_plain_text_is_cut(tmp_path):
+    (tmp_path / "a.txt").write_text(LONG)
+    tracemalloc.start()
+    documents = TextReader(max_document=10_000).documents(str(tmp_path / "a.txt"))
+    lengths = [len(document.text) for document in documents]
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert sum(lengths) == len(LONG) and len(lengths) >= 7 and max(lengths) <= 1_010_000 and peak < 6e6, (lengths, peak)
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.parquet"])
+def test_a_fifo_is_refused_and_not_waited_for(tmp_path, name):
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(ConfigError, match=f"{name} is not a regular file"):
+        read(tmp_path / name)
+    with pytest.raises(ConfigError, match=f"{name} is not a regular file"):
+        sample.read_prompt(sample.SampleConfig(start=f"FILE:{tmp_path / name}"), ByteTokenizer(), 100)
+
+
+@pytest.mark.parametrize("kind", ["gz", "zst", "jsonl", "parquet"])
+def test_damaged_files_of_every_kind_are_one_line(tmp_path, kind):
+    """Bytes changed at random, in a copy after the other: what can still be read is, else it is a ConfigError."""
+    random, path = np.random.default_rng(0), tmp_path / f"a.{kind}"
+    texts = [f"document {i} {random.bytes(20).hex()}" for i in range(200)]
+    if kind == "parquet":
+        pq.write_table(pa.table({"text": texts}), path, row_group_size=50)
+    elif kind == "zst":
+        path = tmp_path / "a.txt.zst"
+        with pa.CompressedOutputStream(str(path), "zstd") as file:
+            file.write("\n".join(texts).encode())
+    else:
+        with (gzip.open if kind == "gz" else open)(path, "wt") as file:
+            file.writelines(json.dumps({"text": text}) + "\n" for text in texts)
+    whole, failures = path.read_bytes(), 0
+    for _ in range(60):
+        spoilt = bytearray(whole)
+        for at in random.integers(len(whole), size=random.integers(1, 5)):
+            spoilt[at] = random.integers(256)
+        path.write_bytes(spoilt[: random.integers(len(whole))] if random.random() < 0.3 else spoilt)
+        try:
+            read(path)
+        except ConfigError as error:
+            failures += 1
+            assert "\n" not in str(error)
+        read(path, skip_bad=True)
+    assert failures >= 10
 
 
 def test_bytes_that_are_not_utf8_are_counted(tmp_path):
@@ -108,7 +207,7 @@ def test_what_is_no_text_is_named_or_left_out(tmp_path, name, content, words):
     message = str(caught.value)
     assert "\n" not in message and message.endswith("--skip_bad") and all(word in message for word in words), message
     texts, notes = read(tmp_path / name, skip_bad=True)
-    assert texts in ([], ["a"]) and "1 left out that cannot be read" in notes[0] and words[0] in notes[0]
+    assert texts in ([], ["a"]) and "left out because unreadable: 1;" in notes[0] and words[0] in notes[0]
 
 
 def test_null_cells_are_left_out_and_numbers_named_by_row(tmp_path):

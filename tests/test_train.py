@@ -816,7 +816,7 @@ def test_impossible_options_are_one_clear_line(tiny, words, expected, tmp_path):
 
 @pytest.mark.parametrize(
     "script, options, option",
-    [("train", "TrainConfig", "seed"), ("sample", "Config", "seed"), ("lab.mup_check", "CoordsConfig", "seed"),
+    [("train", "TrainConfig", "seed"), ("sample", "SampleConfig", "seed"), ("lab.mup_check", "CoordsConfig", "seed"),
      ("vision.regression", "RegressionConfig", "seed"), ("vision.regression", "RegressionConfig", "teacher_seed")],
 )  # fmt: skip
 @pytest.mark.parametrize("value", [-1, 2**63, 99999999999999999999])

@@ -1,6 +1,7 @@
 """A residual MLP on the flattened pixels of an image, or on any vector.
 
-    pixels in random order; input layer, GELU, LayerNorm; blocks x + down(GELU(up(LayerNorm(x)))) of width -> 4 width -> width; head
+    pixels in random order; input layer, GELU, LayerNorm (input_norm);
+    blocks x + down(GELU(up(LayerNorm(x)))) of width -> 4 width -> width; head
 
 ("Compute Better Spent", ICML 2024, section 5; the LayerNorms as in "Searching for Efficient Linear
 Layers", NeurIPS 2024, section 5). What writes to the residual stream, and the head, start at zero.
@@ -19,6 +20,8 @@ from moe import Mixtures
 
 
 class MLPBlock(nn.Module):
+    """x (B, C) -> x + branch_scale · FFN(LayerNorm(x))"""
+
     def __init__(self, config):
         super().__init__()
         self.norm = nn.LayerNorm(config.d_model, bias=config.bias)
@@ -33,8 +36,8 @@ class MLPBlock(nn.Module):
 class MLP(nn.Module):
     """MLP(config)(x, targets=None) -> (y, loss)
 
-    x        (B, …) float, D numbers each
-    targets  (B,) int64 classes, (B, d_out) probabilities, or what another `loss` takes
+    x        (B, …) float, D numbers per row
+    targets  (B,) int64 classes, (B, d_out) probabilities, or whatever another `loss` takes
     y        (B, d_out); loss, float32: mean cross-entropy in nats, or `loss`(y, targets)
     """
 
@@ -42,14 +45,14 @@ class MLP(nn.Module):
         super().__init__()
         self.config, self.loss = config, loss
         self.input = linear(config, "input")
-        self.input_norm = nn.LayerNorm(config.d_model, bias=config.bias)
+        self.input_norm = nn.LayerNorm(config.d_model, bias=config.bias) if config.input_norm else nn.Identity()
         self.blocks = nn.ModuleList(MLPBlock(config) for _ in range(config.n_layer))
         self.head = linear(config, "head", zero_init=True)
         self.mixtures = Mixtures.of(self) if config.moe != "none" else None
         if getattr(config, "shuffle_pixels", False):
-            # Or cores would read neighbouring pixels: an advantage that a dense layer does not have (results/vision.md).
+            # Otherwise cores would read neighbouring pixels, an advantage over dense layers (results/vision.md).
             order = torch.from_numpy(np.random.default_rng(42).permutation(config.d_in))
-            self.register_buffer("order", order.to(self.input_norm.weight.device))
+            self.register_buffer("order", order.to(next(self.parameters()).device))
 
     def forward(self, x, targets=None):
         x = x.flatten(1)  # (B, D)
@@ -63,9 +66,9 @@ class MLP(nn.Module):
         return y, add_auxiliary_loss(self, loss)
 
     def layer_uses(self, role):
-        """How often one input passes through the layer that plays `role`."""
+        """How often the layer that plays `role` is applied to one input."""
         return 1
 
     def flops(self):
-        """FLOPs of a forward pass on one input, 2 a multiplication."""
+        """FLOPs of a forward pass on one input; a multiplication and addition count 2."""
         return sum(module.flops_per_token for module in self.modules() if hasattr(module, "cores"))

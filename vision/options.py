@@ -1,7 +1,9 @@
-"""Options of vision's models and data: what a field means stands behind it, what goes together is checked below it.
+"""Options of vision's models and data. The comment after a field says what it means, __post_init__ checks its value.
 
-    MLPConfig      the residual MLP, whatever its input is; ImageConfig: that, or a vision transformer, of images
-    DataConfig     which images; AugmentConfig: what is done to them in training
+    MLPConfig      the residual MLP, for any input
+    ImageConfig    the same, or a vision transformer, for images
+    DataConfig     which images
+    AugmentConfig  what is done to them in training
 
 No torch here, as in the root's options.py.
 """
@@ -12,12 +14,14 @@ from typing import Literal
 from configurator import ConfigError, UnusedOption
 from options import BlockConfig
 
-# Options of attention, as they are where there is none.
-ATTENTION = {"n_head": 1, "d_head": None, "align_heads": False, "share_router": False}
+# Options of attention, with their values in a model that has none.
+ATTENTION = {
+    "n_head": 1, "d_head": None, "align_heads": False, "share_router": False, "qkv_bias": True, "zero_init_q": False,
+}  # fmt: skip
 
 
 def refuse(config, why, holds, **defaults):
-    """ConfigError for an option that would do nothing: where `holds`, these must be left as they are."""
+    """UnusedOption for an option that would do nothing: if `holds`, these must have their defaults. why: the reason."""
     for name, default in defaults.items():
         if holds and getattr(config, name) != default:
             raise UnusedOption(name, getattr(config, name), f": {why}")
@@ -25,12 +29,13 @@ def refuse(config, why, holds, **defaults):
 
 @dataclass
 class MLPConfig(BlockConfig):
-    """Options of the MLP, whatever its input is."""
+    """Options of the residual MLP, for any input."""
 
     n_layer: int = 3  # blocks
     n_head: int = 1  # attention heads of a ViT
     d_model: int = 512  # width of the residual stream
     bias: bool = True  # biases in linear layers and norms
+    input_norm: bool = True  # MLP: a LayerNorm behind the input layer; "Compute Better Spent" has none
     structured_layers: tuple = ("input", "attn", "ffn")  # or attn.q .k .v .proj, ffn.up .down, head
 
     roles = ("input", "attn.q", "attn.k", "attn.v", "attn.proj", "ffn.up", "ffn.down", "head")
@@ -43,19 +48,19 @@ class MLPConfig(BlockConfig):
     def __post_init__(self):
         super().__post_init__()
         if self.parametrization != "mup":
-            raise ConfigError(f"parametrization={self.parametrization!r} is GPT-2's: vision models have 'mup'")
+            raise ConfigError(f"parametrization={self.parametrization!r} is for GPT-2: vision models have 'mup'")
 
 
 @dataclass
 class ImageConfig(MLPConfig):
-    """Options of the models of images."""
+    """Options of models that read images."""
 
     model: Literal["mlp", "vit"] = "mlp"  # residual MLP on the pixels, or vision transformer
     image_size: int = 32  # pixels a side
     channels: int = 3  # 1: grey
     n_classes: int = 10  # at least the data's
-    shuffle_pixels: bool | None = None  # MLP: pixels in random order, the same for all images; None: yes
-    patch_size: int = 8  # ViT: pixels a side of what is one token
+    shuffle_pixels: bool | None = None  # MLP: pixels in a random order, the same for all images; None: yes
+    patch_size: int = 8  # ViT: pixels a side of a patch, which is one token
     pool: Literal["token", "mean"] = "token"  # ViT: the head reads a class token, or the mean of all
 
     def __post_init__(self):
@@ -63,6 +68,7 @@ class ImageConfig(MLPConfig):
         if self.shuffle_pixels is None:
             self.shuffle_pixels = self.model == "mlp"
         refuse(self, "model='vit' has patches", self.model == "vit", shuffle_pixels=False)
+        refuse(self, "model='vit' always has one", self.model == "vit", input_norm=True)
         super().__post_init__()
         for name in ("image_size", "patch_size", "n_classes"):
             if getattr(self, name) < 1:
@@ -90,7 +96,7 @@ class ImageConfig(MLPConfig):
 
     @property
     def block_size(self):
-        """Tokens of a ViT: patches, and the class token."""
+        """Number of tokens of a ViT: patches, and the class token if there is one."""
         return (self.image_size // self.patch_size) ** 2 + (self.pool == "token")
 
     @property
@@ -110,17 +116,19 @@ class DataConfig:
 
 @dataclass
 class AugmentConfig:
-    """Options of what is done to training images."""
+    """Options that say how training images are augmented."""
 
-    crop_padding: int = 0  # held images: pixels of black around them, before a random crop of image_size
-    min_crop: float = 0.08  # streamed images: least part of the area that a random crop keeps
-    flip: bool = False  # left and right, at random
-    rand_augment: int = 0  # operations of RandAugment on each image, 2 say
+    crop_padding: int = 0  # held images: black pixels around them, before a random crop of image_size
+    resized_crop: bool = False  # held images: random crops resized to image_size, which streamed images always have
+    min_crop: float = 0.08  # smallest part of the area that a resized crop keeps
+    flip: bool = False  # flip images left to right, at random
+    rand_augment: int = 0  # operations of RandAugment on each image, such as 2
     rand_level: int = 9  # their strength, 0 to 30
     random_erasing: float = 0.0  # probability
     mixup: float = 0.0  # alpha of its Beta distribution; 0: none
-    cutmix: float = 0.0  # alpha; with mixup each pair of images gets one of the two
-    label_smoothing: float = 0.0  # probability given to all classes alike
+    cutmix: float = 0.0  # alpha; with mixup too, each pair of images gets one of the two
+    mixup_mode: Literal["pair", "batch"] = "pair"  # one weight for each pair of images, or for the whole batch
+    label_smoothing: float = 0.0  # probability spread evenly over all classes
 
     def __post_init__(self):
         for name in ("crop_padding", "rand_augment", "mixup", "cutmix"):
@@ -132,5 +140,7 @@ class AugmentConfig:
         if self.rand_level != 9 and not self.rand_augment:
             remedy = "leave it out, or take rand_augment=2"
             raise UnusedOption("rand_level", self.rand_level, " with rand_augment=0", remedy)
+        refuse(self, "there is neither mixup nor cutmix", not (self.mixup or self.cutmix), mixup_mode="pair")
+        refuse(self, "resized_crop has min_crop", self.resized_crop, crop_padding=0)
         if not 0 <= self.rand_level <= 30:
             raise ConfigError(f"rand_level={self.rand_level}: make it 0 to 30")

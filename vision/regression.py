@@ -3,8 +3,8 @@ Space of Structured Matrices" (NeurIPS 2024, section 4).
 
     python -m vision.regression vision/config/regression.py --structure=btt --rank=2 --d_model=1024
 
-Inputs are 8 normal numbers, the teacher a ReLU network of 6 layers of width 1024 whose output has mean 0 and variance 1,
-the student the residual MLP of mlp.py. One pass: no input comes twice. The loss is the mean squared error.
+Inputs are 8 normal numbers, the teacher is a ReLU network of 6 layers of width 1024 whose output has mean 0 and variance
+1, and the student is the residual MLP of mlp.py. No input is used twice. The loss is the mean squared error.
 """
 
 import math
@@ -25,7 +25,7 @@ class RegressionConfig(RunConfig, MLPConfig):
     teacher_seed: int = 42  # of its weights
     batch_size: int = 4096  # inputs an update, all processes together
     micro_batch: int = 4096  # inputs a process takes at a time; the rest of its batch is accumulated
-    eval_inputs: int = 65_536  # inputs of an evaluation, the same ones every time
+    eval_inputs: int = 65_536  # inputs of an evaluation, the same ones each time
     lr: float = 1e-3  # peak rate, of a dense layer of width base_width; of biases and norms
     input_lr: float = 1.0  # rate of the input layer, as a share of `lr`
     grad_clip: float = 0.0  # largest norm of the gradient; 0: no limit
@@ -66,7 +66,7 @@ INPUTS, VALIDATION = 0, 1  # what random numbers are for
 
 
 class Teacher:
-    """x (B, d_in) -> y (B,): relu · sqrt(2) after each hidden layer, weights of variance 1 / fan-in, no biases."""
+    """x (B, d_in) -> y (B,): ReLU times sqrt(2) after each hidden layer, weights of variance 1 / fan-in, no biases."""
 
     def __init__(self, config, device):
         draw = torch.Generator().manual_seed(config.teacher_seed)
@@ -86,18 +86,18 @@ class Teacher:
 
 
 def squared_error(y, targets):
-    """y (B, 1), targets (B,)"""
+    """Mean squared error of y (B, 1) against targets (B,)."""
     return F.mse_loss(y[:, 0], targets)
 
 
 class TeacherTask:
-    """What a Trainer does not know of a run that learns a teacher; train.TokenTask says what each of these is."""
+    """What a Trainer does not know about a run that learns a teacher; train.TokenTask documents each attribute and method."""
 
     unit, loss_unit = "sample", "squared error, 1 for a constant"
     shape = {field.name for field in fields(MLPConfig)} | {"d_in"}
 
     def __init__(self, config, device):
-        """ConfigError where the batch does not divide."""
+        """ConfigError if the batch cannot be divided among the processes."""
         self.config, self.device, self.teacher = config, device, Teacher(config, device)
         self.meta = {"teacher": [config.d_in, config.teacher_layers, config.teacher_width, config.teacher_seed]}
         self.units = config.batch_size
@@ -117,7 +117,7 @@ class TeacherTask:
         return model.layer_uses(role)
 
     def inputs(self, purpose, number, rows, start, stop):
-        """Rows start … stop of so many -> (stop - start, d_in) on the device."""
+        """Rows start … stop of the `rows` inputs that seed, purpose and number determine -> (stop - start, d_in) on the device"""
         x = rng(self.config.seed, purpose, number).standard_normal((rows, self.config.d_in), dtype="float32")
         return to_device(torch.from_numpy(x[start:stop]), self.device)
 
@@ -133,7 +133,7 @@ class TeacherTask:
 
     @torch.no_grad()
     def evaluate(self, trainer):
-        """-> val_loss, the mean squared error."""
+        """-> {"val_loss": mean squared error}"""
         trainer.compiled_model.eval()
         size = self.config.micro_batch
         count = -(-self.config.eval_inputs // (size * self.world))  # as many on every rank

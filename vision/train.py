@@ -4,8 +4,8 @@
     python -m vision.train vision/config/vit_cifar100.py --d_model=256 --structure=btt --rank=2
     torchrun --standalone --nproc_per_node=8 -m vision.train vision/config/vit_s32_imagenet.py --resume
 
-The run, its log, checkpoints and options are those of the root's train.py, whose Trainer trains an ImageTask: this file
-says what a batch and an evaluation are. batch_size is that of all processes together.
+The run, its log, checkpoints and options are those of the root's train.py. Its Trainer trains an ImageTask, which this
+file defines: what a batch is, and what an evaluation is. batch_size is that of all processes together.
 """
 
 import time
@@ -23,12 +23,12 @@ class ImageTrainConfig(RunConfig, AugmentConfig, DataConfig, ImageConfig):
     batch_size: int = 256  # images an update, all processes together
     micro_batch: int = 256  # images a process takes at a time; the rest of its batch is accumulated
     stream: bool | None = None  # decode images as needed; False: all at first, and hold them; None: above 64 pixels
-    workers: int | None = None  # processes that decode images; None: one a core
-    gpu_decode: bool = False  # streaming: JPEGs decoded on the GPU, by torchvision
+    workers: int | None = None  # processes that decode images; None: one per core
+    gpu_decode: bool = False  # streaming: decode JPEGs on the GPU, by torchvision
     eval_resize: int | None = None  # streaming: shorter side before the central crop; None: image_size · 256 / 224
     lr: float = 1e-3  # peak rate, of a dense layer of width base_width; of biases, norms and embeddings
     input_lr: float = 1.0  # rate of the input layer, whose fan-in is the same at all widths, as a share of `lr`
-    ema: float = 0.0  # decay of a running mean of the weights, which is evaluated in their place; 0: none
+    ema: float = 0.0  # decay of a running mean of the weights, which evaluations use instead of them; 0: none
     grad_clip: float = 0.0  # largest norm of the gradient; 0: no limit
     weight_decay: float = 0.0  # of matrices; a step takes lr * weight_decay off them
     beta2: float = 0.999  # Adam's
@@ -46,11 +46,10 @@ class ImageTrainConfig(RunConfig, AugmentConfig, DataConfig, ImageConfig):
             raise ConfigError(f"ema={self.ema}: make it at least 0 and less than 1, 0.9999 say")
         if self.stream is None:
             self.stream = self.image_size > 64
-        refuse(self, "images that are streamed have min_crop", self.stream, crop_padding=0)
-        refuse(
-            self, "images that are held are decoded once, before", not self.stream, gpu_decode=False, eval_resize=None,
-            min_crop=0.08,
-        )  # fmt: skip
+        refuse(self, "images that are streamed have min_crop", self.stream, crop_padding=0, resized_crop=False)
+        held = "images that are held are decoded once, before"
+        refuse(self, held, not self.stream, gpu_decode=False, eval_resize=None)
+        refuse(self, f"{held}; or take resized_crop=True", not (self.stream or self.resized_crop), min_crop=0.08)
         if self.eval_resize is not None and self.eval_resize < self.image_size:
             raise ConfigError(
                 f"eval_resize={self.eval_resize} is less than image_size={self.image_size}: take that or more"
@@ -75,24 +74,25 @@ from engine.runlog import duration
 from optim import lr_multipliers, make_optimizers
 from train import Trainer
 from vision.augment import Augment
-from vision.data import Held, Streamed, check_labels, open_splits, workers_watched
+from vision.data import Held, Streamed, workers_watched
 from vision.mlp import MLP
+from vision.sources import check_labels, open_splits
 from vision.vit import ViT
 
 MODELS = {"mlp": MLP, "vit": ViT}
 
 
 class ImageTask:
-    """What a Trainer does not know of a run on images; train.TokenTask says what each of these is."""
+    """What a Trainer does not know about a run on images; train.TokenTask documents each attribute and method."""
 
     unit, loss_unit = "image", "nats per image"
     shape = {field.name for field in fields(ImageConfig)}
 
     def __init__(self, config, device, data, classes=None, say=lambda text: None):
-        """data, classes: of load_images. ConfigError where the batch does not divide."""
+        """data, classes: from load_images. ConfigError if the batch cannot be divided among the processes."""
         self.config, self.device, self.data, self.say = config, device, data, say
         self.augment = Augment(config, data.mean, data.std, device)
-        self.meta = dict(dataset=config.dataset, classes=classes, mean=data.mean, std=data.std)
+        self.meta = dict(dataset=config.dataset, classes=classes, mean=data.mean, std=data.std, **data.fingerprints)
         self.units = config.batch_size
         self.rank, _, self.world = ranks()
         _, self.micro_steps = split_batch(config, self.world)
@@ -113,15 +113,15 @@ class ImageTask:
         return model.layer_uses(role)
 
     def batch(self, step):
-        """This process's share: which images, or their pixels, and random numbers; `prepare` makes x and y of them."""
+        """This process's share of a batch, from which `prepare` makes x and y: images or their numbers, random numbers."""
         share = self.config.batch_size // self.world
         place = (self.config.batch_size, self.rank * share, (self.rank + 1) * share)
         return *self.data.draw(step, *place), self.augment.draw(step, *place)
 
     def prepare(self, *batch):
-        """What was drawn for a batch -> images (micro_steps, micro_batch, C, S, S), targets (micro_steps, micro_batch, …).
+        """What `batch` drew -> images (micro_steps, micro_batch, C, S, S), targets (micro_steps, micro_batch, …).
 
-        It is a part of the update, and of its CUDA graph: no shape depends on values, and nothing comes from the host.
+        This is part of the update, and of its CUDA graph: no shape depends on values, and nothing comes from the host.
         """
         *drawn, numbers = batch
         x, y = self.augment(*self.data.images(*drawn), numbers)
@@ -129,12 +129,12 @@ class ImageTask:
         return x.unflatten(0, shape), y.unflatten(0, shape)
 
     def evaluate(self, trainer):
-        """-> figures of all validation images: val_loss, top1, top5, of the running mean of the weights where there is one."""
+        """-> figures on all validation images: val_loss, top1, top5; with `ema`, of the running mean of the weights"""
         with trainer.optimizers.averaged():
             figures = self.validate(trainer.compiled_model, trainer.autocast, trainer.watchdog.beat)
         if self.config.stream and "broken" in figures:
             last = self.data.last_broken or "none"
-            self.say(f"{figures['broken']} broken images passed over so far, the last here {last}")
+            self.say(f"{figures['broken']} broken images passed over so far, the last on this rank: {last}")
         return figures
 
     @torch.no_grad()
@@ -142,7 +142,7 @@ class ImageTask:
         """Every rank takes its share of the images; sums and counts are added up."""
         config = self.config
         model.eval()
-        sums = []  # of the losses, right ones, right among 5, number
+        sums = []  # of losses, hits, hits among the first 5, images
         for x, y in self.data.val_batches(self.rank, self.world, config.micro_batch):
             beat()
             with autocast:
@@ -151,9 +151,11 @@ class ImageTask:
             losses = F.cross_entropy(logits, y, ignore_index=-1, reduction="sum")
             right = y.clamp(min=0)[:, None]
             own, classes = logits.gather(1, right), torch.arange(logits.shape[1], device=self.device)
-            better = ((logits > own) | ((logits == own) & (classes < right))).sum(dim=1)  # classes before the right one
+            better = ((logits > own) | ((logits == own) & (classes < right))).sum(
+                dim=1
+            )  # number of classes ranked before the right one
             sums.append(torch.stack((losses, *((better < k)[counted].sum() for k in (1, 5)), counted.sum())))
-        broken = self.data.broken if config.stream or self.rank == 0 else 0  # held ones are read by every rank
+        broken = self.data.broken if config.stream or self.rank == 0 else 0  # every rank reads all held images
         loss, top1, top5, count = sum_over_ranks(sums or [torch.zeros(4)], self.device)
         (broken,) = sum_over_ranks([torch.tensor([float(broken)])], self.device)
         model.train()
@@ -199,7 +201,7 @@ def train_on_images(config, progress):
 
 
 def load_images(config, device, say):
-    """-> images and labels (Held or Streamed), names of the classes or None. ConfigError of a data set that does not fit."""
+    """-> images and labels (Held or Streamed), names of the classes or None. ConfigError if the data set does not fit config."""
     splits, classes = open_splits(config, say)
     check_labels(config, splits, classes, say)
     check_data_of_ranks({"classes": classes}, {f"{name} labels": split.labels for name, split in splits.items()})
@@ -208,7 +210,7 @@ def load_images(config, device, say):
 
 
 def image_lr_multipliers(config, model):
-    """optim.lr_multipliers, but for the input layer: its fan-in does not grow with the width, so its rate does not fall."""
+    """As optim.lr_multipliers, except for the input layer, whose fan-in does not grow with width: its rate does not fall."""
     of_name = lr_multipliers(model, config.base_width, config.base_ffn_expansion)
     for name, parameter in model.input.named_parameters(prefix="input"):
         if parameter.dim() >= 2:
@@ -218,7 +220,7 @@ def image_lr_multipliers(config, model):
 
 
 def say_if_long(flops, say, hours=1):
-    """Say how long a run of so many FLOPs a process takes on this CPU at least, if that is more than so many hours."""
+    """Report how long at least a run of `flops` FLOPs per process takes on this CPU, if that is more than `hours`."""
     a, b = torch.randn(512, 512), torch.randn(512, 512)
     a @ b
     begin, products = time.perf_counter(), 20

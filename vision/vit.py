@@ -1,16 +1,17 @@
 """A vision transformer (Dosovitskiy et al., "An Image is Worth 16x16 Words", ICLR 2021) of the root's blocks.
 
-Attention is the GPT's without its mask: separate q, k and v, a LayerNorm a head on q and k, logits times 8/d_head,
-residual branches from zero ("Compute Better Spent", ICML 2024, section 5). What is its own: patches in, one class out.
+Attention is the GPT's without its mask: separate q, k and v, a LayerNorm per head on q and k, logits times 8/d_head,
+residual branches that start at zero ("Compute Better Spent", ICML 2024, section 5). Only its ends differ: patches in, one
+class out.
 
-Shapes: B batch, P patches, T = P + 1 tokens with a class token (pool="token"), else P; C = d_model.
+Shapes: B batch, P patches, T = P + 1 tokens with a class token (pool="token"), otherwise T = P; C = d_model.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from model import EMBEDDING_STD, Block, add_auxiliary_loss, as_autocast, linear, run_block
+from model import Block, add_auxiliary_loss, as_autocast, linear, run_block
 from moe import Mixtures
 
 
@@ -31,10 +32,10 @@ class ViT(nn.Module):
         self.input = linear(config, "input")
         self.input_norm = nn.LayerNorm(config.d_model, bias=config.bias)
         self.position_embedding = nn.Parameter(torch.empty(self.n_tokens, config.d_model))
-        nn.init.normal_(self.position_embedding, std=EMBEDDING_STD)
+        nn.init.normal_(self.position_embedding)
         if config.pool == "token":
             self.class_embedding = nn.Parameter(torch.empty(config.d_model))
-            nn.init.normal_(self.class_embedding, std=EMBEDDING_STD)
+            nn.init.normal_(self.class_embedding)
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.final_norm = nn.LayerNorm(config.d_model, bias=config.bias)
@@ -54,11 +55,11 @@ class ViT(nn.Module):
         return logits, add_auxiliary_loss(self, loss)
 
     def layer_uses(self, role):
-        """How often one image passes through the layer that plays `role`."""
+        """How often the layer that plays `role` is applied to one image."""
         return {"input": self.n_patches, "head": 1}.get(role, self.n_tokens)
 
     def flops(self):
-        """FLOPs of a forward pass on one image, 2 a multiplication: layers, and attention's two T × T products."""
+        """FLOPs of a forward pass on one image, 2 per multiplication and addition: layers, and attention's two T × T products."""
         layers = sum(
             module.flops_per_token * self.layer_uses(name)
             for name, module in self.named_modules()
@@ -69,7 +70,7 @@ class ViT(nn.Module):
 
 
 def patches(x, size):
-    """(B, c, H, W) -> (B, P, size · size · c): patches row by row, each pixel by pixel with its channels together."""
+    """(B, c, H, W) -> (B, P, size · size · c): patches row by row, in each the pixels row by row, channels last."""
     B, c, H, W = x.shape
     x = x.view(B, c, H // size, size, W // size, size)
     return x.permute(0, 2, 4, 3, 5, 1).reshape(B, -1, size * size * c)

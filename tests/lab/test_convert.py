@@ -8,17 +8,19 @@ import math
 import os
 import re
 import runpy
+import shutil
 
 import pytest
 import torch
 import torch.nn.functional as F
 import transformers
+from safetensors.torch import load_file, save_file
 
 import einsum_linear
 import theta
 import train
-from configurator import ConfigError, load_config
-from conftest import losses, read_rows
+from configurator import ConfigError, RunFailed, load_config
+from conftest import losses, read_rows, small_disk
 from data import TokenData
 from engine import checkpoint
 from engine.huggingface import load_gpt2
@@ -374,7 +376,7 @@ def runs(tmp_path):
         ("--source={runs}/full --out_dir={runs}/a", "full holds no checkpoint and no GPT-2"),
         ("--source={runs}/mup --export={runs}/a", "parametrization='mup'.*standard"),
         ("--source={runs}/wide_heads --export={runs}/a", "d_head=20.*18"),
-        ("--source={runs}/btt --export={runs}/full", "there already"),
+        ("--source={runs}/btt --export={runs}/full", "exists and is not empty"),
         ("--source={runs}/btt --export={runs}/a --rank=2", "rank=2 with export.*leave it out"),
         ("--source={runs}/btt --out_dir={runs}/a", "blocks.0.attn.q is EinsumLinear, not dense"),
         ("--source={runs}/mup --out_dir={runs}/a --vocab_size=95", "vocab_size=95 is less than the source's 96"),
@@ -387,3 +389,79 @@ def test_mistakes_are_one_line_with_a_remedy(words, expected, runs):
     with pytest.raises(ConfigError, match=expected) as error:
         convert.main(words.format(runs=runs).split())
     assert "\n" not in str(error.value) and sorted(os.listdir(runs)) == before
+
+
+# -- Hugging Face sources that are not a whole GPT-2
+
+
+def spoil_weights(change):
+    """A change of a Hugging Face folder: change(tensors) in its model.safetensors."""
+
+    def spoil(folder):
+        tensors = load_file(f"{folder}/model.safetensors")
+        change(tensors)
+        save_file(tensors, f"{folder}/model.safetensors", metadata={"format": "pt"})
+
+    return spoil
+
+
+def spoil_config(**changes):
+    """A change of a Hugging Face folder: these keys of its config.json, None: left out."""
+
+    def spoil(folder):
+        with open(f"{folder}/config.json") as file:
+            config = {**json.load(file), **changes}
+        with open(f"{folder}/config.json", "w") as file:
+            json.dump({key: value for key, value in config.items() if value is not None}, file)
+
+    return spoil
+
+
+UP = "transformer.h.1.mlp.c_fc.weight"
+
+
+@pytest.mark.parametrize(
+    "spoil, expected",
+    [
+        (spoil_weights(lambda tensors: tensors.pop(UP)), f"lacks {UP}: take"),
+        (spoil_weights(lambda tensors: tensors.update({UP: torch.zeros(3)})), "holds no checkpoint and no GPT-2"),
+        (spoil_weights(lambda tensors: tensors[UP].fill_(math.nan)), "blocks.1.ffn.up.weight is not finite"),
+        (spoil_config(n_layer=3), "lacks transformer.h.2.attn.c_attn.bias and 11 more: take"),
+        (spoil_config(n_layer=1), "has layers beyond its n_layer: transformer.h.1"),
+        (spoil_config(model_type="llama"), "has model_type=llama, but this GPT-2 needs gpt2"),
+        (spoil_config(model_type=None), "has model_type=None"),
+        (spoil_config(n_layer="two"), "holds no checkpoint and no GPT-2 .*n_layer"),
+        (spoil_config(n_head=0), "holds no checkpoint and no GPT-2"),
+        (lambda folder: os.truncate(f"{folder}/model.safetensors", 1000), "holds no checkpoint and no GPT-2"),
+        (lambda folder: os.truncate(f"{folder}/config.json", 100), "holds no checkpoint and no GPT-2"),
+        (lambda folder: open(f"{folder}/config.json", "w").write("[]"), "holds no checkpoint and no GPT-2"),
+        (lambda folder: os.remove(f"{folder}/model.safetensors"), "holds no checkpoint and no GPT-2"),
+    ],
+)
+def test_what_is_not_a_whole_gpt2_is_refused(spoil, expected, hugging_face, tmp_path):
+    """transformers fills what is missing with random numbers, and takes other models for GPT-2."""
+    folder = shutil.copytree(hugging_face[1], tmp_path / "spoilt")
+    spoil(folder)
+    with pytest.raises(ConfigError, match=expected) as error:
+        convert.main([f"--source={folder}", f"--out_dir={tmp_path / 'out'}", "--structure=btt"])
+    assert "\n" not in str(error.value) and not (tmp_path / "out").exists()
+
+
+# -- disks
+
+
+def test_a_full_disk_is_one_line_and_leaves_no_part(tmp_path):
+    save_run(tmp_path / "run", structure="dense", parametrization="standard")
+    for option in ("export", "out_dir"):
+        with small_disk(20_000), pytest.raises(RunFailed, match="cannot be written .*make room") as error:
+            convert.main([f"--source={tmp_path / 'run'}", f"--{option}={tmp_path / option}"])
+        assert "\n" not in str(error.value)
+    assert sorted(os.listdir(tmp_path)) == ["out_dir", "run"] and os.listdir(tmp_path / "out_dir") == []
+
+
+@pytest.mark.parametrize("option", ["export", "out_dir"])
+def test_a_folder_that_cannot_be_made_is_one_line(option, tmp_path):
+    save_run(tmp_path / "run", structure="dense", parametrization="standard")
+    for folder in ("/proc/no/folder", str(tmp_path / "run" / "config.py" / "folder")):
+        with pytest.raises(ConfigError, match=f"{folder} cannot be written"):
+            convert.main([f"--source={tmp_path / 'run'}", f"--{option}={folder}"])

@@ -1,8 +1,9 @@
-"""vision/data.py: which images are read, and what becomes of those that are unusual, wrong or broken."""
+"""vision/sources.py, images.py, data.py: which images are read, and what becomes of those that are unusual, wrong or broken."""
 
 import io
 import os
 import struct
+import tracemalloc
 import zlib
 from functools import partial
 
@@ -17,8 +18,11 @@ from PIL import Image
 
 import vision.data
 from configurator import ConfigError
-from vision.data import Decoded, Held, Images, PixelsConfig, Split, decode, open_splits, parsed, to_square, write_pixels
+from conftest import small_disk
+from vision.data import Decoded, Held, Images, PixelsConfig, Streamed, npz_images, write_pixels
+from vision.images import decode, to_square
 from vision.options import DataConfig
+from vision.sources import Split, check_labels, fingerprint_of_images, open_splits, parquet_files, parse_path
 from vision.train import ImageTrainConfig
 
 CPU = torch.device("cpu")
@@ -73,14 +77,14 @@ def split_labels(folder, dataset, say=lambda text: None):
     ],
 )
 def test_a_split_is_a_word_between_separators(path, split, owner):
-    assert parsed(path)[:2] == (split, owner)
+    assert parse_path(path)[:2] == (split, owner)
 
 
 @settings(deadline=None, max_examples=50)
 @given(st.text("abcdefgijkmopqs", min_size=1, max_size=6), st.sampled_from("-_. "), st.sampled_from(["train", "test"]))
 def test_a_split_inside_a_longer_word_is_none(word, separator, split):
-    assert parsed(f"{word}{separator}{split}.parquet")[0] == split
-    assert parsed(f"{word}{split}{word}.parquet")[0] is None
+    assert parse_path(f"{word}{separator}{split}.parquet")[0] == split
+    assert parse_path(f"{word}{split}{word}.parquet")[0] is None
 
 
 @pytest.mark.parametrize("pair", [("mnist", "fashion_mnist"), ("cifar10", "cifar100"), ("mnist", "emnist")])
@@ -122,7 +126,7 @@ def test_only_the_first_split_with_labels_is_for_validation(tmp_path):
     os.remove(tmp_path / "unconstrained-test.parquet")
     with pytest.raises(ConfigError, match="val split has no labels"):
         config = ImageTrainConfig(**OPTIONS, dataset="x", data_dir=str(tmp_path))
-        vision.data.check_labels(config, open_splits(config)[0], None)
+        check_labels(config, open_splits(config)[0], None)
 
 
 def test_of_the_hubs_splits_one_with_labels_is_for_validation(monkeypatch):
@@ -166,14 +170,17 @@ def test_null_and_wrong_cells_are_left_out_with_file_and_row(tmp_path):
     assert data.labels.tolist() == [0, 1, 2, 1, 1] and data.val_labels.tolist() == [1, 2]
     text = "\n".join(said)
     assert (
-        f"train: 1 of 8 rows left out, with no whole number as label, the first: {tmp_path}/train-0.parquet, row 2"
+        f"train: 1 of 8 rows left out, whose label is not a whole number, the first: {tmp_path}/train-0.parquet, row 2"
         in text
     )
     assert (
-        f"test: 2 of 4 rows left out, with no whole number as label, the first: {tmp_path}/test-0.parquet, row 1"
+        f"test: 2 of 4 rows left out, whose label is not a whole number, the first: {tmp_path}/test-0.parquet, row 1"
         in text
     )
-    assert f"2 broken images left out, the last: {tmp_path}/train-1.parquet, row 2 (no image of a known format)" in text
+    assert (
+        f"2 broken images left out, the last: {tmp_path}/train-1.parquet, row 2 (not an image of a known format)"
+        in text
+    )
     write(str(tmp_path / "test-0.parquet"), [1.5, 0.5])
     with pytest.raises(ConfigError, match="no whole numbers"):
         held(tmp_path)
@@ -210,11 +217,61 @@ def test_files_that_vanish_are_broken_images(tmp_path):
 
 def test_a_worker_that_dies_is_one_line(monkeypatch):
     monkeypatch.setattr(vision.data, "WORTH_A_WORKER", 1)
-    split = Split(np.arange(3), lambda i: os._exit(1), str)
+    split = Split(np.arange(3), lambda i: torch.utils.data.get_worker_info() and os._exit(1), str)
     ended = pytest.raises(ConfigError, match="a process that decodes images ended.*fewer --workers")
     with ended as caught, vision.data.workers_watched():
         Held(ImageTrainConfig(**OPTIONS, workers=1), {"train": split, "val": split}, CPU)
     assert "\n" not in str(caught.value)
+
+
+def share_nothing(storage):
+    """torch's own words."""
+    raise RuntimeError("unable to allocate shared memory(shm) for file </torch_1>: No space left on device (28)")
+
+
+def test_a_full_shared_memory_is_one_line(tmp_path, monkeypatch):
+    """Tensors that a queue's thread cannot share are lost, and everyone waits for them for ever."""
+    folder = class_folders(tmp_path)
+    config = ImageTrainConfig(**OPTIONS, data_dir=str(folder), stream=True, workers=1)
+    data = Streamed(config, open_splits(config)[0], CPU)
+    monkeypatch.setattr(torch.UntypedStorage, "_share_fd_cpu_", share_nothing)
+    with (
+        pytest.raises(ConfigError, match="shared memory is full.*--workers=0") as caught,
+        vision.data.workers_watched(),
+    ):
+        data.draw(0, 2, 0, 2)
+    assert "\n" not in str(caught.value)
+    data.workers, data.next_step = 0, None
+    assert data.draw(0, 2, 0, 2)[0].shape == (2, 3, 8, 8)  # the remedy
+
+
+def test_fifos_are_broken_images_and_not_waited_for(tmp_path):
+    folder = class_folders(tmp_path)
+    os.mkfifo(f"{folder}/train/blue/fifo.png")
+    os.mkfifo(f"{folder}/train-fifo.parquet")
+    config, said = ImageTrainConfig(**OPTIONS, data_dir=str(folder)), []
+    splits, _ = open_splits(config)
+    data = Held(config, splits, CPU, said.append)
+    assert data.broken == 1 and any("fifo.png (not a regular file)" in text for text in said)
+    os.mkfifo(tmp_path / "a.npz")
+    with pytest.raises(ConfigError, match="holds neither train/ and val/"):
+        write_pixels(PixelsConfig(data_dir=str(tmp_path), out_dir=str(tmp_path / "out")))
+
+
+def test_other_images_are_noticed_by_their_fingerprint(tmp_path):
+    folder, found = class_folders(tmp_path), set()
+    config = ImageTrainConfig(**OPTIONS, data_dir=str(folder))
+
+    def add():
+        found.add(fingerprint_of_images(open_splits(config)[0]["train"]))
+        return len(found)
+
+    assert (add(), add()) == (1, 1)
+    image = min(entry.path for entry in os.scandir(f"{folder}/train/blue"))
+    Image.new("RGB", (9, 9)).save(image)
+    assert add() == 2
+    os.remove(image)
+    assert add() == 3
 
 
 # -- class folders
@@ -258,7 +315,7 @@ def test_a_class_that_one_split_lacks_is_a_note(lacking, other, tmp_path):
     os.rename(f"{folder}/{lacking}/green", tmp_path / "green")
     config, said = ImageTrainConfig(**OPTIONS, dataset="x", data_dir=folder), []
     splits, classes = open_splits(config)
-    vision.data.check_labels(config, splits, classes, said.append)
+    check_labels(config, splits, classes, said.append)
     assert classes == ["blue", "green", "red"]
     assert splits[lacking].labels.tolist() == [0, 0, 2, 2] and splits[other].labels.tolist() == [0, 0, 1, 1, 2, 2]
     assert said == [f"note: classes of {other} without an image in {lacking}: 1, green"]
@@ -427,6 +484,53 @@ def test_two_writers_of_pixels_do_not_collide(tmp_path):
     assert rows[:, 1].tolist() == [0, 1, 2]
 
 
+def npz(path, images):
+    np.savez(path, X=np.asarray(images, np.uint8), Y=np.arange(len(images)))
+    return path
+
+
+def test_images_of_npz_files_are_read_one_by_one(tmp_path):
+    images = np.random.default_rng(0).integers(256, size=(5, 4, 6, 3))
+    np.savez_compressed(tmp_path / "a.npz", X=images.astype(np.uint8))
+    for path in (tmp_path / "a.npz", npz(tmp_path / "b.npz", images)):
+        assert np.array_equal([np.asarray(image) for image in npz_images(str(path))], images)
+    npz(tmp_path / "large.npz", np.zeros((2000, 32, 32, 3)))  # 6 MB
+    tracemalloc.start()
+    assert sum(1 for _ in npz_images(str(tmp_path / "large.npz"))) == 2000
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 2e6
+
+
+def test_npz_files_damaged_anywhere_are_one_line(tmp_path):
+    random, path = np.random.default_rng(0), npz(tmp_path / "a.npz", np.zeros((20, 4, 4, 3)))
+    whole, failures = path.read_bytes(), 0
+    for _ in range(200):
+        spoilt = bytearray(whole)
+        for at in random.integers(len(whole), size=3):
+            spoilt[at] = random.integers(256)
+        path.write_bytes(spoilt[: random.integers(len(whole))] if random.random() < 0.2 else spoilt)
+        try:
+            list(npz_images(str(path)))
+        except ConfigError as error:
+            failures += 1
+            assert "\n" not in str(error) and "a.npz" in str(error)
+    assert failures > 50
+
+
+def test_a_disk_that_is_full_or_cannot_be_written_is_one_line(tmp_path):
+    for name in ("a", "b"):
+        npz(tmp_path / f"{name}.npz", np.zeros((200, 8, 8, 3)))
+    options = dict(data_dir=str(tmp_path), image_size=8)
+    with small_disk(10_000), pytest.raises(ConfigError, match="out cannot be written .File too large.*make room"):
+        write_pixels(PixelsConfig(**options, out_dir=str(tmp_path / "out")))
+    assert os.listdir(tmp_path / "out") == []
+    with pytest.raises(ConfigError, match="/proc/out cannot be written"):
+        write_pixels(PixelsConfig(**options, out_dir="/proc/out"))
+    with pytest.raises(ConfigError, match="image_size=1000000: .*at most 4096"):
+        PixelsConfig(data_dir=str(tmp_path), image_size=10**6)
+
+
 def test_a_broken_npz_is_one_line(tmp_path):
     for k in (0, 1):
         np.savez(tmp_path / f"part{k}.npz", X=np.zeros((2, 4, 4, 3), np.uint8))
@@ -435,7 +539,7 @@ def test_a_broken_npz_is_one_line(tmp_path):
     with pytest.raises(ConfigError, match="part0.npz cannot be read"):
         write_pixels(config)
     np.savez(tmp_path / "part0.npz", X=np.zeros((2, 4, 4)))
-    with pytest.raises(ConfigError, match=r"part0.npz has no X of images: uint8 \(n, H, W, 3\)"):
+    with pytest.raises(ConfigError, match=r"part0.npz cannot be read .its X is not images, uint8 \(n, H, W, 3\)"):
         write_pixels(config)
     assert os.listdir(tmp_path / "out") == []
 
@@ -457,4 +561,4 @@ def test_of_several_data_sets_one_that_is_whole_is_offered(tmp_path):
         for split in splits:
             (tmp_path / folder / f"{split}-0.parquet").write_bytes(b"")
     with pytest.raises(ConfigError, match="several data sets .*: give --dataset=plain, or a folder of one"):
-        vision.data.parquet_files(DataConfig(dataset="cifar10", data_dir=str(tmp_path)))
+        parquet_files(DataConfig(dataset="cifar10", data_dir=str(tmp_path)))
