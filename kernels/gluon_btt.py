@@ -524,8 +524,12 @@ def launches(sizes):
     y, dx = _product(g, a, f, e, r), _product(f, e, g, a, r)
     if y is None or dx is None:
         return None
-    found = [Launches(y, shape, None if shape.with_dx else dx) for shape in _gradients(g, a, f, e, r)]
-    return min(found, key=lambda each: each.gradients.bytes + (each.dx.bytes if each.dx else 0), default=None)
+    best, fewest = None, float("inf")
+    for shape in _gradients(g, a, f, e, r):
+        moved = shape.bytes + (0 if shape.with_dx else dx.bytes)
+        if moved < fewest:  # torch.compile cannot trace min(key=...) of symbolic sizes
+            best, fewest = Launches(y, shape, None if shape.with_dx else dx), moved
+    return best
 
 
 _launches = functools.cache(launches)  # torch.compile traces `launches` itself

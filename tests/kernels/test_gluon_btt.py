@@ -13,8 +13,9 @@ from triton.backends.compiler import GPUTarget
 from triton.experimental.gluon._runtime import GluonASTSource
 
 from hopper import Compiler, layer_sizes, spilled
+from kernels import btt as btt_kernels
 from kernels import common
-from kernels.btt import BTTSizes, fastest_method, fuses
+from kernels.btt import BTTSizes, btt_method, fastest_method, fuses, joins
 from ptx_emulator import FORMATS, Memory, run_grid
 
 NAN = 0xFFFF  # in both 16-bit formats
@@ -220,6 +221,20 @@ def test_which_layers_take_gluon_kernels():
     assert fastest_method(32_768, layer_sizes(4096, 4096, 1)) == "staged"  # it would read x and dy four times
     assert kernels.launches(BTTSizes(64, 128, 64, 128, 1)) is None
     assert kernels.launches(BTTSizes(32, 20, 24, 32, 1)) is None  # rows of 40 bytes: no copies of 16
+
+
+def test_layers_join_where_reading_x_once_saves_more_than_z_on_chip(monkeypatch):
+    """q, k and v of width 2048 stay one staged BTT; of width 1024 they are three fused ones, also when traced by torch.compile."""
+    monkeypatch.setattr(btt_kernels, "takes_kernels", lambda x: True)
+    wide, narrow = (torch.empty(32_768, width, device="meta") for width in (2048, 1024))
+
+    def choices(x, sizes):
+        return x.new_empty(1 + joins(x, [sizes] * 3), 1 + (btt_method(x, sizes) == "fused"))
+
+    traced = torch.compile(choices, backend="eager", fullgraph=True)
+    for run in (choices, traced):
+        assert run(wide, layer_sizes(2048, 2048, 1)).shape == (2, 2)
+        assert run(narrow, layer_sizes(1024, 1024, 1)).shape == (1, 2)
 
 
 @pytest.mark.parametrize("arch", [80, 100])
