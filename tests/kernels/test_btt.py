@@ -228,7 +228,7 @@ def test_compiles_for_hopper(monkeypatch, d_in, d_out, rank, after_gelu):
     for name, result in compile_method(monkeypatch, method, sizes, after_gelu).items():
         assert result.metadata.shared <= btt_kernels.SHARED_MEMORY, name
         assert spilled(result) <= 128, name
-        assert method != "staged" or d_in < 4096 or "wgmma" in result.asm["ptx"], name
+        assert not name.startswith("_staged_") or d_in < 4096 or "wgmma" in result.asm["ptx"], name
 
 
 @pytest.mark.parametrize("sizes", [(1, 256, 8, 256, 4), (2, 128, 16, 256, 16)])
