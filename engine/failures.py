@@ -9,6 +9,7 @@ import torch
 from configurator import ConfigError, OneLineExit, RunFailed, is_out_of_memory
 from engine import checkpoint, runlog
 from engine.compiling import missing_compiler
+from engine.ownership import release_folder
 from engine.parallel import ranks
 from engine.screen import losable_output
 
@@ -41,6 +42,7 @@ def run_and_explain(train, config, memory, progress):
         progress.say("stopped, outside of training")
         raise SystemExit(130) from None
     finally:
+        release_folder(config.out_dir)
         progress.close()
 
 

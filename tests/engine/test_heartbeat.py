@@ -110,7 +110,7 @@ def ours(stderr):
 def test_a_rank_that_sleeps_ends_the_run_and_is_named(torchrun):
     status, _, stderr, seconds = torchrun("sleep")
     assert status != 0
-    assert seconds < TIMEOUT + 15  # with the start of three Python processes
+    assert seconds < TIMEOUT + 60  # with the start of three Python processes
     (line,) = ours(stderr)
     assert line.startswith(f"error: rank 1 made no progress for {TIMEOUT} s (rank 1 at step 5, script.py:")
     assert "in act; rank 0 at step 5, script.py:" in line and f"--timeout={TIMEOUT}" in line
@@ -141,7 +141,7 @@ def test_a_rank_that_works_while_others_wait_is_let_live_for_as_long_as_it_shows
 
 def test_a_rank_that_hangs_in_such_work_is_named_and_torchrun_blames_it(torchrun):
     status, _, stderr, seconds = torchrun("hangs_in_work")
-    assert status != 0 and seconds < TIMEOUT + 15
+    assert status != 0 and seconds < TIMEOUT + 60
     (line,) = ours(stderr)
     assert line.startswith(f"error: rank 0 made no progress for {TIMEOUT} s (rank 0 at step 5, script.py:")
     assert re.search(r"Root Cause.*?rank +: 0 ", stderr, re.S), stderr
