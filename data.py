@@ -176,7 +176,7 @@ def check_meta(meta):
     kinds |= {"tokenizer": str, "vocabulary": str, "train_fingerprint": str, "val_fingerprint": str}
     for name, kind in kinds.items():
         value = meta.get(name, kind())
-        if type(value) is not kind or (kind is int and value < 0):
+        if type(value) is not kind or (kind is int and not 0 <= value < 2**63):
             raise ValueError(f"{name} is {shorten(value)}, not {'a whole number' if kind is int else 'a string'}")
     if meta["dtype"] not in ("uint8", "uint16"):
         raise ValueError(f"dtype is {shorten(meta['dtype'])}, not 'uint8' or 'uint16'")

@@ -22,6 +22,7 @@ FAILED_ONCE = [
     ["coords", {"widths": "[[[]]]"}, []],
     ["depth", {"n_layers": "[[[]]]"}, []],
     ["prepare", {"max_document": "9223372036854775807"}, []],
+    ["nanogpt", {}, [["nanogpt/meta.json", "field", 0.2419358366085933, "value", 14]]],
     ["train", {"overrides": "{[]: 1}"}, []],
 ]
 

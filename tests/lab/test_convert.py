@@ -456,7 +456,7 @@ def test_a_full_disk_is_one_line_and_leaves_no_part(tmp_path):
         with small_disk(20_000), pytest.raises(RunFailed, match="cannot be written .*make room") as error:
             convert.main([f"--source={tmp_path / 'run'}", f"--{option}={tmp_path / option}"])
         assert "\n" not in str(error.value)
-    assert sorted(os.listdir(tmp_path)) == ["out_dir", "run"] and os.listdir(tmp_path / "out_dir") == []
+    assert sorted(os.listdir(tmp_path)) == ["out_dir", "run"] and set(os.listdir(tmp_path / "out_dir")) <= {"run.lock"}
 
 
 @pytest.mark.parametrize("option", ["export", "out_dir"])
