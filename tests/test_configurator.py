@@ -155,7 +155,7 @@ def test_help_lists_every_option_with_default_and_comment(capsys):
 
 @pytest.mark.parametrize(
     "where",
-    ["options.TrainConfig", "vision.train.ImageTrainConfig", "vision.regression.RegressionConfig",
+    ["options.TrainConfig", "vision.train.ImageTrainConfig", "vision.regression.RegressionConfig", "vision.data.PixelsConfig",
      "prepare_owt.PrepareConfig", "sample.SampleConfig", "lab.convert.ConvertConfig", "lab.search.SearchConfig",
      "lab.sweep.SweepConfig", "lab.structures.StructuresConfig", "lab.coverage.CoverageConfig",
      "lab.mup_check.CoordsConfig",
