@@ -219,7 +219,7 @@ def test_declared_packages_are_those_imported():
 
 
 def test_a_gpt_trains_without_extras():
-    """Whatever files in the root and in engine/ import at the top is a dependency, not an extra."""
+    """Every package that files in the root and in engine/ import at the top is a dependency, not an extra."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     imported = imported_packages("*.py", "engine/*.py", nodes=lambda tree: tree.body)
     assert imported <= package_names(project["dependencies"])
