@@ -30,24 +30,30 @@ from moe import (
     mix_together,
 )
 
-EMBEDDING_STD = 1.0  # muP: the size of embeddings does not depend on the width
-
 LOGITS_AT_ONCE = 2**29  # with more logits the loss is computed in chunks: 1 GiB in 16 bits
 
 
 def linear(config, role, **kwargs):
     """The layer that plays `role`, with the widths and the structure that the config gives it: one matrix, or a mixture."""
     d_in, d_out = config.layer_widths()[role]
-    arguments = {"bias": config.bias, **kwargs, **config.layer_options(role)}
+    arguments = {"bias": config.has_bias(role), **kwargs, **config.layer_options(role)}
+    arguments["gain"] = config.gains and kwargs.get("gain", True)
     try:
         if not config.is_mixture(role):
             return make_linear(d_in, d_out, **arguments)
         linear = config.moe == "linear"
         routed = linear and not (config.share_router and role in ("attn.q", "attn.k", "attn.v"))
-        return make_mixture(d_in, d_out, config.num_experts, config.top_k, routed=routed, mixed=linear, **arguments)
+        arguments |= {"routed": routed, "mixed": linear and config.expert_init == "mixed"}
+        arguments["zero_router"] = config.router_init == "zero"
+        return make_mixture(d_in, d_out, config.num_experts, config.top_k, **arguments)
     except ConfigError as error:
         config.check_layers()  # raises an error whose remedy works for all layers
         raise error.about(role) from None
+
+
+def make_router(config):
+    """A router of inputs of the model's width."""
+    return Router(config.d_model, config.num_experts, config.top_k, zero_init=config.router_init == "zero")
 
 
 class Attention(nn.Module):
@@ -60,9 +66,10 @@ class Attention(nn.Module):
         self.n_head, self.head_size, self.dropout = nh, hs, config.dropout
         self.scale = 8 / hs if mup else 1 / math.sqrt(hs)
         self.causal = config.causal
-        self.router = Router(config.d_model, config.num_experts, config.top_k) if config.share_router else None
+        self.router = make_router(config) if config.share_router else None
         # QK-norm undoes the scale of q and k at once, so their cores have no gains.
-        self.q = linear(config, "attn.q", gain=not mup)
+        # If q starts at zero, its LayerNorm passes on that zero, and gradients times 1 / sqrt(eps), which Adam divides out.
+        self.q = linear(config, "attn.q", gain=not mup, zero_init=config.zero_init_q)
         self.k = linear(config, "attn.k", gain=not mup)
         self.v = linear(config, "attn.v")
         self.q_norm = nn.LayerNorm(hs, bias=config.bias) if mup else nn.Identity()
@@ -107,8 +114,8 @@ def make_ffn(config):
     """An FFN, or with moe="ffn" a mixture of FFNs."""
     if config.moe != "ffn":
         return FFN(config)
-    router = Router(config.d_model, config.num_experts, config.top_k)
-    return MixtureOfFFNs(router, linear(config, "ffn.up"), linear(config, "ffn.down", zero_init=True), gelu)
+    router, up = make_router(config), linear(config, "ffn.up")
+    return MixtureOfFFNs(router, up, linear(config, "ffn.down", zero_init=True), gelu)
 
 
 def as_autocast(x):
@@ -177,7 +184,7 @@ class GPT(nn.Module):
             self._init_as_gpt2()
         else:
             for embedding in (self.token_embedding, self.position_embedding):
-                nn.init.normal_(embedding.weight, std=EMBEDDING_STD)
+                nn.init.normal_(embedding.weight, std=config.embedding_std)
         self.mixtures = Mixtures.of(self) if config.moe != "none" else None  # reads the routers
 
     def _init_as_gpt2(self):

@@ -36,7 +36,6 @@ from options import check_top_k
 from theta import check_mixture
 
 AUXILIARY, Z = 0.01, 0.1  # loss = cross-entropy + AUXILIARY · mean over routers of (load balance + Z · z-loss)
-BALANCE = 0.1  # largest step of the routers' biases, in standard deviations of their logits
 
 # ---------------------------------------------------------------------------------------
 # Routers
@@ -48,6 +47,7 @@ class Router(nn.Module):
     Logits are float32 even under autocast: many 16-bit logits would tie. All rows of the matrix start with the same length
     and mean 0, so that no expert has an advantage at first, neither by chance nor because inputs from a GELU have a
     positive mean. With top_k = 1 the only gate is 1, and the router learns from the auxiliary loss alone.
+    With zero_init the matrix starts at zero, as published, and all tokens first pick experts 0 … k - 1.
 
     `bias` (E,) is added to the logits when experts are picked, but not in the gates. It has no gradient:
     Mixtures.balance changes it after every update.
@@ -56,9 +56,9 @@ class Router(nn.Module):
     and logits (n, E).
     """
 
-    def __init__(self, d_in, num_experts, top_k):
+    def __init__(self, d_in, num_experts, top_k, zero_init=False):
         super().__init__()
-        self.in_features, self.out_features, self.top_k, self.zero_init = d_in, num_experts, top_k, False
+        self.in_features, self.out_features, self.top_k, self.zero_init = d_in, num_experts, top_k, zero_init
         self.init_std = [init_std(d_in, num_experts)]
         self.weight = nn.Parameter(torch.empty(num_experts, d_in))
         self.register_buffer("bias", torch.zeros(num_experts))
@@ -68,6 +68,10 @@ class Router(nn.Module):
     @torch.no_grad()
     def reset_parameters(self):
         if self.weight.is_meta:  # as in einsum_linear.draw
+            return
+        if self.zero_init:
+            nn.init.zeros_(self.weight)
+            self.bias.copy_(-1e-6 * torch.arange(self.out_features, device=self.bias.device))  # ties go to the first
             return
         nn.init.normal_(self.weight)
         self.weight -= self.weight.mean(dim=1, keepdim=True)
@@ -156,10 +160,11 @@ class Mixtures:
         return loss + auxiliary_loss(reports)
 
     @torch.no_grad()
-    def balance(self, reports):
+    def balance(self, reports, rate):
         """After an update, raise the biases of experts that got few rows and lower those of experts that got many.
 
         reports (R, 4 + 2 E): sums over the whole batch and all processes, so that biases stay equal on all processes.
+        rate: the largest step, in standard deviations of a router's logits (option router_balance); 0: none.
         The auxiliary loss alone does not keep experts alive at high rates and small batches: Adam scales its gradient
         together with that of the cross-entropy, which is far larger. The bias balances without a gradient (Wang et al.,
         "Auxiliary-Loss-Free Load Balancing Strategy for Mixture-of-Experts", 2024). Here a step is proportional to
@@ -167,7 +172,7 @@ class Mixtures:
         """
         means = reports / reports[:, :1]
         load = means[:, self.LOADS :].chunk(2, dim=1)[0]
-        steps = BALANCE * means[:, self.SPREAD, None] * (1 - load.shape[1] * load).clamp(-1, 1)
+        steps = rate * means[:, self.SPREAD, None] * (1 - load.shape[1] * load).clamp(-1, 1)
         for router, step in zip(self.routers, steps):
             router.bias += step
 
@@ -268,7 +273,7 @@ class Mixture(CoreLinear):
       experts are independent, and their average would be √k times smaller.
 
     The same holds for whole matrices: std √k · init_std(d_in, d_out), rate lr · 768 / d_in. Gates do not mix the layers
-    inside an FFN that is an expert; these start as one expert alone (active=1).
+    inside an FFN that is an expert; these start as one expert alone (active=1), as do all with expert_init="single".
 
     x (..., d_in) -> (..., d_out) by its own router. The router is None if the caller passes index and gate to `mix`.
 
@@ -276,10 +281,10 @@ class Mixture(CoreLinear):
     experts, that there is no load_dense, and that experts(rows, ends, gate) computes rows sorted by expert.
     """
 
-    def __init__(self, d_in, d_out, num_experts, top_k, routed, shapes, **kwargs):
+    def __init__(self, d_in, d_out, num_experts, top_k, routed, shapes, zero_router=False, **kwargs):
         super().__init__(d_in, d_out, shapes, **kwargs)
         self.num_experts, self.top_k = num_experts, top_k
-        self.router = Router(d_in, num_experts, top_k) if routed else None
+        self.router = Router(d_in, num_experts, top_k, zero_router) if routed else None
 
     def forward(self, x, input_fn=None):
         x = x if input_fn is None else input_fn(x)
@@ -372,11 +377,13 @@ class DenseMixture(Mixture):
         return torch.einsum("k,kio->oi", gate, *self.effective_cores())
 
 
-def make_mixture(d_in, d_out, num_experts, top_k, routed=True, mixed=True, **options):
+def make_mixture(d_in, d_out, num_experts, top_k, routed=True, mixed=True, zero_router=False, **options):
     """A d_in -> d_out mixture whose experts are make_linear(d_in, d_out, **options): `rank` is the rank of one expert.
 
     routed  it has a router of its own; otherwise the caller passes index and gate to Mixture.mix
-    mixed   gates mix its outputs; False inside an FFN that is itself an expert
+    mixed   its initial size is for top_k experts that gates mix; False: for one expert alone, such as a layer of an FFN
+            that is itself an expert
+    zero_router  as in Router
     ConfigError if layers of this structure cannot be experts.
     """
     with torch.device("meta"):
@@ -384,9 +391,9 @@ def make_mixture(d_in, d_out, num_experts, top_k, routed=True, mixed=True, **opt
     kwargs = {name: options[name] for name in ("bias", "normalize", "gain", "zero_init") if name in options}
     active = top_k if mixed else 1
     if isinstance(expert, Dense):
-        return DenseMixture(d_in, d_out, num_experts, top_k, active, routed, **kwargs)
+        return DenseMixture(d_in, d_out, num_experts, top_k, active, routed, zero_router=zero_router, **kwargs)
     check_mixture(options.get("structure"), getattr(expert, "sizes", expert))
-    return BTTMixture(expert.sizes, num_experts, top_k, active, routed, **kwargs)
+    return BTTMixture(expert.sizes, num_experts, top_k, active, routed, zero_router=zero_router, **kwargs)
 
 
 def mix_together(router, layers, x):

@@ -63,28 +63,31 @@ def lr_multipliers(model, base_width=BASE_WIDTH, base_ffn_expansion=1):
 def make_optimizers(model, config, multipliers=None):
     """The optimizers of a run -> Optimizers. Here: AdamW for all parameters.
 
-    config       a RunConfig, or an object with its lr, weight_decay, beta2, base_width and base_ffn_expansion
+    config       a RunConfig, or an object with its lr, weight_decay, scale_decay, beta2, base_width and base_ffn_expansion
     multipliers  {parameter name: learning-rate multiplier}; None: lr_multipliers of the config
     Call it after the model is sharded, which replaces its parameters.
     """
     if multipliers is None:
         multipliers = lr_multipliers(model, config.base_width, config.base_ffn_expansion)
-    groups = parameter_groups(model.named_parameters(), multipliers, config.weight_decay)
+    groups = parameter_groups(model.named_parameters(), multipliers, config.weight_decay, config.scale_decay)
     optimizers = Optimizers(model, [adamw(groups, config.lr, (0.9, config.beta2))], multipliers)
     optimizers.set_lr(config.lr)
     return optimizers
 
 
-def parameter_groups(named_parameters, multipliers, weight_decay):
+def parameter_groups(named_parameters, multipliers, weight_decay, scale_decay=False):
     """Groups for a torch optimizer, one for each pair of multiplier and weight decay.
 
     A group stores its multiplier as "lr_mult", from which Optimizers.set_lr computes its rate. Matrices decay, vectors do
-    not. Decay is divided by the multiplier, so that a step shrinks every matrix by the factor 1 - lr · weight_decay.
+    not. Decay is divided by the multiplier, so that a step shrinks every matrix by the factor 1 - lr · weight_decay. With
+    scale_decay it is not, and the factor is 1 - lr · lr_mult · weight_decay.
     """
     groups = {}
     for name, parameter in named_parameters:
         multiplier = multipliers[name]  # 0: the parameter neither learns nor decays
-        decay = weight_decay / multiplier if parameter.dim() >= 2 and multiplier else 0.0
+        decay = 0.0
+        if parameter.dim() >= 2 and multiplier:
+            decay = weight_decay if scale_decay else weight_decay / multiplier
         groups.setdefault((multiplier, decay), []).append(parameter)
     return [{"params": params, "lr_mult": mult, "weight_decay": decay} for (mult, decay), params in groups.items()]
 

@@ -33,6 +33,8 @@ class BlockConfig:
     d_head: int | None = None  # width of a head; None: d_model / n_head
     dropout: float = 0.0  # probability, on embeddings, attention and residual branches
     bias: bool = False  # biases in linear layers and norms (True in GPT-2)
+    qkv_bias: bool = True  # with bias: biases in q, k and v, too
+    zero_init_q: bool = False  # mup: q starts at zero, and attention uniform, as in "Compute Better Spent"'s ViTs
     parametrization: Literal["mup", "standard"] = "mup"  # structure-aware muP, or GPT-2's init and tied head, one rate
     structure: str = "btt"  # of structured layers: dense, low_rank, kronecker, tt, monarch, btt, einsum or your own
     theta: tuple | None = None  # with structure="einsum": seven exponents (alpha beta gamma delta epsilon phi rho)
@@ -47,8 +49,11 @@ class BlockConfig:
     num_experts: int = 8  # experts of a mixture
     top_k: int = 2  # experts picked for each token; with 1, routers learn from the auxiliary loss alone
     share_router: bool = False  # with moe="linear": q, k and v pick the same experts
+    router_init: Literal["even", "zero"] = "even"  # even: near-even loads; zero: all tokens first pick the same experts
+    expert_init: Literal["mixed", "single"] = "mixed"  # moe="linear": cores sized for top_k experts, or for one alone
     normalize: bool = True  # cap the RMS of each core of structured layers at its initial value
     normalize_dense: bool = False  # the same cap for dense matrices: they then tolerate high learning rates, too
+    gains: bool = True  # a learnable scale beside each cap, except those of q and k, which have norms
     depth_exponent: float = 0.5  # mup: branches are scaled by (3 / n_layer) to this power; 1: as in CompleteP, 0: not
     activation_checkpointing: bool = False  # keep only the inputs of blocks for backward: less memory, 1/3 more FLOPs
 
@@ -101,6 +106,16 @@ class BlockConfig:
             raise UnusedOption("align_heads", True, " with dense q, k, v and proj", remedy)
         self._check_cap_of_dense_layers()
         self._check_mixtures()
+        self._check_switches()
+
+    def _check_switches(self):
+        """UnusedOption for a switch that has no effect given the other options."""
+        if not self.qkv_bias and not self.bias:
+            raise UnusedOption("qkv_bias", False, " with bias=False", "leave it out, or take bias=True")
+        if self.zero_init_q and self.parametrization == "standard":
+            raise UnusedOption("zero_init_q", True, " with parametrization='standard', which starts q at GPT-2's std")
+        if not self.gains and not any(self.layer_options(role)["normalize"] for role in self.layer_widths()):
+            raise UnusedOption("gains", False, ", but no layer has an RMS cap")
 
     def _check_cap_of_dense_layers(self):
         if not self.normalize_dense and self.parametrization == "mup":
@@ -152,6 +167,10 @@ class BlockConfig:
         sizes = layer_sizes(*self.layer_widths()[role], **sizes_of)
         if self.is_mixture(role):
             check_mixture(options["structure"], sizes)
+
+    def has_bias(self, role):
+        """Whether the layer that plays `role` has a bias, if no override decides."""
+        return self.bias and (self.qkv_bias or role not in ("attn.q", "attn.k", "attn.v"))
 
     # Remedies: each is tried before it is offered.
 
@@ -230,12 +249,15 @@ class BlockConfig:
         return True
 
     def _check_mixtures(self):
-        defaults = {"num_experts": 8, "top_k": 2, "share_router": False}
+        defaults = {"num_experts": 8, "top_k": 2, "share_router": False, "router_init": "even", "expert_init": "mixed"}
         for name, default in defaults.items():
             if self.moe == "none" and getattr(self, name) != default:
-                kinds = "'linear'" if name == "share_router" else "'linear' or 'ffn'"
+                kinds = "'linear'" if name in ("share_router", "expert_init") else "'linear' or 'ffn'"
                 remedy = f"leave it out, or take moe={kinds}"
                 raise UnusedOption(name, getattr(self, name), " with moe='none', which has none", remedy)
+        if self.expert_init == "single" and (self.moe == "ffn" or self.top_k == 1):
+            why = " with moe='ffn', whose layers start so" if self.moe == "ffn" else " with top_k=1, which mixes none"
+            raise UnusedOption("expert_init", "single", why)
         if self.num_experts < 2:
             raise ConfigError(f"num_experts={self.num_experts}: make it at least 2, or take moe='none'")
         check_top_k("top_k", self.top_k, self.num_experts)
@@ -328,6 +350,7 @@ class GPTConfig(BlockConfig):
     block_size: int = 1024  # context length in tokens
     vocab_size: int = 50304  # at least that of the data; 50304: GPT-2's 50257, rounded up to a width that factors
     d_embed: int | None = None  # width of the token embedding, which the layer "embed" maps to d_model; None: d_model
+    embedding_std: float = 1.0  # mup: initial standard deviation of the embeddings, at any width; published: 0.02
     fused_loss: bool = True  # compute large logits and their loss in chunks of tokens; False: all logits at once
 
     width_options = ("vocab_size", "d_embed", "d_model", "d_head")
@@ -338,6 +361,11 @@ class GPTConfig(BlockConfig):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"{name}={value}: make it at least 1")
+        if self.embedding_std <= 0:
+            raise ConfigError(f"embedding_std={self.embedding_std}: make it more than 0")
+        if self.embedding_std != 1 and self.parametrization == "standard":
+            why = " with parametrization='standard', whose std is 0.02"
+            raise UnusedOption("embedding_std", self.embedding_std, why)
         if self.d_embed and self.parametrization == "standard":
             raise ConfigError(
                 f"d_embed={self.d_embed} with parametrization='standard', which ties embedding and head: take 'mup'"
@@ -389,6 +417,8 @@ class RunConfig:
     min_lr_ratio: float = 0.1  # final rate / peak rate, of cosine and wsd
     decay_fraction: float = 0.2  # share of max_steps in which wsd decays
     weight_decay: float = 0.1  # of matrices; a step shrinks them by the factor 1 - lr * weight_decay
+    scale_decay: bool = False  # mup: the factor is 1 - lr * lr multiplier * weight_decay, as published
+    router_balance: float = 0.1  # largest step of routers' biases, in stds of their logits; 0: no balancing by bias
     beta2: float = 0.95  # beta2 of Adam
     grad_clip: float = 1.0  # largest norm of the gradient, above which it is scaled down; 0: no limit
     init_from: str = ""  # initial weights: another run's out_dir, a checkpoint, or nanoGPT's ckpt.pt
@@ -411,13 +441,18 @@ class RunConfig:
         at_least(1, self, "max_steps", "micro_batch", "eval_interval", "log_interval")
         check_seed("seed", self.seed)
         at_least(0, self, "save_minutes", "keep_every", "bucket_mb", "lr", "warmup_steps", "min_lr_ratio")
-        at_least(0, self, "weight_decay", "grad_clip")
+        at_least(0, self, "weight_decay", "grad_clip", "router_balance")
         at_least(1, self, "base_width", "base_ffn_expansion")
+        standard = getattr(self, "parametrization", "mup") == "standard"  # RunConfig itself has no parametrization
         for name, default in (("base_width", BASE_WIDTH), ("base_ffn_expansion", 1)):
-            standard = getattr(self, "parametrization", "mup") == "standard"  # RunConfig itself has no parametrization
             if standard and getattr(self, name) != default:
                 why = " with parametrization='standard', where all parameters learn at lr"
                 raise UnusedOption(name, getattr(self, name), why)
+        if self.scale_decay and (not self.weight_decay or standard):
+            why = " with parametrization='standard', which has no multipliers" if standard else " with weight_decay=0"
+            raise UnusedOption("scale_decay", True, why)
+        if self.router_balance != 0.1 and getattr(self, "moe", "none") == "none":
+            raise UnusedOption("router_balance", self.router_balance, " with moe='none', which has no routers")
         if self.eval_top_k is not None:
             if self.moe == "none":
                 raise UnusedOption("eval_top_k", self.eval_top_k, " with moe='none', which has no experts")

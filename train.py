@@ -30,7 +30,6 @@ from engine.compiling import choose_compiling, choose_cuda_graphs, order_loops
 from engine.device import Numbers, Turn, choose_device, choose_dtype, device_name, peak_flops, to_device
 from engine.failures import not_finite, run_with_progress
 from engine.heartbeat import Watchdog, init_distributed
-from engine.ownership import release_folder
 from engine.parallel import (
     DropoutSeeds,
     check_gradients,
@@ -259,7 +258,7 @@ class Trainer:
         self.scaler.update()
         self.optimizers.zero_grad(set_to_none=True)
         if self.mixtures is not None:
-            self.mixtures.balance(self.update_reports)
+            self.mixtures.balance(self.update_reports, self.config.router_balance)
             self.reports.add_(self.update_reports)
         return norm.view(1)
 
@@ -335,7 +334,6 @@ class Trainer:
             saved = f"saved in {out_dir}: continue with --resume" if self.config.save else "not saved (save=False)"
             self.say(f"stopped at step {self.state['step']}, {saved}")
         self.recorder.close()
-        release_folder(self.config.out_dir)
 
     def say_summary(self):
         """Print the run's main figures and where its files are."""

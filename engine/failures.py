@@ -9,6 +9,7 @@ import torch
 from configurator import ConfigError, OneLineExit, RunFailed
 from engine import checkpoint, runlog
 from engine.compiling import missing_compiler
+from engine.ownership import release_folder
 from engine.parallel import ranks
 from engine.screen import losable_output
 
@@ -36,6 +37,7 @@ def run_with_progress(train, config, memory):
         progress.say("stopped, outside of training")
         raise SystemExit(130) from None
     finally:
+        release_folder(config.out_dir)
         progress.close()
 
 

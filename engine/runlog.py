@@ -78,7 +78,7 @@ def lines_of(path):
     """The lines of a text file. ConfigError if it cannot be read, or is a pipe, which could block for ever."""
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):
-            raise ConfigError(f"{path} cannot be read: it is no regular file")
+            raise ConfigError(f"{path} is not a regular file: remove it, or give another out_dir")
         with open(path, errors="replace") as file:
             return file.readlines()
     except OSError as error:
@@ -270,9 +270,7 @@ def _kind(name):
 
 
 def _embedding_std(config):
-    from model import EMBEDDING_STD  # not above: reading logs should not wait for torch
-
-    return GPT2_STD if config.parametrization == "standard" else EMBEDDING_STD
+    return GPT2_STD if config.parametrization == "standard" else getattr(config, "embedding_std", 1.0)  # a ViT's: 1
 
 
 def _init_stds(config, role, layer):

@@ -3,6 +3,7 @@
     python -m lab.sweep config/sweeps/quickstart.py                       # all unfinished runs, one after the other
     python -m lab.sweep config/sweeps/gpt_theta.py --small                # the file's small version: minutes, not days
     python -m lab.sweep config/sweeps/gpt_theta.py --small --common="--data_dir=data/mine"      # options for all runs
+    python -m lab.sweep config/sweeps/moe.py --config=config/published.py     # config files that follow the file's
     python -m lab.sweep config/sweeps/quickstart.py --jobs=4              # on each GPU one run trains while three start
     python -m lab.sweep config/sweeps/quickstart.py --commands            # only print them, one a line
 
@@ -11,7 +12,7 @@ files that every run reads first; `script`, such as "vision/train.py"; `fit`, op
 follows when all runs are finished; and `small`, a dict of these names: its `common` adds to the file's and overrides it,
 its other values replace the file's.
 
-Runs start in the order of the list. Each has a folder in out/sweeps/NAME/ (NAME_small/ for the small version), named
+Runs start in the order of the list. Each has a folder in out/sweeps/NAME/ (NAME_small/, NAME_published/ with --small, --config), named
 after the options that tell it apart. A run is finished when its log has its last step; one that was interrupted resumes
 from its checkpoint. So the same command does what is left. Ending the sweep, even with SIGKILL, ends its runs, and a
 second sweep in the same folder is refused.
@@ -40,10 +41,11 @@ from lab.children import ignore_signals, start_child, stop_as_by_ctrl_c, stop_ch
 class SweepConfig:
     small: bool = False  # the sweep file's small version
     common: str = ""  # options for all runs, which override the file's: --common="--data_dir=data/mine --max_steps=500"
+    config: str = ""  # config files that follow the sweep file's own; options of `common` and of a run override them
     jobs: int = 1  # runs at a time on each GPU, of which one trains while the others start; or on the CPU
     gpus: int | None = None  # GPUs to use; None: all that are here, or that CUDA_VISIBLE_DEVICES names
     commands: bool = False  # only print the commands of unfinished runs
-    out: str | None = None  # folder of all runs; None: out/sweeps/ and the sweep file's name
+    out: str | None = None  # folder of all runs; None: out/sweeps/ and the names of the sweep file and of `config`
     only: str = ""  # do only the runs whose names contain this
 
     def __post_init__(self):
@@ -67,7 +69,7 @@ def module_of(script):
     return os.path.splitext(script)[0].replace(os.sep, ".")
 
 
-def read_sweep(path, small=False, common="", out=None):
+def read_sweep(path, small=False, common="", out=None, config=""):
     """Run a sweep file -> Sweep; arguments as the options of SweepConfig. ConfigError if the file defines no sweep."""
     try:
         values = runpy.run_path(path)
@@ -78,6 +80,8 @@ def read_sweep(path, small=False, common="", out=None):
     name = os.path.splitext(os.path.basename(path))[0]
     if small:
         name, values = f"{name}_small", small_version(path, values)
+    files = split_words("config", config)
+    name = "_".join([name, *(os.path.splitext(os.path.basename(file))[0] for file in files)])
     runs = values.get("runs")
     if not isinstance(runs, list) or not runs or not all(isinstance(run, dict) for run in runs):
         raise ConfigError(f"{path} has no list `runs` of dicts of options")
@@ -95,7 +99,8 @@ def read_sweep(path, small=False, common="", out=None):
         if name in named:
             raise ConfigError(f"{path}: two runs are the same, {name}: leave one out, or give them different seeds")
         named[name] = {**values.get("common", {}), **run, **added, "out_dir": os.path.join(out, name)}
-    return Sweep(named, script, split_words(f"{path}: config", values.get("config", "")), values.get("fit"))
+    configs = split_words(f"{path}: config", values.get("config", "")) + files
+    return Sweep(named, script, configs, values.get("fit"))
 
 
 def small_version(path, values):
@@ -227,7 +232,7 @@ def main(argv):
     config = load_config(SweepConfig, [word for word in argv if word not in files])
     if len(files) != 1:
         raise ConfigError("lab.sweep: give one sweep file, such as config/sweeps/quickstart.py")
-    sweep = read_sweep(files[0], config.small, config.common, config.out)
+    sweep = read_sweep(files[0], config.small, config.common, config.out, config.config)
     chosen = [name for name in sweep.runs if config.only in name]
     if not chosen:
         raise ConfigError(f"only={config.only!r} is part of no run's name; one is {next(iter(sweep.runs))}")

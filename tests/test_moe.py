@@ -27,7 +27,7 @@ from lab.mup_check import CoordsConfig, coordinate_check, largest_spread, parse_
 from model import GPT
 from moe import Router, make_mixture
 from optim import lr_multipliers, make_optimizers
-from options import GPTConfig, RunConfig
+from options import GPTConfig, RunConfig, TrainConfig
 from prepare_owt import stdlib_files
 
 E = 4
@@ -197,6 +197,65 @@ def test_new_routers_load_their_experts_evenly(d_in, num_experts, k):
         assert all(len(set(row)) == k for row in index.tolist())
         torch.testing.assert_close(gate.sum(dim=1), torch.ones(len(gate)))
         torch.testing.assert_close(gate, logits.gather(1, index).softmax(dim=1))
+
+
+@pytest.mark.parametrize("kind", [dict(moe="linear"), dict(moe="linear", share_router=True), dict(moe="ffn")], ids=str)
+def test_routers_that_start_at_zero_send_all_tokens_to_the_first_experts(kind):
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(**SMALL, **kind, num_experts=8, top_k=2, router_init="zero"))
+    idx = torch.randint(96, (4, 32))
+    model(idx, idx)
+    loads = [report[4:12].tolist() for report in model.mixtures.reports]
+    assert loads == [[0.5, 0.5, 0, 0, 0, 0, 0, 0]] * len(model.mixtures.names)
+    (row,) = {line.split()[-1] for line in runlog.model_table(model, lr_multipliers(model), 1e-3) if "router" in line}
+    assert row == "0"
+    for router in model.mixtures.routers:  # once logits differ, the larger ones are picked
+        torch.nn.init.normal_(router.weight)
+        index, _, logits = router.route(torch.randn(64, router.in_features))
+        assert torch.equal(index, logits.topk(2).indices)
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.1, 0.3])
+def test_biases_move_by_their_rate(rate):
+    """The reference is computed by hand: 3 experts with loads 1/2, 1/2 and 0, and logits of standard deviation 2."""
+    router = Router(4, 3, 1)
+    report = torch.tensor([[1.0, 0, 0, 2, 1 / 2, 1 / 2, 0, 0, 0, 0]])
+    moe.Mixtures({"a": router}).balance(10 * report, rate)
+    torch.testing.assert_close(router.bias, torch.tensor([-0.5, -0.5, 1.0]) * 2 * rate)
+
+
+def test_a_run_balances_its_routers_at_the_rate_of_its_option(monkeypatch):
+    rates = []
+    monkeypatch.setattr(moe.Mixtures, "balance", lambda self, reports, rate: rates.append(rate))
+    config = TrainConfig(
+        **SMALL, moe="linear", router_balance=0.25, micro_batch=2, batch_tokens=64, device="cpu", compile=False
+    )
+    task = train.TokenTask(config, torch.device("cpu"), RandomTokens(96))
+    train.Trainer(config, task, torch.device("cpu")).update(*task.batch(0))
+    assert rates == [0.25]
+
+
+class RandomTokens:
+    """Random ids in place of data.TokenData."""
+
+    def __init__(self, vocab_size):
+        self.vocab_size, self.meta = vocab_size, {}
+
+    def train_batch(self, seed, step, rows, start, stop):
+        return [torch.randint(self.vocab_size, (stop - start, SMALL["block_size"])) for _ in range(2)]
+
+
+def test_expert_init_single_initialises_experts_like_layers_of_their_own():
+    """The sizes are computed by hand, for a BTT 256 -> 1024 = 16 x 16 -> 32 x 32 of rank 1 and for a dense matrix."""
+    torch.manual_seed(0)
+    for single in (False, True):
+        options = dict(SMALL, d_model=256, n_layer=1, moe="linear", expert_init="single" if single else "mixed")
+        up = GPT(GPTConfig(**options)).blocks[0].ffn.up
+        want = [1 / 4, 1 / 4 if single else 2 * math.sqrt(32) / 32]  # sqrt(min(fan_in, fan_out)) / fan_in
+        assert [core.std().item() for core in up.cores] == pytest.approx(want, rel=0.02)
+        assert up.init_std == pytest.approx(want)  # the cap
+        up = GPT(GPTConfig(**options, structure="dense")).blocks[0].ffn.up
+        assert up.cores[0].std().item() == pytest.approx((1 if single else math.sqrt(2)) / 16, rel=0.02)
 
 
 def test_the_largest_logits_are_picked_and_ties_go_to_all_experts_in_turn():
@@ -427,7 +486,7 @@ def test_no_expert_starves_on_real_text(kind, real_text):
         first = last.item() if first is None else first
         optimizer.step()
         optimizer.zero_grad()
-        model.mixtures.balance(model.mixtures.reports)
+        model.mixtures.balance(model.mixtures.reports, rate=0.1)
         if step >= 100:
             seen += model.mixtures.reports
     assert last.item() < 0.7 * first

@@ -157,3 +157,18 @@ def test_learning_rates_are_tensors_only_where_a_cuda_graph_reads_them():
             assert optimizer.param_groups[0]["lr"] == 2e-3 and not optimizer.parts[0].defaults["capturable"]
     finally:
         dist.destroy_process_group()
+
+
+def test_scaled_decay_takes_lr_times_multiplier_times_decay_off_every_matrix():
+    """The published code decays like this: torch's AdamW multiplies the decay by the rate of each group."""
+    model = GPT(GPTConfig(**SMALL, d_model=64, rank=2))
+    multipliers = lr_multipliers(model)
+    optimizer = make_optimizers(model, RunConfig(lr=1e-2, weight_decay=0.1, scale_decay=True))
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    assert multipliers["blocks.0.ffn.up.cores.0"] == 48  # 768 / (8 · 2)
+    for name, parameter in model.named_parameters():
+        factor = 1 - 1e-2 * multipliers[name] * 0.1 if parameter.dim() >= 2 else 1
+        torch.testing.assert_close(parameter, before[name] * factor, msg=name)

@@ -5,10 +5,11 @@ share does not depend on how many there are. What follows is a function of tenso
 change and which the host never reads, so that it can be part of an update's CUDA graph. Therefore every operation of
 RandAugment is applied to all images, and each image takes the result of its own. Images are float (B, C, S, S).
 
+    resized crop    Szegedy et al., arXiv 1409.4842: a part of the image, stretched to its size
     RandAugment     Cubuk et al., arXiv 1909.13719: operations drawn for each image, of 31 levels; moved images leave black
     random erasing  Zhong et al., arXiv 1708.04896: a rectangle becomes the mean colour
     mixup, cutmix   Zhang et al., arXiv 1710.09412; Yun et al., arXiv 1905.04899: neighbours 2j and 2j + 1 of the batch,
-                    which is in random order, are mixed with each other, by a weight of their own
+                    which is in random order, are mixed, by a weight of their own or the whole batch's
 """
 
 import math
@@ -18,7 +19,7 @@ import torch
 import torch.nn.functional as F
 
 from engine.device import to_device
-from vision.data import ERASE, MIX, OPERATIONS, rng
+from vision.data import CROP, ERASE, MIX, OPERATIONS, rng
 
 
 class Augment:
@@ -34,8 +35,9 @@ class Augment:
         self.std = torch.tensor(std, device=device).view(1, -1, 1, 1)
         self.classes = torch.arange(config.n_classes, device=device)
         mixing = bool(config.mixup or config.cutmix)
-        # Columns of `draw`: operations, their levels, box to erase, box to mix, share of the other image in that box.
-        self.columns = [config.rand_augment] * 2 + [4 * bool(config.random_erasing), 4 * mixing, 1 * mixing]
+        # Columns of `draw`: box to keep, operations, their levels, box to erase, box to mix, share of the other image in that box.
+        boxes = [4 * config.resized_crop, config.rand_augment, config.rand_augment, 4 * bool(config.random_erasing)]
+        self.columns = [*boxes, 4 * mixing, 1 * mixing]
 
     def normalise(self, x):
         """Images of 0 … 255 -> the same with mean 0 and standard deviation 1 in each channel."""
@@ -48,6 +50,8 @@ class Augment:
         """
         config, S = self.config, self.config.image_size
         parts = [np.zeros((rows, 0))]  # (rows, columns) each
+        if config.resized_crop:
+            parts += [crop_boxes(rng(config.seed, CROP, step), rows, S, config.min_crop)]
         if config.rand_augment:
             draw = rng(config.seed, OPERATIONS, step)
             shape = (rows, config.rand_augment)
@@ -56,14 +60,18 @@ class Augment:
         if config.random_erasing:
             parts += [erase_boxes(rng(config.seed, ERASE, step), rows, S, config.random_erasing)]
         if config.mixup or config.cutmix:
-            boxes, amounts = mix_boxes(rng(config.seed, MIX, step), rows, S, config.mixup, config.cutmix)
+            boxes, amounts = mix_boxes(
+                rng(config.seed, MIX, step), rows, S, config.mixup, config.cutmix, config.mixup_mode
+            )
             parts += [boxes, amounts[:, None]]
         table = np.concatenate(parts, axis=1)[start:stop].astype(np.float32)
         return to_device(torch.from_numpy(table), self.device)
 
     def __call__(self, x, y, numbers):
         config, S = self.config, x.shape[-1]
-        operations, levels, erased, mixed, amounts = numbers.split(self.columns, dim=1)
+        kept, operations, levels, erased, mixed, amounts = numbers.split(self.columns, dim=1)
+        if config.resized_crop:
+            x = stretched(x, kept)
         for k in range(config.rand_augment):
             x = rand_operation(x, operations[:, k], levels[:, k])
         x = self.normalise(x)
@@ -92,6 +100,36 @@ def inside(boxes, S):
     return (tall[:, :, None] & wide[:, None, :])[:, None]
 
 
+def crop_boxes(draw, rows, S, min_crop, tries=10):
+    """Boxes (rows, 4) with min_crop to all of the area and aspect ratio 3/4 to 4/3, drawn like images.random_box.
+
+    Of `tries` boxes for an image the first that fits is taken; if none fits, the whole image.
+    """
+    area = S * S * draw.uniform(min_crop, 1, (rows, tries))
+    ratio = np.exp(draw.uniform(math.log(3 / 4), math.log(4 / 3), (rows, tries)))
+    w, h = (np.sqrt(area * r).round().astype(np.int64) for r in (ratio, 1 / ratio))
+    fits = (w > 0) & (w <= S) & (h > 0) & (h <= S)
+    first = fits.argmax(axis=1)[:, None]
+    w, h = (np.where(fits.any(axis=1), np.take_along_axis(side, first, axis=1)[:, 0], S) for side in (w, h))
+    top, left = (np.floor(draw.random(rows) * (S - side + 1)).astype(np.int64) for side in (h, w))
+    return np.stack((top, top + h, left, left + w), axis=1)
+
+
+def stretched(x, boxes):
+    """The part of each image (B, C, S, S) inside its box (B, 4), resized to S x S by bilinear interpolation."""
+    S = x.shape[-1]
+    middles = (torch.arange(S, device=x.device) + 0.5) / S  # of the new pixels; 0 to 1 from edge to edge of the box
+
+    def places(start, stop):  # (B, 1) each, in pixels -> (B, S): where to read, -1 to 1
+        at = start + middles * (stop - start)
+        return at.clamp(start + 0.5, stop - 0.5) * 2 / S - 1  # nothing from outside the box
+
+    top, bottom, left, right = boxes.to(x.dtype)[:, :, None].unbind(1)
+    rows, columns = places(top, bottom), places(left, right)
+    grid = torch.stack((columns[:, None, :].expand(-1, S, S), rows[:, :, None].expand(-1, S, S)), dim=3)
+    return F.grid_sample(x, grid, mode="bilinear", padding_mode="border", align_corners=False)
+
+
 def erase_boxes(draw, rows, S, probability):
     """Boxes (rows, 4) with 2 to 33 % of the area and aspect ratio 0.3 to 3.3; empty ones if nothing is to be erased."""
     area = S * S * draw.uniform(0.02, 0.33, rows) * (draw.random(rows) < probability)
@@ -101,19 +139,19 @@ def erase_boxes(draw, rows, S, probability):
     return np.stack((top, top + h, left, left + w), axis=1)
 
 
-def mix_boxes(draw, rows, S, mixup, cutmix):
+def mix_boxes(draw, rows, S, mixup, cutmix, mode="pair"):
     """-> boxes (rows, 4), share of the other image in each, (rows,) float32; the same for both images of a pair.
 
-    cutmix: a part of the image, and share 1; mixup: the whole image, and a share below 1.
+    cutmix: a part of the image, and share 1; mixup: the whole image, and a share below 1. mode="batch": the same for all rows.
     """
-    pairs = rows // 2
+    pairs = 1 if mode == "batch" else rows // 2
     blended = 1 - draw.beta(mixup or 1, mixup or 1, pairs)
     cut = draw.random(pairs) < (0.5 if mixup and cutmix else float(cutmix > 0))
     side = S * np.sqrt(1 - draw.beta(cutmix or 1, cutmix or 1, pairs))
     centre = draw.uniform(0, S, (2, pairs))
     low, high = (np.clip(np.round(centre + sign * side / 2), 0, S).astype(np.int64) for sign in (-1, 1))
     boxes = np.where(cut[:, None], np.stack((low[0], high[0], low[1], high[1]), axis=1), [0, S, 0, S])
-    return boxes.repeat(2, axis=0), np.where(cut, 1, blended).astype(np.float32).repeat(2)
+    return boxes.repeat(rows // pairs, axis=0), np.where(cut, 1, blended).astype(np.float32).repeat(rows // pairs)
 
 
 # ---------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """A residual MLP on the flattened pixels of an image, or on any vector.
 
-    pixels in random order; input layer, GELU, LayerNorm; blocks x + down(GELU(up(LayerNorm(x)))) of width -> 4 width -> width; head
+    pixels in random order; input layer, GELU, LayerNorm (input_norm);
+    blocks x + down(GELU(up(LayerNorm(x)))) of width -> 4 width -> width; head
 
 ("Compute Better Spent", ICML 2024, section 5; the LayerNorms as in "Searching for Efficient Linear
 Layers", NeurIPS 2024, section 5). What writes to the residual stream, and the head, start at zero.
@@ -44,14 +45,14 @@ class MLP(nn.Module):
         super().__init__()
         self.config, self.loss = config, loss
         self.input = linear(config, "input")
-        self.input_norm = nn.LayerNorm(config.d_model, bias=config.bias)
+        self.input_norm = nn.LayerNorm(config.d_model, bias=config.bias) if config.input_norm else nn.Identity()
         self.blocks = nn.ModuleList(MLPBlock(config) for _ in range(config.n_layer))
         self.head = linear(config, "head", zero_init=True)
         self.mixtures = Mixtures.of(self) if config.moe != "none" else None
         if getattr(config, "shuffle_pixels", False):
             # Otherwise cores would read neighbouring pixels, an advantage over dense layers (results/vision.md).
             order = torch.from_numpy(np.random.default_rng(42).permutation(config.d_in))
-            self.register_buffer("order", order.to(self.input_norm.weight.device))
+            self.register_buffer("order", order.to(next(self.parameters()).device))
 
     def forward(self, x, targets=None):
         x = x.flatten(1)  # (B, D)

@@ -15,7 +15,9 @@ from configurator import ConfigError, UnusedOption
 from options import BlockConfig
 
 # Options of attention, with their values in a model that has none.
-ATTENTION = {"n_head": 1, "d_head": None, "align_heads": False, "share_router": False}
+ATTENTION = {
+    "n_head": 1, "d_head": None, "align_heads": False, "share_router": False, "qkv_bias": True, "zero_init_q": False,
+}  # fmt: skip
 
 
 def refuse(config, why, holds, **defaults):
@@ -33,6 +35,7 @@ class MLPConfig(BlockConfig):
     n_head: int = 1  # attention heads of a ViT
     d_model: int = 512  # width of the residual stream
     bias: bool = True  # biases in linear layers and norms
+    input_norm: bool = True  # MLP: a LayerNorm behind the input layer; "Compute Better Spent" has none
     structured_layers: tuple = ("input", "attn", "ffn")  # or attn.q .k .v .proj, ffn.up .down, head
 
     roles = ("input", "attn.q", "attn.k", "attn.v", "attn.proj", "ffn.up", "ffn.down", "head")
@@ -65,6 +68,7 @@ class ImageConfig(MLPConfig):
         if self.shuffle_pixels is None:
             self.shuffle_pixels = self.model == "mlp"
         refuse(self, "model='vit' has patches", self.model == "vit", shuffle_pixels=False)
+        refuse(self, "model='vit' always has one", self.model == "vit", input_norm=True)
         super().__post_init__()
         for name in ("image_size", "patch_size", "n_classes"):
             if getattr(self, name) < 1:
@@ -115,13 +119,15 @@ class AugmentConfig:
     """Options that say how training images are augmented."""
 
     crop_padding: int = 0  # held images: black pixels around them, before a random crop of image_size
-    min_crop: float = 0.08  # streamed images: smallest part of the area that a random crop keeps
+    resized_crop: bool = False  # held images: random crops resized to image_size, which streamed images always have
+    min_crop: float = 0.08  # smallest part of the area that a resized crop keeps
     flip: bool = False  # flip images left to right, at random
     rand_augment: int = 0  # operations of RandAugment on each image, such as 2
     rand_level: int = 9  # their strength, 0 to 30
     random_erasing: float = 0.0  # probability
     mixup: float = 0.0  # alpha of its Beta distribution; 0: none
     cutmix: float = 0.0  # alpha; with mixup too, each pair of images gets one of the two
+    mixup_mode: Literal["pair", "batch"] = "pair"  # one weight for each pair of images, or for the whole batch
     label_smoothing: float = 0.0  # probability spread evenly over all classes
 
     def __post_init__(self):
@@ -134,5 +140,7 @@ class AugmentConfig:
         if self.rand_level != 9 and not self.rand_augment:
             remedy = "leave it out, or take rand_augment=2"
             raise UnusedOption("rand_level", self.rand_level, " with rand_augment=0", remedy)
+        refuse(self, "there is neither mixup nor cutmix", not (self.mixup or self.cutmix), mixup_mode="pair")
+        refuse(self, "resized_crop has min_crop", self.resized_crop, crop_padding=0)
         if not 0 <= self.rand_level <= 30:
             raise ConfigError(f"rand_level={self.rand_level}: make it 0 to 30")

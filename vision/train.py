@@ -46,11 +46,10 @@ class ImageTrainConfig(RunConfig, AugmentConfig, DataConfig, ImageConfig):
             raise ConfigError(f"ema={self.ema}: make it at least 0 and less than 1, 0.9999 say")
         if self.stream is None:
             self.stream = self.image_size > 64
-        refuse(self, "images that are streamed have min_crop", self.stream, crop_padding=0)
-        refuse(
-            self, "images that are held are decoded once, before", not self.stream, gpu_decode=False, eval_resize=None,
-            min_crop=0.08,
-        )  # fmt: skip
+        refuse(self, "images that are streamed have min_crop", self.stream, crop_padding=0, resized_crop=False)
+        held = "images that are held are decoded once, before"
+        refuse(self, held, not self.stream, gpu_decode=False, eval_resize=None)
+        refuse(self, f"{held}; or take resized_crop=True", not (self.stream or self.resized_crop), min_crop=0.08)
         if self.eval_resize is not None and self.eval_resize < self.image_size:
             raise ConfigError(
                 f"eval_resize={self.eval_resize} is less than image_size={self.image_size}: take that or more"

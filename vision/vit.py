@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from model import EMBEDDING_STD, Block, add_auxiliary_loss, as_autocast, linear, run_block
+from model import Block, add_auxiliary_loss, as_autocast, linear, run_block
 from moe import Mixtures
 
 
@@ -32,10 +32,10 @@ class ViT(nn.Module):
         self.input = linear(config, "input")
         self.input_norm = nn.LayerNorm(config.d_model, bias=config.bias)
         self.position_embedding = nn.Parameter(torch.empty(self.n_tokens, config.d_model))
-        nn.init.normal_(self.position_embedding, std=EMBEDDING_STD)
+        nn.init.normal_(self.position_embedding)
         if config.pool == "token":
             self.class_embedding = nn.Parameter(torch.empty(config.d_model))
-            nn.init.normal_(self.class_embedding, std=EMBEDDING_STD)
+            nn.init.normal_(self.class_embedding)
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.final_norm = nn.LayerNorm(config.d_model, bias=config.bias)

@@ -62,7 +62,7 @@ def test_other_data_on_one_rank_ends_all(start_differing, char_data, tmp_path):
     with open(folder / "train.bin", "r+b") as file:
         file.seek(1000)
         file.write(b"other text")
-    check_ended(start_differing(f"--data_dir={folder}"), "rank 1 has data with train: 15,945 bytes, CRC ")
+    check_ended(start_differing(f"--data_dir={folder}"), "rank 1 has data with train_fingerprint ")
 
 
 def test_the_same_data_in_another_folder_is_accepted(start_differing, char_data, tmp_path):

@@ -110,7 +110,7 @@ def error_lines(stderr):
 def test_a_rank_that_sleeps_ends_the_run_and_is_named(torchrun):
     status, _, stderr, seconds = torchrun("sleep")
     assert status != 0
-    assert seconds < TIMEOUT + 15  # the start of three Python processes included
+    assert seconds < TIMEOUT + 60  # the start of three Python processes included
     (line,) = error_lines(stderr)
     assert line.startswith(f"error: rank 1 made no progress for {TIMEOUT} s (rank 1 at step 5, script.py:")
     assert "in act; rank 0 at step 5, script.py:" in line and f"--timeout={TIMEOUT}" in line
@@ -141,7 +141,7 @@ def test_a_rank_that_works_while_others_wait_is_not_ended_as_long_as_it_shows_li
 
 def test_a_rank_that_hangs_while_others_wait_is_named_and_torchrun_blames_it(torchrun):
     status, _, stderr, seconds = torchrun("hangs_in_work")
-    assert status != 0 and seconds < TIMEOUT + 15
+    assert status != 0 and seconds < TIMEOUT + 60
     (line,) = error_lines(stderr)
     assert line.startswith(f"error: rank 0 made no progress for {TIMEOUT} s (rank 0 at step 5, script.py:")
     assert re.search(r"Root Cause.*?rank +: 0 ", stderr, re.S), stderr

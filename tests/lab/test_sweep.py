@@ -14,7 +14,7 @@ import torch
 import train
 import vision.regression
 import vision.train
-from configurator import ConfigError, load_config
+from configurator import ConfigError, load_config, read_config_file
 from conftest import ROOT, read_rows, run_forked, start_script
 from engine.ownership import is_alive, owning
 from lab import scaling_laws, sweep
@@ -368,3 +368,33 @@ def test_sweeps_of_the_project_can_be_run(file, small):
         assert len(paid) >= 2 and all(len(set(flops)) >= 4 for flops in paid.values()), paid
         assert 2 * max(map(min, paid.values())) < min(map(max, paid.values())), paid
         assert fit.reference in paid
+
+
+@pytest.mark.parametrize(
+    "file, config",
+    [
+        ("gpt_theta.py", "config/published.py config/published_theta.py"), ("moe.py", "config/published.py"),
+        ("gpt2_owt.py", "config/published.py"), ("head_alignment.py", "config/published.py"),
+        ("mlp_cifar.py", "vision/config/published.py"), ("vit_cifar.py", "vision/config/published.py"),
+        ("next_pixel.py", "vision/config/published_pixels.py"),
+    ],
+)  # fmt: skip
+def test_the_published_settings_reach_every_run_of_a_sweep_that_reads_them(file, config, capsys):
+    """The runs are in a folder of their own."""
+    chosen = sweep.read_sweep(os.path.join(SWEEPS, file), config=config)
+    Config, _ = RUNS_OF[chosen.script]
+    wanted = {key: value for path in config.split() for key, value in read_config_file(path).items()}
+    seen = set()
+    for name, options in chosen.runs.items():
+        _, _, script, *words = sweep.command_of(chosen, name)
+        made = load_config(Config, words)
+        notes = capsys.readouterr().out
+        taken = {key for key, value in wanted.items() if getattr(made, key) == value}
+        assert all(key in taken or f"note: {key}={value}" in notes for key, value in wanted.items()), (name, notes)
+        seen |= taken
+        stems = "_".join(os.path.splitext(os.path.basename(path))[0] for path in [file, *config.split()])
+        assert options["out_dir"] == os.path.join("out", "sweeps", stems, name)
+    unread = {"moe.py": {"scale_decay"}, "mlp_cifar.py": {"qkv_bias", "zero_init_q", "scale_decay"}}
+    routers = {"router_init", "router_balance", "expert_init", "scale_decay"}
+    unread |= {"vit_cifar.py": {"input_norm", "scale_decay"}, "next_pixel.py": set()}
+    assert wanted.keys() - seen == unread.get(file, routers)

@@ -12,7 +12,7 @@ import math
 import os
 import re
 import signal
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from typing import get_args, get_type_hints
 
 import numpy as np
@@ -32,7 +32,7 @@ import vision.data
 import vision.images
 import vision.regression
 import vision.train
-from configurator import ConfigError, load_config
+from configurator import ConfigError, load_config, read_config_file
 from conftest import ROOT, losses, read_rows, run_forked, run_script, start_script
 from data import TokenData
 from engine import checkpoint
@@ -41,7 +41,7 @@ from kernels.cuda_graph import Graphed
 from model import GPT
 from optim import Optimizers
 from train import TrainConfig, Trainer
-from vision.augment import OPERATION_NAMES, Augment, erase_boxes, inside, mix_boxes, moved, rand_operation
+from vision.augment import OPERATION_NAMES, Augment, crop_boxes, erase_boxes, inside, mix_boxes, moved, rand_operation
 from vision.data import Held, Order, Streamed, rng
 from vision.images import random_box
 from vision.mlp import MLP
@@ -282,8 +282,13 @@ def test_zero_for_any_number_trains_or_is_one_clear_line(name, digits_held):
     assert loss.isfinite() and norm.isfinite()
 
 
+PUBLISHED = ("published.py", "published_pixels.py")  # these are given after another config file
+
+
 @pytest.mark.parametrize("path", sorted(glob.glob(f"{ROOT}/vision/config/*.py")), ids=os.path.basename)
 def test_config_files_are_valid_at_every_published_width(path):
+    if os.path.basename(path) in PUBLISHED:
+        pytest.skip("not a config of its own: test_published_settings_of_images_and_pixels")
     import train
 
     kind = {"regression.py": vision.regression.RegressionConfig, "pixels.py": train.TrainConfig}.get(
@@ -296,6 +301,28 @@ def test_config_files_are_valid_at_every_published_width(path):
         for width in (144, 484, 1296):
             load_config(kind, [path, "--rank=2", f"--d_model={width}"])
     assert config.max_steps != kind.max_steps
+
+
+@pytest.mark.parametrize("file", ["mlp_cifar10", "mlp_cifar100", "vit_cifar10", "vit_cifar100", "vit_s32_imagenet"])
+def test_published_settings_of_images_and_pixels(file, capsys):
+    """Each option of the file is set, or left out with a note because the run does not read it."""
+    paths = [f"{ROOT}/vision/config/{name}.py" for name in (file, "published")]
+    config = load_config(ImageTrainConfig, paths)
+    notes = capsys.readouterr().out
+    for name, value in read_config_file(paths[1]).items():
+        assert (getattr(config, name) == value) != (f"note: {name}={value}" in notes), name
+    streamed = "imagenet" in file
+    assert config.mixup_mode == "batch" and config.resized_crop != streamed and config.crop_padding == 0
+    assert (config.model == "vit") == config.zero_init_q == (not config.qkv_bias) == config.input_norm
+
+
+def test_published_settings_of_next_pixel_prediction():
+    paths = [f"{ROOT}/vision/config/{name}.py" for name in ("pixels", "published_pixels")]
+    config = load_config(TrainConfig, [*paths, "--structure=einsum", "--theta=.5,0,.5,0,.5,.5,0", "--d_model=64"])
+    biased = {name for name, _ in GPT(config).named_parameters() if name.endswith("bias")}
+    layers = {f"blocks.{i}.{role}.bias" for i in range(3) for role in ("attn.proj", "ffn.up", "ffn.down")}
+    assert {name for name in biased if "norm" not in name} == layers | {"lm_head.bias"}
+    assert {f"blocks.0.attn.{q}_norm.bias" for q in "qk"} < biased
 
 
 # -- which images
@@ -490,6 +517,64 @@ def test_mixing_equals_a_loop():
     assert torch.allclose(targets.sum(1), torch.ones(64))
 
 
+def test_mixup_mode_gives_one_weight_per_batch_or_per_pair():
+    for mode, different in (("pair", 32), ("batch", 1)):
+        _, amounts = mix_boxes(rng(0, 0, 0), 64, 8, 0.8, 0.0, mode)
+        assert len(set(amounts)) == different and (amounts[::2] == amounts[1::2]).all()
+    weights = np.array([mix_boxes(rng(0, 0, step), 64, 8, 0.8, 0.0, "batch")[1][0] for step in range(4000)])
+    assert weights.mean() == pytest.approx(0.5, abs=0.02)
+    assert weights.var() == pytest.approx(1 / (4 * 2.6), abs=0.005)  # the variance of Beta(a, a) is 1 / (4 (2 a + 1))
+    boxes, amounts = mix_boxes(rng(0, 0, 3), 64, 8, 0.8, 1.0, "batch")
+    assert (boxes == boxes[0]).all() and (amounts == amounts[0]).all()
+    config = ImageTrainConfig(**{**TINY, "mixup": 0.8, "mixup_mode": "batch"})
+    augment = Augment(config, [0.0], [1 / 255], CPU)
+    x, y = torch.rand(64, 1, 8, 8) * 255, torch.arange(64) % 10
+    (amount,) = set(mix_boxes(rng(config.seed, vision.data.MIX, 7), 64, 8, 0.8, 0.0, "batch")[1].tolist())
+    got, targets = augment(x, y, augment.draw(7, 64, 0, 64))
+    other = torch.arange(64) ^ 1
+    torch.testing.assert_close(got, (1 - amount) * x + amount * x[other], atol=1e-3, rtol=1e-4)
+    labels = F.one_hot(y, 10).float()
+    torch.testing.assert_close(targets, (1 - amount) * labels + amount * labels[other])
+
+
+def test_resized_crops_are_interpolated_parts_of_the_image():
+    config = ImageTrainConfig(**{**TINY, "resized_crop": True, "min_crop": 0.2})
+    augment = Augment(config, [0.0], [1 / 255], CPU)
+    x, y = torch.rand(64, 1, 8, 8) * 255, torch.arange(64) % 10
+    got, targets = augment(x, y, augment.draw(3, 64, 0, 64))
+    assert torch.equal(targets, y)
+    boxes = crop_boxes(rng(config.seed, vision.data.CROP, 3), 64, 8, 0.2)
+    for image, mine, (top, bottom, left, right) in zip(x, got, boxes):
+        part = image[None, :, top:bottom, left:right]
+        want = F.interpolate(part, size=(8, 8), mode="bilinear", align_corners=False)[0]
+        torch.testing.assert_close(mine, want, atol=2e-3, rtol=1e-4)
+
+
+def test_boxes_of_resized_crops_have_the_distribution_of_random_box():
+    boxes = crop_boxes(rng(0, 0, 0), 20_000, 32, 0.08)
+    loop = np.array(
+        [random_box(draw, 32, 32, 0.08) for draw in [rng(0, 0, 1)] for _ in range(5000)]
+    )  # left top right bottom
+    for ours, theirs in zip(boxes.T, loop.T[[1, 3, 0, 2]]):
+        assert ours.mean() == pytest.approx(theirs.mean(), abs=0.4) and ours.std() == pytest.approx(
+            theirs.std(), abs=0.4
+        )
+    h, w = boxes[:, 1] - boxes[:, 0], boxes[:, 3] - boxes[:, 2]
+    assert boxes.min() == 0 and boxes.max() == 32 and (h * w).min() / 1024 > 0.07 and (h * w).max() / 1024 > 0.97
+    assert (np.maximum(h / w, w / h) < 1.5).all()
+    assert (crop_boxes(rng(0, 0, 2), 50, 32, 1.0)[:, 1::2] >= 28).all()  # at this size only nearly square boxes fit
+
+
+@pytest.mark.parametrize("input_norm", [True, False])
+def test_input_norm_switches_the_norm_after_an_mlps_input_layer(input_norm):
+    model = add_noise(MLP(ImageTrainConfig(**TINY, structure="dense", input_norm=input_norm)))
+    x = torch.randn(5, 1, 8, 8)
+    model.blocks = torch.nn.ModuleList()
+    h = F.gelu(model.input(x.flatten(1)[:, model.order]), approximate="tanh")
+    h = F.layer_norm(h, (36,), model.input_norm.weight, model.input_norm.bias) if input_norm else h
+    torch.testing.assert_close(model(x)[0], model.head(h))
+
+
 def test_mixup_amounts_and_cutmix_areas_follow_their_beta_distributions():
     boxes, amounts = mix_boxes(rng(0, 0, 0), 20_000, 32, 0.2, 0.0)
     assert (boxes == [0, 32, 0, 32]).all() and np.mean((amounts < 0.01) | (amounts > 0.99)) == pytest.approx(
@@ -574,9 +659,13 @@ def fake_gpu(tensor, mode):
         return torch.empty(tensor.shape, dtype=tensor.dtype, device="cuda")
 
 
-def test_preparing_a_batch_needs_nothing_from_the_host(digits_held):
+@pytest.mark.parametrize(
+    "options", [{}, dict(crop_padding=0, resized_crop=True, mixup_mode="batch")], ids=["", "published"]
+)
+def test_preparing_a_batch_needs_nothing_from_the_host(digits_held, options):
     """No shape depends on values, no value is read, and nothing is copied from the host."""
     config, splits, _ = digits_held
+    config = replace(config, **options)
     held, mode = Held(config, splits, CPU), FakeTensorMode()
     task = ImageTask(config, CPU, held)
     batch = task.batch(0)
@@ -1020,6 +1109,12 @@ def test_the_files_of_cifar5m_are_read(tmp_path):
         (dict(ema=1.0), ["ema=1.0", "less than 1"]),
         (dict(gpu_decode=True), ["gpu_decode=True", "leave it out"]),
         (dict(stream=True, crop_padding=2), ["crop_padding=2", "min_crop"]),
+        (dict(stream=True, resized_crop=True), ["resized_crop=True", "min_crop"]),
+        (dict(resized_crop=True, crop_padding=2), ["crop_padding=2", "resized_crop has min_crop"]),
+        (dict(min_crop=0.5), ["min_crop=0.5", "resized_crop=True"]),
+        (dict(mixup_mode="batch"), ["mixup_mode=batch", "neither mixup nor cutmix"]),
+        (dict(input_norm=False), ["input_norm=False", "model='vit'"]),
+        (dict(model="mlp", patch_size=8, n_head=1, qkv_bias=False), ["qkv_bias=False", "model='mlp' has none"]),
         (dict(rand_level=3), ["rand_level=3", "rand_augment=2"]),
         (dict(parametrization="standard"), ["parametrization='standard'", "'mup'"]),
         (dict(d_model=62), ["d_out=62", "take d_model=60 or 64"]),
