@@ -161,6 +161,7 @@ def start_script(*words, env=None, processes=None):
 
 
 def command(words, processes):
+    """The words that start a script, or a module, on its own or on several processes by torchrun."""
     launcher = [sys.executable]
     if processes:
         launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
@@ -170,4 +171,5 @@ def command(words, processes):
 
 
 def environment(extra):
+    """The environment of a process that a test starts, with these variables added."""
     return {**os.environ, "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": PYTHONPATH, **(extra or {})}

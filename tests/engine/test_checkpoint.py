@@ -46,7 +46,7 @@ RUN = RunConfig(lr=1e-2, weight_decay=0.0)
 BATCH = torch.randint(96, (2, 8, 32), generator=torch.Generator().manual_seed(3))
 
 
-def make_model(seed, sharded=False):
+def make_model_and_optimizers(seed, sharded=False):
     """A GPT with random weights and its optimizer without state, sharded over all ranks by FSDP2 or not."""
     torch.manual_seed(seed)
     model = GPT(GPTConfig(**CONFIG))
@@ -131,7 +131,7 @@ def runs(tmp_path_factory):
     folder, tensors = tmp_path_factory.mktemp("runs"), {}
     for name in ("file", "directory"):
         with one_rank():
-            model, optimizers = make_model(0, sharded=name == "directory")
+            model, optimizers = make_model_and_optimizers(0, sharded=name == "directory")
             for step in (1, 2):
                 train(model, optimizers, 1)
                 save(folder / name, step, model, optimizers)
@@ -156,13 +156,13 @@ def test_round_trip_is_bit_exact(runs, name):
     assert repr(saved["config"]) == repr(PLAIN["config"])  # repr tells 1 from 1.0, and checks tuples within tuples
     assert os.path.dirname(saved["path"]) == str(folder / name)
     assert are_equal(checkpoint.flatten_checkpoint(saved), tensors[2])
-    model, optimizers = make_model(1)
+    model, optimizers = make_model_and_optimizers(1)
     assert not are_equal(tensors_of(model, optimizers), tensors[2])
     checkpoint.restore(saved, model, optimizers)
     assert are_equal(tensors_of(model, optimizers), tensors[2])
     sizes = {tensor.shape for tensor in tensors[2].values()}
     assert (2,) in sizes and () in sizes  # gains, Adam's step counters
-    rest = train(*make_model(0), 3)
+    rest = train(*make_model_and_optimizers(0), 3)
     assert are_equal(tensors_of(*train(model, optimizers, 1)), tensors_of(*rest))
 
 
@@ -180,7 +180,7 @@ def test_adams_state_is_restored_and_copied(runs):
     folder, tensors = runs
     saved, _ = load(folder / "file")
     for fused in (True, False):
-        model, optimizers = make_model(1)
+        model, optimizers = make_model_and_optimizers(1)
         for group in optimizers.param_groups:
             group["fused"] = fused
         optimizers.load_state_dict(saved["optimizer"])
@@ -227,7 +227,7 @@ def test_cores_of_other_sizes_are_refused_in_one_line_with_the_reason(tmp_path, 
 def test_adams_state_is_complete_after_an_evaluation():
     """An evaluation leaves FSDP2's root parameters gathered, as objects that the optimizer does not know."""
     with one_rank():
-        model, optimizers = train(*make_model(0, sharded=True), 1)
+        model, optimizers = train(*make_model_and_optimizers(0, sharded=True), 1)
         with torch.no_grad():
             model(BATCH[0])
         assert not isinstance(model.token_embedding.weight, DTensor), "nothing is gathered: this test checks nothing"
@@ -238,7 +238,7 @@ def test_adams_state_is_complete_after_an_evaluation():
 
 
 def test_a_checkpoint_is_restored_on_any_number_of_ranks(tmp_path):
-    plain = train(*make_model(0), 2)
+    plain = train(*make_model_and_optimizers(0), 2)
     save(tmp_path / "file", 2, *plain)
     torch.save(tensors_of(*plain), tmp_path / "before.pt")
     torch.save(tensors_of(*train(*plain, 1)), tmp_path / "after.pt")
@@ -246,7 +246,7 @@ def test_a_checkpoint_is_restored_on_any_number_of_ranks(tmp_path):
     names = os.listdir(tmp_path / "directory" / "ckpt.dcp")
     assert {"__0_0.distcp", "__1_0.distcp"} <= set(names)
     run_on_ranks(4, directory_into_ranks, tmp_path)
-    model, optimizers = make_model(1)
+    model, optimizers = make_model_and_optimizers(1)
     saved, _ = load(tmp_path / "directory")
     checkpoint.restore(saved, model, optimizers)
     assert are_equal(tensors_of(model, optimizers), torch.load(tmp_path / "before.pt"))
@@ -255,14 +255,14 @@ def test_a_checkpoint_is_restored_on_any_number_of_ranks(tmp_path):
 
 
 def file_into_two_ranks_into_directory(rank, folder):
-    model, optimizers = make_model(1, sharded=True)
+    model, optimizers = make_model_and_optimizers(1, sharded=True)
     checkpoint.restore(checkpoint.load(folder / "file"), model, optimizers)
     check_and_step(folder, model, optimizers, lambda: save(folder / "directory", 2, model, optimizers))
     directory_into_ranks(rank, folder)
 
 
 def directory_into_ranks(rank, folder):
-    model, optimizers = make_model(1, sharded=True)
+    model, optimizers = make_model_and_optimizers(1, sharded=True)
     assert not are_equal(tensors_of(model, optimizers), torch.load(folder / "before.pt"))
     saved = checkpoint.load(folder / "directory")
     checkpoint.restore(saved, model, optimizers)
@@ -500,7 +500,7 @@ def test_integers_in_place_of_weights_are_refused(runs, tmp_path):
     saved["model"]["final_norm.weight"] = weight.long()
     torch.save(saved, path)
     with pytest.raises(ConfigError, match="final_norm.weight is of torch.int64, where the model has torch.float32"):
-        checkpoint.restore(load(out_dir)[0], *make_model(1))
+        checkpoint.restore(load(out_dir)[0], *make_model_and_optimizers(1))
     saved["model"]["final_norm.weight"] = weight
     saved["optimizer"]["final_norm.weight"]["exp_avg"] = weight.long()
     torch.save(saved, path)
@@ -548,7 +548,7 @@ def test_metadata_that_do_not_cover_a_tensor_are_damage(runs, tmp_path, spoil):
 @pytest.mark.parametrize("kind", ["model", "optimizer"])
 def test_a_directory_that_holds_nan_is_skipped(runs, tmp_path, kind):
     with one_rank():
-        model, optimizers = train(*make_model(0, sharded=True), 1)
+        model, optimizers = train(*make_model_and_optimizers(0, sharded=True), 1)
         save(tmp_path, 1, model, optimizers)
         weight = model.token_embedding.weight
         with torch.no_grad():
@@ -558,7 +558,7 @@ def test_a_directory_that_holds_nan_is_skipped(runs, tmp_path, kind):
 
 
 def test_the_first_non_finite_tensor_is_named():
-    model, optimizers = train(*make_model(0), 1)
+    model, optimizers = train(*make_model_and_optimizers(0), 1)
     state = {"model": model.state_dict(), "optimizer": optimizers.state_dict()}
     assert checkpoint.first_non_finite(state) is None
     weight = model.blocks[0].ffn_norm.weight
@@ -717,7 +717,7 @@ def test_if_the_disk_refuses_to_write_the_previous_checkpoint_stays(runs, tmp_pa
     out_dir, path = copy_to_damage(runs, name, tmp_path)
     before = sorted(os.listdir(out_dir))
     with one_rank():
-        model, optimizers = train(*make_model(0, sharded=name == "directory"), 1)
+        model, optimizers = train(*make_model_and_optimizers(0, sharded=name == "directory"), 1)
         with small_disk(size), pytest.raises(RunFailed) as error:
             save(out_dir, 3, model, optimizers)
     message = str(error.value)
@@ -731,9 +731,9 @@ def test_a_full_disk_keeps_the_checkpoints(runs, tmp_path):
     out_dir, path = copy_to_damage(runs, "file", tmp_path)
     os.symlink("/dev/full", f"{path}.part")
     with pytest.raises(RunFailed, match=r"ckpt.pt.part cannot be written \(No space left on device\)"):
-        save(out_dir, 3, *make_model(0))
+        save(out_dir, 3, *make_model_and_optimizers(0))
     assert sorted(os.listdir(out_dir)) == ["ckpt.pt", "ckpt_prev.pt"] and load(out_dir)[0]["step"] == 2
-    save(out_dir, 3, *make_model(0))
+    save(out_dir, 3, *make_model_and_optimizers(0))
     assert load(out_dir)[0]["step"] == 3
 
 
@@ -741,7 +741,7 @@ def test_a_full_disk_keeps_the_checkpoints(runs, tmp_path):
 def test_saving_to_an_impossible_folder_fails_and_leaves_nothing(tmp_path, sharded):
     (tmp_path / "notes").touch()
     with one_rank():
-        model, optimizers = make_model(0, sharded)
+        model, optimizers = make_model_and_optimizers(0, sharded)
         plain = {**PLAIN, "step": 1, "model": model.state_dict(), "optimizer": {}}
         with pytest.raises(RunFailed, match=r"\(Not a directory\).*there is no checkpoint"):
             checkpoint.save(tmp_path / "notes" / "run", plain)
@@ -762,7 +762,7 @@ def test_if_one_rank_fails_to_save_or_load_all_know(runs, tmp_path):
 
 
 def failing_ranks(rank, folder):
-    model, optimizers = train(*make_model(0, sharded=True), 1)
+    model, optimizers = train(*make_model_and_optimizers(0, sharded=True), 1)
 
     def save_fails(out_dir, fails, model, optimizers):
         with small_disk(4000 if rank == fails else -1):
@@ -775,7 +775,7 @@ def failing_ranks(rank, folder):
 
     for fails in (0, 1):
         save_fails(folder / "directory", fails, model, optimizers)
-    save_fails(folder / "file", 0, *make_model(0))
+    save_fails(folder / "file", 0, *make_model_and_optimizers(0))
     save(folder / "directory", 3, model, optimizers)
     # Each rank verifies a share: whichever finds the damage, all take the previous checkpoint.
     for name in sorted(os.listdir(folder / "directory" / "ckpt.dcp")):
@@ -809,7 +809,7 @@ def test_ranks_that_do_not_share_a_folder_publish_nothing(tmp_path):
 def save_apart(rank, folder):
     checkpoint.PAUSES = (0.01,)
     with pytest.raises(ConfigError) as error:
-        save(folder / str(rank), 1, *train(*make_model(0, sharded=True), 1))
+        save(folder / str(rank), 1, *train(*make_model_and_optimizers(0, sharded=True), 1))
     message = str(error.value)
     assert "rank 0 does not see __1_0.distcp, which rank 1 has written" in message and "\n" not in message
     assert "--shard=fsdp" in message and "all nodes share" in message
@@ -847,7 +847,7 @@ def test_a_rank_that_writes_has_fewer_beats_than_those_that_wait(tmp_path):
 
 
 def write_and_wait(rank, folder):
-    model, optimizers = train(*make_model(0, sharded=True), 1)
+    model, optimizers = train(*make_model_and_optimizers(0, sharded=True), 1)
     sharded = {"model": model.state_dict(), "optimizer": optimizers.state_dict()}
     file = small_state(1, sharded=False)
     save_while_one_waits(rank, folder, file, 0, checkpoint, "write_file")
@@ -937,7 +937,7 @@ def test_a_damaged_checkpoint_never_replaces_the_whole_previous_one(runs, tmp_pa
 
     rename = os.replace
     monkeypatch.setattr(os, "replace", check_and_rename)
-    save(out_dir, 3, *make_model(0))
+    save(out_dir, 3, *make_model_and_optimizers(0))
     assert load(out_dir)[0]["step"] == 3
 
 
@@ -1024,7 +1024,7 @@ def test_weights_alone_are_restored(runs, sharded):
     folder, tensors = runs
     for name in ("file", "directory"):
         with one_rank():
-            model, optimizers = make_model(7, sharded)
+            model, optimizers = make_model_and_optimizers(7, sharded)
             checkpoint.restore(load(folder / name)[0], model)
             got = tensors_of(model, optimizers)
         want = {key: tensor for key, tensor in tensors[2].items() if key.startswith("model.")}

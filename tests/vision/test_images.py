@@ -30,13 +30,14 @@ OPTIONS = dict(image_size=8, channels=3, n_classes=3, d_model=36, device="cpu")
 
 
 @pytest.fixture(autouse=True)
-def caches(tmp_path_factory, monkeypatch):
+def cache_in_temporary_folder(tmp_path_factory, monkeypatch):
     """Keep the cache of `datasets` in a temporary folder."""
     datasets = pytest.importorskip("datasets")
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path_factory.mktemp("cache")))
 
 
 def encode(image, format="PNG", **how):
+    """The image as the bytes of a file."""
     file = io.BytesIO()
     image.save(file, format, **how)
     return file.getvalue()

@@ -75,7 +75,7 @@ def add_noise(model, scale=0.3):
 
 
 @pytest.fixture(autouse=True)
-def caches(tmp_path_factory, monkeypatch):
+def cache_in_temporary_folder(tmp_path_factory, monkeypatch):
     """Keep the cache of `datasets` in a temporary folder."""
     datasets = pytest.importorskip("datasets")
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path_factory.mktemp("cache")))
@@ -386,7 +386,9 @@ def test_held_images_become_rgb_and_square(monkeypatch, workers):
         Image.new("RGBA", (10, 10), (1, 2, 3, 4)),
         Image.new("RGB", (9, 30), (9, 8, 7)),
     ]
-    split = Split(np.array([0, 1, 0, 1, 0, 1]), lambda i: png(images[i]) if i < 3 else b"torn", lambda i: f"image {i}")
+    split = Split(
+        np.array([0, 1, 0, 1, 0, 1]), lambda i: encode(images[i]) if i < 3 else b"torn", lambda i: f"image {i}"
+    )
     said = []
     config = ImageTrainConfig(**{**TINY, "channels": 3, "n_classes": 2, "workers": workers})
     held = Held(config, {"train": split, "val": split}, CPU, said.append)
@@ -397,7 +399,8 @@ def test_held_images_become_rgb_and_square(monkeypatch, workers):
     )
 
 
-def png(image, format="PNG"):
+def encode(image, format="PNG"):
+    """The image as the bytes of a file."""
     file = io.BytesIO()
     image.save(file, format)
     return file.getvalue()
@@ -892,7 +895,7 @@ def folder(tmp_path):
                 if i == 3:
                     image.convert("RGBA").save(f"{file}.png")
                 elif i == 2 and split == "train":
-                    file.with_suffix(".jpg").write_bytes(png(image, "JPEG")[:500])
+                    file.with_suffix(".jpg").write_bytes(encode(image, "JPEG")[:500])
                 else:
                     image.save(f"{file}.JPEG")
     return str(tmp_path / "images")
@@ -1021,7 +1024,7 @@ def parquet_folder(tmp_path):
     def write(**columns):
         for split, count in (("train", 24), ("test", 12)):
             images = [
-                {"bytes": png(Image.new("RGB", (8, 8), (20 * (i % 3), 9, 9))), "path": None} for i in range(count)
+                {"bytes": encode(Image.new("RGB", (8, 8), (20 * (i % 3), 9, 9))), "path": None} for i in range(count)
             ]
             rows = {"img": images, "label": [i % 3 for i in range(count)]}
             rows.update({key: make(count) for key, make in columns.items()})
