@@ -44,8 +44,8 @@ OPTIONS = dict(
 )  # fmt: skip
 DDP, FSDP = dict(processes=2, shard="none"), dict(processes=2, shard="fsdp")
 
-# A script that harms train.py from within, as {what} tells, on the rank {rank}. `step` numbers the update in progress
-# from 1.
+# A script that harms train.py from within: {what} names the harm, {rank} the rank that suffers it. `step` is the number
+# of the update in progress, from 1.
 HARM = """
 import errno, math, os, sys, time
 import torch
