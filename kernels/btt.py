@@ -8,7 +8,8 @@ It needs few FLOPs, so its time is that of moving bytes. Written as two calls of
 dense product, because z and permuted copies of it go through memory. btt() has four methods and uses the one that a
 cost model expects to be the fastest (results/kernels.md):
 
-    fused   one kernel forward, one backward; z never leaves the chip. Both cores must fit on a multiprocessor
+    fused   z never leaves the chip. One kernel forward, one backward, if both cores fit on a multiprocessor; larger
+            cores are sliced, and slices read x or dy again from L2 (gluon_btt.py)
     staged  one kernel for each product; z goes through device memory once, transposed, so that both kernels access
             whole rows of it
     dense   multiply out the matrix, then cuBLAS. Fastest if the cores need nearly as many FLOPs as the matrix
@@ -23,6 +24,7 @@ from typing import NamedTuple
 import torch
 
 from kernels.common import (
+    INTERPRETED,
     MAX_ROWS,
     SHARED_MEMORY,
     compute_dtype,
@@ -31,6 +33,7 @@ from kernels.common import (
     pow2,
     row_stride_of_z,
     runs_triton,
+    sum_parts,
     takes_kernels,
     whole_rows,
 )
@@ -42,6 +45,11 @@ try:
     from kernels.common import gelu_of_tile, gelu_slope_of_tile
 except ImportError:  # no GPU: plain torch
     triton = None
+
+try:
+    from kernels import gluon_btt
+except ImportError:  # a Triton without Gluon
+    gluon_btt = None
 
 
 # ---------------------------------------------------------------------------------------
@@ -149,8 +157,12 @@ def joins(x, sizes):
     """
     if sizes[0] is None or any(other != sizes[0] for other in sizes):
         return False
-    joined = sizes[0]._replace(f=len(sizes) * sizes[0].f)
-    return btt_method(x, sizes[0]) == btt_method(x, joined) == "staged"
+    joined, n = sizes[0]._replace(f=len(sizes) * sizes[0].f), x.numel() // x.shape[-1]
+    apart, seconds = btt_method(x, sizes[0]), expected_seconds(n, sizes[0])
+    if btt_method(x, joined) != "staged" or apart not in {"staged", "fused"} & seconds.keys():
+        return False
+    sums = 2 * (len(sizes) + 1) * x.numel() / BANDWIDTH  # of the gradients of x
+    return expected_seconds(n, joined)["staged"] < len(sizes) * seconds[apart] + sums
 
 
 def btt_joined(x, cores):
@@ -190,13 +202,19 @@ def fastest_method(n, sizes):
     if fused_blocks(sizes) is not None and n >= 16 * 64:
         return "fused"  # moves little more than x, y, dx and dy
     seconds = expected_seconds(n, sizes)
+    if sizes.r > 1 or n < 16 * 64:
+        seconds.pop("fused", None)  # not measured
     if not staged_fits(sizes):
         del seconds["staged"]
-    return min(seconds, key=seconds.get)
+    best = "dense"
+    for method in seconds:
+        if seconds[method] < seconds[best]:  # torch.compile cannot trace min(key=...) of symbolic sizes
+            best = method
+    return best
 
 
 def expected_seconds(n, sizes):
-    """{method: expected seconds of forward and backward for n tokens}, from bytes and FLOPs; all methods but fused."""
+    """{method: expected seconds of forward and backward for n tokens}, from bytes and FLOPs; of fused kernels those in Gluon."""
     g, a, f, e, r = sizes
     d_in, d_out, z = g * a, f * e, g * r * f
     dense = 3 * 2 * n * d_in * d_out / FLOP_RATE + 12 * d_in * d_out / BANDWIDTH
@@ -205,11 +223,22 @@ def expected_seconds(n, sizes):
     # torch also copies z, dz, y, dy and dx, except in a low-rank layer.
     copied = 0 if g == f == 1 else 2 * d_in + 4 * d_out + 4 * z
     products = 3 * 2 * n * r * (d_in * f + g * d_out)
-    return {"dense": dense, "staged": staged, "torch": staged + 2 * n * copied / BANDWIDTH + products / FLOP_RATE}
+    seconds = {"dense": dense, "staged": staged, "torch": staged + 2 * n * copied / BANDWIDTH + products / FLOP_RATE}
+    return {**seconds, "fused": gluon_btt.expected_seconds(n, sizes)} if _by_gluon(sizes) else seconds
 
 
 # ---------------------------------------------------------------------------------------
 # Fused: a tile of tokens, both cores and z stay on one multiprocessor
+
+
+def fuses(sizes):
+    """Whether fused kernels fit a layer: those of gluon_btt.py, which are used if both do, or those below."""
+    return _by_gluon(sizes) or fused_blocks(sizes) is not None
+
+
+def _by_gluon(sizes):
+    """Whether the Gluon kernels fit a layer. Triton's interpreter cannot run them."""
+    return gluon_btt is not None and not INTERPRETED and gluon_btt.launches(sizes) is not None
 
 
 class FusedBlocks(NamedTuple):
@@ -348,6 +377,8 @@ def _sizes(A, B):
 @torch.library.custom_op("nanoeinsum::btt_fused", mutates_args=())
 def btt_fused(x: torch.Tensor, A: torch.Tensor, B: torch.Tensor, after_gelu: bool) -> torch.Tensor:
     x, A, B, sizes = whole_rows(x), A.contiguous(), B.contiguous(), _sizes(A, B)
+    if _by_gluon(sizes):
+        return gluon_btt.forward(x, A, B, sizes, after_gelu)
     blocks, n = fused_blocks(sizes), len(x)
     y = x.new_empty(n, sizes.f * sizes.e)
     programs = min(triton.cdiv(n, blocks.tokens), multiprocessors(x))
@@ -368,6 +399,8 @@ def btt_fused_backward(
     x: torch.Tensor, dy: torch.Tensor, A: torch.Tensor, B: torch.Tensor, after_gelu: bool
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     x, dy, A, B, sizes = whole_rows(x), whole_rows(dy), A.contiguous(), B.contiguous(), _sizes(A, B)
+    if _by_gluon(sizes):
+        return gluon_btt.backward(x, dy, A, B, sizes, after_gelu)
     blocks, n = fused_blocks(sizes), len(x)
     g_blocks = triton.cdiv(sizes.g, blocks.g_block)
     parts = max(1, min(triton.cdiv(n, blocks.tokens), multiprocessors(x) // g_blocks))
@@ -378,14 +411,7 @@ def btt_fused_backward(
         **_constants(sizes, blocks.g_block), BM=blocks.tokens, G_BLOCKS=g_blocks, GELU=after_gelu,
         num_warps=blocks.backward_warps,
     )  # fmt: skip
-    return dx, *_sum_parts(sums, A, B)
-
-
-def _sum_parts(sums, A, B):
-    """(parts, sizes of A and B), float32 -> dA, dB in the dtype of A and B; copies, as results of an operator must not share memory."""
-    total = sums.sum(dim=0)
-    dA, dB = total.split([A.numel(), B.numel()])
-    return torch.empty_like(A).copy_(dA.view_as(A)), torch.empty_like(B).copy_(dB.view_as(B))
+    return dx, *sum_parts(sums, sums[:, A.numel() :], A, B)
 
 
 @btt_fused_backward.register_fake
@@ -605,7 +631,7 @@ def btt_staged_backward(
         dz, x, A, dx, sums_A, n, z.stride(0), x.stride(0), A.numel(), G=g, AL=a, RF=r * f, AP=first.width,
         CP=first.rows, BM=first.tokens, PARTS=parts_A, STAGES=first.stages, GELU=after_gelu, num_warps=first.warps,
     )  # fmt: skip
-    return dx, sums_A.sum(dim=0).to(A.dtype).view_as(A), sums_B.sum(dim=0).to(B.dtype).view_as(B)
+    return dx, *sum_parts(sums_A, sums_B, A, B)
 
 
 @btt_staged_backward.register_fake

@@ -92,3 +92,38 @@ if triton is not None:
         u = x.to(tl.float32)
         s = _sigmoid_of_gelu(u)
         return s + u * s * (1 - s) * (1.595769122 + 0.214064449 * u * u)
+
+    @triton.jit
+    def _sum_parts_kernel(
+        sums_A, sums_B, dA, dB, PARTS_A, PARTS_B, stride_A, stride_B, SIZE_A: tl.constexpr, SIZE_B: tl.constexpr,
+        ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    ):  # fmt: skip
+        """The first programs sum sums_A (parts, SIZE_A) over its parts, BLOCK columns each; the others sum sums_B."""
+        PROGRAMS_A: tl.constexpr = (SIZE_A + BLOCK - 1) // BLOCK
+        pid = tl.program_id(0)
+        if pid < PROGRAMS_A:
+            _sum_columns(sums_A, dA, pid, PARTS_A, stride_A, SIZE_A, ROWS, BLOCK)
+        else:
+            _sum_columns(sums_B, dB, pid - PROGRAMS_A, PARTS_B, stride_B, SIZE_B, ROWS, BLOCK)
+
+    @triton.jit
+    def _sum_columns(sums, to, pid, PARTS, stride, SIZE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+        at = pid * BLOCK + tl.arange(0, BLOCK)
+        total = tl.zeros((ROWS, BLOCK), tl.float32)
+        for first in range(0, PARTS, ROWS):
+            part = first + tl.arange(0, ROWS)
+            mask = (part[:, None] < PARTS) & (at[None, :] < SIZE)
+            total += tl.load(sums + part[:, None].to(tl.int64) * stride + at[None, :], mask, 0.0)
+        tl.store(to + at, tl.sum(total, 0).to(to.dtype.element_ty), at < SIZE)
+
+
+def sum_parts(sums_A, sums_B, A, B):
+    """Sums the parts of both cores' gradients, (parts, size of the core), float32, in a fixed order -> dA, dB like A, B."""
+    dA, dB = torch.empty_like(A), torch.empty_like(B)
+    block = 128
+    programs = triton.cdiv(A.numel(), block) + triton.cdiv(B.numel(), block)
+    _sum_parts_kernel[(programs,)](
+        sums_A, sums_B, dA, dB, len(sums_A), len(sums_B), sums_A.stride(0), sums_B.stride(0),
+        SIZE_A=A.numel(), SIZE_B=B.numel(), ROWS=16, BLOCK=block,
+    )  # fmt: skip
+    return dA, dB

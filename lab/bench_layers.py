@@ -213,7 +213,7 @@ def time_layer(d_in, d_out, rank, tokens, config, device, dtype, bandwidth, rate
     for method in config.methods:
         if method in ("fused", "staged") and not btt_kernels.runs_triton(x):
             continue  # no kernels on this device
-        if method == "fused" and btt_kernels.fused_blocks(sizes) is None:
+        if method == "fused" and not btt_kernels.fuses(sizes):
             continue
         if method == "staged" and not btt_kernels.staged_fits(sizes):
             continue

@@ -36,6 +36,7 @@ class Compiler:
         def launch(*args, num_warps=4, num_stages=3, maxnreg=None, **constants):
             from triton.backends.compiler import GPUTarget
             from triton.compiler import ASTSource
+            from triton.experimental.gluon._runtime import GluonASTSource
 
             names = self.kernel.arg_names
             values = {**dict(zip(names, args)), **constants}
@@ -45,9 +46,11 @@ class Compiler:
                 value = values[name]
                 tensor = isinstance(value, torch.Tensor)
                 signature[name] = "constexpr" if name in fixed else self.TYPES[value.dtype] if tensor else "i32"
-                if name not in fixed and (tensor or value % 16 == 0):
+                if name not in fixed and name not in self.kernel.do_not_specialize and (tensor or value % 16 == 0):
                     hints[(i,)] = [["tt.divisibility", 16]]
-            source = ASTSource(self.kernel, signature, constexprs=fixed, attrs=hints)
+            source = (GluonASTSource if self.kernel.is_gluon() else ASTSource)(
+                self.kernel, signature, constexprs=fixed, attrs=hints
+            )
             options = {"num_warps": num_warps, "num_stages": num_stages, "maxnreg": maxnreg}
             result = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
             self.compiled[self.kernel.__name__] = result

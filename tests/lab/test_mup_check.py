@@ -61,7 +61,7 @@ def test_options_may_be_fractions_of_the_width_and_tuples():
     [
         (" ; ", "names none"),
         ("dense; --rank=2", "begin with its name"),
-        ("btt rank=2", "'rank=2' is no option, write each as --key=value"),
+        ("btt rank=2", "'rank=2' is not an option, write each as --key=value"),
         ("btt --rnak=2", "did you mean 'rank'"),
         ("btt --rank='2", "close the quotes"),
         ("btt --rank=width/0", "no fraction of the width"),
