@@ -1,4 +1,4 @@
-# A structure of your own: BTTs with a chosen number of output blocks. Name this file before another config file:
+# A structure of your own: BTTs with a chosen number of output blocks. Name this file before the other config files:
 #   python train.py config/banded.py config/quickstart.py --structure=banded --structure_options="{'bands': 3}"
 import math
 

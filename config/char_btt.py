@@ -1,4 +1,4 @@
-# A small BTT GPT on OpenWebText in an alphabet of 96 characters, as in the scaling-law runs: minutes on one GPU.
+# A small BTT GPT on OpenWebText as 96 characters, as in the scaling-law runs: minutes on one GPU.
 #   python prepare_owt.py --tokenizer=char96
 #   python train.py config/char_btt.py
 out_dir = "out/char_btt"

@@ -1,7 +1,7 @@
-# GPT-2 small's shape; every linear layer is a Block Tensor-Train. On OpenWebText.
+# GPT-2 small on OpenWebText, but every linear layer is a Block Tensor-Train.
 #   python prepare_owt.py
 #   torchrun --standalone --nproc_per_node=8 train.py config/gpt2_btt.py
-# On one GPU the same batch takes 8 times as many micro-steps.
+# One GPU takes 8 times as many micro-steps for the same batch.
 out_dir = "out/gpt2_btt"
 data_dir = "data/owt_gpt2"
 

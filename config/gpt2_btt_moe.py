@@ -1,5 +1,5 @@
-# GPT-2 small's shape; every linear layer of its blocks is a mixture of Block Tensor-Trains. Each token uses 2 of 8 experts of
-# rank 2: the FLOPs of config/gpt2_btt.py (rank 4) plus routers, with four times the parameters in the blocks.
+# GPT-2 small, but every linear layer of its blocks is a mixture of Block Tensor-Trains. Each token uses 2 of 8 experts of rank 2,
+# which costs the FLOPs of config/gpt2_btt.py (rank 4) plus those of routers, with four times the parameters in the blocks.
 #   torchrun --standalone --nproc_per_node=8 train.py config/gpt2_btt_moe.py
 out_dir = "out/gpt2_btt_moe"
 data_dir = "data/owt_gpt2"
@@ -9,7 +9,7 @@ rank = 2  # of one expert
 moe = "linear"
 num_experts = 8
 top_k = 2
-overrides = {"lm_head": {"structure": "btt", "rank": 4}}  # the head is no mixture: as in gpt2_btt.py
+overrides = {"lm_head": {"structure": "btt", "rank": 4}}  # not a mixture: as in gpt2_btt.py
 n_layer = 12
 n_head = 12
 d_model = 768

@@ -1,4 +1,4 @@
-# GPT-2 small's shape with the standard mixture: 8 dense FFNs in every block, 2 of which process each token. Structure-aware muP.
+# GPT-2 small as a standard mixture of experts: every block has 8 dense FFNs, of which each token uses 2. Structure-aware muP.
 #   torchrun --standalone --nproc_per_node=8 train.py config/gpt2_moe.py
 out_dir = "out/gpt2_moe"
 data_dir = "data/owt_gpt2"

@@ -1,8 +1,8 @@
-# What "Compute Better Spent" (ICML 2024) and "Searching for Efficient Linear Layers" (NeurIPS 2024) do otherwise in their
-# GPTs and mixtures; docs/deviations.md lists it, and what no option can restore. It follows another config file:
+# What "Compute Better Spent" (ICML 2024) and "Searching for Efficient Linear Layers" (NeurIPS 2024) do differently in their
+# GPTs and mixtures; docs/deviations.md lists all differences, also those without an option. Name this file after another:
 #   python train.py config/char_btt.py config/published.py
 #   python -m lab.sweep config/sweeps/moe.py --config=config/published.py
-# Options that a model does not read, such as those of routers, are left out with a note.
+# A model without routers leaves out their options, with a note.
 embedding_std = 0.02
 scale_decay = True
 

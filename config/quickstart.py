@@ -1,7 +1,7 @@
-# A BTT GPT on the source text of Python's standard library: two to five minutes on 2 CPU cores, less on a GPU.
+# A BTT GPT on the source code of Python's standard library: two to five minutes on 2 CPU cores, less on a GPU.
 out_dir = "out/quickstart"
 data_dir = "data/stdlib_char96"  # made if it is missing
-compile = False  # to start at once
+compile = False  # starts at once
 
 structure = "btt"
 rank = 2
@@ -12,7 +12,7 @@ block_size = 64
 vocab_size = 96
 
 micro_batch = 8
-batch_tokens = 8 * 64  # small batches: on a CPU more updates matter most
+batch_tokens = 8 * 64  # small: on a CPU, more updates help more than larger batches
 max_steps = 2600
 warmup_steps = 100
 lr = 4e-3

@@ -202,8 +202,8 @@ def fastest_method(n, sizes):
     if fused_blocks(sizes) is not None and n >= 16 * 64:
         return "fused"  # moves little more than x, y, dx and dy
     seconds = expected_seconds(n, sizes)
-    if sizes.r > 1 or n < 16 * 64:
-        seconds.pop("fused", None)  # not measured
+    if "fused" in seconds and not (gluon_btt.timed(sizes) and n >= 16 * 64):
+        del seconds["fused"]
     if not staged_fits(sizes):
         del seconds["staged"]
     best = "dense"
@@ -232,13 +232,18 @@ def expected_seconds(n, sizes):
 
 
 def fuses(sizes):
-    """Whether fused kernels fit a layer: those of gluon_btt.py, which are used if both do, or those below."""
+    """Whether fused kernels fit a layer: those of gluon_btt.py or those below."""
     return _by_gluon(sizes) or fused_blocks(sizes) is not None
 
 
 def _by_gluon(sizes):
-    """Whether the Gluon kernels fit a layer. Triton's interpreter cannot run them."""
-    return gluon_btt is not None and not INTERPRETED and gluon_btt.launches(sizes) is not None
+    """Whether "fused" means the Gluon kernels: where the kernels below do not fit, or are known to be slower.
+
+    Triton's interpreter cannot run Gluon.
+    """
+    if gluon_btt is None or INTERPRETED or gluon_btt.launches(sizes) is None:
+        return False
+    return gluon_btt.timed(sizes) or fused_blocks(sizes) is None
 
 
 class FusedBlocks(NamedTuple):

@@ -532,6 +532,12 @@ def launches(sizes):
     return best
 
 
+def timed(sizes):
+    """Whether all kernels of a layer of these sizes have been timed on a GPU (results/kernels.md), and were the fastest."""
+    g, a, f, e, r = sizes
+    return r == 1 and min(g * a, f * e) <= 1024 and all(size in (32, 64) for size in (g, a, f, e))
+
+
 _launches = functools.cache(launches)  # torch.compile traces `launches` itself
 
 

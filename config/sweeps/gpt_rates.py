@@ -1,7 +1,7 @@
-# The best learning rate of every group of gpt_theta.py's small version, at two widths and the full length of 33M tokens.
-# Rates double; the three largest are trained with three seeds, the rest with one. gpt_theta.py takes the best.
-#   python prepare_owt.py --source=linux_source --tokenizer=char96 --out_dir=data/linux_char96    # text of yours
-#   python -m lab.sweep config/sweeps/gpt_rates.py --jobs=6      # 164 runs, 16 minutes of two H200s
+# Find the best learning rate of every group of gpt_theta.py's small version, at two widths, in runs of the same length (33M tokens).
+# Each rate is twice the one before. The three highest have three seeds, the others one. gpt_theta.py uses the best rates.
+#   python prepare_owt.py --source=linux_source --tokenizer=char96 --out_dir=data/linux_char96    # your own text
+#   python -m lab.sweep config/sweeps/gpt_rates.py --jobs=6      # 164 runs, 16 minutes on two H200s
 config = "config/char_btt.py"
 common = dict(
     structured_layers=("attn", "ffn"), data_dir="data/linux_char96", n_layer=3, max_steps=1000, warmup_steps=100,

@@ -1,12 +1,12 @@
 # GPT scaling over θ: dense layers against points of the space of structured matrices, on OpenWebText as 96 characters
 # ("Searching for Efficient Linear Layers over a Continuous Space of Structured Matrices", NeurIPS 2024, section 4).
-# A constant learning rate, so that every validation of a run is a point of its own.
+# The learning rate is constant, so that every validation of a run is a point of its own.
 #   python prepare_owt.py --tokenizer=char96
-#   python -m lab.sweep config/sweeps/gpt_theta.py           # published sizes, length: 284 runs of 6.6B tokens, 1,600 hours of an H100
+#   python -m lab.sweep config/sweeps/gpt_theta.py           # published sizes and length: 284 runs of 6.6B tokens, 1,600 H100 hours
 #   python prepare_owt.py --source=linux_source --tokenizer=char96 --out_dir=data/linux_char96    # your own text
-#   python -m lab.sweep config/sweeps/gpt_theta.py --small   # 37 runs of 33M tokens, 16 minutes of an H100 with --jobs=5
-# Times are estimates. Out come table.md, fit.json and pictures in out/sweeps/gpt_theta_small/fit. Other text of 96
-# characters: --common="--data_dir=data/mine".
+#   python -m lab.sweep config/sweeps/gpt_theta.py --small   # 37 runs of 33M tokens, 16 minutes on an H100 with --jobs=5
+# Times are estimates. The small version writes table.md, fit.json and pictures to out/sweeps/gpt_theta_small/fit. For other
+# text of 96 characters: --common="--data_dir=data/mine".
 config = "config/char_btt.py"  # 65,536 tokens per batch, context 128
 common = dict(
     structured_layers=("attn", "ffn"), max_steps=100_000, warmup_steps=2000, schedule="constant", lr=3e-3,
@@ -52,9 +52,9 @@ runs += [
 ]
 fit = "--reference=dense"
 
-# Widths at which all groups have 0.4 to 12 million forward FLOPs per token, and two larger ones of dense and of BTT, for
-# seconds. A run takes 20 to 30 s to start and compile, and for its 33M tokens 1 to 40 s.
-# Each size takes the best rate of the nearer of the two widths at which gpt_rates.py looked for it.
+# At these widths all groups have 0.4 to 12 million forward FLOPs per token; dense and BTT have two larger widths, to compare
+# seconds. A run takes 20 to 30 s to start and compile, and 1 to 40 s for its 33M tokens.
+# Each size has the best rate of the nearer of the two widths in gpt_rates.py.
 sizes = {  # θ: {rate: widths}
     (0.5, 0, 0.5, 0, 0.5, 0.5, 0): {1.2e-2: (256, 512, 1024, 1536, 2048, 3072)},  # full-rank BTT, ν = 1/2
     (0.67, 0, 0.33, 0, 0.33, 0.67, 0): {1.2e-2: (192, 384, 768, 1024)},  # full-rank BTT, ν = 2/3

@@ -1,7 +1,8 @@
-# At which width does BTT need no more seconds than dense? The GPTs of 3 layers of gpt_theta.py's small version, wider, and
-# BTT of higher rank. Block sizes are powers of two, to which kernels pad others. 33M tokens each, far too few for such models.
+# At which width does BTT need no more seconds than dense? Wider versions of the GPTs of 3 layers in gpt_theta.py's small
+# version, and BTT of higher rank. At these widths blocks are powers of two, to which kernels pad other sizes. Each run has 33M
+# tokens, far too few for such models.
 #   python prepare_owt.py --source=linux_source --tokenizer=char96 --out_dir=data/linux_char96    # your own text
-#   python -m lab.sweep config/sweeps/gpt_wide.py --jobs=2       # 14 runs, 12 minutes of an H100
+#   python -m lab.sweep config/sweeps/gpt_wide.py --jobs=2       # 14 runs, 12 minutes on an H100
 # The time is an estimate.
 config = "config/char_btt.py"
 common = dict(

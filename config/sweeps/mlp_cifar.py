@@ -1,9 +1,9 @@
 # Residual MLPs on CIFAR-10 with shuffled pixels: dense, low-rank, Monarch, Kronecker, TT and BTT layers, each at several
 # widths ("Compute Better Spent: Replacing Dense Layers with Structured Matrices", ICML 2024, section 5), and BTT behind a
 # dense input layer. The claim: BTT reaches a lower training loss for the same compute. Error and training loss, against
-# FLOPs and against seconds, in one picture: out/sweeps/mlp_cifar_small/fit/reached.png.
-#   python -m lab.sweep config/sweeps/mlp_cifar.py           # 500 epochs as published, 57 runs: 3 hours of an H100
-#   python -m lab.sweep config/sweeps/mlp_cifar.py --small   # 31 runs of 60 epochs, 6 minutes of an H100 with --jobs=6
+# FLOPs and against seconds, are in one picture: out/sweeps/mlp_cifar_small/fit/reached.png.
+#   python -m lab.sweep config/sweeps/mlp_cifar.py           # 500 epochs as published, 57 runs, 3 hours on an H100
+#   python -m lab.sweep config/sweeps/mlp_cifar.py --small   # 31 runs of 60 epochs, 6 minutes on an H100 with --jobs=6
 # Times are estimates. CIFAR-10 is downloaded; for a local copy: --common="--data_dir=FOLDER_OF_PARQUET".
 import math
 
@@ -32,7 +32,7 @@ runs = mlps({
 })  # fmt: skip
 fit = "--by=structure,overrides --loss=loss --points=final"  # the rate decays
 
-# Widths at which all groups have 0.4 to 20 million forward FLOPs per image, and larger ones of dense and BTT, in
+# At these widths all groups have 0.4 to 20 million forward FLOPs per image; dense and BTT also have larger widths, at
 # which layers dominate the time. The rate is the best of four for dense and BTT layers of two widths (results/vision.md).
 # A run takes 30 to 40 s to read the images and compile, and 3 to 10 s for its 2,929 updates.
 small = dict(

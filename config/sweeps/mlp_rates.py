@@ -1,6 +1,6 @@
-# The best rates of dense and BTT MLPs on CIFAR-10 with shuffled pixels, at two widths each: five rates, each twice the
-# one before, one seed, 60 epochs. mlp_seeds.py and mlp_cifar.py use the results.
-#   python -m lab.sweep config/sweeps/mlp_rates.py --jobs=5      # 20 runs, 4 minutes of an H100
+# Find the best learning rates of dense and BTT MLPs on CIFAR-10 with shuffled pixels, at two widths each: five rates, each twice
+# the one before, one seed, 60 epochs. mlp_seeds.py and mlp_cifar.py use the results.
+#   python -m lab.sweep config/sweeps/mlp_rates.py --jobs=5      # 20 runs, 4 minutes on an H100
 script = "vision/train.py"
 config = "vision/config/mlp_cifar10.py"
 common = dict(max_steps=60 * 50_000 // 1024, eval_interval=1000, log_interval=50, save=False)

@@ -1,7 +1,7 @@
-# Do structured layers win in seconds? The wide MLPs of mlp_cifar.py's small version, three seeds each: dense layers,
+# Do structured layers save seconds? The wide MLPs of mlp_cifar.py's small version, with three seeds each: dense layers,
 # BTT, and BTT behind a dense input layer.
-#   python -m lab.sweep config/sweeps/mlp_seeds.py --jobs=5      # 36 runs of 60 epochs, 5 minutes of two GPUs with --jobs=6
-# Use a GPU and CPU cores that nothing else needs: updates of narrow models take 1 ms, and the GPU waits for the host.
+#   python -m lab.sweep config/sweeps/mlp_seeds.py --jobs=6      # 36 runs of 60 epochs, 5 minutes on two GPUs
+# Nothing else should use the GPU or the CPU: updates of narrow models take 1 ms, and the GPU waits for the host.
 script = "vision/train.py"
 config = "vision/config/mlp_cifar10.py"
 common = dict(max_steps=60 * 50_000 // 1024, eval_interval=1000, log_interval=50, save=False, lr=6e-3)

@@ -1,10 +1,10 @@
 # Mixtures of experts: BTT-MoE, in which every linear layer is a mixture, against the standard MoE of whole FFNs and against
 # dense layers; 8 and 16 experts, 2 of them for each token ("Searching for Efficient Linear Layers over a Continuous Space of
-# Structured Matrices", NeurIPS 2024, section 5). OpenWebText as 96 characters, a constant learning rate.
+# Structured Matrices", NeurIPS 2024, section 5). On OpenWebText as 96 characters, at a constant learning rate.
 #   python prepare_owt.py --tokenizer=char96
-#   python -m lab.sweep config/sweeps/moe.py                   # published sizes, length: 60 runs of 6.6B tokens, 160 hours of an H100
+#   python -m lab.sweep config/sweeps/moe.py                   # published sizes and length: 60 runs of 6.6B tokens, 160 H100 hours
 #   python prepare_owt.py --source=linux_source --tokenizer=char96 --out_dir=data/linux_char96      # your own text
-#   python -m lab.sweep config/sweeps/moe.py --small           # 21 runs of 33M tokens, 12 minutes of an H100
+#   python -m lab.sweep config/sweeps/moe.py --small           # 21 runs of 33M tokens, 12 minutes on an H100
 # Times are estimates.
 config = "config/char_btt.py"  # 65,536 tokens per batch, context 128
 common = dict(
@@ -21,7 +21,7 @@ def experts(number):
     return dict(num_experts=number, top_k=2)
 
 
-# The published figures take their dense models from gpt_theta.py; here they have the widths of the standard MoE.
+# The paper compares with the dense models of gpt_theta.py; here dense models have the widths of the standard MoE.
 runs = [gpt(d, structure="dense", n_layer=n) for n in (3, 6, 9) for d in (128, 256, 512, 1024)]
 for number in (8, 16):
     for n in (3, 6, 9):
@@ -31,10 +31,10 @@ for number in (8, 16):
             runs.append(gpt(d, structure="btt", n_layer=n, moe="linear", **experts(number)))
 fit = "--reference=dense"
 
-# Widths at which all groups have 0.4 to 11 million forward FLOPs per token, each group at the best of four rates, as
-# measured at its second width (results/scaling/moe_rates.json). A run takes 20 to 30 s to start and compile,
-# and for its 33M tokens 2 to 5 s (dense), 2 to 9 s (MoE of FFNs) or 5 to 40 s (BTT-MoE, 0.9 to 7M tokens/s). In all 8
-# minutes to start and 5 to train.
+# At these widths all groups have 0.4 to 11 million forward FLOPs per token. Each has the best of several rates in runs of 400
+# steps at one of its widths (results/scaling/moe_rates.json). A run takes 20 to 30 s to start and compile, and for its
+# 33M tokens 2 to 5 s (dense), 2 to 9 s (MoE of FFNs) or 5 to 40 s (BTT-MoE, 0.9 to 7M tokens/s): in all 8 minutes to start and
+# 5 to train.
 small = dict(
     common=dict(
         data_dir="data/linux_char96", n_layer=3, max_steps=1000, warmup_steps=100, batch_tokens=32_768, micro_batch=256,

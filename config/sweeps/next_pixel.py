@@ -1,9 +1,9 @@
 # Next-pixel prediction on CIFAR-5M, images of 8 x 8 x 3 as 192 tokens, by GPTs of several structures ("Searching for
 # Efficient Linear Layers over a Continuous Space of Structured Matrices", NeurIPS 2024, section 4). Two epochs.
 #   python -m vision.data --dataset=cifar5m --data_dir=NPZ_FOLDER --out_dir=data/cifar5m_pixels
-#   python -m lab.sweep config/sweeps/next_pixel.py           # the published sizes and length: 41 runs of 1.9B tokens, 6 hours of an H100
+#   python -m lab.sweep config/sweeps/next_pixel.py           # published sizes and length: 41 runs of 1.9B tokens, 6 hours on an H100
 #   python -m vision.data --dataset=cifar10
-#   python -m lab.sweep config/sweeps/next_pixel.py --small   # CIFAR-10, 28 runs of 37M tokens, 17 minutes of an H100
+#   python -m lab.sweep config/sweeps/next_pixel.py --small   # CIFAR-10, 28 runs of 37M tokens, 17 minutes on an H100
 # Times are estimates.
 config = "vision/config/pixels.py"  # 3 layers, 8 heads, 64 images per batch, lr 3e-3 for a dense layer of width 64
 common = dict(data_dir="data/cifar5m_pixels", log_interval=100)
@@ -20,9 +20,9 @@ runs = [dict(structure="dense", d_model=d) for d in (32, 64, 128, 256, 512)]
 runs += [dict(structure="einsum", theta=theta, d_model=d) for theta in thetas for d in (32, 64, 128, 256, 512, 1024)]
 fit = "--points=final"  # the rate decays
 
-# Four epochs of CIFAR-10 at a constant learning rate, where every validation is a point; far fewer updates, so a higher learning rate.
-# Widths at which all groups have 0.4 to 12 million forward FLOPs per token. A run takes 20 to 25 s to start and compile,
-# and 4 to 45 s for its 3,000 updates. In all 11 minutes to start and 6 to train.
+# Four epochs of CIFAR-10. The learning rate is constant, which makes every validation a point, and higher, because there are far
+# fewer updates. At these widths all groups have 0.4 to 12 million forward FLOPs per token. A run takes 20 to 25 s to start and
+# compile, and 4 to 45 s for its 3,000 updates: in all 11 minutes to start and 6 to train.
 usual = (128, 256, 512, 1024)
 widths = dict(zip(thetas, (usual, (64, 128, 256, 512), (192, 384, 768, 1536), usual, usual, usual)))
 small = dict(

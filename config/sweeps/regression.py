@@ -1,12 +1,12 @@
-# Regression on a random ReLU network by residual MLPs of several structures, one pass over its data ("Searching for
+# Regression on a random ReLU network by residual MLPs of several structures, in one pass over the data ("Searching for
 # Efficient Linear Layers over a Continuous Space of Structured Matrices", NeurIPS 2024, section 4). No data needed.
-#   python -m lab.sweep config/sweeps/regression.py           # published sizes, length: 144 runs of 1M updates, 1,300 hours of an H100
-#   python -m lab.sweep config/sweeps/regression.py --small   # 28 runs of 4,000 updates, 22 minutes of an H100
+#   python -m lab.sweep config/sweeps/regression.py           # published sizes and length: 144 runs of 1M updates, 1,300 H100 hours
+#   python -m lab.sweep config/sweeps/regression.py --small   # 28 runs of 4,000 updates, 22 minutes on an H100
 # Times are estimates.
 import runpy
 
 script = "vision/regression.py"
-config = "vision/config/regression.py"  # 8 inputs, teacher of 6 layers of width 1024; student of 3, batch 4096
+config = "vision/config/regression.py"  # 8 inputs; a teacher of 6 layers of width 1024, students of 3; batch 4096
 
 thetas = runpy.run_path("config/sweeps/gpt_theta.py")["thetas"]  # the same 23
 widths = (64, 128, 512, 1024, 2048, 4096)
@@ -14,8 +14,8 @@ runs = [dict(structure="dense", d_model=d) for d in widths]
 runs += [dict(structure="einsum", theta=theta, d_model=d) for theta in thetas for d in widths]
 fit = "--points=final"  # the rate decays
 
-# Widths at which all groups have 0.1 to 3 million forward FLOPs per input. A run takes 25 to 30 s to start and compile,
-# and 5 to 50 s for its 4,000 updates. In all 14 minutes to start and 8 to train.
+# At these widths all groups have 0.1 to 3 million forward FLOPs per input. A run takes 25 to 30 s to start and compile,
+# and 5 to 50 s for its 4,000 updates: in all 14 minutes to start and 8 to train.
 small_widths = {
     (0.5, 0, 0.5, 0, 0.5, 0.5, 0): (128, 256, 512, 1024),  # full-rank BTT, ν = 1/2
     (0.67, 0, 0.33, 0, 0.33, 0.67, 0): (128, 256, 512, 768),  # full-rank BTT, ν = 2/3

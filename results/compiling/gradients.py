@@ -22,10 +22,10 @@ from options import GPTConfig  # noqa: E402
 class Config:
     d_model: int = 256  # of 2 layers, with heads of 64
     rows: int = 256  # sequences of 128 tokens
-    structure: str = "dense"  # btt, …
-    moe: Literal["none", "linear", "ffn"] = "none"  # of 8 experts, 2 a token
-    compile: Literal["none", "full", "blocks"] = "blocks"  # none: how far two passes of one model are apart
-    barrier: bool = True  # compiling.order_loops
+    structure: str = "dense"  # or another
+    moe: Literal["none", "linear", "ffn"] = "none"  # mixtures of 8 experts, 2 for each token
+    compile: Literal["none", "full", "blocks"] = "blocks"  # none: the difference between two passes of one model
+    barrier: bool = True  # add that of engine.compiling.order_loops
     passes: int = 5  # backward passes of the compiled model
     device: str = "auto"
 
@@ -43,7 +43,7 @@ def main(argv):
     ).to(device)  # fmt: skip
     with torch.no_grad():
         for parameter in model.parameters():
-            if not parameter.any():  # what starts at 0 hides the gradients below it
+            if not parameter.any():  # a matrix of zeros would pass no gradient on to the layers below
                 parameter.normal_(std=0.5 / parameter.shape[-2] ** 0.5 if parameter.dim() > 1 else 0.1)
     other = copy.deepcopy(model)
     if config.barrier:

@@ -1,7 +1,7 @@
 """Print what torch computes on real tensors to infer the shapes of AdamW on sharded parameters: first_step.txt.
 
 torchrun --standalone --nproc_per_node=2 -m results.multi_gpu.first_step            # rates as numbers: nothing
-torchrun --standalone --nproc_per_node=2 -m results.multi_gpu.first_step tensors    # rates as tensors, as they were on a GPU
+torchrun --standalone --nproc_per_node=2 -m results.multi_gpu.first_step tensors    # rates as tensors, as once on GPUs
 """
 
 import sys
@@ -30,7 +30,7 @@ config = train.load_config(train.TrainConfig, words.split())
 device = choose_device("cpu")
 watchdog = init_distributed(device, 100)
 with watchdog.paused():
-    data = types.SimpleNamespace(meta={})  # none is read
+    data = types.SimpleNamespace(meta={})  # the model trains on random tokens
     run = train.Trainer(config, train.TokenTask(config, device, data), device)
     print(f"{sum(p.numel() for p in run.model.parameters()):,} parameters")
     if sys.argv[1:] == ["tensors"]:

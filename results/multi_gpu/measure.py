@@ -1,21 +1,21 @@
 """Speed and correctness on the GPUs of one host: the rows of results/multi_gpu.md.
 
-    python -m results.multi_gpu.measure --out=OUT                          # all parts, on all GPUs there are
-    python -m results.multi_gpu.measure --out=OUT speed                    # some: speed equal resume kill large
-    python -m results.multi_gpu.measure --out=OUT speed --only=MoE         # of one model
-    python -m results.multi_gpu.measure --out=OUT --device=cpu             # 2 processes, tiny models: does it run?
+    python -m results.multi_gpu.measure --out=OUT                          # all parts, on all GPUs of this machine
+    python -m results.multi_gpu.measure --out=OUT speed                    # some parts: speed equal resume kill large
+    python -m results.multi_gpu.measure --out=OUT speed --only=MoE         # of models whose name contains MoE
+    python -m results.multi_gpu.measure --out=OUT --device=cpu             # a smoke test: 2 processes, tiny models
     python -m results.multi_gpu.measure --report OUT/multi_gpu.json …      # tables, and multi_gpu.png beside the first
 
-speed   an update on 1, 2, 4, … GPUs: copies and shards, weak scaling (tokens a GPU stay) and strong (tokens of all stay)
+speed   an update on 1, 2, 4, … GPUs, with copies and shards: weak scaling (constant tokens per GPU) and strong (constant in all)
 equal   one run on 1 GPU and on all: the largest relative difference of the losses
-resume  saved sharded on all GPUs, resumed on half of them and on one, against the unbroken run; what they have in
-        common is run twice, which shows how far equal commands come apart
-kill    SIGKILL to the last rank; torchrun restarts, the run completes, against the unbroken run
-large   a model whose parameters, gradients and optimizer state do not fit one GPU: 1 GPU runs out of memory, all train it
+resume  a run saved sharded on all GPUs and resumed on half of them and on one, against the uninterrupted run; their common
+        first half runs twice, which shows how far equal commands differ
+kill    a run whose last rank gets SIGKILL and which torchrun restarts, against the uninterrupted run
+large   a model whose parameters, gradients and optimizer state do not fit on one GPU: 1 GPU runs out of memory, all train it
 
-All are the project's own commands. OUT/multi_gpu.json is written as rows come; those of other parts in it stay.
-A part that fails says so in a row, with the end of the command's output. On four H100s: speed about 12 minutes,
-equal, resume and kill together 2, large 1. NVLink multicast stays off. For Linux: processes are found in /proc.
+All parts run the project's own commands. OUT/multi_gpu.json is rewritten with each new row; rows of other parts are kept.
+If a part fails, its row has the end of the command's output. On four H100s, speed takes about 12 minutes,
+equal, resume and kill together 2, large 1. NVLink multicast stays off. Linux only: processes are found in /proc.
 """
 
 import argparse
@@ -46,13 +46,13 @@ from model import GPT  # noqa: E402
 from options import GPTConfig  # noqa: E402
 from prepare_owt import prepare_default  # noqa: E402
 
-TEXT = "--data_dir=data/stdlib_char96"  # prepares itself: structure to learn
+TEXT = "--data_dir=data/stdlib_char96"  # made when it is missing; text, so that losses fall
 
-# What an update of one GPU, or of several, can be: its options.
+# Modes of an update on one GPU or several: their options.
 HOW = {
     "CUDA graph": "",
     "no graph": "--cuda_graphs=False",
-    "CUDA graphs": "",  # two, the exchange of gradients between them
+    "CUDA graphs": "",  # two, with the exchange of gradients between them
     "DDP, one bucket": "--bucket_mb=1000",
     "DDP, buckets of 25 MB": "--bucket_mb=25",
     "FSDP2": "--shard=fsdp",
@@ -101,14 +101,14 @@ class Bench:
         return os.path.join(tempfile.mkdtemp(dir=self.folder), name)
 
     def start(self, script, options, processes, gpu=0, restarts=0, env=None):
-        """Start a command in the background, with one GPU for each process, from number `gpu` on."""
+        """Start a command in the background, with one GPU for each process, beginning with number `gpu`."""
         if self.ended:
             raise RuntimeError("asked to stop")
         words = [*([] if script.endswith(".py") else ["-m"]), script, *shlex.split(options)]
         if processes > 1:
             words = ["--standalone", f"--nproc_per_node={processes}", f"--max-restarts={restarts}", *words]
         fixed = {"PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1", "NCCL_NVLS_ENABLE": "0"}
-        # A command that compiles leaves those beside it some cores.
+        # A command that compiles must leave some cores to those beside it.
         fixed["TORCHINDUCTOR_COMPILE_THREADS"] = str(max(1, min(16, os.cpu_count() // 4)))
         if self.on_gpu:
             fixed["CUDA_VISIBLE_DEVICES"] = ",".join(gpus_to_use()[gpu : gpu + processes])
@@ -201,7 +201,7 @@ def cases(count, world, tokens):
     weak = tokens * count // world
     if count == 1:
         return [("weak", weak, "CUDA graph"), ("weak", weak, "no graph"), ("strong", tokens, "CUDA graph")]
-    if count == world:  # the same, weak or strong
+    if count == world:  # weak and strong scaling coincide
         return [("both", tokens, how) for how in ("CUDA graphs", "DDP, one bucket", "DDP, buckets of 25 MB", "FSDP2")]
     return [("weak", weak, "CUDA graphs"), ("weak", weak, "FSDP2"), ("strong", tokens, "CUDA graphs")]
 
@@ -233,7 +233,7 @@ def speed(bench):
 
 
 def start_timing(bench, count, gpu, name, options, tokens):
-    """Measure all cases of a model on `count` GPUs from number `gpu` on, with one command in the background."""
+    """Start a command that measures all cases of a model on `count` GPUs, beginning with number `gpu`."""
     todo, commands = cases(count, bench.world, tokens), []
     for _, batch, how in todo:
         steps = max(10, min(40, 5_500_000 // (batch // count))) if bench.on_gpu else 3
@@ -245,10 +245,10 @@ def start_timing(bench, count, gpu, name, options, tokens):
 
 
 # ---------------------------------------------------------------------------------------
-# The same run, however many processes
+# The same run on any number of processes
 
 
-STEPS = 40  # of the small run; a checkpoint half way
+STEPS = 40  # of the small run, which writes a checkpoint halfway
 
 
 def small(bench):
@@ -262,11 +262,11 @@ def small(bench):
     )
 
 
-EXACT = {"NVIDIA_TF32_OVERRIDE": "0"}  # float32 that is float32
+EXACT = {"NVIDIA_TF32_OVERRIDE": "0"}  # products in float32, not TF32
 
 
 def compare(out_dir, reference, first=1):
-    """Figures of the distance between two runs' losses from step `first` on; *_equal_at_first: steps before they differ."""
+    """Compare the losses of two runs from step `first` on -> figures; *_equal_at_first counts the steps before they differ."""
     figures = {}
     for key in ("loss", "val_loss"):
         ours, theirs = (
@@ -313,7 +313,7 @@ def resume(bench):
     whole.finish()
     figures, _ = first.finish()
     figures |= compare(first.out_dir, whole.out_dir)
-    figures["loss_rows_missing"] = figures["val_loss_rows_missing"] = 0  # it ends half way
+    figures["loss_rows_missing"] = figures["val_loss_rows_missing"] = 0  # it ends halfway
     what = f"the first half on {bench.world}, against the unbroken run on {bench.world}: the same command twice"
     yield {"part": "resume", "what": what, **figures}
     if figures["status"] != 0:
@@ -365,7 +365,7 @@ def kill_last_rank(bench, command, step):
 
 
 def large(bench):
-    """A dense GPT with 16 bytes a parameter (float32: itself, gradient, two moments) beyond 1.1 times a GPU's memory."""
+    """A dense GPT whose state, 16 bytes per parameter (float32: itself, gradient, two moments), exceeds a GPU's memory 1.1 times."""
     if bench.on_gpu:
         memory = torch.cuda.get_device_properties(0).total_memory
         shape, micro_batch = dict(d_model=4096, n_head=32, block_size=1024, vocab_size=50304), 2
@@ -408,7 +408,7 @@ def large(bench):
 
 
 def efficiency(row, rows):
-    """Tokens a second ÷ those of as many single GPUs, with the same scaling -> {"CUDA graph": …, "no graph": …}"""
+    """Tokens/s ÷ those of as many single GPUs, with the same scaling -> {"CUDA graph": …, "no graph": …}"""
     result = {}
     for one in rows:
         same = all(one[key] == row[key] for key in ("model", "device"))
@@ -493,7 +493,7 @@ def number(value):
 
 
 def draw(rows, png):
-    """Draw tokens a second against GPUs, a panel for each model; legends give the efficiency of weak scaling on the most GPUs."""
+    """Draw tokens/s against GPUs, a panel for each model; legends give the efficiency of weak scaling on the most GPUs."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -515,7 +515,7 @@ def draw(rows, png):
                 several = [row for row in points if row["how"] == how]
                 points = [row for row in points if row["how"] == "CUDA graph"] + several
                 if scaling not in {row["scaling"] for row in several} and (scaling == "strong" or not several):
-                    continue  # of two GPUs strong scaling is weak scaling
+                    continue  # not measured: weak and strong coincide
                 label = f"{how}, {scaling}" if scaling == "strong" else how
                 if one and scaling == "weak":
                     last = several[-1]
@@ -535,20 +535,28 @@ def draw(rows, png):
 # ---------------------------------------------------------------------------------------
 
 PARTS = {"speed": speed, "equal": equal, "resume": resume, "kill": kill, "large": large}
-LOCK = threading.Lock()  # of the file
-TOGETHER = [["speed"], ["equal", "resume", "kill"], ["large"]]  # of a line side by side: what is not timed
+LOCK = threading.Lock()  # for multi_gpu.json
+TOGETHER = [
+    ["speed"],
+    ["equal", "resume", "kill"],
+    ["large"],
+]  # parts of one line run side by side, since they are not timed
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="*", help=f"{' '.join(PARTS)}; none: all")
     parser.add_argument("--out", default="out/multi_gpu", help="folder for multi_gpu.json")
-    parser.add_argument("--device", default="auto", help="cpu: a smoke test")
+    parser.add_argument("--device", default="auto", help="cpu for a smoke test")
     parser.add_argument("--processes", type=int, help="GPUs to use, all by default; on the CPU 2")
     parser.add_argument(
-        "--only", default="", help="speed: of models whose name this regular expression finds; other models' rows stay"
+        "--only",
+        default="",
+        help="speed: only models whose name matches this regular expression; rows of other models are kept",
     )
-    parser.add_argument("--report", nargs="+", metavar="JSON", help="no runs: tables and picture of these rows")
+    parser.add_argument(
+        "--report", nargs="+", metavar="JSON", help="run nothing; print tables of these rows and draw their picture"
+    )
     arguments = parser.parse_args()
     if arguments.report:
         return report(arguments.report)
@@ -557,7 +565,7 @@ def main():
     device = choose_device(arguments.device)
     world = arguments.processes or (torch.cuda.device_count() if device.type == "cuda" else 2)
     if world < 2:
-        parser.error("one GPU: nothing to compare it with")
+        parser.error("needs two or more GPUs, or processes on the CPU (--processes=2)")
     os.makedirs(arguments.out, exist_ok=True)
     path = os.path.join(arguments.out, "multi_gpu.json")
     prepare_default(TEXT.partition("=")[2])
@@ -571,13 +579,13 @@ def main():
 
 
 def measure(part, bench, path):
-    """The rows of a part, written as they arrive; they replace those that the file had of this part."""
+    """Run a part and write its rows as they arrive; they replace the rows that the file had for this part."""
     begun, rows = time.monotonic(), []
     try:
         for row in PARTS[part](bench):
             rows.append({**row, **versions()})
             write(part, rows, path, bench)
-    except Exception:  # the other parts go on
+    except Exception:  # the other parts continue
         rows.append({"part": part, "failed": True, "output": traceback.format_exc()})
         write(part, rows, path, bench)
     print(f"{part}: {time.monotonic() - begun:.0f} s", flush=True)

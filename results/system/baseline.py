@@ -12,7 +12,7 @@ import sys
 import torch
 from mup import make_optimizer
 
-# That checkout's files, by the names they had there.
+# The files of that checkout, with the names they had.
 from model import GPT, GPTConfig
 
 CASES = {

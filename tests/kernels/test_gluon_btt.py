@@ -199,7 +199,7 @@ def test_launches_fit_on_hopper(monkeypatch, d_in, d_out, after_gelu):
     """They fit into shared memory and spill few registers; all results have the right shapes."""
     sizes = layer_sizes(d_in, d_out, 1)
     g, a, f, e, r = sizes
-    assert fastest_method(32_768, sizes) == "fused"
+    assert fastest_method(32_768, sizes) == ("fused" if kernels.timed(sizes) else "staged")
     compiled = {}
     for module, name in ((kernels, "product_kernel"), (kernels, "gradients_kernel"), (common, "_sum_parts_kernel")):
         monkeypatch.setattr(module, name, Compiler(getattr(module, name), compiled))
@@ -217,8 +217,10 @@ def test_launches_fit_on_hopper(monkeypatch, d_in, d_out, after_gelu):
 
 
 def test_layers_whose_core_slices_fit_on_a_multiprocessor_take_gluon_kernels():
-    """Block sizes must be multiples of 8. Ranks above 1 fit too, but take these kernels only if asked to."""
-    assert fuses(layer_sizes(2048, 2048, 2)) and fastest_method(32_768, layer_sizes(2048, 2048, 2)) != "fused"
+    """Block sizes must be multiples of 8. Sizes that were not timed fit too, but take these kernels only on request."""
+    assert all(kernels.timed(layer_sizes(*shape, 1)) for shape in ((1024, 1024), (1024, 4096), (4096, 1024)))
+    for shape in ((2048, 2048, 1), (2048, 2048, 2), (3072, 768, 1)):
+        assert fuses(layer_sizes(*shape)) and fastest_method(32_768, layer_sizes(*shape)) == "staged"
     assert fastest_method(32_768, layer_sizes(4096, 4096, 1)) == "staged"  # fused it would read x and dy four times
     assert kernels.launches(BTTSizes(64, 128, 64, 128, 1)) is None
     assert kernels.launches(BTTSizes(32, 20, 24, 32, 1)) is None  # copies of 16 bytes do not fit rows of 40
@@ -234,7 +236,7 @@ def test_layers_join_where_reading_x_once_saves_more_than_keeping_z_on_chip(monk
 
     traced = torch.compile(choices, backend="eager", fullgraph=True)
     for run in (choices, traced):
-        assert run(wide, layer_sizes(2048, 2048, 1)).shape == (2, 2)
+        assert run(wide, layer_sizes(2048, 2048, 1)).shape == (2, 1)
         assert run(narrow, layer_sizes(1024, 1024, 1)).shape == (1, 2)
 
 

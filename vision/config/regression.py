@@ -1,4 +1,4 @@
-# A random ReLU network learned in one pass ("Searching for Efficient Linear Layers", NeurIPS 2024, section 4).
+# Learn a random ReLU network in one pass over the data ("Searching for Efficient Linear Layers", NeurIPS 2024, section 4).
 #   python -m vision.regression vision/config/regression.py --structure=einsum --theta .5 0 .5 0 .5 .5 .25 --d_model=512
 out_dir = "out/regression"
 d_in = 8
@@ -13,7 +13,7 @@ rank = 1
 batch_size = 4096
 micro_batch = 4096
 max_steps = 1_000_000
-dtype = "float32"  # in 16 bits the error ends where theirs begins
+dtype = "float32"  # 16 bits do not reach the published errors
 warmup_steps = 0
 lr = 1e-3  # of a dense layer of width 64
 base_width = 64

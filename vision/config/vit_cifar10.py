@@ -1,7 +1,7 @@
 # A ViT with patches of 4 on CIFAR-10, from scratch: the highest accuracy in five minutes of one H100 (results/vision.md).
 #   python -m vision.train vision/config/vit_cifar10.py
 #   python -m vision.train vision/config/vit_cifar10.py --data_dir=FOLDER_OF_PARQUET
-# On a CPU it takes days; there a small one, in minutes:
+# On a CPU this takes days, a small model minutes:
 #   python -m vision.train vision/config/vit_cifar10.py --d_model=64 --n_layer=2 --batch_size=128 --micro_batch=128 \
 #     --max_steps=200 --warmup_steps=20
 out_dir = "out/vit_cifar10"

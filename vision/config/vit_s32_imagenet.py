@@ -2,16 +2,16 @@
 #   torchrun --standalone --nproc_per_node=8 -m vision.train vision/config/vit_s32_imagenet.py --data_dir=imagenet
 # Published widths: dense 80, 192, 384 (--structure=dense); BTT of rank 1 256, 784, 1936; of rank 2 144, 484, 1296.
 out_dir = "out/vit_s32_imagenet"
-dataset = "imagenet"  # the hub's, which wants a login; --data_dir: train/CLASS/*.JPEG and val/CLASS/*.JPEG
+dataset = "imagenet"  # from the hub, which needs a login; --data_dir: train/CLASS/*.JPEG and val/CLASS/*.JPEG
 n_classes = 1000
-image_size = 224  # evaluated at 224 of 256
+image_size = 224  # for evaluation: shorter side 256, central crop of 224
 
 model = "vit"
 patch_size = 32  # --patch_size=16 for ViT-S/16
 n_layer = 12
 n_head = 4
 d_model = 784
-depth_exponent = 0.0  # branches are not scaled by the depth there
+depth_exponent = 0.0  # as published: branches are not scaled by the depth
 structure = "btt"
 rank = 1
 
