@@ -21,9 +21,9 @@ import pytest
 import torch
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-PYTHONPATH = f"{ROOT}{os.pathsep}{ROOT}/tests"  # of processes, as pyproject.toml has it for pytest
-torch.set_num_threads(1)  # as in the processes the tests start: sums in another order round otherwise
-# Processes forked by run_forked and test_checkpoint have these already, which take 6 s of a core to import.
+PYTHONPATH = f"{ROOT}{os.pathsep}{ROOT}/tests"  # for the processes that tests start; pyproject.toml sets it for pytest
+torch.set_num_threads(1)  # as in the processes that tests start, so that sums are rounded alike
+# The fork server imports these once (6 s of CPU time) for all processes that run_forked and test_checkpoint start.
 multiprocessing.set_forkserver_preload(
     ["torch._dynamo", "torch.distributed.checkpoint", "torch.distributed.fsdp", "triton", "matplotlib.pyplot"]
 )
@@ -31,7 +31,7 @@ multiprocessing.set_forkserver_preload(
 
 @pytest.fixture(scope="session")
 def char_data(tmp_path_factory):
-    """A data folder of 96-character ids with structure to learn: arithmetic written out."""
+    """A data folder with a vocabulary of 96 characters and something to learn: lines such as `3 + 4 = 7`."""
     folder = tmp_path_factory.mktemp("chars")
     text = "".join(f"{a} + {b} = {a + b}\n" for a in range(40) for b in range(40))
     ids = np.frombuffer(text.encode(), dtype=np.uint8)
@@ -45,7 +45,7 @@ def char_data(tmp_path_factory):
 
 @pytest.fixture
 def tiny(char_data, tmp_path):
-    """Arguments of a run of seconds; its out_dir is tmp_path/run."""
+    """Arguments for a run that takes seconds; its out_dir is tmp_path/run."""
     options = dict(
         data_dir=char_data, out_dir=tmp_path / "run", vocab_size=96, n_layer=2, n_head=2, d_model=36, block_size=32,
         micro_batch=4, batch_tokens=256, max_steps=20, eval_interval=10, eval_tokens=1000, log_interval=1,
@@ -59,7 +59,7 @@ HANDLERS = {name: signal.getsignal(name) for name in (signal.SIGINT, signal.SIGT
 
 @pytest.fixture(autouse=True)
 def keep_signal_handlers():
-    """A run in this process replaces them, one in a module's fixture too: pools of a later test would not end by SIGTERM."""
+    """Undo the handlers that a run in this process installs: with them, SIGTERM would not end a later test's pools."""
     restore_signal_handlers()
     yield
     restore_signal_handlers()
@@ -72,7 +72,7 @@ def restore_signal_handlers():
 
 @contextmanager
 def small_disk(size):
-    """Files of this process cannot grow beyond so many bytes, as on a full disk."""
+    """Limit each file of this process to `size` bytes: a longer write fails, as on a full disk."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
     try:
@@ -82,11 +82,13 @@ def small_disk(size):
 
 
 def read_rows(out_dir):
+    """The rows of a run's log, in order."""
     with open(os.path.join(out_dir, "log.jsonl")) as file:
         return [json.loads(line) for line in file]
 
 
 def losses(out_dir, key="loss"):
+    """{step: row[key]} for the rows of a run's log that hold the key."""
     return {row["step"]: row[key] for row in read_rows(out_dir) if key in row}
 
 
@@ -98,12 +100,15 @@ def run_script(*words, env=None, processes=None, timeout=240):
 
 
 def run_interpreted(script, timeout=240):
-    """The script's own checks, of Triton kernels in the interpreter: chosen at import, so in a process of its own."""
+    """Run a script with Triton's interpreter, which must be chosen before Triton is imported: hence the new process."""
     return run_script(script, env={"TRITON_INTERPRET": "1"}, timeout=timeout)
 
 
 def run_forked(script, *words, processes=None, timeout=240):
-    """As run_script, with no torchrun between: for what a script does, not for how its processes start and end."""
+    """Like run_script, but faster: no torchrun, and torch is already imported.
+
+    It tests what a script does, not how its processes start and end.
+    """
     context, world, ranks = multiprocessing.get_context("forkserver"), processes or 1, []
     with socket.socket() as free:
         free.bind(("localhost", 0))
@@ -113,7 +118,9 @@ def run_forked(script, *words, processes=None, timeout=240):
         for rank in range(world):
             env = dict(MASTER_ADDR="localhost", MASTER_PORT=port, RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=world)
             env = environment({name: str(value) for name, value in env.items()} if processes else None)
-            ranks.append(context.Process(target=as_main, args=(str(script), [*map(str, words)], env, outputs[rank])))
+            ranks.append(
+                context.Process(target=run_as_main, args=(str(script), [*map(str, words)], env, outputs[rank]))
+            )
             ranks[-1].start()
         deadline = time.monotonic() + timeout
         try:
@@ -127,8 +134,8 @@ def run_forked(script, *words, processes=None, timeout=240):
     return subprocess.CompletedProcess(words, max(abs(process.exitcode) for process in ranks), *said)
 
 
-def as_main(script, words, env, outputs):
-    """In a process of its own: `python script words`."""
+def run_as_main(script, words, env, outputs):
+    """Do what `python script words` does; standard output and error go to the two files `outputs`."""
     os.environ.clear()
     os.environ.update(env)
     for stream, path in zip((sys.stdout, sys.stderr), outputs):
@@ -142,6 +149,7 @@ def as_main(script, words, env, outputs):
 
 
 def start_script(*words, env=None, processes=None):
+    """Start a script in the background -> Popen; standard error is merged into standard output."""
     return subprocess.Popen(
         command(words, processes),
         cwd=ROOT,
@@ -153,6 +161,7 @@ def start_script(*words, env=None, processes=None):
 
 
 def command(words, processes):
+    """The words that start a script, or a module, on its own or on several processes by torchrun."""
     launcher = [sys.executable]
     if processes:
         launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
@@ -162,4 +171,5 @@ def command(words, processes):
 
 
 def environment(extra):
+    """The environment of a process that a test starts, with these variables added."""
     return {**os.environ, "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": PYTHONPATH, **(extra or {})}

@@ -1,11 +1,13 @@
-"""Faults on purpose: kills, hangs, full disks, damaged files, NaN, leaks. What does the user see, and what is lost?
+"""Inflicts faults on real runs: kills, hangs, full disks, damaged files, NaN. What does the user see, what is lost?
+
+The reference is a run that nothing disturbs: after a fault and --resume, logs and checkpoints must equal its own.
 
     python -m tests.faults             all of them: 10 minutes on 2 cores
     python -m tests.faults --short     fewer kills and steps: 7 minutes
     python -m tests.faults --only=disk_full --json=faults.json
 
-Runs train.py on the CPU as a user would, with tiny data in a temporary folder. One line a fault; exit status 0 only
-if all passed. test_faults.py runs some of them under pytest. For Linux: processes are found in /proc.
+It runs train.py on the CPU as a user would, with tiny data in a temporary folder, and prints one line per fault; the
+exit status is 0 only if all passed. test_faults.py runs some of them under pytest. It needs Linux's /proc.
 """
 
 import itertools
@@ -35,14 +37,15 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 from data import TokenData
 from engine import checkpoint
 
-LIMIT = 300  # seconds for a command; one that takes longer has failed
+LIMIT = 300  # seconds that a command may take
 OPTIONS = dict(
     vocab_size=96, n_layer=2, n_head=2, d_model=36, block_size=32, micro_batch=4, batch_tokens=256, eval_tokens=1000,
     max_steps=30, eval_interval=10, log_interval=1, warmup_steps=5, lr=5e-3, dropout=0.1, device="cpu", compile=False,
 )  # fmt: skip
 DDP, FSDP = dict(processes=2, shard="none"), dict(processes=2, shard="fsdp")
 
-# Scripts that do harm from within, {…} filled in. `step` is the number of the update in progress, 1 for the first.
+# A script that harms train.py from within: {what} names the harm, {rank} the rank that suffers it. `step` is the number
+# of the update in progress, from 1.
 HARM = """
 import errno, math, os, sys, time
 import torch
@@ -69,13 +72,13 @@ def harmed_val_batch(self, *args):
 
 def harmed_forward(self, *args, **kwargs):
     if self.training and mine and step == 13:
-        if "nan" == {what!r}:  # in one parameter's gradient; the loss stays finite
+        if "nan" == {what!r}:  # spoils the gradient of one parameter; the loss stays finite
             next(self.parameters()).register_hook(lambda gradient: gradient * math.nan)
         if "memory" == {what!r}:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total …")
     return forward(self, *args, **kwargs)
 
-def slow_load(*args, **kwargs):  # as of a large checkpoint, which rank 0 reads to name it
+def slow_load(*args, **kwargs):  # as a large checkpoint takes, which rank 0 reads to name its step
     time.sleep(4)
     return load(*args, **kwargs)
 
@@ -97,7 +100,7 @@ def harmed_fsync(descriptor):
         time.sleep(1000)
     return fsync(descriptor)
 
-def save_apart(out_dir, *args, **kwargs):  # as of a node with a disk of its own
+def save_apart(out_dir, *args, **kwargs):  # as on a node with a disk of its own
     return save(out_dir + ".other" * mine, *args, **kwargs)
 
 data.TokenData.train_batch, data.TokenData.val_batch = harmed_batch, harmed_val_batch
@@ -109,7 +112,7 @@ if "options" == {what!r} and mine:
     sys.argv.append("--lr=1e-5")
 if "nan" == {what!r}:
     checkpoint.load = slow_load
-if "early" == {what!r} and mine and first:  # the folder is locked, an earlier run in it not yet set aside
+if "early" == {what!r} and mine and first:  # the folder is locked, but the earlier run in it is not yet set aside
     recorder.open_out_dir = lambda *args: os._exit(1)
 train.main(sys.argv[1:])
 """
@@ -124,17 +127,17 @@ class Done(NamedTuple):
     status: int
     out: str
     err: str
-    left: bool  # whether processes of it were left
+    left: bool  # whether any of its processes outlived it
 
     @property
     def message(self):
-        """Our last line of error; else the last there is."""
+        """The last line that begins with "error: ", or the last line of all if none does."""
         lines = self.err.strip().splitlines() or [""]
         return ([line for line in lines if line.startswith("error: ")] or lines)[-1]
 
 
 class Command:
-    """A command in the background. A tag in their environment finds all of its processes, orphans too."""
+    """A command in the background. A tag in the environment identifies all of its processes, orphans included."""
 
     def __init__(self, words, folder, limit=None, stdout=None, **variables):
         tag = uuid.uuid4().hex
@@ -149,7 +152,7 @@ class Command:
             )  # fmt: skip
 
     def pids(self, variable=b""):
-        """Of all its processes, or of those with this b"NAME=value" in their environment; zombies have none."""
+        """Process ids of all its processes but zombies, or of those with this b"NAME=value" in their environment."""
         found = []
         for pid in filter(str.isdigit, os.listdir("/proc")):
             with suppress(OSError):  # it has just ended
@@ -162,19 +165,19 @@ class Command:
         return read(self.paths[0]).decode(errors="replace")
 
     def wait_until(self, condition):
-        """True when condition() holds, False where the command ends before."""
+        """True as soon as condition() holds, False if the command ends first."""
         deadline = time.monotonic() + LIMIT
         while not condition():
             if self.popen.poll() is not None:
                 return False
             if time.monotonic() > deadline:
                 self.kill()
-                raise TimeoutError(f"nothing happened for {LIMIT} s")
+                raise TimeoutError(f"the command did not do what was awaited within {LIMIT} s")
             time.sleep(0.0002)
         return True
 
     def kill(self, pids=None):
-        """SIGKILL to all of it at once: pids may have been collected before, when there was time."""
+        """Send SIGKILL to all its processes at once. Pass pids collected earlier where finding them now takes too long."""
         for pid in pids or self.pids():
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
@@ -187,7 +190,7 @@ class Command:
             self.popen.wait(LIMIT)
         except subprocess.TimeoutExpired:
             self.kill()
-            raise TimeoutError(f"not ended after {LIMIT} s") from None
+            raise TimeoutError(f"the command did not end within {LIMIT} s") from None
         patience = time.monotonic() + 2
         while (left := bool(self.pids())) and time.monotonic() < patience:
             time.sleep(0.05)
@@ -196,7 +199,7 @@ class Command:
 
 
 class Lab:
-    """A temporary folder with data and runs."""
+    """A temporary folder with data and runs, and the commands started in it."""
 
     def __init__(self, folder):
         self.folder, self.numbers, self.random = str(folder), itertools.count(), random.Random(1)
@@ -212,13 +215,13 @@ class Lab:
         write(os.path.join(self.data, "meta.json"), json.dumps(meta))
 
     def path(self, name):
-        """A new path, whose last part is `name`."""
+        """A path in a new folder, whose last part is `name`."""
         folder = os.path.join(self.folder, str(next(self.numbers)))
         os.mkdir(folder)
         return os.path.join(folder, name)
 
     def start(self, out_dir, processes=1, restarts=0, harm=None, rank=0, how=None, **options):
-        """train.py on so many processes. harm: what goes wrong on that rank; how: further arguments of Command."""
+        """Start train.py on `processes` processes. harm: what goes wrong on `rank`; how: further arguments for Command."""
         script, launcher = "train.py", [sys.executable]
         if harm:
             script = self.path("harm.py")
@@ -231,8 +234,8 @@ class Lab:
         self.commands.append(Command(words, self.folder, **(how or {})))
         return self.commands[-1]
 
-    def end(self):
-        """Nothing that a fault started outlives it, whatever became of it."""
+    def kill_all(self):
+        """Kill every process that a fault started, so that none outlives it."""
         while self.commands:
             self.commands.pop().kill()
 
@@ -240,7 +243,7 @@ class Lab:
         return self.start(out_dir, **options).wait()
 
     def unbroken(self, **options):
-        """out_dir of a run with these options that nothing disturbs, not to be written to; made once."""
+        """The out_dir of a run with these options that nothing disturbs. It is made once: do not write to it."""
         key = tuple(sorted(options.items()))
         if key not in self.whole:
             out_dir = self.path("unbroken")
@@ -257,7 +260,7 @@ def read(path):
 
 
 def write(path, text, content=b""):
-    """A file of this text, and bytes behind it."""
+    """Write a file that holds this text, followed by these bytes."""
     with open(path, "wb") as file:
         file.write(text.encode() + content)
 
@@ -267,16 +270,16 @@ def write(path, text, content=b""):
 
 
 class Verdict(NamedTuple):
-    message: str  # that the user saw last
+    message: str  # the last one that the user saw
     passed: bool
     detail: str
     status: int | None
-    stderr: str = ""  # its end, where the fault has failed
+    stderr: str = ""  # the end of it, if a claim does not hold
 
 
 def judge(done, claims, figures=""):
-    """claims: {what must be so: whether it is}"""
-    broken = [f"NOT SO: {claim}" for claim, holds in claims.items() if not holds]
+    """claims: {what must hold: whether it does}"""
+    broken = [f"NOT TRUE: {claim}" for claim, holds in claims.items() if not holds]
     detail = "; ".join(filter(None, [*broken, figures]))
     return Verdict(done.message, not broken, detail, done.status, done.err[-10_000:] if broken else "")
 
@@ -286,25 +289,25 @@ def ended_well(done):
 
 
 def ended_clearly(done, *words, processes=1):
-    """An end that a user can make sense of: one line, which has these words. torchrun adds a report of its own."""
+    """Claims that the command ended with one line of error that contains these words. torchrun adds its own report."""
     ours = [line for line in done.err.splitlines() if line.startswith("error: ")]
     return {
         "exit status not 0": done.status != 0,
-        "one line of error, and it is ours": len(ours) == 1 and (processes > 1 or done.err.count("\n") == 1),
+        "one line of error, which begins with error:": len(ours) == 1 and (processes > 1 or done.err.count("\n") == 1),
         "no traceback": processes > 1 or "Traceback" not in done.out + done.err,
-        **{f"the message has {word!r}": word in done.message for word in words},
+        **{f"the message contains {word!r}": word in done.message for word in words},
         "no process left": not done.left,
     }
 
 
 def rows_of(out_dir):
-    """Rows of the log; a last line that a kill has cut short is none."""
+    """Rows of the log, without a last line that a kill has cut short."""
     lines = read(os.path.join(out_dir, "log.jsonl")).splitlines(keepends=True)
     return [json.loads(line) for line in lines if line.endswith(b"}\n")]
 
 
 def last_step(out_dir):
-    """Last step in the log, -1 before the first. Looks at the end only: it is called often."""
+    """The last step in the log, -1 if there is none. It reads only the end of the log: it is called often."""
     with suppress(FileNotFoundError), open(os.path.join(out_dir, "log.jsonl"), "rb") as file:
         file.seek(max(0, os.fstat(file.fileno()).st_size - 1000))
         return max(map(int, re.findall(rb'\{"step": (\d+).*\}\n', file.read())), default=-1)
@@ -312,25 +315,26 @@ def last_step(out_dir):
 
 
 def saved_in(out_dir):
-    """The checkpoint a run would go on from, and its tensors."""
+    """The checkpoint that a run would resume from, and its tensors."""
     saved = checkpoint.load(out_dir, say=lambda text: None, alone=True)
     return saved, checkpoint.flatten_checkpoint({key: saved[key] for key in ("model", "optimizer")})
 
 
-def equals(out_dir, unbroken):
-    """Claims that two runs are the same, bit for bit."""
+def equal_runs(out_dir, unbroken):
+    """Claims that two runs are equal bit for bit."""
     keys = ("step", "loss", "val_loss", "grad_norm", "lr")
     ours, theirs = ([[row.get(key) for key in keys] for row in rows_of(path)] for path in (out_dir, unbroken))
     (left, mine), (right, other) = saved_in(out_dir), saved_in(unbroken)
     same = left["step"] == right["step"] and mine.keys() == other.keys() and len(mine) > 20
     return {
-        "every row of the log equals the unbroken run's": len(theirs) > 10 and ours == theirs,
-        "so does the last checkpoint": same and all(torch.equal(mine[name], other[name]) for name in mine),
+        "the log equals the unbroken run's": len(theirs) > 10 and ours == theirs,
+        "the last checkpoint equals the unbroken run's": same
+        and all(torch.equal(mine[name], other[name]) for name in mine),
     }
 
 
 def unfinished(out_dir):
-    """{name: what tells it from an earlier one} of what stands in a folder only while a checkpoint is written."""
+    """{name: (inode, time, size)} of the files that exist only while a checkpoint is written."""
     found = {}
     for name in os.listdir(out_dir):
         if name.startswith("ckpt") and (name.endswith(".part") or "aside" in name):
@@ -341,11 +345,11 @@ def unfinished(out_dir):
 
 
 # ---------------------------------------------------------------------------------------
-# Kills and hangs
+# Kills, hangs and signals
 
 
 def kills(lab, count, **options):
-    """SIGKILL to the whole run again and again. Half aim at a checkpoint in writing, some between its two renames."""
+    """SIGKILL to the whole run, `count` times. Half of the kills aim at the writing of a checkpoint or its two renames."""
     options = {"max_steps": 30 * count + 30, **options}
     out_dir, unbroken = lab.path("run"), lab.unbroken(**options)
     hits, troubles, newest = dict(writing=0, renaming=0, training=0, resuming=0), [], 0
@@ -357,7 +361,7 @@ def kills(lab, count, **options):
         if aim != "resuming":
             command.wait_until(lambda target=target: last_step(out_dir) >= target)
             pids = command.pids()
-        before = unfinished(out_dir)  # an earlier kill's
+        before = unfinished(out_dir)  # left by an earlier kill
         if aim == "writing":
             command.wait_until(lambda before=before: unfinished(out_dir) not in ({}, before))
         elif aim == "renaming":
@@ -368,7 +372,7 @@ def kills(lab, count, **options):
         command.kill(pids)
         new = [name for name, what in unfinished(out_dir).items() if before.get(name) != what]
         hits["renaming" if "aside" in str(new) else "writing" if new else "resuming" if not pids else "training"] += 1
-        # An evaluation's checkpoint is saved for sure when a later step is in the log.
+        # Once a later step is in the log, the checkpoint of an evaluation is saved.
         rows = rows_of(out_dir)
         newest = max([newest, *(row["step"] for row in rows[:-1] if "val_loss" in row)])
     command = lab.start(out_dir, resume=True, **options)
@@ -376,11 +380,11 @@ def kills(lab, count, **options):
     done = command.wait()
     claims = {
         **ended_well(done),
-        "every restart goes on from the newest whole checkpoint": not troubles,
-        "a fifth of the kills fell in writing": hits["writing"] + hits["renaming"] >= count // 5,
-        "a fifth of them in training": hits["training"] >= count // 5,
+        "every restart resumes from the newest whole checkpoint": not troubles,
+        "at least a fifth of the kills hit a save": hits["writing"] + hits["renaming"] >= count // 5,
+        "at least a fifth of the kills hit training": hits["training"] >= count // 5,
         "nothing unfinished is left": not unfinished(out_dir),
-        **equals(out_dir, unbroken),
+        **equal_runs(out_dir, unbroken),
     }
     figures = ", ".join(f"{number} in {where}" for where, number in hits.items())
     return judge(done, claims, "; ".join([*troubles, f"{count} kills: {figures}; {options['max_steps']} steps"]))
@@ -390,11 +394,11 @@ AIMS = ["writing", "training", "renaming", "training", "writing", "training", "r
 
 
 def check_resumed(command, number, newest, troubles):
-    """Wait until a restart has found its checkpoint; note where it is older than the newest that was surely saved."""
+    """Wait until a restart has found its checkpoint; add to troubles if it is older than `newest`, which was saved."""
     if number and command.wait_until(lambda: "resuming from step" in command.out()):
         step = int(re.search(r"resuming from step (\d+)", command.out())[1])
         if step < newest or "not a whole" in command.out():
-            troubles.append(f"restart {number} went on from step {step}, {newest} was saved")
+            troubles.append(f"restart {number} resumed from step {step}, though step {newest} was saved")
     elif number:
         troubles.append(f"restart {number} found no checkpoint: {command.wait().message}")
 
@@ -410,12 +414,14 @@ def rank_killed(lab, writing=False, **options):
     os.kill(pid, signal.SIGKILL)
     done = command.wait()
     resumed = re.findall(r"resuming from step (\d+)", done.out)
-    claims = {"rank 1 was killed": reached, **ended_well(done), "the group was restarted, once": len(resumed) == 1}
-    return judge(done, {**claims, **equals(out_dir, unbroken)}, f"killed after step {at}, went on from step {resumed}")
+    claims = {"rank 1 was killed": reached, **ended_well(done), "the group was restarted once": len(resumed) == 1}
+    return judge(
+        done, {**claims, **equal_runs(out_dir, unbroken)}, f"killed after step {at}, resumed from step {resumed}"
+    )
 
 
 def asked_to_save(lab, **options):
-    """SIGUSR1 to one process, far from any evaluation; then SIGKILL to all, and --resume from what was saved."""
+    """SIGUSR1 to one process, far from any evaluation; then SIGKILL to all, and --resume from the checkpoint."""
     options = {"max_steps": 200, "eval_interval": 200, **options}
     out_dir, unbroken = lab.path("run"), lab.unbroken(**options)
     command = lab.start(out_dir, **options)
@@ -428,17 +434,17 @@ def asked_to_save(lab, **options):
     step = saved_in(out_dir)[0]["step"]
     done = lab.run(out_dir, resume=True, **options)
     claims = {
-        "it was saved while it ran": saved,
-        "within a few steps": asked_at < step <= asked_at + 5,
-        "it went on from there": f"resuming from step {step}" in done.out,
+        "it saved while it ran": saved,
+        "it saved within five steps": asked_at < step <= asked_at + 5,
+        "it resumed from there": f"resuming from step {step}" in done.out,
         **ended_well(done),
-        **equals(out_dir, unbroken),
+        **equal_runs(out_dir, unbroken),
     }
     return judge(done, claims, f"asked after step {asked_at}, saved at step {step}")
 
 
 def hang(lab, restarts, timeout, **options):
-    """Rank 1 sleeps for ever in step 7 of the first attempt."""
+    """Rank 1 hangs in step 7 of the first attempt."""
     out_dir = lab.path("run")
     command = lab.start(out_dir, restarts=restarts, harm="hang", rank=1, timeout=timeout, **options)
     command.wait_until(lambda: last_step(out_dir) >= 6)
@@ -447,7 +453,9 @@ def hang(lab, restarts, timeout, **options):
     seconds = time.monotonic() - begun
     if restarts:
         named = "rank 1" in done.message and "no progress" in done.message
-        return judge(done, {**ended_well(done), "rank 1 is named": named, **equals(out_dir, lab.unbroken(**options))})
+        return judge(
+            done, {**ended_well(done), "rank 1 is named": named, **equal_runs(out_dir, lab.unbroken(**options))}
+        )
     claims = {
         **ended_clearly(done, "rank 1", "no progress", "--timeout", **options),
         "it ends soon": seconds < timeout + 15,
@@ -458,16 +466,16 @@ def hang(lab, restarts, timeout, **options):
 
 
 def hang_alone(lab, harm, words, timeout):
-    """A run of one process hangs in step 7, or in writing a checkpoint."""
+    """A run on one process hangs: in step 7, or while it writes a checkpoint."""
     out_dir = lab.path("run")
     begun = time.monotonic()
     done = lab.run(out_dir, harm=harm, timeout=timeout)
     claims = {**ended_clearly(done, "no progress", "--timeout", *words), "it ends soon": time.monotonic() - begun < 60}
-    return judge(done, claims, f"{time.monotonic() - begun:.0f} s with the start")
+    return judge(done, claims, f"{time.monotonic() - begun:.0f} s, start included")
 
 
 def ranks_differ(lab, **options):
-    """Rank 1 is given another learning rate than rank 0."""
+    """Rank 1 gets another learning rate than rank 0."""
     out_dir = lab.path("run")
     done = lab.run(out_dir, harm="options", rank=1, **options)
     claims = {
@@ -478,7 +486,7 @@ def ranks_differ(lab, **options):
 
 
 def told_to_end(lab, name, whom, **options):
-    """A signal to the command or to its launcher, far from any evaluation: it saves and ends. Then --resume."""
+    """A signal to the run or to its launcher, far from any evaluation: the run saves and ends. Then --resume."""
     options = {"max_steps": 200, "eval_interval": 200, **options}
     out_dir, unbroken = lab.path("run"), lab.unbroken(**options)
     command = lab.start(out_dir, **options)
@@ -493,18 +501,20 @@ def told_to_end(lab, name, whom, **options):
     done = lab.run(out_dir, resume=True, **options)
     claims = {
         "all processes ended by themselves": seconds < 20,
-        "the status is 0": first.status == (0 if whom == "run" else -name),
-        "what was done is saved": 6 <= step < 200 and f"stopped at step {step}, saved" in first.out,
+        "the exit status is as it should be": first.status == (0 if whom == "run" else -name),
+        "it saved its last step": 6 <= step < 200 and f"stopped at step {step}, saved" in first.out,
         "no traceback": "Traceback" not in first.out + first.err,
-        "it continued from there": f"from step {step}" in done.out,
+        "it resumed from there": f"from step {step}" in done.out,
         **ended_well(done),
-        "and ended as the unbroken run": equals(out_dir, unbroken)["so does the last checkpoint"],
+        "it ended like the unbroken run": equal_runs(out_dir, unbroken)[
+            "the last checkpoint equals the unbroken run's"
+        ],
     }
     return judge(done, claims, f"all ended {seconds:.1f} s after the signal, saved at step {step}")
 
 
 def interrupted_twice(lab):
-    """Ctrl-C twice in an evaluation that takes for ever."""
+    """Ctrl-C twice in an evaluation that hangs."""
     out_dir = lab.path("run")
     command = lab.start(out_dir, harm="hang_evaluation")
     command.wait_until(lambda: last_step(out_dir) >= 9)
@@ -516,8 +526,8 @@ def interrupted_twice(lab):
     command.popen.send_signal(signal.SIGINT)
     done = command.wait()
     claims = {
-        "the first is answered": asked,
-        "the second ends it": time.monotonic() - begun < 5,
+        "it answers the first Ctrl-C": asked,
+        "the second Ctrl-C ends it": time.monotonic() - begun < 5,
         "the status is 130": done.status == 130,
         "no traceback": "Traceback" not in done.out + done.err,
         "it names the last checkpoint": "last checkpoint" in done.out,
@@ -527,7 +537,7 @@ def interrupted_twice(lab):
 
 
 def output_lost(lab, kind):
-    """Standard output that is full, closed, without a reader, or for ASCII only: the run is the unbroken one."""
+    """Standard output is full, a pipe without a reader, or takes ASCII only: the run still equals the unbroken one."""
     name, how = "run", {}
     if kind == "full":
         how["stdout"] = open("/dev/full", "wb")
@@ -540,13 +550,13 @@ def output_lost(lab, kind):
     out_dir = lab.path(name)
     done = lab.run(out_dir, how=how, **(dict(resume=True) if kind == "ascii" else {}))
     said = dict(full="No space left on device", unread="Broken pipe").get(kind, "")
-    claims = {**ended_well(done), "no traceback": "Traceback" not in done.err, "it says so": said in done.err}
-    claims["in one line"] = done.err.count("\n") == (1 if said else 0)
-    return judge(done, {**claims, **equals(out_dir, lab.unbroken())})
+    claims = {**ended_well(done), "no traceback": "Traceback" not in done.err, "it states the cause": said in done.err}
+    claims["in one line at most"] = done.err.count("\n") == (1 if said else 0)
+    return judge(done, {**claims, **equal_runs(out_dir, lab.unbroken())})
 
 
 def hang_writing(lab, rank, timeout, **options):
-    """This rank's disk takes for ever to write the checkpoint of step 10."""
+    """The disk of one rank hangs while the rank writes the checkpoint of step 10."""
     out_dir = lab.path("run")
     command = lab.start(out_dir, harm="hang_writing", rank=rank, timeout=timeout, **options)
     command.wait_until(lambda: last_step(out_dir) >= 10)
@@ -563,31 +573,31 @@ def hang_writing(lab, rank, timeout, **options):
 
 
 # ---------------------------------------------------------------------------------------
-# Whose folder it is
+# Several runs and one folder
 
 
 def restarted_early(lab, **options):
-    """Rank 0 dies before the old run in out_dir is set aside: the restart starts the new run, and not the old one again."""
+    """Rank 0 dies before the old run in out_dir is set aside: the restart must start the new run, not resume the old."""
     out_dir = shutil.copytree(lab.unbroken(), lab.path("run"))
     done = lab.run(out_dir, restarts=1, harm="early", rank=0, seed=7, **options)
     claims = {
         **ended_well(done),
         "it resumed nothing": "resuming from" not in done.out and "resumed with" not in done.out,
-        "the old run is set aside whole": all(equals(f"{out_dir}.1", lab.unbroken()).values()),
-        **equals(out_dir, lab.unbroken(seed=7, **options)),
+        "the old run is set aside whole": all(equal_runs(f"{out_dir}.1", lab.unbroken()).values()),
+        **equal_runs(out_dir, lab.unbroken(seed=7, **options)),
     }
     return judge(done, claims)
 
 
 def together(lab, count):
-    """So many runs at once in one out_dir, half of them with --resume: one trains, the others are refused."""
+    """`count` runs at once in one out_dir, half of them with --resume: one trains, the others are refused."""
     out_dir, options = lab.path("run"), dict(max_steps=100_000, eval_interval=50_000, log_interval=1)
     commands = [lab.start(out_dir, resume=number % 2 > 0, **options) for number in range(count)]
 
     def training():
         return [command for command in commands if command.popen.poll() is None]
 
-    for command in commands:  # until it has ended, or is the last
+    for command in commands:  # wait until all have ended but one
         command.wait_until(lambda: len(training()) <= 1)
     (owner,) = training()
     refused = [command.wait() for command in commands if command is not owner]
@@ -599,7 +609,7 @@ def together(lab, count):
     claims = {
         **ended_well(done),
         "its log holds every step once": steps == list(range(len(steps))) and len(steps) > 3,
-        "its checkpoint is of the last step": saved_in(out_dir)[0]["step"] == steps[-1],
+        "its checkpoint holds the last step": saved_in(out_dir)[0]["step"] == steps[-1],
     }
     for number, each in enumerate(refused):
         claims |= {f"{claim}, refused run {number}": so for claim, so in ended_clearly(each, *words).items()}
@@ -607,7 +617,7 @@ def together(lab, count):
 
 
 def folder_above(lab):
-    """A new run in a folder with an old run's files, the data, and the folder of a run that trains."""
+    """A new run starts in a folder that holds an old run, the data, and the folder of a run that is training."""
     above = shutil.copytree(lab.unbroken(), lab.path("out"))
     data_dir, inside = shutil.copytree(lab.data, os.path.join(above, "data")), os.path.join(above, "run")
     living = lab.start(inside, data_dir=data_dir, max_steps=100_000, eval_interval=50_000)
@@ -618,16 +628,16 @@ def folder_above(lab):
     steps = [row["step"] for row in rows_of(inside)]
     claims = {
         **ended_well(done),
-        **equals(above, lab.unbroken()),
-        "the old run is set aside whole": all(equals(f"{above}.1", lab.unbroken()).values()),
-        "nothing else is": not {"data", "run"} & set(os.listdir(f"{above}.1")),
+        **equal_runs(above, lab.unbroken()),
+        "the old run is set aside whole": all(equal_runs(f"{above}.1", lab.unbroken()).values()),
+        "nothing else is set aside": not {"data", "run"} & set(os.listdir(f"{above}.1")),
         "the other run trained on undisturbed": all(ended_well(stopped).values()) and steps == list(range(len(steps))),
     }
     return judge(done, claims)
 
 
 def children_end(lab, module, name):
-    """A sweep or a search gets this signal while a run of it trains: none of its processes outlives it."""
+    """A sweep or a search gets this signal while one of its runs trains: none of its processes outlives it."""
     out = lab.path("runs")
     options = {**OPTIONS, "data_dir": lab.data, "max_steps": 100_000, "eval_interval": 50_000}
     if module == "lab.sweep":
@@ -651,7 +661,7 @@ def children_end(lab, module, name):
         "no process is left": not done.left and time.monotonic() < begun + 60,
         "its run saved": saved_in(run)[0]["step"] == last_step(run) > 0,
         "exit status not 0": done.status != 0,
-        "one line": name == "SIGKILL" or done.message.startswith("stopped: the same command resumes"),
+        "it ends with one line": name == "SIGKILL" or done.message.startswith("stopped: the same command resumes"),
     }
     return judge(done, claims, f"all ended after {time.monotonic() - begun:.1f} s")
 
@@ -661,12 +671,12 @@ def children_end(lab, module, name):
 
 
 def disk_full(lab, mounted, **options):
-    """No room for a checkpoint; with room again the run goes on and ends as the unbroken one."""
+    """There is no room for a checkpoint; once there is, the run resumes and ends like the unbroken one."""
     options["max_steps"] = 40
     unbroken, folder, limit = lab.unbroken(**options), lab.path("disk"), None
     path, out_dir = saved_in(unbroken)[0]["path"], os.path.join(folder, "run")
     files = [os.path.join(path, name) for name in os.listdir(path)] if os.path.isdir(path) else [path]
-    size = sum(map(os.path.getsize, files))  # of a checkpoint; that of step 0 has no optimizer state: a third
+    size = sum(map(os.path.getsize, files))  # of a checkpoint; without optimizer state, as at step 0, it takes a third
     os.mkdir(folder)
     mount = ["mount", "-t", "tmpfs", "-o", f"size={int(2.55 * size) + 50_000}", "faults", folder]
     mounted = mounted and subprocess.run(mount, capture_output=True).returncode == 0
@@ -678,7 +688,7 @@ def disk_full(lab, mounted, **options):
         words = "No space left on device" if mounted else "File too large", f"of step {saved}", "intact", "make room"
         claims = {
             **ended_clearly(done, *words, processes=options.get("processes", 1)),
-            "the checkpoint before is whole": saved == step - 10,
+            "the previous checkpoint is whole": saved == step - 10,
             "nothing unfinished is left": not unfinished(out_dir),
             "no row of the log is lost": [row["step"] for row in rows_of(out_dir)] == list(range(step + 1)),
         }
@@ -686,8 +696,8 @@ def disk_full(lab, mounted, **options):
             claims |= resumed_while_full(lab, folder, out_dir, options)
             subprocess.run(["mount", "-o", f"remount,size={10 * size}", folder], check=True)
         again = lab.run(out_dir, resume=True, **options)
-        went_on = again.status == 0 and f"resuming from step {saved}" in again.out
-        claims |= {"with room again it goes on from there": went_on, **equals(out_dir, unbroken)}
+        resumed = again.status == 0 and f"resuming from step {saved}" in again.out
+        claims |= {"with room again it resumes from there": resumed, **equal_runs(out_dir, unbroken)}
     finally:
         if mounted:
             subprocess.run(["umount", "-l", folder], check=True)
@@ -695,7 +705,7 @@ def disk_full(lab, mounted, **options):
 
 
 def resumed_while_full(lab, folder, out_dir, options):
-    """Claims about --resume with not one byte free."""
+    """Claims about --resume when not one byte is free."""
     paths = [os.path.join(out_dir, name) for name in ("config.json", "log.jsonl")]
     before, filler = [read(path) for path in paths], os.path.join(folder, "filler")
     with open(filler, "wb", buffering=0) as file, suppress(OSError):
@@ -705,12 +715,12 @@ def resumed_while_full(lab, folder, out_dir, options):
     os.remove(filler)
     changed = [path for path, content in zip(paths, before) if read(path) != content]
     claims = ended_clearly(full, "No space left", processes=options.get("processes", 1))
-    claims[f"files stay as they were: {changed}"] = not changed
+    claims[f"no file is changed: {changed}"] = not changed
     return {f"{claim}, resumed while full": holds for claim, holds in claims.items()}
 
 
 def nodes_apart(lab, **options):
-    """Each of two ranks has an out_dir of its own, as on two nodes without a common file system."""
+    """Each of two ranks writes to a folder of its own, as on two nodes without a shared file system."""
     out_dir = lab.path("run")
     done = lab.run(out_dir, harm="apart", rank=1, **options)
     words = f"out_dir={out_dir}", "which rank 1 has written", "all nodes share"
@@ -719,12 +729,12 @@ def nodes_apart(lab, **options):
 
 
 def read_error(lab, harm):
-    """The disk does not let the newest checkpoint be read, twice or for good. None is taken for damaged."""
+    """Reading the newest checkpoint fails, twice or always. No checkpoint may be taken for damaged."""
     out_dir = shutil.copytree(lab.unbroken(), lab.path("run"))
     before = {name: read(os.path.join(out_dir, name)) for name in os.listdir(out_dir) if name.startswith("ckpt")}
     done = lab.run(out_dir, harm=harm, resume=True)
     after = {name: read(os.path.join(out_dir, name)) for name in os.listdir(out_dir) if name.startswith("ckpt")}
-    claims = {"the checkpoints stay as they were": before == after, "none is skipped": "skipped" not in done.out}
+    claims = {"the checkpoints are unchanged": before == after, "none is skipped": "skipped" not in done.out}
     if harm == "read_errors":
         claims |= {**ended_well(done), "it resumed from the newest": "from step 30" in done.out}
     else:
@@ -733,6 +743,7 @@ def read_error(lab, harm):
 
 
 def no_folder(lab):
+    """out_dir lies below a regular file, where no folder can be made."""
     file = lab.path("file")
     write(file, "")
     done = lab.run(os.path.join(file, "run"))
@@ -740,10 +751,11 @@ def no_folder(lab):
 
 
 def damaged(lab, spoil, words=None, **options):
-    """A run's checkpoints of steps 30 and 20 spoilt, then resumed on one process.
+    """Spoil a run's checkpoints, of steps 30 and 20, and resume it on one process.
 
-    spoil(newest, previous, marker)  code in what it makes would create `marker`
-    words  of the message that ends the run; None: the one before is taken, and the run ends as the unbroken one
+    spoil(newest, previous, marker)  spoils the files at these paths; if code in them is run, it creates `marker`
+    words  what the message that ends the run contains; None: the run must resume from step 20 and end like the
+           unbroken one
     """
     out_dir, marker = shutil.copytree(lab.unbroken(**options), lab.path("run")), lab.path("marker")
     newest = saved_in(out_dir)[0]["path"]
@@ -752,13 +764,13 @@ def damaged(lab, spoil, words=None, **options):
     done = lab.run(out_dir, resume=True)
     claims = {"no code in it was run": not os.path.exists(marker)}
     if words is not None:
-        claims |= {**ended_clearly(done, *words), "the log stays as it was": rows_of(out_dir) == log}
+        claims |= {**ended_clearly(done, *words), "the log is unchanged": rows_of(out_dir) == log}
         return judge(done, claims)
     said = next((line for line in done.out.splitlines() if "not a whole checkpoint" in line), "")
-    went_on = said.startswith(newest) and "resuming from step 20" in done.out
-    claims |= {**ended_well(done), "it says that it goes on from the one before": went_on}
-    if not options:  # on as many processes as before, so that sums round the same
-        claims |= equals(out_dir, lab.unbroken())
+    fell_back = said.startswith(newest) and "resuming from step 20" in done.out
+    claims |= {**ended_well(done), "it names the damaged one and resumes from the previous": fell_back}
+    if not options:  # the run was on one process before, so sums are rounded alike
+        claims |= equal_runs(out_dir, lab.unbroken())
     return judge(done._replace(err=said), claims)
 
 
@@ -772,7 +784,7 @@ def both_truncated(newest, previous, _):
 
 
 def bit_flipped(newest, *_):
-    """In the middle of the largest tensor, where PyTorch alone would not notice."""
+    """Flip a bit in the middle of the largest tensor, which PyTorch alone would not notice."""
     if os.path.isdir(newest):
         path = os.path.join(newest, "__0_0.distcp")
         at = os.path.getsize(path) // 2
@@ -789,7 +801,7 @@ def bit_flipped(newest, *_):
 
 
 class Evil:
-    """What makes a folder when it is unpickled."""
+    """An object whose pickle makes a folder when it is loaded."""
 
     def __init__(self, marker):
         self.marker = marker
@@ -799,13 +811,13 @@ class Evil:
 
 
 def evil(newest, previous, marker):
-    """Code in the newest: as torch.save writes it, or as the metadata of a directory whose sums are right."""
+    """Put code into the newest checkpoint: in a file by torch.save, or in a directory's metadata, its checksums mended."""
     path = os.path.join(newest, ".metadata") if os.path.isdir(newest) else newest
     with open(path, "wb") as file:
         (pickle.dump if os.path.isdir(newest) else torch.save)({"step": 30, "config": Evil(marker)}, file)
     with open(path, "rb") as file:
         pickle.load(file) if os.path.isdir(newest) else torch.load(file, weights_only=False)
-    os.rmdir(marker)  # raises where the code would not work if it were run
+    os.rmdir(marker)  # raises an error if the code does not work when it is run
     if os.path.isdir(newest):
         manifest = os.path.join(newest, "manifest.json")
         write(manifest, json.dumps({**json.loads(read(manifest)), ".metadata": checkpoint.checksum_of(path)}))
@@ -814,7 +826,7 @@ def evil(newest, previous, marker):
 def both_evil(newest, previous, marker):
     evil(newest, previous, marker)
     with open(previous, "wb") as file:
-        pickle.dump({"step": 20, "config": Evil(marker)}, file)  # a bare pickle, as of old versions of PyTorch
+        pickle.dump({"step": 20, "config": Evil(marker)}, file)  # a bare pickle, as old versions of PyTorch write
 
 
 def a_folder(newest, *_):
@@ -832,7 +844,7 @@ def a_text(newest, *_):
 
 
 def packed(newest, *_):
-    """Its members compressed, as by unzip and zip: every sum is right, the bytes are others."""
+    """Compress the members, as unzip and zip would: their checksums are right, but the bytes of the file differ."""
     with zipfile.ZipFile(newest) as archive:
         members = {name: archive.read(name) for name in archive.namelist()}
     with zipfile.ZipFile(newest, "w", zipfile.ZIP_DEFLATED) as archive:
@@ -857,7 +869,7 @@ def with_nan(newest, *_):
 
 
 def without_chunk(newest, *_):
-    """DCP would leave a hole in the tensor: numbers that the memory happened to hold."""
+    """Remove one chunk of a tensor: DCP would leave whatever the memory held in its place."""
     path, manifest = (os.path.join(newest, name) for name in (".metadata", "manifest.json"))
     metadata = pickle.loads(read(path))
     del metadata.state_dict_metadata["model.token_embedding.weight"].chunks[1]
@@ -867,7 +879,7 @@ def without_chunk(newest, *_):
 
 
 def other_model(newest, previous, _):
-    """Narrower tensors, although the options in it are the same."""
+    """Make the tensors of both checkpoints narrower and leave their options as they are."""
     for path in (newest, previous):
         saved = torch.load(path, weights_only=True)
         torch.save({**saved, "model": {name: tensor[..., :-1] for name, tensor in saved["model"].items()}}, path)
@@ -878,14 +890,15 @@ def other_model(newest, previous, _):
 
 
 def bad_data(lab, spoil, words, **options):
+    """A run on data that spoil(folder) has damaged ends with an error that contains these words."""
     folder = shutil.copytree(lab.data, lab.path("spoilt"))
     spoil(folder)
     done = lab.run(lab.path("run"), data_dir=folder, **options)
     return judge(done, ended_clearly(done, folder, *words, processes=options.get("processes", 1)))
 
 
-def data(train_bytes=None, meta_bytes=None, **changes):
-    """Spoiler: train.bin and meta.json cut to so many bytes, keys of meta.json changed, or left out (None)."""
+def cut_data(train_bytes=None, meta_bytes=None, **changes):
+    """A function that cuts train.bin and meta.json to these sizes and changes keys of meta.json, or removes them (None)."""
 
     def spoil(folder):
         path = os.path.join(folder, "meta.json")
@@ -902,7 +915,7 @@ def no_meta(folder):
 
 
 def bad_token(row):
-    """Spoiler: one token that is none, which the fifth update reads in this row of its batch."""
+    """A function that writes a token outside the vocabulary where the fifth update reads this row of its batch."""
 
     def spoil(folder):
         tokens = TokenData(folder, OPTIONS["block_size"])
@@ -914,7 +927,7 @@ def bad_token(row):
 
 
 def data_cut_while_running(lab, **options):
-    """train.bin truncated in a run's sixth step or later; with the data back the run goes on and ends as the unbroken one."""
+    """train.bin is truncated after a run's sixth step; with the data restored the run resumes and ends as if unbroken."""
     options = {"max_steps": 200, **options}
     folder, out_dir, unbroken = shutil.copytree(lab.data, lab.path("cut")), lab.path("run"), lab.unbroken(**options)
     command, path = lab.start(out_dir, data_dir=folder, **options), os.path.join(folder, "train.bin")
@@ -924,12 +937,12 @@ def data_cut_while_running(lab, **options):
     claims = ended_clearly(done, path, "10 bytes", "15945", "--resume", processes=options.get("processes", 1))
     shutil.copy(os.path.join(lab.data, "train.bin"), path)
     again = lab.run(out_dir, data_dir=folder, resume=True, **options)
-    claims |= {"with the data back it goes on": again.status == 0, **equals(out_dir, unbroken)}
+    claims |= {"with the data restored it resumes": again.status == 0, **equal_runs(out_dir, unbroken)}
     return judge(done, claims)
 
 
 def shared_memory_full(lab):
-    """Streamed images that a /dev/shm of 1 MB cannot hold, as in a container with little; the same without workers."""
+    """Workers pass images through a /dev/shm of 1 MB, as some containers have: too small. Then the same without workers."""
     folder, draw = lab.path("images"), np.random.default_rng(0)
     for number in range(160):
         path = os.path.join(folder, "val" if number % 8 == 7 else "train", "ab"[number % 2])
@@ -950,68 +963,72 @@ def shared_memory_full(lab):
         return lab.commands[-1].wait()
 
     if subprocess.run(["unshare", "-m", "mount", "-t", "tmpfs", "faults", "/dev/shm"], capture_output=True).returncode:
-        return Verdict("", True, "not tried: mounting is not permitted here", None)
+        return Verdict("", True, "not tested: mounting is not permitted here", None)
     done, again = run(workers=2), run(workers=0)
     claims = ended_clearly(done, "shared memory is full", "--workers=0")
     return judge(done, {**claims, "with --workers=0 it trains": again.status == 0})
 
 
 def data_replaced(lab):
-    """Other tokens in a train.bin of the same size: a resumed run says so."""
+    """train.bin is replaced by other tokens of the same size: a resumed run notes it."""
     out_dir, folder = shutil.copytree(lab.unbroken(), lab.path("run")), shutil.copytree(lab.data, lab.path("other"))
     path = os.path.join(folder, "train.bin")
     np.fromfile(path, np.uint8)[::-1].tofile(path)
     done = lab.run(out_dir, data_dir=folder, resume=True, max_steps=34)
     said = next((line for line in done.out.splitlines() if "the data changed" in line), "")
-    return judge(done._replace(err=said), {**ended_well(done), "it is noticed": "train_fingerprint" in said})
+    return judge(done._replace(err=said), {**ended_well(done), "it notes the change": "train_fingerprint" in said})
 
 
 def other_shape(lab):
+    """--resume with options of another model is refused."""
     out_dir, claims = shutil.copytree(lab.unbroken(), lab.path("run")), {}
     log = rows_of(out_dir)
     for key, value, was in (("d_model", 64, 36), ("n_layer", 3, 2), ("structure", "dense", "btt")):
         done = lab.run(out_dir, resume=True, **{key: value})
         claims |= {f"{key}: {claim}": so for claim, so in ended_clearly(done, f"{key}={value!r}", repr(was)).items()}
     unchanged = rows_of(out_dir) == log and saved_in(out_dir)[0]["step"] == 30
-    return judge(done, {**claims, "log and checkpoint stay as they were": unchanged})
+    return judge(done, {**claims, "log and checkpoint are unchanged": unchanged})
 
 
 def other_options(lab):
+    """--resume with other options of training works, and prints each change."""
     out_dir, was = shutil.copytree(lab.unbroken(), lab.path("run")), {**OPTIONS, "seed": 1337, "weight_decay": 0.1}
     changes = dict(lr=1e-3, max_steps=34, seed=7, batch_tokens=128, weight_decay=0.2)
     done = lab.run(out_dir, resume=True, **changes)
     said = [line for line in done.out.splitlines() if line.startswith("resumed with")]
-    claims = {f"{k} is said": f"resumed with {k}={new!r}, it was {was[k]!r}" in said for k, new in changes.items()}
+    claims = {
+        f"it prints the new {k}": f"resumed with {k}={new!r}, it was {was[k]!r}" in said for k, new in changes.items()
+    }
     last = rows_of(out_dir)[-1]
-    claims |= {**ended_well(done), "it went on to step 34 at the new rate": last["step"] == 34 and last["lr"] < 1e-3}
+    claims |= {**ended_well(done), "it trained to step 34 at the new rate": last["step"] == 34 and last["lr"] < 1e-3}
     return judge(done._replace(err="; ".join(said)), claims)
 
 
 def in_step_13(lab, harm, words, rank=0, **options):
-    """A gradient that is NaN, or no memory, on one rank."""
+    """In step 13, on one rank, a gradient is NaN or memory runs out."""
     out_dir = lab.path("run")
     done = lab.run(out_dir, harm=harm, rank=rank, **options)
     saved, tensors = saved_in(out_dir)
     claims = {
         **ended_clearly(done, *words, processes=options.get("processes", 1)),
         "the loss is finite": harm != "nan" or bool(re.search(r"loss \d+\.\d+", done.message)),
-        "the checkpoint is of step 10": saved["step"] == 10,
-        "it is finite": all(tensor.isfinite().all() for tensor in tensors.values()),
+        "the checkpoint holds step 10": saved["step"] == 10,
+        "the checkpoint is finite": all(tensor.isfinite().all() for tensor in tensors.values()),
         "the log ends with step 12": last_step(out_dir) == 12,
     }
     return judge(done, claims)
 
 
 def not_finite(lab, words, step, harm=None, **options):
-    """Numbers that are not finite, which no loss of a step shows. What was saved is finite, and is resumed from."""
+    """Numbers become non-finite while the losses of the steps do not show it. The saved checkpoint is finite and resumes."""
     out_dir = lab.path("run")
     done = lab.run(out_dir, harm=harm, **options)
     saved, tensors = saved_in(out_dir)
     again = lab.run(out_dir, resume=True, **{**options, "dtype": "float32", "lr": 1e-6, "max_steps": saved["step"] + 2})
     claims = {
         **ended_clearly(done, f"of step {saved['step']}", "lower lr", *words),
-        f"the checkpoint is of step {step}": saved["step"] == step,
-        "it is finite": all(tensor.isfinite().all() for tensor in tensors.values()),
+        f"the checkpoint holds step {step}": saved["step"] == step,
+        "the checkpoint is finite": all(tensor.isfinite().all() for tensor in tensors.values()),
         "the log holds no NaN": "NaN" not in read(os.path.join(out_dir, "log.jsonl")).decode(),
         "the remedy helps": again.status == 0,
     }
@@ -1019,7 +1036,7 @@ def not_finite(lab, words, step, harm=None, **options):
 
 
 def leak(lab, steps):
-    """Memory, open files and threads, by what the system says. The first quarter of the run is its warm-up."""
+    """Memory, open files and threads, as the system reports them, do not grow after the run's first quarter."""
     out_dir, samples = lab.path("run"), []
     command = lab.start(out_dir, max_steps=steps)
     process = f"/proc/{command.popen.pid}"
@@ -1031,13 +1048,15 @@ def leak(lab, steps):
             files = len(os.listdir(f"{process}/fd"))
             samples.append((step, int(numbers[b"VmRSS"]) / 1024, files, int(numbers[b"Threads"])))
         time.sleep(0.02)
-        return step >= steps  # what comes then is no training: loss.png
+        return step >= steps  # then the run draws loss.png, which takes memory
 
     command.wait_until(sample)
     done = command.wait()
     early, late = ([s for s in samples if low <= s[0] < low + steps // 4] for low in (steps // 4, steps - steps // 4))
     memory = [statistics.median(s[1] for s in part) for part in (early, late)]
-    files = [min(s[2] for s in part) for part in (early, late)]  # while neither the log nor a checkpoint is open
+    files = [
+        min(s[2] for s in part) for part in (early, late)
+    ]  # the minimum: when neither the log nor a checkpoint is open
     threads = [max(s[3] for s in part) for part in (early, late)]
     claims = {
         **ended_well(done),
@@ -1054,9 +1073,11 @@ def leak(lab, steps):
 
 
 def table(short):
-    """{name: (what is done, function of a Lab, its arguments)}"""
+    """{name: (what happens, function of a Lab, its arguments)}"""
     count, few, steps, timeout = (5, 2, 300, 5) if short else (25, 5, 2000, 10)
-    ddp, fsdp = ({**processes, "max_steps": 30 * few + 30} for processes in (DDP, FSDP))  # share the unbroken run
+    ddp, fsdp = (
+        {**processes, "max_steps": 30 * few + 30} for processes in (DDP, FSDP)
+    )  # these faults share one unbroken run
     again, gone, memory = "prepare_owt.py", ["no whole checkpoint"], ["micro_batch=4", "lower micro_batch"]
     nan = ["step 13", "gradient norm nan", "of step 10", "lower lr"]
     val_nan = dict(words=["val_loss nan"], step=1, lr=1e30, warmup_steps=0, eval_interval=1)
@@ -1081,7 +1102,7 @@ def table(short):
             hang_alone,
             dict(harm="hang", words=["in harmed_batch"], timeout=3),
         ),
-        ("ranks_differ", "rank 1 of 2 is given another lr", ranks_differ, DDP),
+        ("ranks_differ", "rank 1 of 2 gets another lr", ranks_differ, DDP),
         ("hangup", "SIGHUP", told_to_end, dict(name=signal.SIGHUP, whom="run")),
         ("launcher_killed", "SIGKILL to torchrun", told_to_end, dict(name=signal.SIGKILL, whom="launcher", **DDP)),
         ("interrupted_twice", "Ctrl-C twice in an evaluation", interrupted_twice, {}),
@@ -1100,37 +1121,52 @@ def table(short):
         ("ckpt_truncated", "newest truncated", damaged, dict(spoil=truncated)),
         ("ckpt_bit", "one bit of a tensor flipped", damaged, dict(spoil=bit_flipped)),
         ("ckpt_bit_fsdp", "the same in a directory", damaged, dict(spoil=bit_flipped, **FSDP)),
-        ("ckpt_both", "both truncated", damaged, dict(spoil=both_truncated, words=gone)),
-        ("ckpt_other", "both of another model", damaged, dict(spoil=other_model, words=["ckpt.pt", "another model"])),
+        ("ckpt_both", "both checkpoints truncated", damaged, dict(spoil=both_truncated, words=gone)),
+        ("ckpt_other", "both from another model", damaged, dict(spoil=other_model, words=["ckpt.pt", "another model"])),
         ("ckpt_evil", "newest a malicious pickle", damaged, dict(spoil=evil)),
         ("ckpt_evil_fsdp", "the same in a directory", damaged, dict(spoil=evil, **FSDP)),
         ("ckpt_evil_both", "both malicious pickles", damaged, dict(spoil=both_evil, words=gone)),
         ("ckpt_folder", "ckpt.pt a directory", damaged, dict(spoil=a_folder)),
         ("ckpt_fifo", "ckpt.pt a FIFO", damaged, dict(spoil=a_fifo)),
-        ("ckpt_text", "ckpt.pt a text", damaged, dict(spoil=a_text)),
+        ("ckpt_text", "ckpt.pt a text file", damaged, dict(spoil=a_text)),
         ("ckpt_packed", "newest compressed again", damaged, dict(spoil=packed)),
         ("ckpt_nan", "a weight of the newest is NaN", damaged, dict(spoil=with_nan)),
         ("ckpt_step", "its step is NaN", damaged, dict(spoil=step_nan)),
         ("ckpt_key", "it has no scaler", damaged, dict(spoil=without_scaler)),
         ("ckpt_chunk", "a chunk is missing, --shard=fsdp", damaged, dict(spoil=without_chunk, **FSDP)),
-        ("data_truncated", "train.bin cut", bad_data, dict(spoil=data(9000), words=["9000 bytes", "15945", again])),
+        ("data_truncated", "train.bin cut", bad_data, dict(spoil=cut_data(9000), words=["9000 bytes", "15945", again])),
         (
             "data_odd",
             "uint16, odd length",
             bad_data,
-            dict(spoil=data(**odd), words=["9001 bytes", "4500", again]),
+            dict(spoil=cut_data(**odd), words=["9001 bytes", "4500", again]),
         ),
-        ("data_dtype", "uint8 read as uint16", bad_data, dict(spoil=data(**halved), words=["holds token", again])),
-        ("data_token", "a token that is none", bad_data, dict(spoil=bad_token(0), words=["token 200", "96", again])),
+        ("data_dtype", "uint8 read as uint16", bad_data, dict(spoil=cut_data(**halved), words=["holds token", again])),
+        (
+            "data_token",
+            "a token outside the vocabulary",
+            bad_data,
+            dict(spoil=bad_token(0), words=["token 200", "96", again]),
+        ),
         ("data_token_1", "rank 1 reads it", bad_data, dict(spoil=bad_token(5), words=["token 200", again], **DDP)),
-        ("data_short", "train.bin of 20 tokens", bad_data, dict(spoil=data(20, train_tokens=20), words=["block_size"])),
+        (
+            "data_short",
+            "train.bin of 20 tokens",
+            bad_data,
+            dict(spoil=cut_data(20, train_tokens=20), words=["block_size"]),
+        ),
         ("data_cut", "train.bin truncated while the run reads it", data_cut_while_running, {}),
         ("data_cut_ddp", "the same, 2 processes", data_cut_while_running, DDP),
         ("shm_full", "streamed images and a /dev/shm of 1 MB", shared_memory_full, {}),
         ("data_replaced", "resumed with other data of the same size", data_replaced, {}),
         ("meta_missing", "no meta.json", bad_data, dict(spoil=no_meta, words=["meta.json is missing", again])),
-        ("meta_broken", "meta.json cut", bad_data, dict(spoil=data(meta_bytes=50), words=["meta.json", again])),
-        ("meta_key", "no train_tokens in it", bad_data, dict(spoil=data(train_tokens=None), words=["train_tokens"])),
+        ("meta_broken", "meta.json cut", bad_data, dict(spoil=cut_data(meta_bytes=50), words=["meta.json", again])),
+        (
+            "meta_key",
+            "no train_tokens in it",
+            bad_data,
+            dict(spoil=cut_data(train_tokens=None), words=["train_tokens"]),
+        ),
         ("resume_shape", "resumed with another d_model, n_layer, structure", other_shape, {}),
         ("resume_options", "resumed with another lr, max_steps, seed, …", other_options, {}),
         ("nan", "a gradient is NaN in step 13", in_step_13, dict(harm="nan", words=nan)),
@@ -1154,14 +1190,14 @@ def table(short):
 
 
 def inflict(lab, name, what, function, arguments):
-    """-> a row: what was done, what the user saw, whether that is as it should be."""
+    """Run one fault -> a row: what was done, what the user saw, and whether that is right."""
     begun = time.monotonic()
     try:
         verdict = function(lab, **arguments)
-    except Exception as error:  # a command that takes too long, a file that is not there: it has failed
+    except Exception as error:  # for example a command that takes too long, or a missing file
         verdict = Verdict("", False, f"{type(error).__name__}: {error}", None)
     finally:
-        lab.end()
+        lab.kill_all()
     return {"name": name, "what": what, "seconds": round(time.monotonic() - begun, 1), **verdict._asdict()}
 
 

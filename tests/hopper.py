@@ -1,4 +1,4 @@
-"""Kernels compiled for an H100, on a machine that has none: what they take of shared memory and registers."""
+"""Compile Triton kernels for an H100 on a machine that has none, to check their shared memory and registers."""
 
 import re
 import subprocess
@@ -21,7 +21,11 @@ def layer_sizes(d_in, d_out, rank):
 
 
 class Compiler:
-    """In a kernel's place: a launch is compiled for an H100 instead of made."""
+    """Stands in for a Triton kernel: a launch compiles the kernel for an H100 with these arguments and does not run it.
+
+    Tests patch it in for a kernel and read the result, `compiled[kernel name]`: its metadata states the shared memory
+    a block needs, and `spilled_bytes` counts the registers that did not fit.
+    """
 
     TYPES = {torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int32: "*i32", torch.int64: "*i64"}
 
@@ -54,15 +58,15 @@ class Compiler:
         return launch
 
 
-def spilled(compiled):
-    """Bytes of registers that ptxas puts in memory."""
+def spilled_bytes(compiled):
+    """Bytes of registers that ptxas spills to memory, per thread."""
     binaries = Path(triton.__file__).parent / "backends/nvidia/bin"
     with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
         file.write(compiled.asm["ptx"])
         file.flush()
-        for ptxas in ("ptxas", "ptxas-blackwell"):  # the newer one where the PTX is too new for the other
+        for ptxas in ("ptxas", "ptxas-blackwell"):  # the second is newer: it reads PTX that the first cannot
             words = [str(binaries / ptxas), "-v", "--gpu-name=sm_90a", file.name, "-o", "/dev/null"]
             done = subprocess.run(words, capture_output=True, text=True)
             if done.returncode == 0:
                 return int(re.search(r"(\d+) bytes spill stores", done.stderr)[1])
-    pytest.skip(f"no ptxas for this PTX: {done.stderr}")
+    pytest.skip(f"no ptxas here reads this PTX: {done.stderr}")

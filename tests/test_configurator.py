@@ -1,4 +1,4 @@
-"""Options from dataclass, files and command line; one clear line for each mistake."""
+"""Tests options from dataclasses, files and the command line against expected values, and one line per mistake."""
 
 import importlib
 import os
@@ -82,7 +82,7 @@ def config_file(tmp_path):
         (["--table={'attn.q': 'dense'}"], "table", {"attn.q": "dense"}),
     ],
 )
-def test_values(argv, key, value):
+def test_values_are_parsed_to_the_type_of_their_option(argv, key, value):
     got = getattr(load_config(Options, argv), key)
     assert got == value and type(got) is type(value)
 
@@ -117,7 +117,7 @@ def test_mistakes_name_option_value_and_remedy(argv, words):
         load_config(Options, argv)
     message = str(caught.value)
     assert "\n" not in message and all(word in message for word in words), message
-    assert caught.value.code == f"error: {message}"  # what python prints, with exit status 1
+    assert caught.value.code == f"error: {message}"  # Python prints it and exits with status 1
 
 
 @pytest.mark.parametrize(
@@ -131,12 +131,12 @@ def test_mistakes_in_a_file_name_the_file(config_file, text, words):
     assert path in str(caught.value) and all(word in str(caught.value) for word in words)
 
 
-def test_only_rank_0_speaks(monkeypatch):
+def test_only_rank_0_prints_an_error(monkeypatch):
     monkeypatch.setenv("RANK", "1")
     assert ConfigError("text").code == RunFailed("text").code == 1
 
 
-def test_a_failed_run_ends_as_a_mistake_does_and_is_none(monkeypatch):
+def test_a_failed_run_ends_like_a_mistake_but_is_another_exception(monkeypatch):
     monkeypatch.delenv("RANK", raising=False)
     for kind, other, builtin in ((ConfigError, RunFailed, ValueError), (RunFailed, ConfigError, RuntimeError)):
         with pytest.raises(builtin, match="^text$") as caught:
@@ -156,7 +156,7 @@ def test_help_lists_every_option_with_default_and_comment(capsys):
 
 @pytest.mark.parametrize(
     "where",
-    ["options.TrainConfig", "vision.train.ImageTrainConfig", "vision.regression.RegressionConfig",
+    ["options.TrainConfig", "vision.train.ImageTrainConfig", "vision.regression.RegressionConfig", "vision.data.PixelsConfig",
      "prepare_owt.PrepareConfig", "sample.SampleConfig", "lab.convert.ConvertConfig", "lab.search.SearchConfig",
      "lab.sweep.SweepConfig", "lab.structures.StructuresConfig", "lab.coverage.CoverageConfig",
      "lab.mup_check.CoordsConfig",
@@ -165,8 +165,8 @@ def test_help_lists_every_option_with_default_and_comment(capsys):
      "lab.bench_options.SampleBenchConfig", "lab.bench_options.DataBenchConfig", "lab.bench_options.LayersConfig",
      "lab.bench_options.MixturesConfig"],
 )  # fmt: skip
-def test_help_says_what_every_option_does(where):
-    """Those of the classes it inherits from, too; a field that is more than one line loses its comment."""
+def test_help_explains_every_option(where):
+    """Inherited options are included; a field that spans several lines would lose its comment."""
     module, _, name = where.rpartition(".")
     Config = getattr(importlib.import_module(module), name)
     lines = help_text(Config).splitlines()
@@ -177,7 +177,7 @@ def test_help_says_what_every_option_does(where):
         assert re.search(r"=\S.* \w", line), f"{name} has no comment"
 
 
-def test_ctrl_c_that_nobody_caught_is_one_line(capsys):
+def test_an_uncaught_ctrl_c_is_one_line(capsys):
     def interrupted(words):
         raise KeyboardInterrupt
 
@@ -192,7 +192,9 @@ def test_a_config_file_may_define_functions_and_classes_which_are_no_options(con
     )
     assert read_config_file(path) == {"pi": 3.141592653589793, "lr": 3.141592653589793}
     function = sys.modules["config_file_" + re.sub(r"\W", "_", path)].f
-    assert function() and importlib.import_module(function.__module__).f is function  # as torch.compile looks it up
+    assert (
+        function() and importlib.import_module(function.__module__).f is function
+    )  # torch.compile looks it up like this
 
 
 @pytest.mark.parametrize(
@@ -204,11 +206,11 @@ def test_a_config_file_may_define_functions_and_classes_which_are_no_options(con
         ("--overrides=\"{'ffn': 'btt'}\"", [["--overrides={'ffn': 'btt'}"]]),
     ],
 )
-def test_several_configs_in_one_option_are_split_as_a_shell_splits_them(text, configs):
+def test_several_configs_in_one_option_are_split_like_a_shells_words(text, configs):
     assert split_configs("against", text) == configs
 
 
-def test_options_in_one_option():
+def test_several_options_in_one_option_are_parsed():
     got = split_options("common", "--a=1 --b 2.5 --c --d='x y' --e=None --f=2024-05 --g='{\"h\": 1}'")
     assert got == {"a": 1, "b": 2.5, "c": True, "d": "x y", "e": None, "f": "2024-05", "g": {"h": 1}}
     for text, message in (("a=1", "'a=1' is not an option, write each as --key=value"), ("--a='1", "close the quotes")):
@@ -247,7 +249,7 @@ def test_text_options_keep_text_that_looks_like_a_literal():
     assert load_config(Structured, ["--folder=None", "--plot"]) == Structured(folder=None, plot=True)
 
 
-def test_names_of_other_projects_get_the_right_name_here():
+def test_option_names_of_other_projects_are_answered_with_the_name_here():
     with pytest.raises(ConfigError, match="unknown option --n_rank: here it is rank"):
         load_config(Structured, ["--n_rank=2"])
     for theirs, ours in (("learning_rate", "lr"), ("n_embd", "d_model"), ("dataset", "data_dir")):
@@ -298,7 +300,7 @@ def test_mistakes_are_answered_before_torch_is_imported(words, line):
     assert done.returncode == (0 if "--help" in words else 1)
 
 
-def test_a_reader_that_has_seen_enough_is_no_error():
+def test_a_pipe_that_closes_early_is_no_error():
     done = subprocess.run(
         f"{sys.executable} train.py --help | head -1", shell=True, cwd=ROOT, capture_output=True, text=True
     )
@@ -382,8 +384,8 @@ def test_numbers_are_finite_and_fit_64_bits(word, message):
     assert load_config(Options, ["--steps=9223372036854775807"]).steps == 2**63 - 1
 
 
-def test_options_are_read_anew_by_each_call(tmp_path):
-    """Only a script's second call has what its first one made: elsewhere a changed file counts, and objects are not shared."""
+def test_each_call_reads_options_anew(tmp_path):
+    """Each call reads a changed file again and makes a new object; only within a script is the first result reused."""
     path = tmp_path / "some.py"
     path.write_text("kind = 'btt'\nrank = 2\n")
     first = load_config(Structured, [str(path)])

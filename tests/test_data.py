@@ -1,4 +1,4 @@
-"""Tokenizers against independent ones, preparation against plain loops, batches as pure functions."""
+"""Tests tokenizers against independent ones, prepared data against plain loops, and batches as pure functions."""
 
 import concurrent.futures
 import dataclasses
@@ -36,7 +36,7 @@ from prepare_owt import PrepareConfig, prepare
 from theta import BTT, factor_sizes
 
 
-def texts(count, seed=0):
+def random_texts(count, seed=0):
     """Documents of printable ASCII, some with characters outside the vocabulary."""
     draw = random.Random(seed)
     alphabet = string.ascii_letters + string.digits + string.punctuation + " \n"
@@ -44,7 +44,7 @@ def texts(count, seed=0):
     return [text + draw.choice(["", "", "", "\t", "é", "日本"]) for text in documents]
 
 
-def allowed(text):
+def in_char96(text):
     return all(char == "\n" or 32 <= ord(char) < 127 for char in text)
 
 
@@ -63,7 +63,7 @@ def test_characters_are_numbered_as_stated():
 
 
 @pytest.mark.parametrize("bad", ["\t", "\r", "\x7f", "é", "日", "\ud800"])
-def test_other_characters_are_named(bad):
+def test_characters_outside_the_vocabulary_are_named(bad):
     with pytest.raises(ConfigError, match="position 2"):
         CharTokenizer().encode("ab" + bad)
     assert CharTokenizer().encode_document("ab" + bad) is None
@@ -75,10 +75,10 @@ def small_bpe(tmp_path_factory):
     from tokenizers import ByteLevelBPETokenizer
 
     reference = ByteLevelBPETokenizer()
-    reference.train_from_iterator([*texts(200), "Hello world, hello words"] * 3, vocab_size=400, min_frequency=2)
+    reference.train_from_iterator([*random_texts(200), "Hello world, hello words"] * 3, vocab_size=400, min_frequency=2)
     folder = tmp_path_factory.mktemp("bpe")
     vocab, merges = reference.save_model(str(folder))
-    # tiktoken wants the bytes first, in the order of OpenAI's file, then the merges in theirs
+    # tiktoken expects the bytes first, in the order of OpenAI's file, then the merges in their order
     lines = open(merges, encoding="utf-8").read().split("\n")
     merges_in_order = [line for line in lines[1:] if line]
     printable = [b for b in range(256) if chr(b).isprintable() and chr(b) != " "]
@@ -97,7 +97,7 @@ def small_bpe(tmp_path_factory):
 def test_bpe_from_local_files_equals_hugging_face(small_bpe):
     folder, reference = small_bpe
     ours = GPT2Tokenizer(folder)
-    for text in [*texts(50, seed=1), "Hello world", "it's  two   spaces\n\n", "日本 é"]:
+    for text in [*random_texts(50, seed=1), "Hello world", "it's  two   spaces\n\n", "日本 é"]:
         assert ours.encode(text) == reference.encode(text).ids
         assert ours.decode(ours.encode(text)) == text
 
@@ -108,11 +108,19 @@ def test_bpe_from_local_files_equals_hugging_face(small_bpe):
 def test_gpt2s_own_files_give_the_published_ids():
     tokenizer = GPT2Tokenizer(os.environ["GPT2_BPE_DIR"])
     assert tokenizer.encode("Hello world") == [15496, 995]
-    assert tokenizer.encode("<|endoftext|>") == [27, 91, 437, 1659, 5239, 91, 29]  # text, not the special token
+    assert tokenizer.encode("<|endoftext|>") == [
+        27,
+        91,
+        437,
+        1659,
+        5239,
+        91,
+        29,
+    ]  # it is encoded as text, not as the special token
     assert tokenizer.decode([15496, 995, 50256, 50303]) == "Hello world<|endoftext|>"
 
 
-def test_bpe_mistakes_say_what_to_do(tmp_path, monkeypatch):
+def test_mistakes_with_bpe_files_offer_a_remedy(tmp_path, monkeypatch):
     with pytest.raises(ConfigError, match="vocab.bpe is missing"):
         GPT2Tokenizer(str(tmp_path))
     for name in ("vocab.bpe", "encoder.json"):
@@ -131,7 +139,7 @@ def test_bpe_mistakes_say_what_to_do(tmp_path, monkeypatch):
 ANY_TEXT = "naïve café\t日本 🙂\n\x7f" + "".join(map(chr, range(1, 400)))
 
 
-def test_bytes_take_any_text():
+def test_the_byte_tokenizer_takes_any_text():
     tokenizer = ByteTokenizer()
     assert tokenizer.encode("é\n") == [0xC3, 0xA9, 10]
     assert tokenizer.decode(tokenizer.encode(ANY_TEXT)) == ANY_TEXT
@@ -139,7 +147,7 @@ def test_bytes_take_any_text():
 
 
 @pytest.mark.parametrize("text, dtype", [("hello\nworld é", "uint8"), (ANY_TEXT, "uint16")])
-def test_characters_of_the_data_are_numbered_as_nanogpt_does(text, dtype):
+def test_characters_of_the_data_are_numbered_like_nanogpts(text, dtype):
     characters = sorted(set(text))
     number = {char: i for i, char in enumerate(characters)}
     tokenizer = VocabularyTokenizer("".join(characters))
@@ -157,13 +165,13 @@ def test_characters_of_the_data_are_numbered_as_nanogpt_does(text, dtype):
         "a " + "\u00a0\t\n" * 50_000 + "\x1c" + " " * 100_001 + "'s", "\x1c" * 150_000 + "b", " " * 150_000, "",
     ],
 )  # fmt: skip
-def test_long_spaces_have_the_ids_of_the_whole(small_bpe, text):
+def test_long_runs_of_spaces_are_encoded_as_if_in_one_piece(small_bpe, text):
     tokenizer = GPT2Tokenizer(small_bpe[0])
     assert tokenizer.encode(text) == tokenizer.bpe.encode_ordinary(text)
 
 
-def test_a_million_spaces(small_bpe):
-    """tiktoken cannot do the whole. The pattern takes all spaces but the last as one word."""
+def test_a_million_spaces_are_encoded(small_bpe):
+    """tiktoken cannot encode them in one piece. Its pattern takes all spaces but the last as one word."""
     tokenizer = GPT2Tokenizer(small_bpe[0])
     want = [ids for part in ("a", " " * 1_099_999, " b") for ids in tokenizer.bpe.encode_ordinary(part)]
     assert tokenizer.encode("a" + " " * 1_100_000 + "b") == want
@@ -173,6 +181,7 @@ def test_a_million_spaces(small_bpe):
 
 
 def read_tokens(folder):
+    """-> meta, {split: tokens} of a data folder."""
     meta = read_meta(folder)
     return meta, {
         split: np.fromfile(os.path.join(folder, f"{split}.bin"), dtype=meta["dtype"]) for split in ("train", "val")
@@ -180,11 +189,12 @@ def read_tokens(folder):
 
 
 def documents_of(tokens, end):
-    """Cut a token file at its document ends -> list of tuples."""
+    """Cut tokens at the ends of documents -> list of tuples."""
     return [tuple(part[:-1]) for part in np.split(tokens, np.flatnonzero(tokens == end) + 1) if len(part)]
 
 
 def write_corpus(kind, folder, documents):
+    """Write documents to a folder as .txt files, or as one file of another kind."""
     if kind == "txt":
         for i, text in enumerate(documents):
             (folder / f"{i:04}.txt").write_text(text, newline="")
@@ -199,9 +209,9 @@ def write_corpus(kind, folder, documents):
 
 @pytest.mark.parametrize("kind", ["txt", "jsonl", "parquet"])
 @pytest.mark.parametrize("num_proc", [1, 2])
-def test_characters_of_a_local_folder(tmp_path, monkeypatch, kind, num_proc):
-    monkeypatch.setattr(prepare_owt, "BATCH_CHARACTERS", 2000)  # many batches
-    documents = [text.replace("\n", " ") for text in texts(120)]  # so that newlines are document ends only
+def test_documents_of_a_local_folder_are_split_and_stored_in_order(tmp_path, monkeypatch, kind, num_proc):
+    monkeypatch.setattr(prepare_owt, "BATCH_CHARACTERS", 2000)  # so that there are many batches
+    documents = [text.replace("\n", " ") for text in random_texts(120)]  # so that newlines only end documents
     (tmp_path / "in").mkdir()
     write_corpus(kind, tmp_path / "in", documents)
     out = str(tmp_path / "out")
@@ -209,22 +219,22 @@ def test_characters_of_a_local_folder(tmp_path, monkeypatch, kind, num_proc):
         PrepareConfig(source=str(tmp_path / "in"), tokenizer="char96", out_dir=out, val_fraction=0.2, num_proc=num_proc)
     )
     stored, tokens = read_tokens(out)
-    kept = [text for text in documents if allowed(text)]
+    kept = [text for text in documents if in_char96(text)]
     assert stored == meta and meta["documents"] == 120 and meta["left_out"] == 120 - len(kept) > 0
     assert meta["train_tokens"] + meta["val_tokens"] == sum(len(text) + 1 for text in kept)
     got = {split: documents_of(tokens[split], 0) for split in tokens}
     assert sorted(got["train"] + got["val"]) == sorted(tuple(char_ids(text)) for text in kept)
     in_order = [ids for text in kept if (ids := tuple(char_ids(text))) in set(got["train"])]
-    assert got["train"] == in_order  # the order of the files, whatever the number of processes
+    assert got["train"] == in_order  # in the order of the files, for any number of processes
     assert 0.05 < len(got["val"]) / len(kept) < 0.4
     assert sorted(os.listdir(out)) == ["meta.json", "train.bin", "val.bin"]
 
 
-def test_bpe_of_the_hubs_layout(tmp_path, small_bpe):
-    """A local folder laid out as a data set on the hub; each document ends with 50256; the published split."""
+def test_a_data_set_in_the_hubs_layout_is_split_as_published(tmp_path, small_bpe):
+    """A local folder is laid out like a data set on the hub; each document ends with token 50256."""
     datasets = pytest.importorskip("datasets")
     folder, reference = small_bpe
-    documents = [text for text in texts(200) if text]
+    documents = [text for text in random_texts(200) if text]
     (tmp_path / "hub" / "plain_text").mkdir(parents=True)
     half = len(documents) // 2
     for i, part in enumerate((documents[:half], documents[half:])):
@@ -264,7 +274,7 @@ def test_one_document_is_split_at_its_end(tmp_path):
     assert [*tokens["train"], *tokens["val"]] == char_ids("abcdefghij" * 100 + "\n")
 
 
-def test_the_same_again_gives_the_same_and_a_failure_leaves_the_old(tmp_path):
+def test_preparing_again_gives_the_same_data_and_a_failure_keeps_the_old(tmp_path):
     (tmp_path / "a.txt").write_text("some text " * 50)
     config = PrepareConfig(
         source=str(tmp_path / "a.txt"), tokenizer="char96", out_dir=str(tmp_path / "out"), num_proc=1
@@ -272,14 +282,14 @@ def test_the_same_again_gives_the_same_and_a_failure_leaves_the_old(tmp_path):
     prepare(config)
     before = {name: open(tmp_path / "out" / name, "rb").read() for name in os.listdir(tmp_path / "out")}
     prepare(config)
-    (tmp_path / "a.txt").write_text("\t")  # nothing is left of this one
+    (tmp_path / "a.txt").write_text("\t")  # no character of it is in the vocabulary
     with pytest.raises(ConfigError, match="no token came out of 1 documents"):
         prepare(config)
     assert before == {name: open(tmp_path / "out" / name, "rb").read() for name in before}
 
 
 def prepare_folder(tmp_path, documents, **options):
-    """-> meta and tokens of documents as .txt files"""
+    """Prepare documents from .txt files -> meta, {split: tokens}."""
     folder, out = tmp_path / "in", str(tmp_path / "out")
     folder.mkdir()
     for i, text in enumerate(documents):
@@ -289,8 +299,8 @@ def prepare_folder(tmp_path, documents, **options):
 
 
 @pytest.mark.parametrize("tokenizer", ["bytes", "chars"])
-def test_any_text_with_bytes_and_chars(tmp_path, tokenizer):
-    documents = [text.replace("\n", " ").replace("\r", " ") for text in [*texts(60), ANY_TEXT * 3]]
+def test_bytes_and_chars_store_any_text(tmp_path, tokenizer):
+    documents = [text.replace("\n", " ").replace("\r", " ") for text in [*random_texts(60), ANY_TEXT * 3]]
     meta, tokens = prepare_folder(tmp_path, documents, tokenizer=tokenizer, val_fraction=0.2)
     assert meta["left_out"] == 0 and meta["tokenizer"] == tokenizer
     if tokenizer == "chars":
@@ -301,25 +311,25 @@ def test_any_text_with_bytes_and_chars(tmp_path, tokenizer):
     assert sorted(got) == sorted(documents)
 
 
-def test_the_readme_itself_is_text(tmp_path):
+def test_a_single_document_is_stored_byte_for_byte(tmp_path):
     readme = open(os.path.join(ROOT, "README.md"), encoding="utf-8").read()
     meta, tokens = prepare_folder(tmp_path, [readme])
     assert bytes([*tokens["train"], *tokens["val"]]).decode() == readme + "\n"
     assert len(tokens["val"]) == round(0.1 * meta["documents"] * len((readme + "\n").encode()))
 
 
-def test_what_is_left_out_is_named(tmp_path, capsys):
+def test_documents_that_are_left_out_are_named(tmp_path, capsys):
     prepare_folder(tmp_path, ["fine\n" * 50, "one\ntwo\nthe café\n", "日本"], tokenizer="char96")
     out = capsys.readouterr().out
     assert "0001.txt:3 has 'é'" in out and "--tokenizer=chars or bytes" in out and "2 left out" in out
-    assert "日" not in out  # the first is enough
+    assert "日" not in out  # only the first is named
     (tmp_path / "book.txt").write_text("a\nb\né")
     with pytest.raises(ConfigError, match=r"book.txt:3 has 'é', which.* --tokenizer=chars or bytes"):
         prepare(PrepareConfig(source=str(tmp_path / "book.txt"), tokenizer="char96", out_dir=str(tmp_path / "out2")))
 
 
 @pytest.mark.parametrize("size, share", [(1000, 0.1), (4_000_000, 0.1), (10_000_000, 0.05), (2_000_000_000, 0.0005)])
-def test_validation_is_a_tenth_of_small_texts(tmp_path, size, share):
+def test_val_fraction_is_a_tenth_for_small_texts_and_falls_with_size(tmp_path, size, share):
     with open(tmp_path / "a.txt", "wb") as file:
         file.truncate(size)
     config = PrepareConfig(source=str(tmp_path / "a.txt"), tokenizer="bytes")
@@ -328,14 +338,14 @@ def test_validation_is_a_tenth_of_small_texts(tmp_path, size, share):
 
 @pytest.mark.parametrize("sizes", [[1000], [1000, 1000], [20_000, 3, 3, 3, 3, 3, 3, 3, 3, 3, 3, 3], [1, 50_000]])
 @pytest.mark.parametrize("seed", range(4))
-def test_few_or_unequal_documents_still_give_validation_its_share(tmp_path, sizes, seed):
+def test_validation_gets_its_share_of_few_or_unequal_documents(tmp_path, sizes, seed):
     meta, tokens = prepare_folder(tmp_path, ["x" * size for size in sizes], seed=seed)
     total = sum(sizes) + len(sizes)
     assert len(tokens["train"]) + len(tokens["val"]) == total
     assert 0.05 * total <= len(tokens["val"]) <= 0.2 * total
 
 
-def test_the_standard_library_is_there():
+def test_stdlib_files_finds_the_standard_library_without_its_tests():
     files = prepare_owt.stdlib_files()
     assert sum(map(os.path.getsize, files)) > 3e6
     names = {os.path.basename(path) for path in files}
@@ -369,7 +379,7 @@ def test_nulls_and_bad_rows_are_left_out_and_counted(tmp_path, capsys):
 
 
 class Panic(BaseException):
-    """As tiktoken's: no Exception."""
+    """Like tiktoken's, it is not derived from Exception."""
 
 
 def test_a_document_that_the_tokenizer_fails_on_is_named(tmp_path, monkeypatch, capsys):
@@ -417,7 +427,7 @@ def test_a_full_disk_is_one_line_and_leaves_the_old_data(tmp_path, tokenizer):
     assert {name: (tmp_path / "out" / name).read_bytes() for name in sorted(os.listdir(tmp_path / "out"))} == before
 
 
-def test_a_folder_of_nanogpt_that_cannot_be_written_is_one_line(tmp_path):
+def test_a_nanogpt_folder_that_cannot_be_written_is_one_line(tmp_path):
     folder = nanogpt_folder(tmp_path / "nanogpt", [1, 2, 3] * 50)
     with small_disk(10), pytest.raises(ConfigError, match="nanogpt cannot be written .File too large."):
         prepare(PrepareConfig(source=folder))
@@ -427,8 +437,8 @@ def test_a_folder_of_nanogpt_that_cannot_be_written_is_one_line(tmp_path):
 @pytest.mark.parametrize(
     "value", ["1", "-1", "0", "nan", "None", "", "x", "1e400", "(1,)", "{}", "True", "\x7f", "a/b"]
 )
-def test_any_value_of_any_option_is_taken_or_refused_in_one_line(tmp_path, value, monkeypatch, capsys):
-    """tokenizer=gpt2 and source=owt aside, which need a network."""
+def test_any_value_of_any_option_is_accepted_or_refused_in_one_line(tmp_path, value, monkeypatch, capsys):
+    """Except tokenizer=gpt2 and source=owt, which need a network."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a.txt").write_text("some text\n" * 20)
     for field in dataclasses.fields(PrepareConfig):
@@ -438,7 +448,7 @@ def test_any_value_of_any_option_is_taken_or_refused_in_one_line(tmp_path, value
     assert "Traceback" not in capsys.readouterr().err
 
 
-def test_a_data_set_of_the_hub_is_read_as_files_are(tmp_path):
+def test_a_data_set_of_the_hub_is_read_like_files(tmp_path):
     datasets = pytest.importorskip("datasets")
     rows = ["short", None, "long " * 100, *["end"] * 20]
     (tmp_path / "hub").mkdir()
@@ -453,8 +463,8 @@ def test_a_data_set_of_the_hub_is_read_as_files_are(tmp_path):
     assert sorted(bytes([*tokens["train"], *tokens["val"]]).splitlines()) == [b"end"] * 20 + [b"short"]
 
 
-def test_several_quickstarts_at_once(tmp_path, monkeypatch):
-    """All find the data missing, all write before one of them is done, and all can read it afterwards."""
+def test_several_quickstarts_can_prepare_the_data_at_once(tmp_path, monkeypatch):
+    """All find the data missing, all write before one of them is done, and all can read the data afterwards."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a.py").write_text("print('some text')\n" * 1000)
     monkeypatch.setattr(prepare_owt, "stdlib_files", lambda: [str(tmp_path / "a.py")])
@@ -481,7 +491,7 @@ def test_several_quickstarts_at_once(tmp_path, monkeypatch):
     assert sorted(os.listdir("data/stdlib_char96")) == ["meta.json", "train.bin", "val.bin"]
 
 
-def test_prepare_as_a_command(tmp_path):
+def test_prepare_owt_works_as_a_command(tmp_path):
     (tmp_path / "a.txt").write_text("some text " * 500)
     done = run_forked(
         "prepare_owt.py", f"--source={tmp_path}", "--tokenizer=char96", f"--out_dir={tmp_path}/out", "--num_proc=2"
@@ -496,7 +506,7 @@ def test_prepare_as_a_command(tmp_path):
 
 
 def nanogpt_folder(path, ids, meta=None):
-    """As its data/*/prepare.py write them: uint16 tokens, and of characters a pickled vocabulary."""
+    """A folder as nanoGPT's data/*/prepare.py write it: uint16 tokens and, for characters, a pickled vocabulary."""
     path.mkdir()
     np.array(ids[:-40], dtype=np.uint16).tofile(path / "train.bin")
     np.array(ids[-40:], dtype=np.uint16).tofile(path / "val.bin")
@@ -505,7 +515,7 @@ def nanogpt_folder(path, ids, meta=None):
     return str(path)
 
 
-def test_nanogpts_characters_are_taken_over(tmp_path):
+def test_a_nanogpt_folder_of_characters_is_converted(tmp_path):
     text = "First Citizen: Before we proceed any further, hear me speak!\n" * 5
     chars = sorted(set(text))
     stoi = {char: i for i, char in enumerate(chars)}
@@ -520,7 +530,7 @@ def test_nanogpts_characters_are_taken_over(tmp_path):
     assert tokenizer_of(data.meta).decode(x[0].tolist()) in text
 
 
-def test_nanogpts_bpe_is_taken_over_and_other_tokens_are_not(tmp_path):
+def test_a_nanogpt_folder_of_bpe_tokens_is_converted_and_one_of_other_tokens_is_refused(tmp_path):
     folder = nanogpt_folder(tmp_path / "openwebtext", [15496, 995, 50256] * 50)
     prepare(PrepareConfig(source=folder))
     meta = TokenData(folder, 16).meta
@@ -532,7 +542,7 @@ def test_nanogpts_bpe_is_taken_over_and_other_tokens_are_not(tmp_path):
 
 
 class Opens:
-    """A pickle that runs code where it is loaded."""
+    """An object whose pickle creates a file when it is loaded."""
 
     def __init__(self, path):
         self.path = path
@@ -552,7 +562,7 @@ def test_a_pickle_that_runs_code_is_refused(tmp_path):
 # -- batches
 
 
-def test_batches_are_a_function_of_seed_and_step_and_ranks_share_them(char_data):
+def test_batches_depend_on_seed_and_step_only_and_ranks_share_them(char_data):
     data = TokenData(char_data, 32)
     whole_x, whole_y = data.train_batch(seed=1, step=5, rows=12, start=0, stop=12)
     x, y = TokenData(char_data, 32).train_batch(seed=1, step=5, rows=12, start=4, stop=8)
@@ -592,7 +602,7 @@ def test_validation_rows_do_not_overlap_and_never_leave_the_file(char_data):
         (lambda d: os.truncate(d / "train.bin", 39), ["train.bin", "39 bytes", "40"]),
     ],
 )
-def test_broken_data_is_named(tmp_path, spoil, words):
+def test_broken_data_files_are_named(tmp_path, spoil, words):
     for split in ("train", "val"):
         np.arange(40, dtype=np.uint8).tofile(tmp_path / f"{split}.bin")
     (tmp_path / "meta.json").write_text(json.dumps(dict(vocab_size=96, dtype="uint8", train_tokens=40, val_tokens=40)))
@@ -609,7 +619,7 @@ WRONG = [None, True, -1, 1.5, "96", [], {}, [96], {"a": 1}, 10**400, "\ud800", f
     "name", ["dtype", "vocab_size", "train_tokens", "row_tokens", "tokenizer", "vocabulary", "train_fingerprint"]
 )
 def test_wrong_types_in_meta_json_are_one_line(tmp_path, char_data, name):
-    """Whatever stands in a field of meta.json, the data are read, or a ConfigError names file and field."""
+    """Whatever a field of meta.json holds, the data are read or a ConfigError is raised."""
     folder = shutil.copytree(char_data, tmp_path / "data")
     meta, named = json.loads((folder / "meta.json").read_text()), 0
     for value in WRONG:
@@ -625,7 +635,7 @@ def test_wrong_types_in_meta_json_are_one_line(tmp_path, char_data, name):
 @pytest.mark.parametrize(
     "content", [b"", b"[]", b"7", b'"text"', b"null", b"\xff\xfe", b"[" * 100_000, b'{"dtype": "uint8"', b"1" * 5000]
 )
-def test_a_meta_json_that_is_none_is_one_line(tmp_path, char_data, content):
+def test_an_invalid_meta_json_is_one_line(tmp_path, char_data, content):
     folder = shutil.copytree(char_data, tmp_path / "data")
     (folder / "meta.json").write_bytes(content)
     with pytest.raises(ConfigError, match="meta.json is broken") as caught:
@@ -633,12 +643,12 @@ def test_a_meta_json_that_is_none_is_one_line(tmp_path, char_data, content):
     assert "\n" not in str(caught.value)
 
 
-def unreachable(*_):
+def raise_stale_handle(*_):
     raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
 
 
-def test_data_cut_or_gone_while_they_are_read_are_one_line(tmp_path, char_data, monkeypatch):
-    """A memory map would end the process by SIGBUS."""
+def test_data_truncated_or_unreachable_during_a_run_is_one_line(tmp_path, char_data, monkeypatch):
+    """With a memory map, SIGBUS would end the process."""
     folder = shutil.copytree(char_data, tmp_path / "data")
     data = TokenData(str(folder), 32)
     before = data.train_batch(0, 0, 8, 0, 8)[0]
@@ -646,13 +656,13 @@ def test_data_cut_or_gone_while_they_are_read_are_one_line(tmp_path, char_data, 
     with pytest.raises(RunFailed, match="train.bin has 20 bytes; it had 15945 when the run started: put"):
         data.train_batch(0, 0, 8, 0, 8)
     shutil.copy(os.path.join(char_data, "train.bin"), folder / "train.bin")
-    assert torch.equal(data.train_batch(0, 0, 8, 0, 8)[0], before)  # put back: the same file again
-    monkeypatch.setattr(os, "pread", unreachable)
+    assert torch.equal(data.train_batch(0, 0, 8, 0, 8)[0], before)  # the file is restored
+    monkeypatch.setattr(os, "pread", raise_stale_handle)
     with pytest.raises(RunFailed, match="train.bin cannot be read .Stale file handle.: see to its disk, then --resume"):
         data.train_batch(0, 0, 8, 0, 8)
 
 
-def test_other_tokens_in_a_file_of_the_same_size_are_noticed(tmp_path, char_data):
+def test_other_tokens_in_a_file_of_the_same_size_are_noted(tmp_path, char_data):
     folder, said = shutil.copytree(char_data, tmp_path / "data"), []
     meta = TokenData(char_data, 32).meta
     check_same_data(TokenData(str(folder), 32).meta, meta, said.append)
@@ -661,13 +671,13 @@ def test_other_tokens_in_a_file_of_the_same_size_are_noticed(tmp_path, char_data
     tokens[::-1].tofile(folder / "train.bin")
     check_same_data(TokenData(str(folder), 32).meta, meta, said.append)
     assert len(said) == 1 and "note: the data changed since the checkpoint: train_fingerprint is" in said[0]
-    (folder / "meta.json").write_text(json.dumps(meta))  # with the fingerprint, as prepare_owt.py writes it
+    (folder / "meta.json").write_text(json.dumps(meta))  # now with the fingerprint, like prepare_owt.py
     with pytest.raises(ConfigError, match="train.bin is not the file that meta.json describes"):
         TokenData(str(folder), 32)
 
 
 @pytest.mark.parametrize("size", [0, 1, 4095, 4096, 300_000, 3_000_000])
-def test_a_fingerprint_reads_both_ends_of_a_file_and_all_of_a_small_one(tmp_path, size):
+def test_a_fingerprint_covers_both_ends_of_a_large_file_and_all_of_a_small_one(tmp_path, size):
     content = np.random.default_rng(0).bytes(size)
     (tmp_path / "a").write_bytes(content)
     found = {fingerprint(tmp_path / "a")}
@@ -687,11 +697,13 @@ def test_a_context_longer_than_the_data_is_refused(char_data):
 # -- the data of a resumed run
 
 
-def test_data_in_another_language_is_refused_and_other_counts_are_said():
+def test_data_with_another_vocabulary_are_refused_and_other_changes_are_noted():
     said = []
     meta = dict(tokenizer="gpt2", vocab_size=50257, train_tokens=100, val_tokens=10)
     check_same_data(meta, dict(meta), said.append)
-    check_same_data(dict(meta, source="a"), dict(meta, classes=["x"]), said.append)  # what one lacks does not count
+    check_same_data(
+        dict(meta, source="a"), dict(meta, classes=["x"]), said.append
+    )  # a field that one of them lacks does not count
     assert said == []
     check_same_data(dict(meta, train_tokens=90), meta, said.append)
     assert len(said) == 1 and "train_tokens is 90, it was 100" in said[0]
@@ -705,7 +717,7 @@ def test_data_in_another_language_is_refused_and_other_counts_are_said():
     assert "mean is [0.4], it was [0.5]" in said[-1]
 
 
-def test_a_resumed_run_does_not_go_on_with_another_tokenizer(tiny, char_data, tmp_path):
+def test_a_run_does_not_resume_with_another_tokenizer(tiny, char_data, tmp_path):
     train.main([*tiny, "--max_steps=2"])
     other = shutil.copytree(char_data, tmp_path / "other")
     meta = json.loads((other / "meta.json").read_text())
@@ -714,8 +726,8 @@ def test_a_resumed_run_does_not_go_on_with_another_tokenizer(tiny, char_data, tm
         train.main([*tiny, "--max_steps=4", "--resume", f"--data_dir={other}"])
 
 
-def test_the_vocabulary_that_is_offered_factors(tmp_path, capsys):
-    """22 characters: a BTT head has no factors near their root, so the next number that has is offered."""
+def test_the_vocab_size_that_is_offered_can_be_factored(tmp_path, capsys):
+    """22 has no factors near its square root, as a BTT head needs, so the next number that has some is offered."""
     (tmp_path / "text.txt").write_text("abcdefghijklmnopqrstu\n" * 200)
     prepare_owt.main([f"--source={tmp_path}/text.txt", "--tokenizer=chars", f"--out_dir={tmp_path}/data"])
     out = capsys.readouterr().out

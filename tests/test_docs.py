@@ -1,4 +1,4 @@
-"""Pages against the code: links and paths exist, commands have the options they name, what is imported is declared."""
+"""Tests the pages against the code: links, files, commands and options exist, and imported packages are declared."""
 
 import ast
 import pathlib
@@ -15,7 +15,7 @@ from conftest import ROOT
 from docs import make_options
 
 ROOT = pathlib.Path(ROOT)
-RESULTS = [path for path in sorted(ROOT.glob("results/**/*.md")) if path.name != "table.md"]  # which a fit writes
+RESULTS = [path for path in sorted(ROOT.glob("results/**/*.md")) if path.name != "table.md"]  # a fit writes table.md
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/*.md")), *RESULTS]
 each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 
@@ -43,7 +43,7 @@ def anchors(text):
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
-# Files that a page may name though they are not in the tree: a run, a command or a user makes them.
+# Files that a page may name although they are not in the tree: a run, a command or a user makes them.
 MADE = re.compile(
     r"(out|data|runs?|my_\w+|wandb|hf_folder)/|\.venv|(log|ckpt\w*|train|val|meta|config|search|fit|before|loss|experts)\.(jsonl|png|pt|bin|json|md)"
     r"|table\.md|lr\.png|coords\.png|runs\.png|ckpt\.pt|vocab\.bpe|encoder\.json|my_text\.txt|baseline\.json|lr_landscape\.png"
@@ -51,8 +51,8 @@ MADE = re.compile(
 
 
 @each_page
-def test_files_that_are_named_exist(page):
-    """Words in `code`, and in commands, that look like a file of the project."""
+def test_files_that_a_page_names_exist(page):
+    """Checks all words in `code` and in commands that look like a file of the project."""
     text = page.read_text()
     named = set(re.findall(r"`([\w./-]+\.(?:py|sh|md|json|txt|log|png|xz|cff|toml))`", text))
     for words in commands(text):
@@ -64,14 +64,14 @@ def test_files_that_are_named_exist(page):
 
 
 def commands(text):
-    """The words of each command in the indented blocks of a page; a line that ends in \\ goes on, a comment is left out."""
+    """The words of each command in a page's indented blocks. A \\ at the end joins lines; comments are left out."""
     lines = re.findall(r"^ {4}(\S.*)$", text.replace("\\\n", " "), re.MULTILINE)
     found, variables = [], {}
     for line in lines:
         line = re.sub(r"\s+# .*", "", line)
         for name, value in variables.items():
             line = re.sub(rf"\${name}\b", lambda _, value=value: value, line)
-        for part in re.split(r"""&& |\| |; (?=(?:[^"]*"[^"]*")*[^"]*$)""", line):  # no ; within quotes
+        for part in re.split(r"""&& |\| |; (?=(?:[^"]*"[^"]*")*[^"]*$)""", line):  # a ; within quotes separates nothing
             words = split(part)
             assigned = [word.partition("=") for word in words if re.match(r"[A-Z]=", word)]
             variables |= {name: value for name, _, value in assigned}
@@ -83,14 +83,14 @@ def commands(text):
 def split(line):
     try:
         return shlex.split(line, comments=True)
-    except ValueError:  # half of a quoted argument
+    except ValueError:  # an argument whose quotes are not closed
         return line.split()
 
 
 def invocation(words):
-    """(key of make_options.COMMANDS, its arguments), or None where the words run none of our scripts."""
+    """(key of make_options.COMMANDS, its arguments), or None if the words run no script of the project."""
     words = list(words)
-    if "slurm.sh" in words:  # as it does: the first word may be a script
+    if "slurm.sh" in words:  # like slurm.sh: the first word may be a script
         words = words[words.index("slurm.sh") + 1 :]
         words = words if (ROOT / words[0]).is_file() and "config" not in words[0] else ["train.py", *words]
     for at, word in enumerate(words):
@@ -126,8 +126,8 @@ def test_commands_name_options_that_exist(page):
                 assert (ROOT / word).is_file(), f"{shlex.join(words)}: {word} does not exist"
 
 
-def test_the_commands_of_pages_are_found():
-    """Those of README, so that the checks above check something."""
+def test_the_commands_of_readme_are_found():
+    """So the checks above do check something."""
     found = [invocation(words) for words in commands((ROOT / "README.md").read_text())]
     assert len([each for each in found if each]) >= 15
     assert ("train", ["config/gpt2_btt.py", "--resume"]) in found
@@ -137,12 +137,12 @@ def test_the_commands_of_pages_are_found():
     )
 
 
-def test_options_page_is_what_the_code_has():
+def test_the_options_page_is_up_to_date():
     assert make_options.PAGE.read_text() == make_options.page(), "run: python docs/make_options.py"
 
 
-def test_options_page_has_what_help_has():
-    """Of the options that need no torch; of others tests/test_configurator.py asks --help itself."""
+def test_the_options_page_says_the_same_as_help():
+    """Checks two dataclasses of options; tests/test_configurator.py checks the help of all commands."""
     from options import GPTConfig
     from vision.options import ImageConfig
 
@@ -155,7 +155,7 @@ def test_options_page_has_what_help_has():
             assert said.get(option, text) == text
 
 
-def test_options_page_has_every_command():
+def test_the_options_page_has_every_command():
     """Every dataclass that a file hands to load_config belongs to a command."""
     listed = {name for names in make_options.COMMANDS.values() for name in names}
     for path in [*ROOT.glob("*.py"), *ROOT.glob("lab/*.py"), *ROOT.glob("vision/*.py")]:
@@ -166,15 +166,18 @@ def test_options_page_has_every_command():
 
 
 # ---------------------------------------------------------------------------------------
-# Declared is what is imported
+# Declared packages are those imported
 
 PACKAGE_OF = {"PIL": "pillow", "sklearn": "scikit-learn", "tiktoken_ext": "tiktoken"}
-WITHOUT_IMPORT = {"pytest-xdist", "ruff", "cmaes"}  # a plugin, a command, what optuna imports
-UNDECLARED = {"torchvision"}  # an option names it and says how to install it
+WITHOUT_IMPORT = {"pytest-xdist", "ruff", "cmaes"}  # a plugin, a command, and a package that optuna imports
+UNDECLARED = {"torchvision"}  # the option that needs it explains how to install it
 
 
 def imported_packages(*patterns, nodes=None):
-    """The packages that these files import, without ours and Python's. nodes: those of a file that count, all if None."""
+    """The packages that these files import, without the project's and Python's own.
+
+    nodes(tree) gives the statements that count; by default all do.
+    """
     files = [path for pattern in patterns for path in ROOT.glob(pattern)]
     ours = {path.stem for pattern in ("*.py", "tests/**/*.py") for path in ROOT.glob(pattern)}
     ours |= {path.parent.name for path in ROOT.glob("*/__init__.py")} | {"docs"}
@@ -189,7 +192,7 @@ def imported_packages(*patterns, nodes=None):
 
 
 def statements(tree):
-    """Every statement of a file, those in functions too."""
+    """Every statement of a file, those within functions included."""
     waiting = [tree]
     while waiting:
         node = waiting.pop()
@@ -199,16 +202,16 @@ def statements(tree):
             waiting += inner if isinstance(inner, list) else []
 
 
-def declared(requirements):
+def package_names(requirements):
     return {re.match(r"[\w-]+", line)[0].lower() for line in requirements} - {"nanoeinsum"}
 
 
-def test_declared_is_what_is_imported():
+def test_declared_packages_are_those_imported():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
-    in_project = declared([*project["dependencies"], *(each for extra in extras.values() for each in extra)])
+    in_project = package_names([*project["dependencies"], *(each for extra in extras.values() for each in extra)])
     lines = (ROOT / "requirements.txt").read_text().splitlines()
-    pinned = declared([line for line in lines if line and not line.startswith("#")])
+    pinned = package_names([line for line in lines if line and not line.startswith("#")])
     imported = imported_packages("*.py", "kernels/*.py", "engine/*.py", "lab/*.py", "vision/*.py", "tests/**/*.py")
     wanted = imported - UNDECLARED
     assert in_project - WITHOUT_IMPORT == wanted and pinned - WITHOUT_IMPORT == wanted
@@ -216,10 +219,10 @@ def test_declared_is_what_is_imported():
 
 
 def test_a_gpt_trains_without_extras():
-    """What files of the root and of engine/ import at once is a dependency, not an extra."""
+    """Every package that files in the root and in engine/ import at the top is a dependency, not an extra."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     imported = imported_packages("*.py", "engine/*.py", nodes=lambda tree: tree.body)
-    assert imported <= declared(project["dependencies"])
+    assert imported <= package_names(project["dependencies"])
 
 
 def test_pyproject_names_every_module_and_package():
@@ -229,7 +232,7 @@ def test_pyproject_names_every_module_and_package():
 
 
 def test_packed_logs_hold_runs():
-    """Each unpacks to a folder of its study's name, with the two files a fit reads of every run."""
+    """Each unpacks to a folder named like its study, with the two files of every run that a fit reads."""
     archives = sorted(ROOT.glob("results/**/*.tar.xz"))
     assert len(archives) >= 11
     for path in archives:
@@ -244,7 +247,7 @@ def test_packed_logs_hold_runs():
 
 
 def test_scripts_of_results_import_names_that_exist():
-    """They run on GPUs, or for minutes, so no other test calls them all. baseline.py is for files of an old commit."""
+    """They need GPUs or minutes, so no other test runs them all. baseline.py is left out: it is for an old commit."""
     scripts = [path for path in ROOT.glob("results/**/*.py") if path.name != "baseline.py"]
     assert len(scripts) >= 6
     for path in scripts:
@@ -260,7 +263,7 @@ def module_file(module):
 
 
 def names_defined(file):
-    """Of a module's top level; of a package, its modules."""
+    """The names at a module's top level, or the modules of a package."""
     if file.is_dir():
         return {path.stem for path in file.glob("*.py")}
     names = set()
@@ -277,15 +280,15 @@ def names_defined(file):
 
 # What shows each item of "What can go wrong", by its heading: faults of tests/faults.py, and tests.
 SHOWN_BY = {
-    "Kills": "kills kills_fsdp rank_killed_writing ckpt_bit ckpt_key ckpt_chunk ckpt_nan test_killed_at_every_stage",
-    "Signals": "test_signals_save_and_end_cleanly hangup interrupted_twice launcher_killed asked_to_save asked_to_save_ddp"
+    "Kills": "kills kills_fsdp rank_killed_writing ckpt_bit ckpt_key ckpt_chunk ckpt_nan test_a_save_killed_at_any_stage_leaves_a_whole_checkpoint",
+    "Signals": "test_each_of_three_signals_asks_a_run_to_stop hangup interrupted_twice launcher_killed asked_to_save asked_to_save_ddp"
     " test_a_run_under_nohup_outlives_its_terminal",
-    "Two runs in one folder": "together SIGKILL test_a_run_beside_a_living_one_is_refused"
+    "Two runs in one folder": "together SIGKILL test_a_run_in_the_folder_of_a_living_one_is_refused"
     " test_a_file_system_without_locks_is_noted folder_above test_only_a_runs_own_files_are_set_aside",
     "Hangs and restarts": "restarted_early hang hang_alone hang_writing test_a_debugger_may_wait_for_its_user",
-    "Mistakes": "ranks_differ test_other_data_on_one_rank test_every_option_is_compared_and_so_is_the_code nodes_apart",
-    "Numbers": "nan val_nan all_nan test_weights_that_are_not_finite_are_not_saved_when_a_signal_asks",
-    "Files": "read_errors read_error test_a_read_that_fails_is_tried_again_and_is_not_damage data_cut data_cut_ddp data_replaced"
+    "Mistakes": "ranks_differ test_other_data_on_one_rank_ends_all test_every_option_and_the_code_are_compared nodes_apart",
+    "Numbers": "nan val_nan all_nan test_a_signal_does_not_make_a_run_save_non_finite_weights",
+    "Files": "read_errors read_error test_a_failed_read_is_retried_and_not_taken_for_damage data_cut data_cut_ddp data_replaced"
     " stdout_full stdout_unread stdout_ascii test_a_run_without_stdout_trains_to_its_end ckpt_evil ckpt_evil_fsdp"
     " test_code_in_a_file_is_not_run test_code_in_a_directory_is_not_run",
     "Hostile values": "test_cases_that_failed_once test_programs_in_the_place_of_config_and_sweep_files"
@@ -304,7 +307,7 @@ def test_what_can_go_wrong_is_what_tests_show():
 
 
 def test_names_to_edit_exist():
-    """README's table "To change X, edit Y": every name in backticks behind a file is in that file."""
+    """In README's table "To change X, edit Y", every name in backticks after a file is in that file."""
     table = (ROOT / "README.md").read_text().partition("## To change X, edit Y")[2].partition("## ")[0]
     pairs = [
         (path, name)

@@ -1,4 +1,4 @@
-"""Structured layers against their matrices, sizes against brute force."""
+"""Tests structured layers against their matrices and definitions, and their sizes against brute force."""
 
 import itertools
 import math
@@ -35,18 +35,18 @@ LAYERS = [
 SHAPES = [(60, 60), (24, 210), (105, 64), (72, 16)]
 
 
-def name(value):
+def short_text(value):
     return str(value).replace(" ", "")
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=name)
-@pytest.mark.parametrize("kwargs", LAYERS, ids=name)
-def test_equals_its_own_matrix_forward_and_backward(kwargs, shape):
+@pytest.mark.parametrize("shape", SHAPES, ids=short_text)
+@pytest.mark.parametrize("kwargs", LAYERS, ids=short_text)
+def test_a_layer_equals_its_matrix_forward_and_backward(kwargs, shape):
     torch.manual_seed(0)
     layer = make_linear(*shape, bias=True, **kwargs).double()
     with torch.no_grad():
         for parameter in layer.parameters():
-            parameter.copy_(torch.randn_like(parameter))  # far above the RMS cap, gains and bias not trivial
+            parameter.copy_(torch.randn_like(parameter))  # far above the RMS cap, with random gains and bias
     x = torch.randn(3, 7, shape[0], dtype=torch.float64, requires_grad=True)
     weights = torch.randn(3, 7, shape[1], dtype=torch.float64)
     parameters = [x, *layer.parameters()]
@@ -61,8 +61,8 @@ def test_equals_its_own_matrix_forward_and_backward(kwargs, shape):
 
 
 @pytest.mark.parametrize("order", ["AB", "BA"])
-def test_matrix_is_the_definition_written_as_a_loop(order):
-    # Sizes that make the wanted order the cheaper one.
+def test_the_matrix_equals_the_definition_written_as_a_loop(order):
+    # These sizes make the wanted order the cheaper one.
     sizes = Sizes(3, 2, 2, 2, 3, 2, 2) if order == "AB" else Sizes(2, 3, 2, 3, 2, 2, 2)
     layer = EinsumLinear(sizes, normalize=False).double()
     assert layer.order == order
@@ -75,12 +75,14 @@ def test_matrix_is_the_definition_written_as_a_loop(order):
             entry = A[ig, ia, (ir * f + if_) * d + id_] * B[if_, (ib * g + ig) * r + ir, ie]
         else:
             entry = B[ig, ib, (ir * f + if_) * e + ie] * A[if_, (ia * g + ig) * r + ir, id_]
-        W[(if_ * e + ie) * d + id_, (ig * b + ib) * a + ia] += entry  # memory: y is (φ ε δ), x is (γ β α)
+        W[(if_ * e + ie) * d + id_, (ig * b + ib) * a + ia] += entry  # in memory y is (φ, ε, δ) and x is (γ, β, α)
     torch.testing.assert_close(layer.materialize(), W)
 
 
 @pytest.mark.parametrize("d_in, d_out", [(768, 3072), (512, 512), (60, 96), (1024, 50304)])
-@pytest.mark.parametrize("theta", THETAS + [(1, 0, 0, 0, 1, 0, 0.5), (1 / 3, 0, 2 / 3, 0, 2 / 3, 1 / 3, 0)], ids=name)
+@pytest.mark.parametrize(
+    "theta", THETAS + [(1, 0, 0, 0, 1, 0, 0.5), (1 / 3, 0, 2 / 3, 0, 2 / 3, 1 / 3, 0)], ids=short_text
+)
 def test_sizes_are_the_nearest_exact_factorisation(d_in, d_out, theta):
     def distance(d, sizes, exponents):
         return sum((math.log(s) - e * math.log(d)) ** 2 for s, e in zip(sizes, exponents))
@@ -98,13 +100,13 @@ def test_sizes_are_the_nearest_exact_factorisation(d_in, d_out, theta):
 
 
 @pytest.mark.parametrize("d", [36, 64, 128, 512])
-def test_btt_has_full_rank_also_where_the_width_is_no_square(d):
+def test_btt_has_full_rank_even_if_the_width_is_no_square(d):
     layer = make_linear(d, d, "btt", normalize=False).double()
     assert torch.linalg.matrix_rank(layer.materialize()) == d
 
 
 def test_a_monarch_is_two_block_diagonal_matrices_and_a_permutation():
-    """d_in -> d_out with b blocks, as Dao et al. define it, built from block_diag and a permutation."""
+    """The definition of Dao et al. for d_in -> d_out with b blocks, built from block_diag and a permutation."""
     d_in, d_out, b = 32, 64, 4
     layer = make_linear(d_in, d_out, "monarch", num_blocks=b, normalize=False).double()
     first, second = layer.cores  # (b, d_in / b, ρ·b), (b, b·ρ, d_out / b)
@@ -124,8 +126,8 @@ def test_kronecker_is_a_kronecker_product():
     assert any(torch.allclose(W, torch.kron(P, Q)) for P, Q in ((A, B), (B, A)))
 
 
-def test_chains_of_cores_equal_their_sums_written_out():
-    """A Tensor-Train and a BTT of three cores, entry by entry."""
+def test_chains_of_three_cores_equal_their_sums_written_out():
+    """A Tensor-Train and a BTT, entry by entry."""
     for structure in ("tt", "btt"):
         layer = make_linear(12, 18, structure, rank=2, num_cores=3, normalize=False).double()
         (i1, i2, i3), (j1, j2, j3) = layer.in_sizes, layer.out_sizes
@@ -150,7 +152,7 @@ def test_a_chain_of_two_cores_is_the_einsum_of_two_cores():
 
 
 def test_heads_align_with_blocks():
-    """Zeroing head 2's block of the last core of q silences that head's output, and no other's; likewise proj's input."""
+    """Zeroing head 2's block of q's last core zeroes the output of that head alone; likewise for the input of proj."""
     heads, d = 6, 48
     q = make_linear(d, d, "btt", heads_out=heads, normalize=False)
     assert q.sizes.phi == heads and q.sizes.epsilon == d // heads and q.sizes.gamma == d // heads
@@ -192,7 +194,7 @@ SWEEP = [
 
 
 def thirds(theta):
-    """0.33 and 0.67 are written for 1/3 and 2/3."""
+    """theta with 1/3 and 2/3 in place of 0.33 and 0.67."""
     return tuple({0.33: 1 / 3, 0.67: 2 / 3}.get(t, t) for t in theta)
 
 
@@ -202,23 +204,23 @@ def slope(widths, values):
     return (((x - x.mean()) * (y - y.mean())).sum() / (x - x.mean()).square().sum()).item()
 
 
-@pytest.mark.parametrize("theta", SWEEP, ids=name)
+@pytest.mark.parametrize("theta", SWEEP, ids=short_text)
 def test_taxonomy_equals_fitted_exponents(theta):
     omega, psi, nu = taxonomy(thirds(theta))
-    widths = [2**24, 2**36, 2**48, 2**60]  # counted by formula: nothing of this width is made
+    widths = [2**24, 2**36, 2**48, 2**60]  # only counted by formula: no layer of this width is made
     sizes = [factor_sizes(d, d, thirds(theta)) for d in widths]
     flops = [2 * min(multiplications(s).values()) for s in sizes]
     parameters = [num_parameters(s) for s in sizes]
     assert slope(widths, flops) == pytest.approx(1 + nu, abs=0.02)
     assert slope(widths, [p / f for p, f in zip(parameters, flops)]) == pytest.approx(-omega, abs=0.02)
-    # Ranks are measured: widths at which the sizes are near θ, and small enough to decompose.
+    # Ranks are measured, at widths whose sizes are near θ and small enough to decompose.
     widths = [64, 216, 512] if 0.33 in theta[:6] else [81, 256, 625]
     ranks = []
     for d in widths:
         torch.manual_seed(0)
         layer = EinsumLinear(factor_sizes(d, d, theta), normalize=False).double()
         ranks.append(torch.linalg.matrix_rank(layer.materialize()).item())
-        # the formulas above count what is there
+        # the formula equals the number of parameters that exist
         assert num_parameters(layer.sizes) == sum(core.numel() for core in layer.cores)
     assert slope(widths, ranks) == pytest.approx(psi, abs=0.04), ranks
 
@@ -228,7 +230,7 @@ def test_taxonomy_does_not_depend_on_which_core_is_called_A():
         assert taxonomy((a, b, g, d, e, f, r)) == pytest.approx(taxonomy((b, a, g, e, d, f, r)))
 
 
-def test_taxonomy_of_what_everybody_knows():
+def test_taxonomy_of_well_known_structures():
     assert taxonomy((0.5, 0, 0.5, 0, 0.5, 0.5, 0)) == pytest.approx((0, 1, 0.5))  # BTT, Monarch
     assert taxonomy((0.5, 0.5, 0, 0.5, 0.5, 0, 0)) == pytest.approx((0.5, 1, 0.5))  # Kronecker: shared, full rank
     assert taxonomy((1, 0, 0, 0, 1, 0, 0.5)) == pytest.approx((0, 0.5, 0.5))  # low rank
@@ -238,12 +240,13 @@ def test_taxonomy_of_what_everybody_knows():
 # -- approximation of a dense matrix
 
 
-def tail(M, rank):
+def truncation_error(M, rank):
     """Squared Frobenius error of the best approximation of rank `rank` (Eckart and Young)."""
     return torch.linalg.svdvals(M)[rank:].square().sum().item()
 
 
-def error(layer, W):
+def approximation_error(layer, W):
+    """Squared Frobenius error of the layer's approximation of W."""
     layer.load_dense(W)
     return (layer.materialize() - W).square().sum().item()
 
@@ -252,14 +255,14 @@ def test_low_rank_and_btt_approximations_are_truncated_svds():
     torch.manual_seed(0)
     W = torch.randn(36, 48, dtype=torch.float64)
     low_rank = make_linear(48, 36, "low_rank", rank=7).double()
-    assert error(low_rank, W) == pytest.approx(tail(W, 7))
+    assert approximation_error(low_rank, W) == pytest.approx(truncation_error(W, 7))
     btt = make_linear(48, 36, "btt", rank=2).double()
     a, _, g, _, e, f, _ = btt.sizes
     blocks = [W[i * e : (i + 1) * e, j * a : (j + 1) * a] for i in range(f) for j in range(g)]
-    assert error(btt, W) == pytest.approx(sum(tail(block, 2) for block in blocks))
+    assert approximation_error(btt, W) == pytest.approx(sum(truncation_error(block, 2) for block in blocks))
     monarch = make_linear(48, 36, "monarch", num_blocks=2).double()
-    assert error(monarch, W) == pytest.approx(
-        sum(tail(block, 9) for half in W.chunk(2) for block in half.chunk(2, dim=1))
+    assert approximation_error(monarch, W) == pytest.approx(
+        sum(truncation_error(block, 9) for half in W.chunk(2) for block in half.chunk(2, dim=1))
     )
 
 
@@ -267,17 +270,21 @@ def test_kronecker_and_tt_approximations_are_svds_of_the_rearrangement():
     torch.manual_seed(0)
     W = torch.randn(36, 36, dtype=torch.float64)
     rearranged = torch.stack([block.flatten() for row in W.chunk(6) for block in row.chunk(6, dim=1)])  # 36 blocks × 36
-    assert error(make_linear(36, 36, "kronecker").double(), W) == pytest.approx(tail(rearranged, 1))
-    assert error(make_linear(36, 36, "tt", rank=5).double(), W) == pytest.approx(tail(rearranged, 5))
+    assert approximation_error(make_linear(36, 36, "kronecker").double(), W) == pytest.approx(
+        truncation_error(rearranged, 1)
+    )
+    assert approximation_error(make_linear(36, 36, "tt", rank=5).double(), W) == pytest.approx(
+        truncation_error(rearranged, 5)
+    )
 
 
-@pytest.mark.parametrize("kwargs", LAYERS, ids=name)
+@pytest.mark.parametrize("kwargs", LAYERS, ids=short_text)
 def test_a_matrix_of_the_structure_is_recovered(kwargs):
     torch.manual_seed(0)
     with torch.no_grad():
-        W = 30 * make_linear(60, 96, **kwargs).double().materialize()  # far above the RMS cap: gains make up for it
+        W = 30 * make_linear(60, 96, **kwargs).double().materialize()  # far above the RMS cap: the gains compensate
     layer = make_linear(60, 96, **kwargs).double()
-    assert error(layer, W) <= 1e-16 * W.square().sum().item()
+    assert approximation_error(layer, W) <= 1e-16 * W.square().sum().item()
 
 
 def test_alternating_least_squares_beats_random_search_and_svd_alone():
@@ -285,17 +292,17 @@ def test_alternating_least_squares_beats_random_search_and_svd_alone():
     W = torch.randn(60, 48, dtype=torch.float64)
     for kwargs in (dict(structure="tt", rank=3, num_cores=3), dict(structure="btt", rank=1, num_cores=3)):
         layer = make_linear(48, 60, **kwargs).double()
-        found = error(layer, W)
+        found = approximation_error(layer, W)
         layer.load_dense(W, sweeps=0)
         assert found < (layer.materialize() - W).square().sum().item()
-        # A stationary point: no small step of any core along minus the gradient improves it.
+        # It has reached a stationary point: the gradient with respect to each core is almost zero.
         layer.load_dense(W, sweeps=200)
         loss = (layer.materialize() - W).square().sum()
         for gradient, core in zip(torch.autograd.grad(loss, list(layer.cores)), layer.cores):
             assert gradient.norm() * core.norm() < 1e-3 * loss
 
 
-def test_from_dense_makes_the_layer():
+def test_from_dense_makes_a_layer_that_approximates_the_matrix():
     W = torch.randn(36, 48)
     layer = EinsumLinear.from_dense(W, rank=6)
     torch.testing.assert_close(layer.materialize(), W, atol=1e-5, rtol=0)  # rank 6 fills the 6 × 6 blocks
@@ -331,12 +338,7 @@ def test_command_prints_a_table_and_draws_the_picture(capsys, tmp_path):
     assert (tmp_path / "taxonomy.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_low_rank_has_its_rank():
-    layer = make_linear(40, 30, "low_rank", rank=7).double()
-    assert torch.linalg.matrix_rank(layer.materialize()) == 7
-
-
-@pytest.mark.parametrize("kwargs", LAYERS, ids=name)
+@pytest.mark.parametrize("kwargs", LAYERS, ids=short_text)
 def test_flops_are_those_of_the_executed_graph(kwargs):
     layer = make_linear(60, 96, **kwargs)
     x = torch.randn(11, 60)
@@ -363,7 +365,7 @@ def test_initial_cores_and_outputs_have_the_stated_size():
     assert torch.linalg.matrix_norm(W, 2).item() == pytest.approx(2 * math.sqrt(400 / 900), rel=0.35)
 
 
-def test_rms_cap_holds_and_only_above_the_initial_size():
+def test_the_rms_cap_acts_only_above_the_initial_size():
     layer = make_linear(64, 64, "btt", rank=2)
     used = [core.detach().clone() for core in layer.effective_cores()]
     with torch.no_grad():
@@ -377,17 +379,17 @@ def test_rms_cap_holds_and_only_above_the_initial_size():
 
 
 def capped(W, gain, std):
-    """The matrix of a dense layer under the cap, by its definition."""
+    """The capped matrix of a dense layer, by the definition of the cap."""
     rms = W.square().mean().sqrt()
     return gain * W * min(1.0, (std / rms).item())
 
 
 @pytest.mark.parametrize("scale", [0.5, 3.0])
 @pytest.mark.parametrize("gain", [True, False])
-def test_dense_layers_take_the_cap_too(scale, gain):
+def test_dense_layers_can_be_capped_too(scale, gain):
     layer = make_linear(48, 96, "dense", normalize=True, gain=gain, bias=True).double()
     with torch.no_grad():
-        layer.weight *= scale  # from the initial size
+        layer.weight *= scale  # relative to the initial size
         layer.bias += torch.randn(96)
         if gain:
             layer.gains.fill_(1.7)
@@ -395,7 +397,9 @@ def test_dense_layers_take_the_cap_too(scale, gain):
     want = x @ capped(layer.weight, 1.7 if gain else 1.0, init_std(48, 96)).T + layer.bias
     torch.testing.assert_close(layer(x), want, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(layer.materialize(), capped(layer.weight, 1.7 if gain else 1.0, init_std(48, 96)))
-    direction = torch.randn_like(layer.weight)  # a directional derivative, the cap's own part included
+    direction = torch.randn_like(
+        layer.weight
+    )  # a numerical derivative in one direction includes the derivative of the cap
     loss, h = lambda: layer(x).square().sum(), 1e-6
     (of_weight,) = torch.autograd.grad(loss(), layer.weight)
     with torch.no_grad():
@@ -406,7 +410,7 @@ def test_dense_layers_take_the_cap_too(scale, gain):
     torch.testing.assert_close((of_weight * direction).sum(), numeric, rtol=1e-6, atol=1e-6)
 
 
-def test_capped_dense_layers_load_a_matrix_join_and_cost_as_plain_ones():
+def test_capped_dense_layers_load_a_matrix_join_and_cost_like_plain_ones():
     layers = [make_linear(16, 24, "dense", normalize=True, gain=gain) for gain in (True, False, True)]
     W = 5 * torch.randn(24, 16)
     for layer in layers:
@@ -432,7 +436,7 @@ def test_zero_init_gives_zero_output_and_finite_gradients():
 
 
 @pytest.mark.parametrize("d_in, d_out", [(97, 64), (64, 50257)])
-def test_a_width_that_does_not_factor_is_refused_with_the_nearest_that_do(d_in, d_out):
+def test_a_width_without_a_factorisation_is_refused_with_the_nearest_widths_that_work(d_in, d_out):
     with pytest.raises(ConfigError) as caught:
         factor_sizes(d_in, d_out, BTT)
     numbers = [int(word) for word in str(caught.value).replace(",", "").split() if word.isdigit()]
@@ -486,10 +490,10 @@ def test_mistakes_are_one_clear_line(kwargs, words):
 
 
 @pytest.mark.parametrize(
-    "kwargs", [{"structure": "btt", "rank": 3}, {"structure": "tt", "rank": 2, "num_cores": 3}], ids=name
+    "kwargs", [{"structure": "btt", "rank": 3}, {"structure": "tt", "rank": 2, "num_cores": 3}], ids=short_text
 )
-def test_multiplied_out_and_back(kwargs):
-    """Inside the block a layer is its matrix; behind it, whatever happened, it follows its parameters again."""
+def test_multiplied_out_keeps_the_matrix_within_its_block_only(kwargs):
+    """Inside the block a layer uses its matrix; after it, even after an exception, it uses its parameters again."""
     layer = make_linear(24, 60, bias=True, **kwargs).double()
     torch.nn.init.normal_(layer.bias)
     x = torch.randn(2, 3, 24, dtype=torch.float64)
@@ -504,7 +508,7 @@ def test_multiplied_out_and_back(kwargs):
 
 
 @pytest.mark.parametrize("second", ["btt", "low_rank", "dense"])
-def test_layers_on_one_input_are_each_themselves(second):
+def test_layers_applied_together_equal_layers_applied_alone(second):
     torch.manual_seed(0)
     layers = [
         make_linear(24, 36, structure=structure, rank=2 if structure != "dense" else 1, bias=True)

@@ -1,12 +1,12 @@
-"""Some of faults.py's faults, briefly: real commands that are killed, fail, or leak nothing.
+"""Tests real commands under some of the faults of faults.py, shortened; the reference is a run that nothing disturbs.
 
-`python -m tests.faults` has all of them; what the other tests do within one process is not repeated here.
+`python -m tests.faults` inflicts all of them. Faults that other tests cover within one process are left out here.
 """
 
 import pytest
 from faults import Lab, inflict, table
 
-# Name of a fault, and what to change of its arguments. A group of processes takes 10 s of one core to start.
+# {fault: the arguments to change}. Starting a group of processes takes 10 s of CPU time, so there are few.
 SHORTER = {
     "kills": {"count": 2},
     "rank_killed_writing": {"max_steps": 50},
@@ -27,7 +27,7 @@ def lab(tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", SHORTER)
-def test_fault(lab, name):
+def test_a_fault_ends_as_it_should(lab, name):
     what, function, arguments = table(short=True)[name]
     row = inflict(lab, name, what, function, {**arguments, **SHORTER[name]})
     assert row["passed"], f"{row['detail']} | {row['message']}"

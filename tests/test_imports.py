@@ -1,4 +1,4 @@
-"""Files import downwards only, so that each can be read with nothing but those below it."""
+"""Tests that files import from lower layers only, against the order in LAYERS: each can be read with those below it."""
 
 import ast
 import pathlib
@@ -24,15 +24,15 @@ def test_files_import_downwards_only():
         module = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
         here = layer_of(module)
         assert here is not None, f"{module} has no layer"
-        for node in ast.parse(path.read_text()).body:  # not those in functions, which scripts call late
-            for name in imported(node):
+        for node in ast.parse(path.read_text()).body:  # imports within functions may go upwards
+            for name in imported_names(node):
                 there = layer_of(name)
                 assert there is None or there < here or name.split(".")[0] == module.split(".")[0], (
                     f"{module} imports {name}"
                 )
 
 
-def imported(node):
+def imported_names(node):
     if isinstance(node, ast.Import):
         return [alias.name for alias in node.names]
     if isinstance(node, ast.ImportFrom):

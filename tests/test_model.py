@@ -1,4 +1,4 @@
-"""The GPT against Hugging Face's GPT-2, its cache against recomputation, its FLOPs against the executed graph."""
+"""Tests the GPT against Hugging Face's GPT-2, its cache against recomputation, its FLOPs against the executed graph."""
 
 import ast
 import math
@@ -28,13 +28,13 @@ SMALL = dict(block_size=32, vocab_size=96, n_layer=2, n_head=2, d_model=36)
 
 @pytest.fixture(scope="module")
 def hugging_face(tmp_path_factory):
-    """A small random GPT-2 as transformers makes it, and the folder it is saved in."""
+    """A small random GPT-2 of transformers, and the folder it is saved in."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
     torch.manual_seed(0)
     theirs = GPT2LMHeadModel(GPT2Config(vocab_size=101, n_positions=24, n_embd=20, n_layer=3, n_head=4)).eval()
     with torch.no_grad():
-        for parameter in theirs.parameters():  # biases and norms not trivial
+        for parameter in theirs.parameters():  # so that biases and norms are not at their initial values
             parameter.add_(0.1 * torch.randn_like(parameter))
     folder = tmp_path_factory.mktemp("gpt2")
     theirs.save_pretrained(folder)
@@ -61,7 +61,7 @@ def test_a_model_that_is_no_plain_gpt2_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="activation_function=relu.*gelu_new"):
         load_gpt2(str(tmp_path))
     config = GPT2Config(vocab_size=11, n_positions=8, n_embd=8, n_layer=1, n_head=2, tie_word_embeddings=False)
-    GPT2LMHeadModel(config).save_pretrained(tmp_path)  # our head is the embedding
+    GPT2LMHeadModel(config).save_pretrained(tmp_path)  # our head shares the embedding's weights
     with pytest.raises(ConfigError, match="tie_word_embeddings=False"):
         load_gpt2(str(tmp_path))
 
@@ -88,8 +88,8 @@ def test_mup_starts_from_uniform_predictions(structure):
     assert loss.item() == pytest.approx(math.log(96), abs=1e-5)
 
 
-def randomised(**kwargs):
-    """A GPT whose zero-initialised parts are not zero."""
+def make_random_model(**kwargs):
+    """A GPT with noise added to every parameter, so that none stays at its initial zero."""
     torch.manual_seed(0)
     model = GPT(GPTConfig(**{**SMALL, **kwargs})).eval()
     with torch.no_grad():
@@ -102,7 +102,7 @@ def randomised(**kwargs):
     "kwargs", [dict(rank=2), dict(structure="dense", parametrization="standard", bias=True), dict(d_head=10)], ids=str
 )
 def test_cached_logits_equal_recomputed_ones(kwargs):
-    model = randomised(**kwargs).double()
+    model = make_random_model(**kwargs).double()
     idx = torch.randint(96, (3, 32))
     expected, _ = model(idx)
     cache, got = KVCache(model.config, idx.device), []
@@ -112,7 +112,7 @@ def test_cached_logits_equal_recomputed_ones(kwargs):
 
 
 def test_no_position_sees_the_future():
-    model = randomised()
+    model = make_random_model()
     idx = torch.randint(96, (1, 32))
     changed = idx.clone()
     changed[0, 20:] = (changed[0, 20:] + 1) % 96
@@ -122,7 +122,7 @@ def test_no_position_sees_the_future():
 
 
 def test_greedy_generation_equals_recomputing_every_step():
-    model = randomised().double()
+    model = make_random_model().double()
     idx = torch.randint(96, (2, 5))
     got = generate(model, idx, 20, temperature=0)
     for _ in range(20):
@@ -130,8 +130,8 @@ def test_greedy_generation_equals_recomputing_every_step():
     assert torch.equal(got, idx)
 
 
-def test_generation_goes_on_past_the_context():
-    model = randomised()
+def test_generation_continues_past_the_context():
+    model = make_random_model()
     prompt = torch.randint(96, (1, 32))
     out = generate(model, prompt, 70, temperature=1.0, generator=torch.Generator().manual_seed(1))
     again = generate(model, prompt, 70, temperature=1.0, generator=torch.Generator().manual_seed(1))
@@ -140,7 +140,7 @@ def test_generation_goes_on_past_the_context():
 
 
 def test_generate_leaves_the_mode_as_it_was():
-    model = randomised(dropout=0.5).train()
+    model = make_random_model(dropout=0.5).train()
     generate(model, torch.zeros(1, 1, dtype=torch.long), 2)
     assert model.training
 
@@ -163,12 +163,12 @@ def test_sampling_draws_from_the_right_distribution():
     assert p[:2].sum() < 0.85 < p[:3].sum()
     torch.testing.assert_close(
         frequencies(top_p=0.85), renormalised(3), atol=0.01, rtol=0
-    )  # the third takes it past 0.85
+    )  # the third takes the sum past 0.85
     torch.testing.assert_close(frequencies(top_p=0.01), renormalised(1), atol=0, rtol=0)
     for extreme in (dict(top_p=1e-300), dict(temperature=1e-45), dict(top_k=1)):
         torch.testing.assert_close(frequencies(**extreme), renormalised(1), atol=0, rtol=0)
     equal = sample_token(torch.zeros(1000, 5), top_k=2, generator=generator)
-    assert len(equal.unique()) == 2  # as many as asked for, of equally likely ones too
+    assert len(equal.unique()) == 2  # top_k keeps no more, even if all are equally likely
     torch.testing.assert_close(frequencies(temperature=0), renormalised(1), atol=0, rtol=0)
 
 
@@ -178,7 +178,7 @@ def test_sampling_draws_from_the_right_distribution():
 def test_flops_are_those_of_the_executed_graph(kwargs):
     model = GPT(GPTConfig(**{**SMALL, **kwargs}))
     idx = torch.zeros(3, 32, dtype=torch.long)
-    # Not every torch counts the CPU's fused attention; written out it is two products.
+    # Not every version of torch counts the CPU's fused attention; the MATH backend runs it as two products.
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         model(idx)
     assert counter.get_total_flops() == 3 * 32 * model.flops_per_token()
@@ -191,7 +191,7 @@ def test_structured_layers_choose_the_layers():
     assert all(isinstance(layer, Dense) for layer in (attn.k, attn.v, attn.proj, model.lm_head))
 
 
-def test_overrides_by_layer():
+def test_overrides_set_the_structure_of_single_layers():
     overrides = {"attn.q": "dense", "ffn": {"structure": "low_rank", "rank": 3}}
     model = GPT(GPTConfig(**SMALL, rank=2, overrides=overrides))
     block = model.blocks[0]
@@ -199,7 +199,7 @@ def test_overrides_by_layer():
     assert block.ffn.up.sizes == (36, 1, 1, 1, 144, 1, 3)
 
 
-def test_an_override_is_of_the_models_structure_and_the_narrowest_counts():
+def test_an_override_keeps_the_models_structure_and_the_narrowest_one_counts():
     overrides = {"ffn": {"rank": 3}, "attn": "btt", "attn.q": "dense"}
     model = GPT(GPTConfig(**SMALL, structure="low_rank", rank=2, overrides=overrides))
     attn, ffn = model.blocks[0].attn, model.blocks[0].ffn
@@ -208,15 +208,15 @@ def test_an_override_is_of_the_models_structure_and_the_narrowest_counts():
 
 
 @pytest.mark.parametrize("override", [None, 5, ["btt"], {"gain": True}])
-def test_an_override_that_is_none_is_one_clear_line(override):
+def test_an_invalid_override_is_one_clear_line(override):
     with pytest.raises(
         ConfigError, match="overrides: ffn=.*give a structure, or a dict with keys among structure, rank"
     ):
         GPTConfig(**SMALL, overrides={"ffn": override})
 
 
-def test_q_k_and_v_of_which_one_has_a_bias():
-    """In training dense layers of one input are one product; that must leave no bias out."""
+def test_q_k_and_v_are_right_if_only_one_has_a_bias():
+    """In training, dense layers on one input are computed as one product, which must not drop a bias."""
     layers = [make_linear(8, 6, "dense", bias=bias) for bias in (True, False, False)]
     torch.nn.init.normal_(layers[0].bias)
     x = torch.randn(3, 8)
@@ -224,17 +224,17 @@ def test_q_k_and_v_of_which_one_has_a_bias():
         torch.testing.assert_close(y, x @ layer.weight.T + (0 if layer.bias is None else layer.bias))
 
 
-def test_a_narrow_embedding_is_brought_to_the_models_width():
+def test_a_narrow_embedding_is_widened_to_the_models_width():
     for layers in (("attn", "ffn", "lm_head"), ("embed",)):
         model = GPT(GPTConfig(**SMALL, d_embed=16, structured_layers=layers))
         assert isinstance(model.embed, EinsumLinear) == ("embed" in layers)
         assert model.token_embedding.weight.shape == (96, 16) and model.embed.materialize().shape == (36, 16)
     idx = torch.randint(96, (2, 32))
     hidden = model.token_embedding(idx) @ model.embed.materialize().T + model.position_embedding(torch.arange(32))
-    torch.testing.assert_close(model.trunk(idx), model.final_norm(hidden))  # branches are zero at first
+    torch.testing.assert_close(model.trunk(idx), model.final_norm(hidden))  # the branches are zero at initialisation
 
 
-def test_aligned_heads_in_the_model():
+def test_align_heads_gives_each_head_a_block_of_q_k_v_and_proj():
     one = {"attn": "dense", "attn.k": "btt"}
     assert GPTConfig(**{**SMALL, "d_model": 48, "n_head": 6}, align_heads=True, overrides=one).align_heads
     model = GPT(GPTConfig(**{**SMALL, "d_model": 48, "n_head": 6}, align_heads=True))
@@ -261,12 +261,12 @@ def test_the_published_sweep_builds_and_trains(theta):
 
 
 def test_every_parameter_gets_a_gradient_once_nothing_is_zero():
-    model = randomised(rank=2, bias=True)
+    model = make_random_model(rank=2, bias=True)
     idx = torch.randint(96, (2, 32))
     model(idx, idx)[1].backward()
     for name, parameter in model.named_parameters():
         if "k" in name.split(".") and name.endswith(".bias"):
-            continue  # a shift of all keys changes no softmax
+            continue  # a shift of all keys leaves the softmax as it is
         assert parameter.grad is not None and parameter.grad.abs().max() > 0, name
 
 
@@ -304,21 +304,21 @@ def test_impossible_structures_are_refused_and_name_the_layer(kwargs, words):
     assert all(word in str(caught.value) for word in words), str(caught.value)
 
 
-def take(remedy, options):
-    """The options with one remedy of a message, as text, taken: "d_model=96 and vocab_size=98", "rank <= 4"."""
+def apply_remedy(remedy, options):
+    """The options after a remedy from a message is applied, such as "d_model=96 and vocab_size=98" or "rank <= 4"."""
     for name, value in re.findall(r"(\w+)(?:=| <= )(\{.*\}|\d+)", remedy):
         options = {**options, name: ast.literal_eval(value)}
     return options
 
 
 def remedies(message):
-    """The remedies of a message, one by one."""
+    """The remedies that a message offers, one by one."""
     for text in re.split(r", or ", message.rpartition(": take ")[2]):
         first, *more = re.split(r" or (?=\d)", text)
         yield from [first, *(f"{first.partition('=')[0]}={value}" for value in more)]
 
 
-def test_remedies_of_models_work_when_they_are_taken():
+def test_the_remedies_that_messages_offer_work():
     draw, tried = random.Random(0), Counter()
     for _ in range(150):
         options = dict(
@@ -340,18 +340,13 @@ def test_remedies_of_models_work_when_they_are_taken():
         except ConfigError as error:
             assert ": take " in str(error), str(error)
             for remedy in remedies(str(error)):
-                GPTConfig(**take(remedy, options)).check_layers()
+                GPTConfig(**apply_remedy(remedy, options)).check_layers()
                 tried[remedy.partition("=")[0].partition(" ")[0]] += 1
     assert {"d_model", "n_head", "d_head", "vocab_size", "rank", "num_blocks", "overrides"} <= tried.keys(), tried
 
 
-def test_a_model_made_without_a_check_offers_the_same_remedy():
+def test_a_size_error_names_the_layer_and_offers_a_remedy():
     with pytest.raises(ConfigError, match="lm_head: d_out=97 .* take vocab_size=98"):
-        GPT(GPTConfig(**{**SMALL, "vocab_size": 97}))
-
-
-def test_a_size_error_names_the_layer():
-    with pytest.raises(ConfigError, match="lm_head: d_out=97"):
         GPT(GPTConfig(**{**SMALL, "vocab_size": 97}))
 
 
@@ -359,8 +354,8 @@ def test_a_size_error_names_the_layer():
     "kwargs", [dict(rank=2), dict(structure="dense", parametrization="standard", bias=True)], ids=str
 )
 def test_chunked_loss_equals_whole_logits(kwargs, monkeypatch):
-    """With more logits than LOGITS_AT_ONCE there are none to return; loss and gradients stay."""
-    fused, whole = randomised(**kwargs), randomised(**kwargs, fused_loss=False)
+    """With more logits than LOGITS_AT_ONCE none are returned; loss and gradients stay the same."""
+    fused, whole = make_random_model(**kwargs), make_random_model(**kwargs, fused_loss=False)
     monkeypatch.setattr(model_file, "LOGITS_AT_ONCE", 96 * 1024)  # chunks of 1024 tokens
     idx, targets = torch.randint(96, (2, 40, 32)).unbind()
     targets = targets.masked_fill(torch.rand(targets.shape) < 0.1, -1)
@@ -375,7 +370,10 @@ def test_chunked_loss_equals_whole_logits(kwargs, monkeypatch):
 
 
 def test_activation_checkpointing_changes_memory_only():
-    model, other = randomised(dropout=0.2).train(), randomised(dropout=0.2, activation_checkpointing=True).train()
+    model, other = (
+        make_random_model(dropout=0.2).train(),
+        make_random_model(dropout=0.2, activation_checkpointing=True).train(),
+    )
     idx, kept = torch.randint(96, (2, 4, 32)), {}
     for m in (model, other):
         torch.manual_seed(3)
@@ -391,8 +389,8 @@ def test_activation_checkpointing_changes_memory_only():
     assert sum(kept[other]) < 0.5 * sum(kept[model])
 
 
-def test_residual_stream_is_in_bfloat16_under_autocast_and_the_gradient_stays_right():
-    model = randomised(structure="dense", n_layer=6)
+def test_under_autocast_the_residual_stream_is_bfloat16_and_gradients_stay_right():
+    model = make_random_model(structure="dense", n_layer=6)
     idx, targets = torch.randint(96, (2, 8, 32)).unbind()
     seen = []
     hook = model.blocks[1].register_forward_pre_hook(lambda module, args: seen.append(args[0].dtype))
@@ -410,7 +408,7 @@ def test_residual_stream_is_in_bfloat16_under_autocast_and_the_gradient_stays_ri
 
 
 class Operations(TorchDispatchMode):
-    """All that happens: operators, with shapes and strides of what they read."""
+    """Records every operator that runs, with shapes, strides and dtypes of the tensors it reads."""
 
     def __init__(self):
         super().__init__()
@@ -438,7 +436,7 @@ def test_a_token_costs_a_structured_model_what_it_costs_a_dense_one():
     assert seen[0] == seen[1] and len(seen[0]) > 50
 
 
-def test_the_cap_of_dense_layers_is_a_switch_of_the_model():
+def test_normalize_dense_caps_the_size_of_dense_layers_only_where_it_is_exceeded():
     shape = dict(block_size=8, vocab_size=32, n_layer=1, n_head=2, d_model=16)
     idx = torch.randint(32, (2, 8))
     for moe in ("none", "linear", "ffn"):
@@ -452,7 +450,7 @@ def test_the_cap_of_dense_layers_is_a_switch_of_the_model():
         for each in (
             plain,
             model,
-        ):  # below the cap all is as it was; far above it, the size of a matrix does not matter
+        ):  # below the cap nothing changes; far above it, the size of a matrix does not matter
             with torch.no_grad():
                 for parameter in each.parameters():
                     parameter.uniform_(

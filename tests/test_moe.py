@@ -1,4 +1,4 @@
-"""Mixtures against float64 loops over experts and materialised matrices; routing; real runs on one and two processes."""
+"""Tests mixtures of experts against float64 loops over experts, and real runs against unbroken ones on one process."""
 
 import itertools
 import math
@@ -49,7 +49,7 @@ MODELS = {
 
 
 def make_layer(name, top_k=2, d_in=36, d_out=18):
-    """A mixture in float64 whose gains and bias are not trivial, and whose cap is at work."""
+    """A mixture in float64 with random gains and bias, and weights large enough for the cap on their norm to act."""
     torch.manual_seed(0)
     layer = make_mixture(d_in, d_out, E, top_k, **LAYERS[name]).double()
     with torch.no_grad():
@@ -58,8 +58,8 @@ def make_layer(name, top_k=2, d_in=36, d_out=18):
     return layer
 
 
-def randomised(name, **more):
-    """A GPT whose zero-initialised parts are not zero."""
+def make_random_model(name, **more):
+    """A GPT with noise added to every parameter, so that none stays at its initial zero."""
     torch.manual_seed(0)
     model = GPT(GPTConfig(**{**SMALL, **MODELS[name], **more})).eval()
     with torch.no_grad():
@@ -68,8 +68,8 @@ def randomised(name, **more):
     return model
 
 
-def loop(layer, x, index, gate):
-    """What a mixture is: Σ_k gate · W[index] x + bias, token by token, from the materialised matrices."""
+def mix_by_loop(layer, x, index, gate):
+    """The definition of a mixture: Σ_k gate · W[index] x + bias, token by token, from the materialised matrices."""
     matrices = [layer.materialize(row) for row in torch.eye(E, dtype=x.dtype)]
     y = torch.stack(
         [sum(g * (matrices[e] @ row) for e, g in zip(es.tolist(), gs)) for row, es, gs in zip(x, index, gate)]
@@ -78,11 +78,11 @@ def loop(layer, x, index, gate):
 
 
 def routings(n, k):
-    """Names and indices (n, k): random ones, all to the same experts, one expert without a token."""
+    """Pairs of a name and indices (n, k): random experts, the same experts for all tokens, no token for expert 1."""
     yield "random", torch.rand(n, E).topk(k).indices
-    yield "all to the same", torch.arange(k).flip(0).expand(n, k).contiguous()
+    yield "the same experts for all", torch.arange(k).flip(0).expand(n, k).contiguous()
     if k < E:
-        yield "expert 1 has none", torch.tensor([0, 2, 3])[torch.rand(n, E - 1).topk(k).indices]
+        yield "no token for expert 1", torch.tensor([0, 2, 3])[torch.rand(n, E - 1).topk(k).indices]
 
 
 # -- layers
@@ -96,25 +96,25 @@ def test_outputs_and_gradients_equal_a_loop_in_float64(name, k):
         n = len(index)
         x = torch.randn(n, 36, dtype=torch.float64, requires_grad=True)
         gate = torch.rand(n, k, dtype=torch.float64)
-        gate[0, 0] = 0.0  # its gradient is that of what it scales: nothing is divided by it
+        gate[0, 0] = 0.0  # its gradient must stay finite: nothing may be divided by a gate
         gate.requires_grad_()
         dy = torch.randn(n, 18, dtype=torch.float64)
         wanted = [x, gate, *(p for p in layer.parameters() if p is not layer.router.weight)]
-        got, want = layer.mix(x, index, gate), loop(layer, x, index, gate)
+        got, want = layer.mix(x, index, gate), mix_by_loop(layer, x, index, gate)
         torch.testing.assert_close(got, want, msg=lambda text, where=f"{what}, {n} tokens": f"{where}: {text}")
         for a, b in zip(torch.autograd.grad(got, wanted, dy), torch.autograd.grad(want, wanted, dy)):
             torch.testing.assert_close(a, b, msg=lambda text, where=f"{what}, {n} tokens": f"{where}: {text}")
 
 
 @pytest.mark.parametrize("name", LAYERS)
-def test_bfloat16_is_near(name):
+def test_bfloat16_outputs_are_close_to_float64(name):
     layer = make_layer(name).float()
     x = torch.randn(512, 36)
     index, gate = layer.router(x)
     with torch.autocast("cpu", torch.bfloat16):
         got = layer.mix(x.bfloat16(), index, gate)
     assert got.dtype == torch.bfloat16
-    want = loop(layer.double(), x.bfloat16().double(), index, gate.double())
+    want = mix_by_loop(layer.double(), x.bfloat16().double(), index, gate.double())
     assert (got.double() - want).norm() <= 5e-3 * want.norm()
 
 
@@ -126,14 +126,14 @@ def test_a_mixture_of_all_slices_with_equal_gates_is_the_btt_of_all_ranks():
 
 
 def test_nothing_is_computed_for_experts_that_are_not_picked():
-    """Their weights may be NaN, and the products made are those of n · k rows."""
+    """NaN in their weights changes nothing, and the FLOPs are those of n · k rows."""
     for name in ("btt", "dense"):
         layer = make_layer(name)
         with torch.no_grad():
             if name == "dense":
                 layer.cores[0][1] = math.nan
             else:
-                layer.normalize = False  # the cap reads all weights
+                layer.normalize = False  # the cap on norms reads all weights
                 g, a, _ = layer.cores[0].shape
                 layer.cores[0].view(g, a, E, -1)[:, :, 1] = math.nan
         x = torch.randn(9, 36, dtype=torch.float64, requires_grad=True)
@@ -152,8 +152,8 @@ def test_nothing_is_computed_for_experts_that_are_not_picked():
 
 
 @pytest.mark.parametrize("counts", [(70, 0, 64, 1), (0, 0, 0, 3), (1, 0, 0, 0), (128, 64, 0, 65)], ids=str)
-def test_tiles_equal_the_loop(counts):
-    """The method for GPUs that have no grouped GEMM for these shapes. Its sizes depend on the number of rows alone."""
+def test_products_by_tiles_equal_the_loop(counts):
+    """GPUs without a grouped GEMM for these shapes take this method. Its sizes depend on the number of rows alone."""
     m, ends = sum(counts), torch.tensor(counts).cumsum(0)
     x, dy, W = torch.randn(3, m, 5).double(), torch.randn(3, m, 6).double(), torch.randn(3, E, 5, 6).double()
     torch.testing.assert_close(grouped.products_by_tiles(x, W, ends), grouped.products_by_loop(x, W, ends))
@@ -173,7 +173,7 @@ def test_rows_are_sorted_by_expert():
 
 
 def test_a_mixture_of_ffns_equals_a_loop_over_ffns():
-    model = randomised("ffn").double()
+    model = make_random_model("ffn").double()
     ffn, x = model.blocks[0].ffn, torch.randn(2, 9, 36, dtype=torch.float64)
     index, gate = ffn.router(x)
     up, down = ([layer.materialize(row) for row in torch.eye(8).double()] for layer in (ffn.up, ffn.down))
@@ -187,8 +187,8 @@ def test_a_mixture_of_ffns_equals_a_loop_over_ffns():
 
 
 @pytest.mark.parametrize("d_in, num_experts, k", [(64, 8, 2), (256, 4, 1), (768, 16, 4)])
-def test_routers_are_even_at_first(d_in, num_experts, k):
-    """Also on inputs that are not centred, as those behind a GELU."""
+def test_new_routers_load_their_experts_evenly(d_in, num_experts, k):
+    """Inputs with a mean other than zero, as after a GELU, are among those tested."""
     torch.manual_seed(0)
     for input_ in (torch.randn(4096, d_in), F.gelu(torch.randn(4096, d_in))):
         index, gate, logits = Router(d_in, num_experts, k).route(input_)
@@ -217,26 +217,26 @@ def test_routers_that_start_at_zero_send_all_tokens_to_the_first_experts(kind):
 
 @pytest.mark.parametrize("rate", [0.0, 0.1, 0.3])
 def test_biases_move_by_their_rate(rate):
-    """By hand: 3 experts that got 1/2, 1/2 and none of the rows, and logits of std 2."""
+    """The reference is computed by hand: 3 experts with loads 1/2, 1/2 and 0, and logits of standard deviation 2."""
     router = Router(4, 3, 1)
     report = torch.tensor([[1.0, 0, 0, 2, 1 / 2, 1 / 2, 0, 0, 0, 0]])
     moe.Mixtures({"a": router}).balance(10 * report, rate)
     torch.testing.assert_close(router.bias, torch.tensor([-0.5, -0.5, 1.0]) * 2 * rate)
 
 
-def test_a_run_balances_by_its_option(monkeypatch):
+def test_a_run_balances_its_routers_at_the_rate_of_its_option(monkeypatch):
     rates = []
     monkeypatch.setattr(moe.Mixtures, "balance", lambda self, reports, rate: rates.append(rate))
     config = TrainConfig(
         **SMALL, moe="linear", router_balance=0.25, micro_batch=2, batch_tokens=64, device="cpu", compile=False
     )
-    task = train.TokenTask(config, torch.device("cpu"), TokensOf(96))
+    task = train.TokenTask(config, torch.device("cpu"), RandomTokens(96))
     train.Trainer(config, task, torch.device("cpu")).update(*task.batch(0))
     assert rates == [0.25]
 
 
-class TokensOf:
-    """Random ids in the place of data.TokenData."""
+class RandomTokens:
+    """Random ids in place of data.TokenData."""
 
     def __init__(self, vocab_size):
         self.vocab_size, self.meta = vocab_size, {}
@@ -245,8 +245,8 @@ class TokensOf:
         return [torch.randint(self.vocab_size, (stop - start, SMALL["block_size"])) for _ in range(2)]
 
 
-def test_experts_may_start_as_one_alone():
-    """Initial sizes, by hand: of a BTT 256 -> 1024 = 16 x 16 -> 32 x 32 of rank 1, and of a matrix."""
+def test_expert_init_single_initialises_experts_like_layers_of_their_own():
+    """The sizes are computed by hand, for a BTT 256 -> 1024 = 16 x 16 -> 32 x 32 of rank 1 and for a dense matrix."""
     torch.manual_seed(0)
     for single in (False, True):
         options = dict(SMALL, d_model=256, n_layer=1, moe="linear", expert_init="single" if single else "mixed")
@@ -258,7 +258,7 @@ def test_experts_may_start_as_one_alone():
         assert up.cores[0].std().item() == pytest.approx((1 if single else math.sqrt(2)) / 16, rel=0.02)
 
 
-def test_picked_are_the_largest_and_ties_go_to_all_in_turn():
+def test_the_largest_logits_are_picked_and_ties_go_to_all_experts_in_turn():
     logits = torch.randn(100, 7)
     assert torch.equal(moe.pick(logits, 3), logits.topk(3).indices)
     for k in (1, 2, 7):
@@ -279,11 +279,11 @@ def test_logits_are_float32_under_autocast():
     torch.testing.assert_close(logits, x.float() @ router.weight.T)
 
 
-def test_reports_by_hand():
+def test_reports_equal_values_computed_by_hand():
     logits = torch.tensor([[2.0, 0.0, 1.0], [0.0, 3.0, -1.0]], dtype=torch.float64, requires_grad=True)
     index = torch.tensor([[0, 2], [1, 0]])
     gate = logits.gather(1, index).softmax(dim=1)
-    other = (index.flip(1), gate.flip(1).detach(), 2 * logits)  # a router beside it, which changes nothing
+    other = (index.flip(1), gate.flip(1).detach(), 2 * logits)  # a second router must not change the first one's report
     row = moe.router_reports([(index, gate.detach(), logits), other])[0]
     p, g = logits.detach().softmax(dim=1), gate.detach()
     load = [2 / 4, 1 / 4, 1 / 4]
@@ -298,9 +298,9 @@ def test_reports_by_hand():
     assert figures["mean_entropy"] == pytest.approx(-sum(v * math.log(v) for v in mean_gate), abs=1e-4)
 
 
-def test_loss_in_training_has_the_auxiliary_loss_and_evaluation_has_not():
+def test_the_loss_includes_the_auxiliary_loss_in_training_only():
     for name in MODELS:
-        model = randomised(name)
+        model = make_random_model(name)
         idx = torch.randint(96, (2, 3, 32))
         logits, want = model(*idx)
         torch.testing.assert_close(want, F.cross_entropy(logits.flatten(0, 1), idx[1].flatten()))
@@ -311,14 +311,14 @@ def test_loss_in_training_has_the_auxiliary_loss_and_evaluation_has_not():
         torch.testing.assert_close(mixtures.cross_entropy, want)
         torch.testing.assert_close(loss, want + 0.01 * reports[:, mixtures.AUX].mean())
         of_all = reports[:, mixtures.LOADS :].sum(dim=1)
-        torch.testing.assert_close(of_all, torch.full((len(reports),), 2.0))  # none dropped
-        assert all(router.routing is None for router in mixtures.routers)  # the graph of the batch is let go
+        torch.testing.assert_close(of_all, torch.full((len(reports),), 2.0))  # no token is dropped
+        assert all(router.routing is None for router in mixtures.routers)  # nothing keeps the batch's graph alive
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_reports_have_the_order_of_the_names(name):
-    """Each router in turn is made to send all to its last experts: the one row of which this is true is the router's."""
-    model = randomised(name).train()
+def test_reports_are_in_the_order_of_the_names(name):
+    """Each router in turn sends all tokens to its last experts: the one row that shows it must be the router's."""
+    model = make_random_model(name).train()
     idx = torch.randint(96, (2, 32))
     for at, layer in enumerate(model.mixtures.names):
         router = model.get_submodule(f"{layer}.router")
@@ -331,14 +331,14 @@ def test_reports_have_the_order_of_the_names(name):
 
 
 def test_q_k_and_v_may_share_a_router():
-    model = randomised("shared router")
+    model = make_random_model("shared router")
     names = [f"blocks.{i}.{layer}" for i in (0, 1) for layer in ("attn", "attn.proj", "ffn.up", "ffn.down")]
     assert model.mixtures.names == names
     attn, x = model.blocks[0].attn, torch.randn(1, 6, 36)
     index, gate = attn.router(x[0])
     got = moe.mix_together(attn.router, (attn.q, attn.k, attn.v), x)
     for layer, y in zip((attn.q, attn.k, attn.v), got):
-        torch.testing.assert_close(y[0], loop(layer, x[0], index, gate))
+        torch.testing.assert_close(y[0], mix_by_loop(layer, x[0], index, gate))
 
 
 # -- in the model
@@ -347,7 +347,7 @@ def test_q_k_and_v_may_share_a_router():
 @pytest.mark.parametrize("name", MODELS)
 def test_compiles_as_one_graph_with_the_same_loss_and_gradients(name):
     layers = {"some layers": ("attn.q", "ffn.down"), "ffn": (), "ffn of btt": ("ffn",)}.get(name, ("attn", "ffn"))
-    model = randomised(name, structured_layers=layers, n_layer=1).train()
+    model = make_random_model(name, structured_layers=layers, n_layer=1).train()
     idx = torch.randint(96, (2, 2, 32))
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     results = []
@@ -363,7 +363,7 @@ def test_flops_are_those_of_the_executed_graph(name):
     def products(x_shape, W_shape, *_, **__):
         return 2 * x_shape[0] * x_shape[1] * x_shape[2] * W_shape[3]
 
-    model = randomised(name)
+    model = make_random_model(name)
     counted = {torch.ops.nanoeinsum.grouped_products: products}
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False, custom_mapping=counted) as counter:
         model(torch.zeros(3, 32, dtype=torch.long))
@@ -371,14 +371,14 @@ def test_flops_are_those_of_the_executed_graph(name):
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_the_models_table_adds_up(name):
-    model = randomised(name)
+def test_the_model_tables_totals_equal_the_models_parameters_and_flops(name):
+    model = make_random_model(name)
     *_, total = runlog.model_table(model, lr_multipliers(model), 1e-3)
     assert f"{sum(p.numel() for p in model.parameters()):,}" in total and f"{model.flops_per_token():,}" in total
 
 
-def test_cached_logits_equal_recomputed_ones_and_generation_goes_on():
-    model = randomised("btt").double()
+def test_cached_logits_equal_recomputed_ones_and_generation_runs_past_the_block():
+    model = make_random_model("btt").double()
     idx = torch.randint(96, (3, 32))
     cache = KVCache(model.config, idx.device)
     got = [model.lm_head(model.trunk(idx[:, a:b], cache)) for a, b in [(0, 7), (7, 8), (8, 20), (20, 32)]]
@@ -388,13 +388,13 @@ def test_cached_logits_equal_recomputed_ones_and_generation_goes_on():
 
 def test_every_parameter_gets_a_gradient_and_idle_experts_get_zeros():
     for name in MODELS:
-        model = randomised(name).train()
+        model = make_random_model(name).train()
         for layer in model.mixtures.names:
             model.get_submodule(f"{layer}.router").bias[0] = -1e6
         idx = torch.randint(96, (2, 32))
         model(idx, idx)[1].backward()
         for parameter_name, parameter in model.named_parameters():
-            if not parameter_name.endswith("attn.k.bias"):  # a shift of all keys changes no softmax
+            if not parameter_name.endswith("attn.k.bias"):  # a shift of all keys leaves the softmax as it is
                 assert parameter.grad is not None and parameter.grad.abs().max() > 0, parameter_name
         if name == "ffn":
             grad = model.blocks[0].ffn.up.cores[0].grad
@@ -403,8 +403,8 @@ def test_every_parameter_gets_a_gradient_and_idle_experts_get_zeros():
 
 @pytest.mark.parametrize("compiled", [False, True])
 def test_activation_checkpointing_changes_no_gradient_and_keeps_no_graph(compiled):
-    model, other = randomised("btt").train(), randomised("btt", activation_checkpointing=True).train()
-    if compiled:  # block by block, as train.py does it of mixtures
+    model, other = make_random_model("btt").train(), make_random_model("btt", activation_checkpointing=True).train()
+    if compiled:  # block by block, as train.py compiles mixtures
         for block in other.blocks:
             block.compile(backend="aot_eager")
     idx = torch.randint(96, (2, 4, 32))
@@ -415,7 +415,7 @@ def test_activation_checkpointing_changes_no_gradient_and_keeps_no_graph(compile
         torch.testing.assert_close(a.grad, b.grad, msg=name)
 
 
-def test_multipliers_are_those_of_one_expert():
+def test_learning_rate_multipliers_are_those_of_one_expert():
     multipliers = lr_multipliers(GPT(GPTConfig(**{**SMALL, "d_model": 64}, moe="linear", rank=3)))
     # 64 = 8 x 8 -> 256 = 16 x 16: A contracts 8 of the input, B the other 8 and the 3 ranks of an expert
     assert multipliers["blocks.0.ffn.up.cores.0"] == 768 / (8 * 2)
@@ -427,7 +427,7 @@ def test_multipliers_are_those_of_one_expert():
 
 
 @pytest.mark.parametrize("k", [1, 2, 4])
-def test_a_mixture_starts_with_outputs_as_large_as_a_layers_of_all_its_active_ranks(k):
+def test_a_new_mixtures_outputs_are_as_large_as_those_of_one_layer_with_the_same_active_rank(k):
     torch.manual_seed(0)
     x = torch.randn(512, 256)
     for options, plain in (
@@ -441,7 +441,7 @@ def test_a_mixture_starts_with_outputs_as_large_as_a_layers_of_all_its_active_ra
         assert got.item() == pytest.approx(want.item(), rel=0.12), options
 
 
-def test_standard_parametrization_draws_dense_experts_as_gpt2_and_leaves_routers_even():
+def test_standard_parametrization_initialises_dense_experts_like_gpt2_and_routers_as_usual():
     torch.manual_seed(0)
     model = GPT(GPTConfig(**{**SMALL, "d_model": 64}, moe="ffn", structure="dense", parametrization="standard"))
     ffn = model.blocks[0].ffn
@@ -451,8 +451,8 @@ def test_standard_parametrization_draws_dense_experts_as_gpt2_and_leaves_routers
 
 
 @pytest.mark.parametrize("structure", ["btt --rank=2 --moe=linear --num_experts=4", "dense --moe=ffn --num_experts=4"])
-def test_coordinate_check(structure):
-    """Outputs of layers and blocks keep their size over the widths; logits of attention and routers begin at others."""
+def test_outputs_keep_their_size_over_widths(structure):
+    """Checks the outputs of layers and blocks; the initial size of attention and router logits depends on the width."""
     measured = coordinate_check(parse_structure(structure), CoordsConfig(widths=(64, 144, 256), steps=3, seeds=1))
     sizes = {name: rms for name, rms in measured["rms"]["with"].items() if not name.endswith(("logits", "router"))}
     assert len(sizes) > 12 and largest_spread(sizes) < 2
@@ -463,7 +463,7 @@ def test_coordinate_check(structure):
 
 @pytest.fixture(scope="module")
 def real_text():
-    """(tokens,) ids of sources of Python's standard library."""
+    """(tokens,) Token ids of source files from Python's standard library."""
     texts = [open(path, encoding="utf-8", errors="replace").read() for path in sorted(stdlib_files())[:150]]
     ids = b"".join(filter(None, map(CharTokenizer().encode_document, texts)))
     return torch.frombuffer(bytearray(ids), dtype=torch.uint8).long()
@@ -471,7 +471,7 @@ def real_text():
 
 @pytest.mark.parametrize("kind", [dict(moe="linear", rank=1), dict(moe="ffn", structure="dense")], ids=str)
 def test_no_expert_starves_on_real_text(kind, real_text):
-    """150 steps of 512 characters, at a high rate: without the routers' biases some experts end at 0.15 / E and below."""
+    """150 steps of 512 characters at a high rate: without the routers' biases some experts' load falls below 0.15 / E."""
     torch.manual_seed(0)
     model = GPT(GPTConfig(block_size=64, vocab_size=96, n_layer=1, n_head=2, d_model=64, **kind))
     optimizer = make_optimizers(model, RunConfig(lr=4e-3, weight_decay=0.0))
@@ -499,7 +499,7 @@ MOE = ["--moe=linear", "--num_experts=4", "--warmup_steps=2"]
 
 @pytest.fixture(scope="module")
 def run(char_data, tmp_path_factory):
-    """An unbroken run of 20 steps of two micro-steps, its out_dir and arguments."""
+    """An unbroken run of 20 steps with two micro-steps each -> its out_dir and arguments."""
     folder = str(tmp_path_factory.mktemp("moe") / "run")
     options = dict(
         data_dir=char_data, out_dir=folder, vocab_size=96, n_layer=2, n_head=2, d_model=36, block_size=32, micro_batch=4,
@@ -511,7 +511,7 @@ def run(char_data, tmp_path_factory):
     return folder, arguments
 
 
-def test_a_run_logs_what_its_experts_get(run):
+def test_a_run_logs_the_load_of_its_experts(run):
     folder, _ = run
     rows = read_rows(folder)
     assert [row["step"] for row in rows if "moe" in row] == [10, 20]
@@ -522,7 +522,7 @@ def test_a_run_logs_what_its_experts_get(run):
     for layer in figures.values():
         assert sum(layer["load"]) == pytest.approx(1, abs=1e-3) and min(layer["load"]) > 0
         assert 0 < layer["token_entropy"] <= math.log(2) + 1e-4 and layer["mean_entropy"] <= math.log(4) + 1e-4
-    # At first loads are near even and logits small: balance 1 and z-loss (log 4)², of which a hundredth.
+    # At first loads are nearly even and logits small: the balance loss is 1, the z-loss (log 4)², and the weight 0.01.
     aux = losses(folder, "aux_loss")
     assert list(aux) == list(range(1, 21)) and aux[1] == pytest.approx(0.01 * (1 + 0.1 * math.log(4) ** 2), rel=0.1)
     loss = losses(folder)
@@ -534,7 +534,7 @@ def test_a_run_logs_what_its_experts_get(run):
         assert file.read(8) == b"\x89PNG\r\n\x1a\n"
 
 
-def test_the_heat_map_has_a_row_an_expert_and_a_column_a_layer(run, tmp_path, monkeypatch):
+def test_the_heat_map_has_one_row_per_expert_and_one_column_per_layer(run, tmp_path, monkeypatch):
     figures = []
     monkeypatch.setattr(runlog, "save_figure", lambda figure, path: figures.append(figure))
     runlog.plot_experts(f"{run[0]}/log.jsonl", "unused.png")
@@ -543,7 +543,7 @@ def test_the_heat_map_has_a_row_an_expert_and_a_column_a_layer(run, tmp_path, mo
     assert image.T.tolist() == want
 
 
-def test_resumed_equals_straight_bit_for_bit(run, tmp_path):
+def test_a_resumed_run_equals_an_unbroken_one_bit_for_bit(run, tmp_path):
     folder, arguments = run
     shutil.copytree(folder, tmp_path / "run")
     (tmp_path / "run" / "ckpt_prev.pt").replace(tmp_path / "run" / "ckpt.pt")
@@ -557,7 +557,7 @@ def test_resumed_equals_straight_bit_for_bit(run, tmp_path):
 
 @pytest.mark.parametrize("words", [[], ["--shard=fsdp"]], ids=["copies", "sharded"])
 def test_two_processes_equal_one(run, tmp_path, words):
-    """Their micro-batches are those of one process, and so is the auxiliary loss; the biases follow the whole batch."""
+    """The micro-batches and the auxiliary loss are those of one process; the biases follow the load of the whole batch."""
     folder, arguments = run
     done = run_forked("train.py", *arguments, *words, f"--out_dir={tmp_path}/two", processes=2)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -569,11 +569,13 @@ def test_two_processes_equal_one(run, tmp_path, words):
         assert two[name]["load"] == pytest.approx(one[name]["load"], abs=0.01)
     if not words:
         return
-    train.main([*arguments, "--resume", "--max_steps=22", f"--out_dir={tmp_path}/two"])  # goes on whole, on one
+    train.main(
+        [*arguments, "--resume", "--max_steps=22", f"--out_dir={tmp_path}/two"]
+    )  # one process resumes, unsharded
     assert max(losses(tmp_path / "two")) == 22
 
 
-def test_another_number_of_experts_in_evaluation_and_sampling(run, tmp_path, capsys):
+def test_evaluation_and_sampling_may_use_another_number_of_experts(run, tmp_path, capsys):
     folder, arguments = run
     for name, words in (("two", []), ("four", ["--eval_top_k=4"])):
         train.main([*arguments, "--max_steps=5", "--save=False", f"--out_dir={tmp_path}/{name}", *words])
@@ -586,7 +588,7 @@ def test_another_number_of_experts_in_evaluation_and_sampling(run, tmp_path, cap
     layer, x = model.blocks[0].ffn.up, torch.randn(7, 36)
     index, gate, logits = layer.router.route(x)
     assert index.shape == (7, 4) and (model(idx)[0] - two).abs().max() > 1e-4
-    torch.testing.assert_close(loop(layer, x, index, gate), layer.mix(x, index, gate), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(mix_by_loop(layer, x, index, gate), layer.mix(x, index, gate), rtol=1e-4, atol=1e-5)
     assert model.flops_per_token() > sample.load_model(folder)[0].flops_per_token()
     moe.set_top_k(model, 2)
     assert torch.equal(model(idx)[0], two)
@@ -629,7 +631,7 @@ def test_impossible_options_are_one_clear_line(kwargs, words):
     assert "\n" not in message and all(word in message for word in words), message
 
 
-def test_options_of_runs_that_do_not_fit(run, tmp_path):
+def test_options_that_do_not_fit_a_run_are_refused(run, tmp_path):
     folder, arguments = run
     with pytest.raises(ConfigError, match="eval_top_k=9 of num_experts=4"):
         train.main([*arguments, "--eval_top_k=9"])
@@ -644,8 +646,8 @@ def test_options_of_runs_that_do_not_fit(run, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["none", "linear", "ffn"])
-def test_a_layer_is_a_mixture_where_it_is_structured(kind):
-    """All combinations of structure, structured_layers and overrides of one role, against the rule in plain words."""
+def test_structured_layers_become_mixtures(kind):
+    """All combinations of structure, structured_layers and an override of one role, against the rule written out here."""
     names = [
         None,
         "dense",
@@ -660,7 +662,7 @@ def test_a_layer_is_a_mixture_where_it_is_structured(kind):
         named = override.get("structure") if isinstance(override, dict) else override
         if named:
             expected = named != "dense"
-        elif override:  # options of the structure of all
+        elif override:  # it changes options only and leaves the structure as it is
             expected = "attn" in layers or structure != "dense"
         else:
             expected = "attn" in layers
@@ -674,7 +676,7 @@ def test_a_layer_is_a_mixture_where_it_is_structured(kind):
         assert isinstance(model.blocks[0].attn.q, moe.Mixture) == config.is_mixture("attn.q"), case
 
 
-def test_overrides_alone_may_make_the_mixtures():
+def test_overrides_alone_can_make_a_layer_a_mixture():
     config = GPTConfig(**SMALL, moe="linear", structured_layers=("lm_head",), overrides={"attn.q": "btt"})
     assert [role for role in config.layer_widths() if config.is_mixture(role)] == ["attn.q"]
 

@@ -1,4 +1,4 @@
-"""Structure-aware muP: multipliers by hand, the size of an update of the product, and a coordinate check over widths."""
+"""Tests structure-aware muP: multipliers against values by hand, updates and activations over a range of widths."""
 
 import math
 
@@ -18,7 +18,7 @@ from options import GPTConfig, RunConfig
 SMALL = dict(block_size=32, vocab_size=96, n_layer=2, n_head=2)
 
 
-def test_multipliers_by_hand():
+def test_multipliers_equal_values_by_hand():
     multipliers = lr_multipliers(GPT(GPTConfig(**SMALL, d_model=64, rank=2, structured_layers=("ffn",))))
     assert (
         multipliers["token_embedding.weight"]
@@ -34,7 +34,7 @@ def test_multipliers_by_hand():
 
 
 @pytest.mark.parametrize("moe", ["none", "linear", "ffn"])
-def test_base_ffn_expansion_is_of_ffn_down_alone(moe):
+def test_base_ffn_expansion_scales_the_multipliers_of_ffn_down_alone(moe):
     model = GPT(GPTConfig(**SMALL, d_model=64, moe=moe, structured_layers=("ffn",)))
     one, four = (lr_multipliers(model, 64, expansion) for expansion in (1, 4))
     scaled = {name for name in one if four[name] == 4 * one[name] and one[name] != four[name]}
@@ -57,9 +57,9 @@ STRUCTURES = [
 @pytest.mark.parametrize("options", STRUCTURES, ids=lambda options: options["structure"])
 @pytest.mark.parametrize("shape", [(1, 1), (1, 4), (4, 1)], ids=["square", "up", "down"])
 def test_an_update_of_a_core_changes_the_matrix_by_the_same_share_at_every_width(options, shape):
-    """The spectral condition on the product: ‖ΔW‖ = lr · 768 · sqrt(d_out/d_in), up to a constant of the structure."""
+    """The spectral condition on the product: ‖ΔW‖ = lr · 768 · sqrt(d_out/d_in), up to a constant per structure."""
     torch.manual_seed(0)
-    norms = []  # of ΔW over sqrt(d_out/d_in), for each core, at each width
+    norms = []  # ‖ΔW‖ / sqrt(d_out/d_in) for each width and core
     for d in (64, 256, 512):
         d_in, d_out = (d // 4 * 4 * side // max(shape) for side in shape)
         rank = {"rank": math.isqrt(d_in)} if options.get("rank") == "root" else {}
@@ -76,12 +76,12 @@ def test_an_update_of_a_core_changes_the_matrix_by_the_same_share_at_every_width
                 core.copy_(before)
         norms.append(at_width)
     for of_core in zip(*norms):
-        assert max(of_core) < 1.8 * min(of_core)  # 8 times the width
+        assert max(of_core) < 1.8 * min(of_core)  # the widths differ by a factor of 8
         assert min(of_core) > 0.2 and max(of_core) < 1.3
 
 
-def test_what_shrinks_with_the_width_is_the_first_steps_of_low_rank_layers():
-    """Of rank sqrt(d): after 5 steps the wide one's branches have changed less, after 25 they have caught up."""
+def test_only_the_first_steps_of_low_rank_layers_shrink_with_the_width():
+    """With rank sqrt(d), the branches of the wide model change less in 5 steps, but have caught up after 25."""
     ratios = []
     for steps in (5, 25):
         changes = []
@@ -133,17 +133,17 @@ def test_weight_decay_takes_lr_times_decay_off_every_matrix():
     ["dense", "low_rank --rank=width/4 --structured_layers=attn,ffn", "btt --rank=2"],
     ids=["dense", "low_rank", "btt"],
 )
-def test_coordinate_check(structure):
-    """Activations keep their size over the widths; with one rate for all widths, the narrowest's, they do not."""
+def test_activations_keep_their_size_over_widths(structure):
+    """Without multipliers, at the narrowest model's rate for all widths, they do not."""
     measured = coordinate_check(parse_structure(structure), CoordsConfig(widths=(64, 128, 256, 512), steps=5, seeds=1))
     assert {"blocks.0", "blocks.1.attn.k", "blocks.1.ffn.down", "lm_head"} < set(measured["rms"]["with"])
     spreads = spreads_of(measured)
-    assert spreads["rms"]["with"] < 2 and spreads["change"]["with"] < 2.8  # of which the logits' is the largest
+    assert spreads["rms"]["with"] < 2 and spreads["change"]["with"] < 2.8  # the change of the logits is the largest
     assert spreads["rms"]["without"] > 3 and spreads["change"]["without"] > 3.3
 
 
-def test_rates_are_tensors_only_where_a_graph_reads_them():
-    """On a GPU, that is; of sharded parameters they are numbers. Pretended tensors: neither GPU nor memory is needed."""
+def test_learning_rates_are_tensors_only_where_a_cuda_graph_reads_them():
+    """That is on a GPU, unless parameters are sharded. Fake tensors stand in for a GPU."""
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
         with FakeTensorMode(allow_non_fake_inputs=True), torch.device("cuda"):
@@ -160,7 +160,7 @@ def test_rates_are_tensors_only_where_a_graph_reads_them():
 
 
 def test_scaled_decay_takes_lr_times_multiplier_times_decay_off_every_matrix():
-    """As published, where torch's AdamW decays by the rate of each group."""
+    """The published code decays like this: torch's AdamW multiplies the decay by the rate of each group."""
     model = GPT(GPTConfig(**SMALL, d_model=64, rank=2))
     multipliers = lr_multipliers(model)
     optimizer = make_optimizers(model, RunConfig(lr=1e-2, weight_decay=0.1, scale_decay=True))

@@ -1,6 +1,7 @@
-"""Another optimizer than the project's own, as a researcher would add it: two torch optimizers that share the parameters.
+"""Tests that other optimizers can replace the project's own, against unbroken runs and runs on one process.
 
-Only optim.make_optimizers is replaced. It trains, resumes bit for bit, and runs on several processes.
+The example is what a researcher might add: two torch optimizers that share the parameters. Only
+optim.make_optimizers is replaced.
 """
 
 import os
@@ -41,14 +42,14 @@ train.main(sys.argv[1:])
 
 
 @pytest.fixture
-def two(tiny, monkeypatch):
-    """Arguments of a tiny run, which such optimizers train."""
+def two_optimizers(tiny, monkeypatch):
+    """Arguments for a tiny run, which these two optimizers train."""
     monkeypatch.setattr(train, "make_optimizers", sgd_and_adamw)
     return [*tiny, "--micro_batch=2", "--schedule=constant"]
 
 
-def test_it_trains_and_resumes_bit_for_bit(two, tmp_path):
-    train.main([*two, "--keep_every=7"])
+def test_a_run_with_two_optimizers_trains_and_resumes_bit_for_bit(two_optimizers, tmp_path):
+    train.main([*two_optimizers, "--keep_every=7"])
     val = losses(tmp_path / "run", "val_loss")
     assert val[20] < val[0] - 0.5
     saved = checkpoint.load(tmp_path / "run")["optimizer"]
@@ -56,19 +57,19 @@ def test_it_trains_and_resumes_bit_for_bit(two, tmp_path):
     assert set(saved["final_norm.weight"]) == {"step", "exp_avg", "exp_avg_sq"}
     os.makedirs(tmp_path / "half")
     shutil.copy(tmp_path / "run" / "ckpt_step7.pt", tmp_path / "half" / "ckpt.pt")
-    train.main([*two, f"--out_dir={tmp_path}/half", "--resume"])
+    train.main([*two_optimizers, f"--out_dir={tmp_path}/half", "--resume"])
     for key in ("loss", "val_loss", "grad_norm"):
         want, got = losses(tmp_path / "run", key), losses(tmp_path / "half", key)
         assert max(got) == 20 and all(got[step] == want[step] for step in got)
 
 
 @pytest.mark.parametrize("shard", ["none", "fsdp"])
-def test_on_two_processes_it_equals_one_which_resumes_from_them(two, tmp_path, shard):
-    train.main([*two, f"--out_dir={tmp_path}/one"])
+def test_one_process_resumes_from_two_and_equals_a_run_on_one(two_optimizers, tmp_path, shard):
+    train.main([*two_optimizers, f"--out_dir={tmp_path}/one"])
     (tmp_path / "script.py").write_text(SCRIPT)
-    done = run_forked(tmp_path / "script.py", *two, f"--shard={shard}", "--max_steps=10", processes=2)
+    done = run_forked(tmp_path / "script.py", *two_optimizers, f"--shard={shard}", "--max_steps=10", processes=2)
     assert done.returncode == 0, done.stdout + done.stderr
-    train.main([*two, "--resume"])
+    train.main([*two_optimizers, "--resume"])
     for key in ("loss", "val_loss", "grad_norm"):
         want, got = losses(tmp_path / "one", key), losses(tmp_path / "run", key)
         assert got.keys() == want.keys() and all(got[step] == pytest.approx(want[step], rel=1e-3) for step in want), key
@@ -84,7 +85,7 @@ def test_an_overflow_in_one_part_skips_the_step_of_all():
         for p in model.parameters():
             p.grad = torch.ones_like(p)
         if not finite:
-            model.final_norm.weight.grad[0] = torch.inf  # AdamW's
+            model.final_norm.weight.grad[0] = torch.inf  # a parameter of AdamW
         scaler.scale(torch.zeros(()))
         scaler.unscale_(optimizers)
         scaler.step(optimizers)
@@ -99,7 +100,7 @@ def one_step(model, optimizers):
 
 
 def adafactor(model, config):
-    """Keeps tensors of other shapes than the parameters': a row's and a column's."""
+    """An optimizer whose state has other shapes than the parameters: one row and one column each."""
     named, multipliers = model.named_parameters(), lr_multipliers(model)
     part = torch.optim.Adafactor([p for _, p in named], lr=config.lr)
     for group in part.param_groups:
@@ -108,7 +109,7 @@ def adafactor(model, config):
 
 
 @pytest.mark.parametrize("make", [make_optimizers, sgd_and_adamw, adafactor])
-def test_state_of_any_shape_goes_into_a_file_and_back(make, tmp_path):
+def test_state_of_any_shape_is_saved_and_restored(make, tmp_path):
     results = []
     for resumed in (False, True):
         torch.manual_seed(0)
@@ -134,7 +135,7 @@ def test_state_of_any_shape_goes_into_a_file_and_back(make, tmp_path):
     assert all(torch.equal(one, other) for one, other in zip(*results))
 
 
-def test_state_that_is_no_tensor_is_named():
+def test_state_that_is_no_tensor_is_refused_by_name():
     model = torch.nn.Linear(3, 3, bias=False)
     optimizers = make_optimizers(model, RunConfig(), {"weight": 1.0})
     optimizers.parts[0].state[model.weight]["count"] = 3

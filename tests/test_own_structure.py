@@ -1,7 +1,4 @@
-"""A structure of a user's own, with an option of its own, in one file: everything that knows structures works with it.
-
-pytest tests/test_own_structure.py
-"""
+"""Tests that a user's own structure, in one file with an option of its own, works wherever the project's own do."""
 
 import functools
 import json
@@ -19,7 +16,7 @@ from lab import bench, scaling_laws, sweep
 from model import GPT
 from options import STRUCTURE_FIELDS, GPTConfig
 
-# A layer that is no einsum of two cores, in a file as a user writes it.
+# A file as a user would write it, with a layer that is no einsum of two cores.
 BANDED = '''
 import functools
 import torch
@@ -52,16 +49,16 @@ theta.STRUCTURES["banded"] = theta.Structure(banded, options={"bands": 4})
 
 @pytest.fixture
 def own_file(tmp_path):
-    """my_structures.py; what this process learns of it is forgotten afterwards."""
+    """The path of my_structures.py; its structures are removed from this process afterwards."""
     before = dict(theta.STRUCTURES)
     path = tmp_path / "my_structures.py"
     path.write_text(BANDED)
     yield str(path)
-    forget(before)
+    remove_structures(before)
 
 
-def forget(before=None):
-    """As in a new process: no structure but those of the project."""
+def remove_structures(before=None):
+    """Remove all structures but those of the project (or of `before`), as in a new process."""
     for name in theta.STRUCTURES.keys() - (before or PROJECTS):
         del theta.STRUCTURES[name]
 
@@ -71,12 +68,12 @@ SHORT = ["--max_steps=6", "--eval_interval=3", "--warmup_steps=1"]
 OPTIONS = ["--structure=banded", "--structure_options={'bands': 3}"]
 
 
-def test_fields_have_the_defaults_of_the_table():
+def test_structure_fields_have_the_defaults_of_the_structures():
     for name, default in theta.all_options().items():
         assert name in theta.ALIGNMENT or STRUCTURE_FIELDS[name] == default
 
 
-def test_it_is_trained_sampled_and_resumed(own_file, tiny, tmp_path, capsys):
+def test_an_own_structure_is_trained_sampled_and_resumed(own_file, tiny, tmp_path, capsys):
     overrides = "--overrides={'ffn.down': {'structure': 'banded', 'bands': 5}, 'lm_head': 'dense'}"
     words = [own_file, *tiny, *OPTIONS, overrides, "--schedule=constant"]
     train.main([*words, f"--out_dir={tmp_path / 'whole'}"])
@@ -85,34 +82,34 @@ def test_it_is_trained_sampled_and_resumed(own_file, tiny, tmp_path, capsys):
     whole = losses(tmp_path / "whole")
     assert whole[20] < whole[1]
     train.main([*words, "--max_steps=10"])
-    done = run_forked("train.py", *words, "--resume")  # by a process that has not seen the file
+    done = run_forked("train.py", *words, "--resume")  # in a process that has not loaded the file
     assert done.returncode == 0 and losses(tmp_path / "run") == whole, done.stdout + done.stderr
     sample.main([own_file, f"--out_dir={tmp_path / 'run'}", "--device=cpu", "--max_new_tokens=3", "--num_samples=1"])
-    forget()
+    remove_structures()
     with pytest.raises(
         ConfigError, match="structure='banded' is unknown: choose one of .*, or name the file that adds it"
     ):
         sample.main([f"--out_dir={tmp_path / 'run'}", "--device=cpu"])
 
 
-def test_it_is_timed(own_file, tiny, capsys):
+def test_an_own_structure_is_benchmarked(own_file, tiny, capsys):
     against = f"{own_file} {' '.join(tiny)} --structure=banded --structure_options=\"{{'bands': 2}}\"; {' '.join(tiny)}"
     timing = ["--steps=1", "--parts=False"]
     bench.main(["step", own_file, *tiny, *OPTIONS, *timing, f"--against={against}"])
     row = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("parameters")).split()
     three, two, btt = (int(cell.replace(",", "")) for cell in row[1:4])
-    # Of two blocks, q k v proj of 36, up and down of 144; a head of max(36, 96).
+    # Two blocks, each with q, k, v, proj of width 36 and up, down of width 144, and a head of width max(36, 96).
     assert three - two == 2 * (4 * 36 + 2 * 144) + 96 and btt > three
 
 
-def test_its_runs_are_fitted(own_file, tiny, tmp_path):
+def test_runs_of_an_own_structure_are_fitted(own_file, tiny, tmp_path):
     runs = []
     for width in (36, 72):
         for number, structure in enumerate((["--structure=dense"], OPTIONS)):
             runs.append(str(tmp_path / f"{width}_{number}"))
             train.main([own_file, *tiny, *SHORT, *structure, f"--d_model={width}", f"--out_dir={runs[-1]}"])
     words = ["fit", *runs, f"--out={tmp_path / 'fit'}", "--samples=5", "--costs=flops"]
-    forget()
+    remove_structures()
     with pytest.raises(ConfigError, match="structure='banded' is unknown"):
         scaling_laws.main(words)
     scaling_laws.main([*words, own_file])
@@ -138,7 +135,7 @@ def test_a_sweep_gives_the_file_to_its_runs_and_to_the_fit(own_file, tmp_path, m
     )
 
 
-def test_it_is_searched(own_file, tiny, tmp_path, monkeypatch):
+def test_an_own_structure_is_searched(own_file, tiny, tmp_path, monkeypatch):
     search = pytest.importorskip("lab.search")
     words = [word for word in tiny if not word.startswith("--out_dir")]
     choices = "--choices={'structure': ('banded', 'btt'), 'bands': (2, 3, 9), 'rank': 2}"
@@ -160,7 +157,7 @@ def test_it_is_searched(own_file, tiny, tmp_path, monkeypatch):
             load_config(search.SearchConfig, [own_file, *tiny[:1], f"--choices={wrong}"])
 
 
-def test_options_that_do_not_go_with_it_are_one_line(own_file):
+def test_options_that_do_not_fit_the_structure_are_one_line(own_file):
     shape = dict(n_layer=1, n_head=2, d_model=16, vocab_size=96)
     load_config(train.TrainConfig, [own_file, "--structure=banded"])
     with pytest.raises(UnusedOption, match="structure_options={'bands': 4} with structure='btt', which has no bands"):
@@ -179,21 +176,21 @@ def test_options_that_do_not_go_with_it_are_one_line(own_file):
 
 
 class Plain(torch.nn.Module):
-    """No CoreLinear."""
+    """A layer that is not derived from CoreLinear."""
 
     def __init__(self, d_in, d_out, **kwargs):
         super().__init__()
 
 
 class Uncounted(CoreLinear):
-    """No flops_per_token."""
+    """A layer without flops_per_token."""
 
     def __init__(self, d_in, d_out, **kwargs):
         super().__init__(d_in, d_out, [(1, d_in, d_out)], **kwargs)
 
 
-class OfX(Uncounted):
-    """A forward that does not take the FFN's function."""
+class WithoutInputFn(Uncounted):
+    """A layer whose forward lacks input_fn, the function applied before the matrix."""
 
     flops_per_token = 0
 
@@ -201,7 +198,7 @@ class OfX(Uncounted):
         return self.finish(x.flatten(0, -2) @ self.cores[0][0], x)
 
 
-class OfXByProduct(Uncounted):
+class ProductOnly(Uncounted):
     flops_per_token = 0
 
     def product(self, x):
@@ -213,7 +210,10 @@ class OfXByProduct(Uncounted):
     [
         (Plain, "Plain is not a CoreLinear: derive it from einsum_linear.CoreLinear"),
         (Uncounted, "Uncounted has no flops_per_token: set it"),
-        (OfX, "OfX.forward takes no `input_fn`.*: write forward.self, x, input_fn=None., or leave forward out"),
+        (
+            WithoutInputFn,
+            "WithoutInputFn.forward takes no `input_fn`.*: write forward.self, x, input_fn=None., or leave forward out",
+        ),
     ],
 )
 def test_a_layer_that_a_model_cannot_use_is_refused_in_one_line(monkeypatch, layer, message):
@@ -224,8 +224,8 @@ def test_a_layer_that_a_model_cannot_use_is_refused_in_one_line(monkeypatch, lay
     assert "\n" not in str(caught.value)
 
 
-def test_a_layer_of_a_product_alone_is_understood(monkeypatch):
-    structure = theta.Structure(lambda d_in, d_out, options: functools.partial(OfXByProduct, d_in, d_out))
+def test_a_layer_that_defines_only_its_product_works(monkeypatch):
+    structure = theta.Structure(lambda d_in, d_out, options: functools.partial(ProductOnly, d_in, d_out))
     monkeypatch.setitem(theta.STRUCTURES, "mine", structure)
     model = GPT(GPTConfig(n_layer=1, n_head=2, d_model=16, vocab_size=96, structure="mine", normalize=False))
     ffn, x = model.blocks[0].ffn, torch.randn(3, 16)

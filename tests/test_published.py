@@ -1,4 +1,4 @@
-"""Switches between our settings and the published ones (docs/deviations.md), and the config files that set them."""
+"""Tests the options that give the published settings (docs/deviations.md), and the config files that set them."""
 
 import os
 from dataclasses import asdict, fields
@@ -19,7 +19,7 @@ SMALL = dict(block_size=32, vocab_size=96, n_layer=2, n_head=2, d_model=36)
 
 
 @pytest.mark.parametrize("options, std", [({}, 1.0), ({"embedding_std": 0.02}, 0.02), ({"d_embed": 32}, 1.0)], ids=str)
-def test_embeddings_start_at_the_asked_size(options, std):
+def test_embedding_std_sets_the_initial_size_of_embeddings(options, std):
     torch.manual_seed(0)
     config = GPTConfig(**{**SMALL, "vocab_size": 2048, "block_size": 512, "d_model": 64}, **options)
     model = GPT(config)
@@ -32,8 +32,8 @@ def test_embeddings_start_at_the_asked_size(options, std):
 @pytest.mark.parametrize(
     "kind", [dict(rank=2), dict(structure="low_rank", moe="linear"), dict(normalize_dense=True)], ids=str
 )
-def test_without_gains_the_caps_stay(kind):
-    """The same first loss; no parameter but the gains is missing; a core's size above its cap does not matter."""
+def test_without_gains_the_caps_still_act(kind):
+    """The logits are the same, only the gains are missing, and a core's size above its cap does not matter."""
     torch.manual_seed(0)
     idx = torch.randint(SMALL["vocab_size"], (2, 8))
     shape = {**SMALL, "structured_layers": ("ffn",), **kind}
@@ -66,7 +66,7 @@ def test_q_that_starts_at_zero_attends_uniformly_and_learns(structure):
     attention, x = model.blocks[0].attn, torch.randn(2, 8, 64)
     assert attention.q.cores[-1].abs().max() == 0 and attention.k.cores[-1].abs().max() > 0
     torch.nn.init.eye_(attention.proj.weight) if structure == "dense" else attention.proj.load_dense(torch.eye(64))
-    means = attention.v(x).cumsum(dim=1) / torch.arange(1, 9)[:, None]  # over the positions up to each
+    means = attention.v(x).cumsum(dim=1) / torch.arange(1, 9)[:, None]  # over the positions up to each one
     torch.testing.assert_close(attention(x), attention.proj(means), atol=1e-5, rtol=1e-4)
     optimizer, idx = make_optimizers(model, RunConfig(lr=1e-3)), torch.randint(SMALL["vocab_size"], (4, 9))
     for _ in range(4):
@@ -82,7 +82,7 @@ def test_q_that_starts_at_zero_attends_uniformly_and_learns(structure):
     )
 
 
-def test_biases_of_q_k_and_v_are_a_switch():
+def test_qkv_bias_switches_the_biases_of_q_k_and_v():
     shape = dict(SMALL, bias=True, qkv_bias=False)
     names = {name for name, _ in GPT(GPTConfig(**shape)).named_parameters() if name.endswith("bias")}
     every = {
@@ -90,7 +90,7 @@ def test_biases_of_q_k_and_v_are_a_switch():
     }
     assert every - names == {f"blocks.{i}.attn.{role}.bias" for i in range(SMALL["n_layer"]) for role in "qkv"}
     one = GPT(GPTConfig(**shape, overrides={"attn.q": {"structure": "dense", "bias": True}})).blocks[0].attn
-    assert one.q.bias is not None and one.k.bias is None  # an override decides
+    assert one.q.bias is not None and one.k.bias is None  # an override wins
 
 
 @pytest.mark.parametrize(
@@ -111,7 +111,7 @@ def test_biases_of_q_k_and_v_are_a_switch():
     ],
     ids=lambda value: ",".join(value) if isinstance(value, dict) else "",
 )
-def test_switches_that_would_do_nothing_are_refused(options, words):
+def test_options_without_effect_are_refused(options, words):
     with pytest.raises(ConfigError) as caught:
         TrainConfig(**{**SMALL, **options})
     message = str(caught.value)
@@ -132,7 +132,7 @@ ROUTERS = {"router_init", "router_balance", "expert_init"}
     ],
 )
 def test_published_settings_follow_another_config_file(file, unread, capsys):
-    """Each option is taken as the file has it, or left out with a note because the model does not read it."""
+    """Each option of the file is set, or left out with a note because the model does not read it."""
     paths = [os.path.join(ROOT, f"config/{name}.py") for name in (file, "published", "published_theta")]
     config = load_config(TrainConfig, paths)
     wanted = read_config_file(paths[1]) | read_config_file(paths[2])
@@ -141,7 +141,7 @@ def test_published_settings_follow_another_config_file(file, unread, capsys):
     assert {note.removeprefix("note: ").partition("=")[0] for note in notes} == unread
 
 
-def test_runs_from_before_the_switches_are_of_the_same_model():
+def test_a_run_saved_before_these_options_existed_has_the_same_model():
     switches = {"gains", "embedding_std", "zero_init_q", "qkv_bias", "router_init", "expert_init", "scale_decay"}
     config = TrainConfig(**SMALL)
     saved = {name: value for name, value in asdict(config).items() if name not in switches | {"router_balance"}}

@@ -1,4 +1,4 @@
-"""Sampling from a checkpoint, as a function and as the command users type."""
+"""Tests sampling from a checkpoint, as a function and as a command, against the form of the text it was trained on."""
 
 import json
 import os
@@ -33,8 +33,8 @@ def run(char_data, tmp_path_factory):
     return folder
 
 
-def test_text_looks_like_what_was_learned(run):
-    """Lines of the data are `a + b = c`: a trained model writes their form."""
+def test_sampled_text_has_the_form_of_the_data(run):
+    """Lines of the data read `a + b = c`, and so must those of a trained model."""
     model, _ = sample.load_model(run)
     config = sample.SampleConfig(max_new_tokens=300, temperature=0.5)
     (text,) = sample.sample(model, CharTokenizer(), [0], config, torch.device("cpu"))
@@ -45,7 +45,7 @@ def test_text_looks_like_what_was_learned(run):
     assert len(lines) > 10 and len(well_formed) / len(lines) > 0.8, text
 
 
-def test_command_with_a_prompt_from_text_and_from_a_file(run, tmp_path):
+def test_a_prompt_from_text_and_from_a_file_give_the_same_samples(run, tmp_path):
     (tmp_path / "prompt.txt").write_text("12 + 3")
     texts = []
     for start in ("12 + 3", f"FILE:{tmp_path}/prompt.txt"):
@@ -57,7 +57,7 @@ def test_command_with_a_prompt_from_text_and_from_a_file(run, tmp_path):
     assert texts[0] == texts[1] and texts[0].count("12 + 3") >= 2 and texts[0].count("-" * 68) == 2
 
 
-def test_seed_decides(run, capsys):
+def test_the_seed_determines_the_samples(run, capsys):
     outs = []
     for seed in (1, 1, 2):
         sample.main([f"--out_dir={run}", f"--seed={seed}", "--max_new_tokens=60", "--temperature=1.0"])
@@ -88,7 +88,7 @@ def test_mistakes_are_one_clear_line(run, words, expected):
 
 
 def test_a_prompt_longer_than_the_context_is_cropped_to_its_end(run, capsys):
-    """The model holds 32 characters; the whole prompt is shown all the same."""
+    """The model reads 32 characters, but the whole prompt is printed."""
     start = "99 + 99 = 0\n" * 5 + "12 + 3"
     texts = []
     for words in (start, start[-32:]):
@@ -101,7 +101,7 @@ def test_a_prompt_longer_than_the_context_is_cropped_to_its_end(run, capsys):
 
 
 def test_ids_that_the_tokenizer_lacks_are_never_drawn():
-    """A new model's logits are all equal: of 128 ids a quarter have no character."""
+    """A new model's logits are all equal, and a quarter of its 128 ids have no character."""
     model = GPT(GPTConfig(vocab_size=128, n_layer=1, n_head=2, d_model=36, block_size=16))
     for options in (dict(temperature=1.0), dict(temperature=1.0, top_k=100), dict(temperature=1.0, top_p=0.99)):
         config = sample.SampleConfig(max_new_tokens=200, num_samples=2, **options)
@@ -109,7 +109,7 @@ def test_ids_that_the_tokenizer_lacks_are_never_drawn():
             assert len(text) == 200 and len(set(text)) > 50
 
 
-def test_temperatures_at_the_edge_of_float32():
+def test_temperatures_at_the_limits_of_float32_work():
     logits = torch.tensor([[0.0, 3.0, 2.9, -1.0]]).repeat(200, 1)
     for temperature in (0.0, 1e-50, 1e-38, 1e-31, 1e-30, 1e-20):
         assert (sample_token(logits, temperature) == 1).all(), temperature
@@ -117,13 +117,13 @@ def test_temperatures_at_the_edge_of_float32():
     assert set(drawn.flatten().tolist()) == {0, 1, 2, 3}
 
 
-def test_a_run_whose_vocabulary_is_larger_ends_with_its_sample(tiny, capsys):
+def test_a_run_with_a_larger_vocabulary_ends_with_a_sample(tiny, capsys):
     train.main([*tiny, "--vocab_size=128", "--max_steps=2", "--sample_tokens=100"])
     out = capsys.readouterr().out
     assert "- sample -" in out and "no sample" not in out
 
 
-def test_no_failure_of_the_last_sample_fails_the_run(tiny, tmp_path, monkeypatch, capsys):
+def test_a_failure_of_the_last_sample_does_not_fail_the_run(tiny, tmp_path, monkeypatch, capsys):
     def fail(*_):
         raise torch.OutOfMemoryError("no room for a sample")
 
@@ -144,8 +144,8 @@ def test_a_model_of_pixels_has_no_text(tiny, char_data, tmp_path, capsys):
         sample.main([f"--out_dir={tmp_path}/run"])
 
 
-def test_the_readmes_three_commands_for_ones_own_text(tmp_path, monkeypatch, capsys):
-    """As they stand there, but for fewer and smaller steps."""
+def test_the_readmes_three_commands_for_your_own_text_work(tmp_path, monkeypatch, capsys):
+    """The commands are read from README and run with fewer steps."""
     readme = open(os.path.join(ROOT, "README.md"), encoding="utf-8").read()
     section = readme.partition("## Your own text in three commands\n")[2].partition("\n## ")[0]
     commands = [shlex.split(line, comments=True) for line in re.findall(r"^ {4}(python .*)$", section, re.MULTILINE)]
@@ -164,8 +164,8 @@ def test_the_readmes_three_commands_for_ones_own_text(tmp_path, monkeypatch, cap
     assert capsys.readouterr().out.startswith(start)
 
 
-def test_nanogpts_checkpoint_is_sampled_from_its_folder_too(tmp_path, capsys):
-    """Its name is that of a run's, which must not resume from it."""
+def test_a_nanogpt_checkpoint_can_be_sampled_by_its_folder(tmp_path, capsys):
+    """The file has the same name as a run's checkpoint."""
     config = GPTConfig(n_layer=1, n_head=2, d_model=36, block_size=8, vocab_size=96, bias=True, parametrization="standard",
                        structure="dense")  # fmt: skip
     torch.manual_seed(0)
@@ -185,7 +185,7 @@ def test_nanogpts_checkpoint_is_sampled_from_its_folder_too(tmp_path, capsys):
 
 
 def gpt2_names(model):
-    """The weights of a dense standard GPT of one block as nanoGPT names them: matrices (d_out, d_in), q k v in one."""
+    """The weights of a dense standard GPT of one block under nanoGPT's names: q, k and v joined, matrices (d_out, d_in)."""
     state = model.state_dict()
     theirs = {f"lm_head.{kind}": state[f"lm_head.{kind}"] for kind in ("weight", "bias") if f"lm_head.{kind}" in state}
     for our_name, name in (("token_embedding", "wte"), ("position_embedding", "wpe"), ("final_norm", "ln_f")):

@@ -1,4 +1,4 @@
-"""Every container of text against what was put in; what is no text, and what cannot be read."""
+"""Tests text files of every kind against the text written to them, and the errors for what is no text."""
 
 import gzip
 import json
@@ -22,7 +22,7 @@ CLEAN = "naïve\nold\nnew\n\nend 🙂"
 
 
 def write(path, text):
-    """`text` as the one document of a file of the path's kind."""
+    """Write `text` as the only document of a file, in the format of the path's ending."""
     name, raw = os.path.basename(path), text.encode()
     if name.endswith(".parquet"):
         pq.write_table(pa.table({"text": [text]}), path)
@@ -41,6 +41,7 @@ def write(path, text):
 
 
 def read(path, **options):
+    """-> the texts of the documents in a file, and the reader's notes."""
     reader = TextReader(**options)
     return [document.text for document in reader.documents(str(path))], list(reader.notes())
 
@@ -52,7 +53,7 @@ def test_a_text_is_the_same_in_every_container(tmp_path, name):
 
 
 @pytest.mark.parametrize("name", [None, "a.txt", "a.txt.gz"])
-def test_a_prompt_is_read_as_the_data_is(tmp_path, name):
+def test_a_prompt_is_read_like_the_data(tmp_path, name):
     start = RAW
     if name:
         write(str(tmp_path / name), RAW)
@@ -66,7 +67,7 @@ def test_a_long_file_is_read_in_pieces(tmp_path):
     (tmp_path / "long.txt").write_text(lines, newline="\r\n")
     pieces = list(TextReader(max_document=50).documents(str(tmp_path / "long.txt")))
     assert "".join(piece.text for piece in pieces) == lines and len(pieces) > 10
-    for piece in pieces:  # where it says it is
+    for piece in pieces:  # each begins at the line it states
         assert piece.text.startswith(f"line {piece.line}\n") and piece.text.endswith("\n")
 
 
@@ -74,12 +75,12 @@ LONG = "a word " * 1_000_000  # 7 MB
 
 
 def long_file(folder, kind):
-    """A file of two short documents and one of 7 MB between, or many; how the line about it begins, and what is left."""
+    """A file with one or many documents of 7 MB between two short ones -> path, how the error begins, texts left."""
     path, texts = str(folder / f"long.{kind.split()[-1]}"), ["one", LONG, "three"]
     if kind == "bomb.parquet":
         pq.write_table(pa.table({"text": texts}), path, compression="zstd")
         return path, f"{path}, rows 1 to 3 would unpack from", []
-    if "dictionary" in kind:  # the long cell once, for many rows: to unpack them all would take 350 MB
+    if "dictionary" in kind:  # the long cell is stored once for 50 rows: unpacked they would take 350 MB
         table = pa.table({"text": pa.array(["one", *[LONG] * 50, "three"]).dictionary_encode()})
         pq.write_table(table, path, store_schema="stored" in kind)
     elif kind == "parquet":
@@ -141,7 +142,7 @@ def test_a_fifo_is_refused_and_not_waited_for(tmp_path, name):
 
 @pytest.mark.parametrize("kind", ["gz", "zst", "jsonl", "parquet"])
 def test_damaged_files_of_every_kind_are_one_line(tmp_path, kind):
-    """Bytes changed at random, in a copy after the other: what can still be read is, else it is a ConfigError."""
+    """Random bytes are changed in one copy after another: each copy is read or gives a ConfigError."""
     random, path = np.random.default_rng(0), tmp_path / f"a.{kind}"
     texts = [f"document {i} {random.bytes(20).hex()}" for i in range(200)]
     if kind == "parquet":
@@ -199,7 +200,7 @@ def test_halves_of_surrogate_pairs_become_the_replacement_character(tmp_path):
         ("b.txt", None, ["b.txt cannot be read (No such file"]),
     ],
 )
-def test_what_is_no_text_is_named_or_left_out(tmp_path, name, content, words):
+def test_files_that_are_no_text_are_named_or_left_out(tmp_path, name, content, words):
     if content is not None:
         (tmp_path / name).write_bytes(content)
     with pytest.raises(ConfigError) as caught:
@@ -210,7 +211,7 @@ def test_what_is_no_text_is_named_or_left_out(tmp_path, name, content, words):
     assert texts in ([], ["a"]) and "left out because unreadable: 1;" in notes[0] and words[0] in notes[0]
 
 
-def test_null_cells_are_left_out_and_numbers_named_by_row(tmp_path):
+def test_null_cells_are_left_out_and_numbers_are_named_by_row(tmp_path):
     pq.write_table(pa.table({"text": ["one", None, "three", None]}), tmp_path / "a.parquet")
     assert read(tmp_path / "a.parquet") == (["one", "three"], ["2 nulls left out"])
     pq.write_table(pa.table({"text": [None, 7]}), tmp_path / "b.parquet")
@@ -220,7 +221,7 @@ def test_null_cells_are_left_out_and_numbers_named_by_row(tmp_path):
         read(tmp_path / "a.parquet", text_field="body")
 
 
-def test_a_damaged_page_is_named_by_its_rows_and_left_out(tmp_path):
+def test_a_damaged_parquet_page_is_named_by_its_rows_and_left_out(tmp_path):
     path = tmp_path / "a.parquet"
     texts = [f"document {i} {os.urandom(20).hex()}" for i in range(300)]
     pq.write_table(pa.table({"text": texts}), path, row_group_size=100, compression="snappy", use_dictionary=False)
@@ -234,7 +235,7 @@ def test_a_damaged_page_is_named_by_its_rows_and_left_out(tmp_path):
     assert got == texts[:100] + texts[200:] and "rows 101 to 200" in notes[0]
 
 
-def test_other_endings_are_passed_over_aloud_and_hidden_names_in_silence(tmp_path):
+def test_files_with_other_endings_are_skipped_with_a_note_and_hidden_ones_silently(tmp_path):
     for name in ("b.TXT", "a.txt.gz", "sub/c.jsonl", "d.md", "e.md", "Makefile", ".f.txt", ".g/h.txt"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("x")
@@ -248,7 +249,7 @@ def test_other_endings_are_passed_over_aloud_and_hidden_names_in_silence(tmp_pat
     assert said[1:] == ["read as plain text: .md"]
 
 
-def test_a_prompt_that_cannot_be_read_names_no_option_of_another_script(tmp_path):
+def test_the_error_for_an_unreadable_prompt_offers_no_option_of_another_script(tmp_path):
     (tmp_path / "a.txt").write_bytes(b"a\0b")
     with pytest.raises(ConfigError) as caught:
         read_text(str(tmp_path / "a.txt"))

@@ -1,4 +1,4 @@
-"""The loop: schedules, resuming, several processes, signals, faults. Real runs of a tiny model on the CPU."""
+"""Tests the training loop with real runs of a tiny model on the CPU, against unbroken runs and plain float64 loops."""
 
 import fcntl
 import functools
@@ -31,14 +31,10 @@ from sample import load_model
 from train import TrainConfig, lr_at
 
 
-def out_dir(arguments):
-    return next(word for word in arguments if word.startswith("--out_dir=")).removeprefix("--out_dir=")
-
-
 @pytest.fixture(scope="module")
-def straight(char_data, tmp_path_factory):
-    """An unbroken run of 20 steps, its out_dir. One micro-batch of 8 a step."""
-    folder = str(tmp_path_factory.mktemp("straight") / "run")
+def unbroken(char_data, tmp_path_factory):
+    """The out_dir of an unbroken run of 20 steps, two micro-batches of 4 each."""
+    folder = str(tmp_path_factory.mktemp("unbroken") / "run")
     options = dict(
         data_dir=char_data, out_dir=folder, vocab_size=96, n_layer=2, n_head=2, d_model=36, block_size=32, micro_batch=4,
         batch_tokens=256, max_steps=20, eval_interval=10, eval_tokens=1000, log_interval=1, warmup_steps=5, lr=5e-3,
@@ -51,15 +47,15 @@ def straight(char_data, tmp_path_factory):
 # -- schedules
 
 
-def schedule(**kwargs):
+def rates_of_schedule(**kwargs):
     config = TrainConfig(
         vocab_size=96, d_model=36, n_head=2, max_steps=100, warmup_steps=10, lr=1.0, min_lr_ratio=0.1, **kwargs
     )
     return [lr_at(step, config) for step in range(100)]
 
 
-def test_schedules_at_their_corners():
-    cosine, constant, wsd = (schedule(schedule=name) for name in ("cosine", "constant", "wsd"))
+def test_schedules_have_the_right_rates_at_their_corners():
+    cosine, constant, wsd = (rates_of_schedule(schedule=name) for name in ("cosine", "constant", "wsd"))
     for rates in (cosine, constant, wsd):
         assert rates[0] == pytest.approx(0.1) and rates[9] == pytest.approx(1.0)
         assert all(a < b for a, b in zip(rates[:9], rates[1:10]))
@@ -73,11 +69,11 @@ def test_schedules_at_their_corners():
     )
 
 
-# -- what a run leaves, and that it learns
+# -- a run learns, and leaves its files
 
 
-def test_a_run_learns_and_leaves_what_it_should(straight):
-    assert sorted(os.listdir(straight)) == [
+def test_a_run_learns_and_leaves_its_files(unbroken):
+    assert sorted(os.listdir(unbroken)) == [
         "ckpt.pt",
         "ckpt_prev.pt",
         "config.json",
@@ -85,23 +81,23 @@ def test_a_run_learns_and_leaves_what_it_should(straight):
         "loss.png",
         "run.lock",
     ]
-    rows = read_rows(straight)
+    rows = read_rows(unbroken)
     assert [row["step"] for row in rows] == list(range(21))
-    val = losses(straight, "val_loss")
+    val = losses(unbroken, "val_loss")
     assert list(val) == [0, 10, 20] and val[0] == pytest.approx(math.log(96), abs=1e-4) and val[20] < 3
-    model, _ = load_model(straight)
+    model, _ = load_model(unbroken)
     last = rows[-1]
     assert last["tokens"] == 20 * 256 and last["flops"] == 20 * 256 * 3 * model.flops_per_token()
     assert last["seconds"] > 0 and last["tokens_per_second"] > 0 and last["grad_norm"] > 0 and "mfu" not in last
-    with open(os.path.join(straight, "config.json")) as file:
+    with open(os.path.join(unbroken, "config.json")) as file:
         assert json.load(file)["structure"] == "btt"
-    with open(os.path.join(straight, "loss.png"), "rb") as file:
+    with open(os.path.join(unbroken, "loss.png"), "rb") as file:
         assert file.read(8) == b"\x89PNG\r\n\x1a\n"
 
 
-def test_validation_loss_is_the_mean_over_tokens(straight, char_data):
-    """Against a plain loop in float64, one row at a time: the denominator is the number of tokens."""
-    model, _ = load_model(straight)
+def test_validation_loss_is_the_mean_over_tokens(unbroken, char_data):
+    """The reference is a plain float64 loop over single rows that divides by the number of tokens."""
+    model, _ = load_model(unbroken)
     model.double()
     data = TokenData(char_data, 32)
     total = count = 0
@@ -111,11 +107,11 @@ def test_validation_loss_is_the_mean_over_tokens(straight, char_data):
             total += F.cross_entropy(model(x)[0][0], y[0], reduction="sum").item()
         count += y.numel()
     assert count == 31 * 32  # not a multiple of the micro-batch of 4 rows
-    assert losses(straight, "val_loss")[20] == pytest.approx(total / count, abs=1e-5)
+    assert losses(unbroken, "val_loss")[20] == pytest.approx(total / count, abs=1e-5)
 
 
 def test_every_rank_evaluates_its_share(char_data, monkeypatch):
-    """Of 31 rows, rank 0 of 2 takes 16 and rank 1 the other 15; nobody waits for one that does all."""
+    """Of 31 rows, rank 0 takes 16 and rank 1 the other 15."""
     config = TrainConfig(
         data_dir=char_data,
         vocab_size=96,
@@ -146,8 +142,8 @@ def test_every_rank_evaluates_its_share(char_data, monkeypatch):
 
 
 @pytest.mark.parametrize("how", ["True", "blocks"])
-def test_checkpoint_of_a_compiled_model_has_plain_values_under_the_models_own_names(tiny, tmp_path, monkeypatch, how):
-    # Another backend wraps the model just the same, and needs no minute of C++.
+def test_a_compiled_models_checkpoint_uses_the_models_own_names(tiny, tmp_path, monkeypatch, how):
+    # This backend wraps the model like the default one, and saves a minute of compiling C++.
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
     train.main([*tiny, "--max_steps=2", f"--compile={how}"])
     saved = torch.load(tmp_path / "run" / "ckpt.pt", weights_only=True)
@@ -176,7 +172,7 @@ def test_compiled_blocks_share_a_graph_and_change_nothing(tiny, tmp_path, monkey
             "--compile=blocks",
         ]
     )
-    assert len(graphs) == 2  # of all blocks: in training, in evaluation
+    assert len(graphs) == 2  # one for all blocks in training, one in evaluation
     train.main([*tiny, "--max_steps=3", "--eval_interval=100", "--n_layer=4"])
     compiled, plain = losses(tmp_path / "blocks"), losses(tmp_path / "run")
     assert compiled.keys() == plain.keys() and all(
@@ -184,17 +180,17 @@ def test_compiled_blocks_share_a_graph_and_change_nothing(tiny, tmp_path, monkey
     )
 
 
-def test_last_evaluation_and_checkpoint_happen_also_before_the_first_interval(tiny, tmp_path):
+def test_a_run_shorter_than_the_interval_ends_with_an_evaluation_and_a_checkpoint(tiny, tmp_path):
     train.main([*tiny, "--max_steps=3", "--eval_interval=100"])
     assert list(losses(tmp_path / "run", "val_loss")) == [0, 3]
     assert checkpoint.load(tmp_path / "run")["step"] == 3
 
 
-def test_without_checkpoints_a_run_leaves_its_log_and_picture(tiny, tmp_path, straight, capsys):
+def test_without_checkpoints_a_run_leaves_its_log_and_picture(tiny, tmp_path, unbroken, capsys):
     train.main([*tiny, "--dropout=0.1", "--save=False"])
     assert sorted(os.listdir(tmp_path / "run")) == ["config.json", "log.jsonl", "loss.png", "run.lock"]
     for key in ("loss", "val_loss", "grad_norm"):
-        assert losses(tmp_path / "run", key) == losses(straight, key)
+        assert losses(tmp_path / "run", key) == losses(unbroken, key)
     assert "ckpt" not in capsys.readouterr().out
 
 
@@ -215,11 +211,11 @@ def test_a_run_without_checkpoints_is_set_aside_too(tiny, tmp_path):
     assert sorted(os.listdir(tmp_path)) == ["run", "run.1"]
 
 
-# -- what else it saves, and what it starts from
+# -- further checkpoints, and what a run starts from
 
 
-def test_the_best_and_every_so_many_stay(tiny, tmp_path, monkeypatch):
-    """Each is the checkpoint of its step; the validation losses are given, so that the best is none of the newest."""
+def test_keep_best_and_keep_every_keep_the_checkpoints_of_their_steps(tiny, tmp_path, monkeypatch):
+    """Made-up validation losses put the best step before the newest two checkpoints."""
     values = iter([5.0, 3.0, 2.0, 4.0, 2.5])
     monkeypatch.setattr(train.TokenTask, "evaluate", lambda *arguments: {"val_loss": next(values)})
     train.main([*tiny, "--eval_interval=5", "--keep_best", "--keep_every=7"])
@@ -229,13 +225,13 @@ def test_the_best_and_every_so_many_stay(tiny, tmp_path, monkeypatch):
         "ckpt.pt": 20, "ckpt_best.pt": 10, "ckpt_prev.pt": 15, "ckpt_step14.pt": 14, "ckpt_step7.pt": 7
     }  # fmt: skip
     assert kept["ckpt_best.pt"]["best_val_loss"] == 2.0
-    model, _ = load_model(str(run / "ckpt_step7.pt"))  # as sample.py and lab.convert read it
+    model, _ = load_model(str(run / "ckpt_step7.pt"))  # sample.py and lab.convert read it like this
     assert all(torch.equal(tensor, kept["ckpt_step7.pt"]["model"][name]) for name, tensor in model.state_dict().items())
 
 
 @pytest.mark.parametrize("how", ["signal", "clock"])
-def test_saves_between_evaluations(tiny, tmp_path, monkeypatch, how, capsys):
-    """SIGUSR1 in step 7, and the clock at every step: the checkpoint is of the step in progress, and training goes on."""
+def test_a_signal_and_save_minutes_save_between_evaluations(tiny, tmp_path, monkeypatch, how, capsys):
+    """SIGUSR1 in step 7, and the clock after every step: the step in progress is saved, and training continues."""
     original, seen = TokenData.train_batch, {}
 
     def batch(self, seed, step, *rest):
@@ -255,38 +251,38 @@ def test_saves_between_evaluations(tiny, tmp_path, monkeypatch, how, capsys):
     assert max(losses(tmp_path / "run")) == 20
 
 
-def test_a_checkpoint_between_evaluations_resumes_as_straight(tiny, tmp_path, straight):
+def test_a_run_resumed_from_between_evaluations_equals_an_unbroken_one(tiny, tmp_path, unbroken):
     words = [*tiny, "--dropout=0.1"]
     train.main([*words, "--keep_every=7"])
     os.makedirs(tmp_path / "half")
     shutil.copy(tmp_path / "run" / "ckpt_step7.pt", tmp_path / "half" / "ckpt.pt")
     train.main([*words, f"--out_dir={tmp_path}/half", "--resume"])
-    got, want = losses(tmp_path / "half"), losses(straight)
+    got, want = losses(tmp_path / "half"), losses(unbroken)
     assert list(got) == list(range(8, 21)) and all(got[step] == pytest.approx(want[step], rel=1e-6) for step in got)
 
 
 @pytest.mark.parametrize("option", ["save_minutes=5.0", "keep_every=5", "keep_best=True"])
-def test_nothing_is_kept_of_a_run_without_checkpoints(tiny, option):
+def test_options_about_saving_are_refused_without_checkpoints(tiny, option):
     with pytest.raises(ConfigError, match=f"^{option} with save=False"):
         train.main([*tiny, "--save=False", f"--{option}"])
 
 
-def test_a_run_starts_from_anothers_weights(tiny, tmp_path, straight, capsys):
-    """Step 0, a schedule and moments of its own: the same as a run whose weights are put in by hand."""
+def test_a_run_starts_from_the_weights_of_another(tiny, tmp_path, unbroken, capsys):
+    """It starts at step 0 with a new schedule and new moments, and equals a run that resumes from hand-made step 0."""
     words = [*tiny, "--lr=1e-3", "--seed=5", "--max_steps=10"]
-    train.main([*words, f"--init_from={straight}"])
+    train.main([*words, f"--init_from={unbroken}"])
     assert "weights of step 20 of" in capsys.readouterr().out
     rows = read_rows(tmp_path / "run")
-    assert rows[0]["step"] == 0 and rows[0]["val_loss"] == pytest.approx(losses(straight, "val_loss")[20], rel=1e-6)
+    assert rows[0]["step"] == 0 and rows[0]["val_loss"] == pytest.approx(losses(unbroken, "val_loss")[20], rel=1e-6)
     assert rows[1]["lr"] == pytest.approx(1e-3 / 5) and rows[1]["loss"] < 3
-    saved = checkpoint.load(straight)
+    saved = checkpoint.load(unbroken)
     blank = {**saved, "step": 0, "optimizer": {}, "seconds": 0.0, "best_val_loss": math.inf}
     os.makedirs(tmp_path / "hand")
     torch.save(blank, tmp_path / "hand" / "ckpt.pt")
     train.main([*words, f"--out_dir={tmp_path}/hand", "--resume"])
     assert losses(tmp_path / "hand") == losses(tmp_path / "run")
-    # A resumed run goes on with its own.
-    train.main([*words, f"--init_from={straight}", "--max_steps=12", "--resume"])
+    # A resumed run takes its own weights and ignores init_from.
+    train.main([*words, f"--init_from={unbroken}", "--max_steps=12", "--resume"])
     assert "resuming from step 10" in capsys.readouterr().out
 
 
@@ -298,21 +294,21 @@ def test_a_run_starts_from_anothers_weights(tiny, tmp_path, straight, capsys):
         (["--init_from=scratch"], ["init_from=scratch", "leave it out"]),
         (["--init_from=resume"], ["init_from=resume", "--resume"]),
         (["--init_from=gpt2-xl"], ["init_from=gpt2-xl", "python -m lab.convert --source=gpt2-xl --structure=dense"]),
-        (["--out_dir={straight}"], ["init_from=", "give another out_dir"]),
-        (["--out_dir={straight}", "--init_from={straight}/ckpt_prev.pt"], ["init_from=", "give another out_dir"]),
+        (["--out_dir={unbroken}"], ["init_from=", "give another out_dir"]),
+        (["--out_dir={unbroken}", "--init_from={unbroken}/ckpt_prev.pt"], ["init_from=", "give another out_dir"]),
     ],
 )
-def test_what_a_run_cannot_start_from(tiny, straight, words, expected):
-    before = sorted(os.listdir(straight))
+def test_init_from_is_refused_where_a_run_cannot_start_from_it(tiny, unbroken, words, expected):
+    before = sorted(os.listdir(unbroken))
     with pytest.raises(ConfigError) as caught:
-        train.main([*tiny, f"--init_from={straight}", *(word.format(straight=straight) for word in words)])
+        train.main([*tiny, f"--init_from={unbroken}", *(word.format(unbroken=unbroken) for word in words)])
     message = str(caught.value)
     assert "\n" not in message and all(word in message for word in expected), message
-    assert sorted(os.listdir(straight)) == before
+    assert sorted(os.listdir(unbroken)) == before
 
 
 class NanoGPT(torch.nn.Module):
-    """nanoGPT's model by its description: names and shapes of its state_dict, one product for q, k and v."""
+    """nanoGPT's model, rebuilt from the names and shapes of its state_dict: one product computes q, k and v."""
 
     def __init__(self, layers, heads, width, context, vocabulary, bias, gelu):
         super().__init__()
@@ -353,7 +349,7 @@ class NanoGPT(torch.nn.Module):
 
 
 @pytest.mark.parametrize("bias, prefix", [(True, "_orig_mod."), (False, "")])
-def test_nanogpts_checkpoint_is_read(tiny, tmp_path, bias, prefix, capsys):
+def test_a_nanogpt_checkpoint_gives_the_same_logits_and_can_start_a_run(tiny, tmp_path, bias, prefix, capsys):
     torch.manual_seed(1)
     theirs = NanoGPT(2, 2, 36, 32, 96, bias, "tanh")
     for parameter in theirs.parameters():
@@ -372,8 +368,8 @@ def test_nanogpts_checkpoint_is_read(tiny, tmp_path, bias, prefix, capsys):
     torch.testing.assert_close(ours(idx)[0], theirs(idx), rtol=0, atol=1e-5)
     exact = NanoGPT(2, 2, 36, 32, 96, bias, "none")
     exact.load_state_dict(theirs.state_dict())
-    assert 3e-5 < (exact(idx) - ours(idx)[0]).abs().max() < 1e-3  # its newest form has another GELU
-    # Its weights are a start; a run never takes it for its own.
+    assert 3e-5 < (exact(idx) - ours(idx)[0]).abs().max() < 1e-3  # nanoGPT's newest version has the exact GELU
+    # A run can start from its weights, but never resumes from it.
     model = [f"--bias={bias}", "--parametrization=standard", "--structure=dense", "--max_steps=1"]
     train.main([*tiny, *model, f"--init_from={path}"])
     assert "weights of step 0" in capsys.readouterr().out
@@ -390,7 +386,7 @@ def test_nanogpts_checkpoint_is_read(tiny, tmp_path, bias, prefix, capsys):
 
 
 class NoFloat64(TorchDispatchMode):
-    """What Apple's GPU refuses: here on the CPU, where a run's own device is."""
+    """Raises the error with which Apple's GPU refuses float64, here for every tensor on the CPU."""
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
@@ -401,7 +397,7 @@ class NoFloat64(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("script", ["train", "vision.train", "vision.regression"])
-def test_a_run_needs_no_float64(tiny, tmp_path, straight, script):
+def test_a_run_needs_no_float64(tiny, tmp_path, unbroken, script):
     words = [*tiny, "--dropout=0.1", "--weight_decay=0.1"]
     if script != "train":
         words = ["--device=cpu", "--compile=False", "--max_steps=2", f"--out_dir={tmp_path}/run"]
@@ -413,17 +409,14 @@ def test_a_run_needs_no_float64(tiny, tmp_path, straight, script):
     if script == "vision.regression":
         words += ["--d_model=16", "--batch_size=32", "--micro_batch=32", "--eval_inputs=64", "--teacher_width=8"]
     with NoFloat64():
+        with pytest.raises(TypeError, match="float64"):  # the stand-in works
+            torch.zeros(2, dtype=torch.float64)
         importlib.import_module(script).main(words)
     if script == "train":
-        assert losses(tmp_path / "run", "val_loss") == pytest.approx(losses(straight, "val_loss"), rel=1e-6)
+        assert losses(tmp_path / "run", "val_loss") == pytest.approx(losses(unbroken, "val_loss"), rel=1e-6)
 
 
-def test_the_fake_refuses_float64():
-    with NoFloat64(), pytest.raises(TypeError, match="float64"):
-        torch.zeros(2, dtype=torch.float64)
-
-
-def test_which_device_is_taken(monkeypatch):
+def test_auto_takes_the_best_device_and_a_missing_one_is_refused(monkeypatch):
     def choose(name, cuda=False, mps=False, processes=1):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
         monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
@@ -444,7 +437,7 @@ def test_which_device_is_taken(monkeypatch):
         choose("mps", mps=True, processes=2)
 
 
-def test_no_compiler_is_one_line(tiny, monkeypatch):
+def test_a_missing_compiler_is_one_clear_line(tiny, monkeypatch):
     from torch._inductor import config, cpp_builder
 
     torch._dynamo.reset()
@@ -461,10 +454,10 @@ def test_no_compiler_is_one_line(tiny, monkeypatch):
 # -- resuming
 
 
-def test_killed_and_resumed_equals_straight(tiny, tmp_path, capsys):
-    """SIGKILL some steps after the checkpoint of step 10; the resumed run ends as the unbroken one."""
+def test_a_killed_and_resumed_run_equals_an_unbroken_one(tiny, tmp_path, capsys):
+    """SIGKILL comes some steps after the checkpoint of step 10."""
     arguments = [*tiny, "--max_steps=60", "--dropout=0.1"]
-    train.main([*arguments, f"--out_dir={tmp_path}/straight"])
+    train.main([*arguments, f"--out_dir={tmp_path}/unbroken"])
     process = start_script("train.py", *arguments)
     log = tmp_path / "run" / "log.jsonl"
     deadline = time.time() + 120
@@ -480,28 +473,28 @@ def test_killed_and_resumed_equals_straight(tiny, tmp_path, capsys):
     train.main([*arguments, "--resume"])
     assert f"resuming from step {saved_at}" in capsys.readouterr().out
     for key in ("loss", "val_loss", "grad_norm", "lr"):
-        got, want = losses(tmp_path / "run", key), losses(tmp_path / "straight", key)
+        got, want = losses(tmp_path / "run", key), losses(tmp_path / "unbroken", key)
         assert got.keys() == want.keys()
         assert all(got[step] == pytest.approx(want[step], rel=1e-6) for step in want), key
-    best = [checkpoint.load(tmp_path / name)["best_val_loss"] for name in ("run", "straight")]
+    best = [checkpoint.load(tmp_path / name)["best_val_loss"] for name in ("run", "unbroken")]
     assert best[0] == pytest.approx(best[1])
 
 
-def test_resuming_without_the_optimizers_state_would_show(straight, tmp_path, monkeypatch):
-    """The test above can fail: without Adam's moments the losses after the checkpoint are others."""
-    with open(os.path.join(straight, "config.json")) as file:
+def test_resuming_without_the_optimizers_state_gives_other_losses(unbroken, tmp_path, monkeypatch):
+    """So the test above can fail: it would notice if Adam's moments were lost."""
+    with open(os.path.join(unbroken, "config.json")) as file:
         options = {**json.load(file), "out_dir": str(tmp_path / "run")}
     arguments = [f"--{key}={value}" for key, value in options.items() if value is not None]
     os.makedirs(tmp_path / "run")
-    saved = torch.load(os.path.join(straight, "ckpt_prev.pt"), weights_only=True)
+    saved = torch.load(os.path.join(unbroken, "ckpt_prev.pt"), weights_only=True)
     assert saved["step"] == 10
     torch.save({**saved, "optimizer": {}}, tmp_path / "run" / "ckpt.pt")
     train.main([*arguments, "--resume"])
-    got, want = losses(tmp_path / "run"), losses(straight)
+    got, want = losses(tmp_path / "run"), losses(unbroken)
     assert got[11] == pytest.approx(want[11], rel=1e-6) and abs(got[20] - want[20]) > 1e-4
 
 
-def test_resume_refuses_another_model_and_tells_other_changes(tiny, tmp_path, capsys):
+def test_resume_refuses_another_model_and_prints_other_changes(tiny, tmp_path, capsys):
     train.main([*tiny, "--max_steps=2"])
     with pytest.raises(ConfigError, match="d_model=64.*36"):
         train.main([*tiny, "--resume", "--d_model=64"])
@@ -511,10 +504,12 @@ def test_resume_refuses_another_model_and_tells_other_changes(tiny, tmp_path, ca
     train.main([*tiny, "--resume", "--max_steps=4", "--lr=1e-3"])
     assert "resuming from step 4; max_steps=4 is already reached" in capsys.readouterr().out
     rates = losses(tmp_path / "run", "lr")
-    assert max(rates) == 4 and rates[3] == pytest.approx(1e-3 * 3 / 5)  # from the new base rate, not from a saved one
+    assert max(rates) == 4 and rates[3] == pytest.approx(
+        1e-3 * 3 / 5
+    )  # computed from the new base rate, not from a saved one
 
 
-def test_a_torn_checkpoint_is_passed_over(tiny, tmp_path, capsys):
+def test_a_torn_checkpoint_is_skipped(tiny, tmp_path, capsys):
     train.main([*tiny])
     path = tmp_path / "run" / "ckpt.pt"
     os.truncate(path, os.path.getsize(path) // 2)
@@ -527,8 +522,8 @@ def test_a_torn_checkpoint_is_passed_over(tiny, tmp_path, capsys):
         train.main([*tiny, "--resume"])
 
 
-def test_a_restart_continues_its_own_run_and_no_other(tiny, tmp_path, monkeypatch, capsys):
-    """A torchrun's runs have one id: its restart resumes without the flag. Another torchrun's restart begins anew."""
+def test_a_restart_resumes_its_own_run_and_no_other(tiny, tmp_path, monkeypatch, capsys):
+    """All attempts under one torchrun share an id: a restart resumes without the flag, but not another torchrun's run."""
     store = dist.HashStore()
     monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
     monkeypatch.setattr(heartbeat, "_open_store", lambda rank, limit: store)
@@ -547,8 +542,10 @@ def test_a_restart_continues_its_own_run_and_no_other(tiny, tmp_path, monkeypatc
     assert seeds == [7, 1337]
 
 
-def test_a_restart_before_the_old_run_is_set_aside_begins_anew(tiny, tmp_path, monkeypatch, capsys):
-    """The first attempt dies when it has locked the folder and not yet set the old run aside."""
+def test_a_restart_starts_anew_if_the_first_attempt_died_before_it_set_the_old_run_aside(
+    tiny, tmp_path, monkeypatch, capsys
+):
+    """The first attempt dies after it has locked the folder and before it sets the old run aside."""
     store = dist.HashStore()
     monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
     monkeypatch.setattr(heartbeat, "_open_store", lambda rank, limit: store)
@@ -565,7 +562,7 @@ def test_a_restart_before_the_old_run_is_set_aside_begins_anew(tiny, tmp_path, m
 
 
 @pytest.mark.parametrize("resume", [[], ["--resume"]])
-def test_a_run_beside_a_living_one_is_refused(tiny, tmp_path, resume):
+def test_a_run_in_the_folder_of_a_living_one_is_refused(tiny, tmp_path, resume):
     train.main([*tiny, "--max_steps=1"])
     files = sorted(os.listdir(tmp_path / "run"))
     owned = "from engine import ownership; ownership.own_folder({!r}, ''); print('owned', flush=True); input()"
@@ -583,19 +580,19 @@ def test_a_run_beside_a_living_one_is_refused(tiny, tmp_path, resume):
 
 
 def test_two_processes_equal_one(tiny, tmp_path):
-    """Equal global batch, two real gloo processes: losses equal to rounding, evaluation on both ranks included."""
-    tiny = [*tiny, "--dropout=0.1"]  # its masks too are those of a micro-batch, whoever takes it
+    """With the same global batch, losses are equal up to rounding; two real processes with gloo, both evaluate."""
+    tiny = [*tiny, "--dropout=0.1"]  # its masks belong to a micro-batch, whichever process takes it
     train.main(tiny)
     done = run_forked("train.py", *tiny, f"--out_dir={tmp_path}/two", processes=2)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("step 20/20") == 1  # one rank speaks
+    assert done.stdout.count("step 20/20") == 1  # only one rank prints
     for key in ("loss", "val_loss", "grad_norm", "tokens"):
         one, two = losses(tmp_path / "run", key), losses(tmp_path / "two", key)
         assert one.keys() == two.keys() and all(two[step] == pytest.approx(one[step], rel=2e-4) for step in one), key
 
 
-def test_seeds_of_dropout_in_a_cuda_graph():
-    """It is seeded before, once: where a process takes one micro-batch, as outside of one."""
+def test_dropout_in_a_cuda_graph_is_seeded_once_per_update():
+    """If a process takes one micro-batch, the seed is the one used without a graph; further ones draw new masks."""
     seen = {}
     for as_graph in (False, True):
         for first in (0, 1, 2):
@@ -610,8 +607,8 @@ def test_seeds_of_dropout_in_a_cuda_graph():
     assert seen[True, 0][1] not in (seen[False, 0][1], seen[True, 0][0])
 
 
-def test_a_run_of_two_processes_goes_on_as_one(tiny, tmp_path):
-    """The batch is that of all processes together: on resuming it is not multiplied by their number."""
+def test_one_process_resumes_a_run_of_two(tiny, tmp_path):
+    """batch_tokens counts the tokens of all processes together, so the batch stays the same."""
     train.main(tiny)
     two = [*tiny, f"--out_dir={tmp_path}/two"]
     done = run_forked("train.py", *two, "--max_steps=10", "--schedule=constant", processes=2)
@@ -623,13 +620,13 @@ def test_a_run_of_two_processes_goes_on_as_one(tiny, tmp_path):
     assert losses(tmp_path / "two", "tokens") == losses(tmp_path / "one", "tokens")
 
 
-def test_sharded_on_two_goes_on_sharded_on_four_and_whole_on_one(tiny, tmp_path):
-    """FSDP2: saved by 2 processes, resumed by 4 and by 1, losses equal to an unbroken run's on one process."""
+def test_a_run_sharded_over_two_resumes_sharded_over_four_and_unsharded_on_one(tiny, tmp_path):
+    """FSDP2: saved by 2 processes, resumed by 4 and by 1; the losses equal those of an unbroken run on one process."""
     tiny = [*tiny, "--micro_batch=2", "--schedule=constant", "--dropout=0.0"]
-    train.main([*tiny, f"--out_dir={tmp_path}/straight"])
+    train.main([*tiny, f"--out_dir={tmp_path}/unbroken"])
     done = run_forked("train.py", *tiny, "--shard=fsdp", "--max_steps=10", processes=2)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "view tensor" not in done.stderr, done.stderr  # of FSDP2, about hooks that an in-place operation would drop
+    assert "view tensor" not in done.stderr, done.stderr  # FSDP2's warning that an in-place operation would drop hooks
     assert sorted(os.listdir(tmp_path / "run")) == [
         "ckpt.dcp",
         "ckpt_prev.dcp",
@@ -644,7 +641,7 @@ def test_sharded_on_two_goes_on_sharded_on_four_and_whole_on_one(tiny, tmp_path)
     assert done.returncode == 0 and "resuming from step 10" in done.stdout, done.stdout + done.stderr
     train.main([*tiny, "--resume", f"--out_dir={tmp_path}/one"])
     for key in ("loss", "val_loss", "grad_norm", "lr"):
-        want = losses(tmp_path / "straight", key)
+        want = losses(tmp_path / "unbroken", key)
         for name in ("four", "one"):
             got = losses(tmp_path / name, key)
             assert got.keys() == want.keys() and all(got[step] == pytest.approx(want[step], rel=1e-3) for step in want)
@@ -670,7 +667,7 @@ train.main(sys.argv[1:])
 
 @pytest.mark.parametrize("bucket", [0, 25])
 def test_a_parameter_without_gradient_is_named(tiny, tmp_path, bucket):
-    """Of one process it is left as it is; several would exchange it."""
+    """One process leaves such a parameter as it is; several would have to exchange its gradient."""
     (tmp_path / "spare.py").write_text(SPARE)
     words = [tmp_path / "spare.py", *tiny, "--max_steps=2", f"--bucket_mb={bucket}"]
     done = run_forked(*words, processes=2)
@@ -695,13 +692,13 @@ print("graphs:", len(graphs) if train.ranks()[0] == 0 else None)
 """
 
 
-def test_a_compiled_copy_has_a_graph_a_bucket(tiny, tmp_path):
-    """So that the buckets' exchange can begin before the backward pass ends; two micro-steps, losses as of one process."""
+def test_a_compiled_copy_has_one_graph_per_bucket(tiny, tmp_path):
+    """So a bucket's exchange can begin before the backward pass ends. The losses equal those of one process."""
     (tmp_path / "compiled.py").write_text(COMPILED)
     tiny = [*tiny, "--d_model=256", "--structure=dense", "--micro_batch=2", "--max_steps=3", "--save=False"]
     train.main(tiny)
     one, graphs = losses(tmp_path / "run"), {}
-    for buckets in ("--bucket_mb=1", ""):  # the default: one
+    for buckets in ("--bucket_mb=1", ""):  # the default is a single bucket
         out = tmp_path / f"run{buckets}"
         words = [tmp_path / "compiled.py", *tiny, "--compile=True", *buckets.split(), f"--out_dir={out}"]
         done = run_forked(*words, processes=2)
@@ -716,7 +713,7 @@ def test_a_compiled_copy_has_a_graph_a_bucket(tiny, tmp_path):
 
 
 @pytest.mark.parametrize("name", [signal.SIGTERM, signal.SIGINT])
-def test_signals_save_and_end_cleanly(tiny, tmp_path, name):
+def test_sigterm_and_sigint_save_and_end_the_run_cleanly(tiny, tmp_path, name):
     process = start_script("train.py", *tiny, "--max_steps=100000", "--eval_interval=100000")
     for line in process.stdout:
         if line.startswith("step") and int(line.split()[1].split("/")[0]) >= 3:
@@ -729,7 +726,7 @@ def test_signals_save_and_end_cleanly(tiny, tmp_path, name):
     assert f"stopped at step {saved['step']}" in rest
 
 
-def test_an_interrupt_while_it_starts_is_one_line(tiny, monkeypatch, capsys):
+def test_an_interrupt_during_setup_is_one_line(tiny, monkeypatch, capsys):
     def interrupted(*args):
         raise KeyboardInterrupt
 
@@ -745,8 +742,8 @@ def test_an_interrupt_while_it_starts_is_one_line(tiny, monkeypatch, capsys):
      ("--bucket_mb=25", 2, False), ("--activation_checkpointing", 2, True),
      ("--activation_checkpointing --dropout=0.1", 1, False)],
 )  # fmt: skip
-def test_what_can_be_a_cuda_graph(words, world, graphs):
-    """By default what can be one is one; to ask for what cannot says why, with the option."""
+def test_cuda_graphs_are_the_default_wherever_they_work(words, world, graphs):
+    """Asking for them where they do not work is refused, with the option that prevents them."""
     for asked in ("", "--cuda_graphs=True", "--cuda_graphs=False"):
         config = train.load_config(train.TrainConfig, [*words.split(), *asked.split()])
         choose = functools.partial(train.choose_cuda_graphs, config, torch.device("cuda"), torch.bfloat16, world)
@@ -762,7 +759,7 @@ def test_a_non_finite_loss_stops_before_the_update(tiny, tmp_path, monkeypatch):
 
     def forward(self, idx, targets=None):
         logits, loss = original(self, idx, targets)
-        if self.training and loss is not None and forward.calls == 2 * 12:  # two micro-steps a step: step 13
+        if self.training and loss is not None and forward.calls == 2 * 12:  # two micro-steps per step: this is step 13
             loss = loss * math.nan
         forward.calls += self.training
         return logits, loss
@@ -777,7 +774,7 @@ def test_a_non_finite_loss_stops_before_the_update(tiny, tmp_path, monkeypatch):
     assert saved["step"] == 10 and all(tensor.isfinite().all() for tensor in saved["model"].values())
 
 
-def test_float16_and_bfloat16_learn_too(tiny, tmp_path):
+def test_runs_in_float16_and_bfloat16_learn(tiny, tmp_path):
     for dtype in ("float16", "bfloat16"):
         train.main([*tiny, f"--dtype={dtype}", f"--out_dir={tmp_path}/{dtype}"])
         val = losses(tmp_path / dtype, "val_loss")
@@ -820,7 +817,7 @@ def test_impossible_options_are_one_clear_line(tiny, words, expected, tmp_path):
      ("vision.regression", "RegressionConfig", "seed"), ("vision.regression", "RegressionConfig", "teacher_seed")],
 )  # fmt: skip
 @pytest.mark.parametrize("value", [-1, 2**63, 99999999999999999999])
-def test_a_seed_that_torch_cannot_take(script, options, option, value):
+def test_a_seed_out_of_torchs_range_is_refused(script, options, option, value):
     Config = getattr(importlib.import_module(script), options)
     with pytest.raises(ConfigError, match=f"^{option}={value}: make it at least 0 and less than 2.63$"):
         train.load_config(Config, [f"--{option}={value}"])
@@ -833,14 +830,14 @@ def test_mistakes_on_the_command_line_end_without_traceback(tiny):
     assert done.stderr.strip() == "error: unknown option --n_heads: did you mean 'n_head'?"
 
 
-def test_batch_and_world_size_must_fit():
+def test_the_batch_is_split_over_processes_and_must_divide_evenly():
     config = TrainConfig(vocab_size=96, d_model=36, n_head=2, block_size=32, micro_batch=4, batch_tokens=256)
     assert train.split_batch(config, 1) == (8, 2) and train.split_batch(config, 2) == (8, 1)
     with pytest.raises(ConfigError, match="3 processes"):
         train.split_batch(config, 3)
 
 
-def test_remedies_for_batches_and_vocabularies_work_when_they_are_taken():
+def test_suggested_batches_and_vocabularies_are_accepted():
     draw, tried = random.Random(0), 0
     base = dict(d_model=36, n_head=2, block_size=32)
     for _ in range(100):
@@ -870,7 +867,7 @@ def test_remedies_for_batches_and_vocabularies_work_when_they_are_taken():
 # -- the log
 
 
-def test_mfu_knows_gpus_by_their_names_and_leaves_others_out():
+def test_peak_flops_are_known_for_listed_gpus_only():
     assert peak_flops("NVIDIA H100 80GB HBM3") == 989e12
     assert peak_flops("NVIDIA H100 PCIe") == 756e12
     assert peak_flops("NVIDIA A100-SXM4-80GB") == 312e12
@@ -878,7 +875,7 @@ def test_mfu_knows_gpus_by_their_names_and_leaves_others_out():
     assert peak_flops("Quadro P1000") is None
 
 
-def test_wandb_offline_gets_the_rows_and_the_run_id_resumes(tiny, tmp_path, monkeypatch):
+def test_a_resumed_run_keeps_its_wandb_id(tiny, tmp_path, monkeypatch):
     pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_DIR", str(tmp_path))
@@ -891,7 +888,7 @@ def test_wandb_offline_gets_the_rows_and_the_run_id_resumes(tiny, tmp_path, monk
 
 
 def test_wandb_without_a_login_is_one_line(tiny, tmp_path, monkeypatch):
-    """Before anything of an earlier run is moved."""
+    """The error comes before the run makes or moves any folder."""
     wandb = pytest.importorskip("wandb")
 
     def no_login(**options):
@@ -914,7 +911,7 @@ def steps_logged(run):
 
 
 def test_runs_on_one_gpu_take_turns(tiny, tmp_path):
-    """A run that has compiled waits while another trains; the wait is no training time."""
+    """A run that has compiled waits while another trains; the wait does not count as training time."""
     turn = tmp_path / "gpu0.turn"
     with open(turn, "w") as another:
         fcntl.flock(another, fcntl.LOCK_EX)
@@ -929,7 +926,7 @@ def test_runs_on_one_gpu_take_turns(tiny, tmp_path):
     assert seconds[6] - seconds[5] < 1.5 and max(seconds) == 20
 
 
-def test_a_run_that_starts_from_weights_of_another_vocabulary_says_so(tiny, tmp_path, char_data, capsys):
+def test_a_run_notes_when_it_starts_from_weights_for_another_tokenizer(tiny, tmp_path, char_data, capsys):
     train.main([*tiny, "--max_steps=1", f"--out_dir={tmp_path}/first"])
     other = tmp_path / "other"
     shutil.copytree(char_data, other)

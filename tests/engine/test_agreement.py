@@ -1,4 +1,4 @@
-"""Ranks whose options, code, data or number differ end with one line, all of them, before they train: real processes, gloo."""
+"""Tests that ranks with different options, code, data or world sizes all end with one line; real processes, gloo."""
 
 import os
 import re
@@ -18,10 +18,10 @@ from options import TrainConfig
 SCRIPT = """
 import os, sys, types
 import engine.failures, train
-engine.failures.time = types.SimpleNamespace(sleep=lambda seconds: None)  # as where rank 0 has already spoken
+engine.failures.time = types.SimpleNamespace(sleep=lambda seconds: None)  # rank 1 does not wait for rank 0 to print
 words = sys.argv[1:]
 if os.environ["RANK"] == "0":
-    words.pop()  # the last is for rank 1
+    words.pop()  # the last word is for rank 1 only
 try:
     train.main(words)
 except SystemExit as error:
@@ -32,7 +32,7 @@ except SystemExit as error:
 
 @pytest.fixture
 def start_differing(tmp_path, tiny):
-    """start_differing(word) -> how two ranks ended, of which the second has this word more."""
+    """start_differing(word) -> how two ranks ended, of which only the second was given this word."""
     script = tmp_path / "differing.py"
     script.write_text(SCRIPT)
     return lambda word: run_forked(str(script), *tiny, word, processes=2)
@@ -53,11 +53,11 @@ def check_ended(done, difference):
         ("--shard=fsdp", "rank 1 has --shard='fsdp', rank 0 has --shard='none'"),
     ],
 )
-def test_another_option_on_one_rank(start_differing, word, difference):
+def test_another_option_on_one_rank_ends_all(start_differing, word, difference):
     check_ended(start_differing(word), difference)
 
 
-def test_other_data_on_one_rank(start_differing, char_data, tmp_path):
+def test_other_data_on_one_rank_ends_all(start_differing, char_data, tmp_path):
     folder = shutil.copytree(char_data, tmp_path / "other")
     with open(folder / "train.bin", "r+b") as file:
         file.seek(1000)
@@ -65,12 +65,12 @@ def test_other_data_on_one_rank(start_differing, char_data, tmp_path):
     check_ended(start_differing(f"--data_dir={folder}"), "rank 1 has data with train_fingerprint ")
 
 
-def test_the_same_data_in_another_place(start_differing, char_data, tmp_path):
+def test_the_same_data_in_another_folder_is_accepted(start_differing, char_data, tmp_path):
     done = start_differing(f"--data_dir={shutil.copytree(char_data, tmp_path / 'copy')}")
     assert done.returncode == 0, done.stderr
 
 
-def test_every_option_is_compared_and_so_is_the_code(tmp_path):
+def test_every_option_and_the_code_are_compared(tmp_path):
     config = TrainConfig(structure="dense")
     facts = facts_of_run({field.name: getattr(config, field.name) for field in fields(config)}, torch.device("cpu"))
     assert {f"--{field.name}" for field in fields(config)} - facts.keys() == {f"--{name}" for name in MAY_DIFFER} - {
@@ -84,7 +84,7 @@ def test_every_option_is_compared_and_so_is_the_code(tmp_path):
     for contents in (
         "def bands(): return 2",
         "def bands(): return 3",
-    ):  # a structure of one's own, which no option shows
+    ):  # a user's own structure: its code differs, no option does
         path.write_text(contents)
         read_config_file(str(path))
         facts, before = facts_of_run({}, torch.device("cpu")), facts
@@ -101,7 +101,7 @@ def test_the_first_difference_names_ranks_and_both_values():
     assert "rank 1 has train.py missing" in first_difference([same, without])
 
 
-def test_arrays_are_told_apart_by_length_and_content():
+def test_descriptions_of_arrays_differ_with_length_and_content():
     small, large = np.arange(100), np.zeros(5_000_000, np.uint8)
     changed, later = small.copy(), large.copy()
     changed[50], later[-1] = 0, 1
@@ -110,14 +110,14 @@ def test_arrays_are_told_apart_by_length_and_content():
     assert describe_array(large) == describe_array(large.copy())
 
 
-def test_a_mistake_on_another_machine_is_said_there(tiny):
+def test_a_mistake_on_another_machine_is_printed_there(tiny):
     """Before the ranks have joined: the first rank of each machine prints it."""
     env = {"RANK": "9", "LOCAL_RANK": "0", "WORLD_SIZE": "16"}
     done = run_script("train.py", *tiny, "--n_head=5", env=env)
     assert done.returncode == 1 and done.stderr.count("error: rank 9: ") == done.stderr.count("\n") == 1
 
 
-def test_a_mistake_of_one_rank_alone_is_said_unless_torchrun_ends_it_first(tmp_path, processes=2):
+def test_a_mistake_of_one_rank_alone_is_printed_unless_torchrun_ends_it_first(tmp_path, processes=2):
     """A config file that fails on rank 1 only: on both, rank 0 speaks for all."""
     (tmp_path / "config.py").write_text("import os\nif int(os.environ['RANK']) >= int(os.environ['FIRST']): exit()\n")
     code = "import configurator; configurator.as_script(lambda words: configurator.read_config_file(words[0]))"
@@ -142,7 +142,7 @@ except SystemExit as error:
 
 
 @pytest.mark.parametrize("worlds", ["2 3", "3 2"])
-def test_another_number_of_processes(tmp_path, monkeypatch, worlds):
+def test_different_world_sizes_end_all_ranks(tmp_path, monkeypatch, worlds):
     script = tmp_path / "join.py"
     script.write_text(JOIN)
     monkeypatch.setenv("WORLDS", worlds)
@@ -167,7 +167,7 @@ def test_another_number_of_processes(tmp_path, monkeypatch, worlds):
         (dict(WORLD_SIZE="two", LOCAL_RANK="x"), "LOCAL_RANK=x, WORLD_SIZE=two"),
     ],
 )
-def test_an_environment_that_is_not_torchruns(monkeypatch, variables, words):
+def test_variables_that_torchrun_would_not_set_are_refused(monkeypatch, variables, words):
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
     assert ranks() == (0, 0, 1)
@@ -179,7 +179,7 @@ def test_an_environment_that_is_not_torchruns(monkeypatch, variables, words):
 
 
 @pytest.mark.parametrize("port", [None, "abc", "70000"])
-def test_an_address_that_is_none(monkeypatch, port):
+def test_an_invalid_port_is_refused(monkeypatch, port):
     from engine.heartbeat import init_distributed
 
     for name, value in dict(RANK="0", WORLD_SIZE="2", MASTER_ADDR="localhost", MASTER_PORT=port).items():

@@ -1,6 +1,6 @@
-"""Checkpoints of both formats: bit-exact, between any numbers of ranks, damaged, on a full disk, killed at every stage.
+"""Tests checkpoints of both formats, bit for bit against the tensors saved: damage, malice, full disks, kills.
 
-Run alone with `pytest tests/engine/test_checkpoint.py`. Ranks are real processes that talk through gloo.
+Ranks are real processes that talk through gloo.
 """
 
 import dataclasses
@@ -11,7 +11,6 @@ import math
 import multiprocessing
 import os
 import pickle
-import resource
 import shutil
 import signal
 import time
@@ -29,6 +28,7 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 import theta
 from configurator import ConfigError, RunFailed
+from conftest import small_disk
 from engine import checkpoint
 from engine.parallel import shard
 from model import GPT
@@ -46,8 +46,8 @@ RUN = RunConfig(lr=1e-2, weight_decay=0.0)
 BATCH = torch.randint(96, (2, 8, 32), generator=torch.Generator().manual_seed(3))
 
 
-def make(seed, sharded=False):
-    """A GPT of random weights and its optimizer, without state; split over all ranks by FSDP2, or not."""
+def make_model_and_optimizers(seed, sharded=False):
+    """A GPT with random weights and its optimizer without state, sharded over all ranks by FSDP2 or not."""
     torch.manual_seed(seed)
     model = GPT(GPTConfig(**CONFIG))
     if sharded:
@@ -70,28 +70,28 @@ def save(out_dir, step, model, optimizers):
 
 
 def tensors_of(model, optimizers):
-    """{flat name: whole tensor}, weights and Adam's state"""
+    """{flat name: whole tensor} of the weights and Adam's state."""
     state = {"optimizer": optimizers.state_dict(), "model": model.state_dict()}
-    return {name: whole(tensor).clone() for name, tensor in checkpoint.flatten_checkpoint(state).items()}
+    return {name: gather_whole(tensor).clone() for name, tensor in checkpoint.flatten_checkpoint(state).items()}
 
 
-def whole(tensor):
+def gather_whole(tensor):
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def same(left, right):
+def are_equal(left, right):
     return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
 
 
 def load(out_dir):
-    """-> checkpoint, what was said"""
+    """-> the checkpoint, and the messages printed while it was loaded."""
     said = []
     return checkpoint.load(out_dir, said.append), "\n".join(said)
 
 
 @contextmanager
 def one_rank():
-    """A process group of this process alone, in which FSDP2 makes DTensors."""
+    """A process group of this process alone, so that FSDP2 can make DTensors."""
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
         yield
@@ -99,8 +99,8 @@ def one_rank():
         dist.destroy_process_group()
 
 
-def on_ranks(world, function, *args, seconds=120):
-    """function(rank, *args) in `world` processes; their failure is one here, and so is hanging."""
+def run_on_ranks(world, function, *args, seconds=120):
+    """Run function(rank, *args) in `world` processes; fail if one of them fails or hangs."""
     store = os.path.join(args[0], f"store{time.monotonic_ns()}")
     context = mp.start_processes(
         rank_main, (world, store, function, args), nprocs=world, join=False, start_method="forkserver"
@@ -122,16 +122,16 @@ def rank_main(rank, world, store, function, args):
     dist.destroy_process_group()
 
 
-# -- there and back
+# -- saving and loading
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """Folders "file" and "directory", each with steps 1 and 2 of the same training, and {step: tensors}."""
+    """A folder with the runs "file" and "directory", each with steps 1 and 2 of the same training, and {step: tensors}."""
     folder, tensors = tmp_path_factory.mktemp("runs"), {}
     for name in ("file", "directory"):
         with one_rank():
-            model, optimizers = make(0, sharded=name == "directory")
+            model, optimizers = make_model_and_optimizers(0, sharded=name == "directory")
             for step in (1, 2):
                 train(model, optimizers, 1)
                 save(folder / name, step, model, optimizers)
@@ -139,7 +139,7 @@ def runs(tmp_path_factory):
     return folder, tensors
 
 
-def test_the_formats_have_their_names(runs):
+def test_files_of_both_formats_have_their_names(runs):
     folder, _ = runs
     assert sorted(os.listdir(folder / "file")) == ["ckpt.pt", "ckpt_prev.pt"]
     assert sorted(os.listdir(folder / "directory")) == ["ckpt.dcp", "ckpt_prev.dcp"]
@@ -153,41 +153,41 @@ def test_round_trip_is_bit_exact(runs, name):
     folder, tensors = runs
     saved, said = load(folder / name)
     assert {key: saved[key] for key in PLAIN} == PLAIN and saved["step"] == 2 and not said
-    assert repr(saved["config"]) == repr(PLAIN["config"])  # 1 == 1.0, and tuples inside tuples
+    assert repr(saved["config"]) == repr(PLAIN["config"])  # repr tells 1 from 1.0, and checks tuples within tuples
     assert os.path.dirname(saved["path"]) == str(folder / name)
-    assert same(checkpoint.flatten_checkpoint(saved), tensors[2])
-    model, optimizers = make(1)
-    assert not same(tensors_of(model, optimizers), tensors[2])
+    assert are_equal(checkpoint.flatten_checkpoint(saved), tensors[2])
+    model, optimizers = make_model_and_optimizers(1)
+    assert not are_equal(tensors_of(model, optimizers), tensors[2])
     checkpoint.restore(saved, model, optimizers)
-    assert same(tensors_of(model, optimizers), tensors[2])
+    assert are_equal(tensors_of(model, optimizers), tensors[2])
     sizes = {tensor.shape for tensor in tensors[2].values()}
     assert (2,) in sizes and () in sizes  # gains, Adam's step counters
-    rest = train(*make(0), 3)
-    assert same(tensors_of(*train(model, optimizers, 1)), tensors_of(*rest))
+    rest = train(*make_model_and_optimizers(0), 3)
+    assert are_equal(tensors_of(*train(model, optimizers, 1)), tensors_of(*rest))
 
 
 @pytest.mark.parametrize("name", ["file", "directory"])
-def test_a_model_to_sample_from(runs, name):
+def test_load_model_reads_both_formats(runs, name):
     folder, tensors = runs
     model, meta = load_model(str(folder / name))
-    assert same({f"model.{key}": value for key, value in model.state_dict().items()}, {
+    assert are_equal({f"model.{key}": value for key, value in model.state_dict().items()}, {
         key: value for key, value in tensors[2].items() if key.startswith("model.")
     })  # fmt: skip
     assert meta == PLAIN["meta"]
 
 
-def test_adams_state_goes_back_by_itself_and_stays_its_own(runs):
+def test_adams_state_is_restored_and_copied(runs):
     folder, tensors = runs
     saved, _ = load(folder / "file")
     for fused in (True, False):
-        model, optimizers = make(1)
+        model, optimizers = make_model_and_optimizers(1)
         for group in optimizers.param_groups:
             group["fused"] = fused
         optimizers.load_state_dict(saved["optimizer"])
         got = checkpoint.flatten_checkpoint({"model": {}, "optimizer": optimizers.state_dict()})
         assert got and all(torch.equal(got[name], tensors[2][name]) for name in got)
         optimizers.parts[0].state[model.token_embedding.weight]["exp_avg"].zero_()
-    assert same(checkpoint.flatten_checkpoint(saved), tensors[2])  # the loaded tensors are copied, not shared
+    assert are_equal(checkpoint.flatten_checkpoint(saved), tensors[2])  # the loaded tensors are copied, not shared
 
 
 @pytest.mark.parametrize("name", ["file", "directory"])
@@ -199,8 +199,8 @@ def test_another_model_is_refused(runs, name, options):
         checkpoint.restore(saved, model, make_optimizers(model, RUN))
 
 
-def test_cores_of_other_sizes_are_refused_in_a_line_that_says_why(tmp_path, monkeypatch):
-    """A Kronecker layer of width 128 was (8 × 16) ⊗ (16 × 8) before it kept its rank."""
+def test_cores_of_other_sizes_are_refused_in_one_line_with_the_reason(tmp_path, monkeypatch):
+    """Earlier versions made a Kronecker layer of width 128 as (8 × 16) ⊗ (16 × 8), which loses rank."""
     options = dict(structure="kronecker", rank=1, d_model=128, n_head=2, n_layer=1, vocab_size=100, block_size=32)
     old = {(128, 128): Sizes(8, 16, 1, 16, 8, 1, 1)}
     with monkeypatch.context() as patch:
@@ -225,45 +225,45 @@ def test_cores_of_other_sizes_are_refused_in_a_line_that_says_why(tmp_path, monk
 
 
 def test_adams_state_is_complete_after_an_evaluation():
-    """FSDP2 leaves its root's parameters gathered then, under objects that the optimizer does not know."""
+    """An evaluation leaves FSDP2's root parameters gathered, as objects that the optimizer does not know."""
     with one_rank():
-        model, optimizers = train(*make(0, sharded=True), 1)
+        model, optimizers = train(*make_model_and_optimizers(0, sharded=True), 1)
         with torch.no_grad():
             model(BATCH[0])
-        assert not isinstance(model.token_embedding.weight, DTensor), "nothing is gathered: the test is idle"
+        assert not isinstance(model.token_embedding.weight, DTensor), "nothing is gathered: this test checks nothing"
         assert optimizers.state_dict().keys() == dict(model.named_parameters()).keys()
 
 
-# -- any number of ranks
+# -- other numbers of ranks
 
 
-def test_any_number_of_ranks_into_any_other(tmp_path):
-    plain = train(*make(0), 2)
+def test_a_checkpoint_is_restored_on_any_number_of_ranks(tmp_path):
+    plain = train(*make_model_and_optimizers(0), 2)
     save(tmp_path / "file", 2, *plain)
     torch.save(tensors_of(*plain), tmp_path / "before.pt")
     torch.save(tensors_of(*train(*plain, 1)), tmp_path / "after.pt")
-    on_ranks(2, file_into_two_ranks_into_directory, tmp_path)
+    run_on_ranks(2, file_into_two_ranks_into_directory, tmp_path)
     names = os.listdir(tmp_path / "directory" / "ckpt.dcp")
     assert {"__0_0.distcp", "__1_0.distcp"} <= set(names)
-    on_ranks(4, directory_into_ranks, tmp_path)
-    model, optimizers = make(1)
+    run_on_ranks(4, directory_into_ranks, tmp_path)
+    model, optimizers = make_model_and_optimizers(1)
     saved, _ = load(tmp_path / "directory")
     checkpoint.restore(saved, model, optimizers)
-    assert same(tensors_of(model, optimizers), torch.load(tmp_path / "before.pt"))
-    assert same(checkpoint.flatten_checkpoint(saved), torch.load(tmp_path / "before.pt"))
-    assert same(tensors_of(*train(model, optimizers, 1)), torch.load(tmp_path / "after.pt"))
+    assert are_equal(tensors_of(model, optimizers), torch.load(tmp_path / "before.pt"))
+    assert are_equal(checkpoint.flatten_checkpoint(saved), torch.load(tmp_path / "before.pt"))
+    assert are_equal(tensors_of(*train(model, optimizers, 1)), torch.load(tmp_path / "after.pt"))
 
 
 def file_into_two_ranks_into_directory(rank, folder):
-    model, optimizers = make(1, sharded=True)
+    model, optimizers = make_model_and_optimizers(1, sharded=True)
     checkpoint.restore(checkpoint.load(folder / "file"), model, optimizers)
     check_and_step(folder, model, optimizers, lambda: save(folder / "directory", 2, model, optimizers))
     directory_into_ranks(rank, folder)
 
 
 def directory_into_ranks(rank, folder):
-    model, optimizers = make(1, sharded=True)
-    assert not same(tensors_of(model, optimizers), torch.load(folder / "before.pt"))
+    model, optimizers = make_model_and_optimizers(1, sharded=True)
+    assert not are_equal(tensors_of(model, optimizers), torch.load(folder / "before.pt"))
     saved = checkpoint.load(folder / "directory")
     checkpoint.restore(saved, model, optimizers)
     assert not any(kind in saved for kind in ("model", "optimizer")), "whole tensors were read"
@@ -271,35 +271,36 @@ def directory_into_ranks(rank, folder):
 
 
 def check_and_step(folder, model, optimizers, between=lambda: None):
-    """The tensors are the saved ones, every parameter with the rate of its group; a step gives the unsharded run's."""
-    assert same(tensors_of(model, optimizers), torch.load(folder / "before.pt"))
+    """The tensors equal the saved ones, Adam's are sharded like the weights, and a step equals the unsharded run's."""
+    assert are_equal(tensors_of(model, optimizers), torch.load(folder / "before.pt"))
     for p, state in optimizers.parts[0].state.items():
         kinds = {key: type(value) for key, value in state.items()}
         assert kinds == {"step": torch.Tensor, "exp_avg": DTensor, "exp_avg_sq": DTensor}
         assert state["exp_avg"].placements == p.placements and state["exp_avg"].to_local().shape == p.to_local().shape
     between()
     after, got = torch.load(folder / "after.pt"), tensors_of(*train(model, optimizers, 1))
-    for name in after:  # sums in another order; Adam divides by the root of a square that may be near zero
+    for name in after:  # sums are taken in another order, and Adam may divide by a number near zero
         torch.testing.assert_close(got[name], after[name], atol=1e-5, rtol=1e-3, msg=name)
 
 
 # -- damage
 
 
-def damaged_copy(runs, name, tmp_path):
-    """-> a copy of the run, path of its newest checkpoint"""
+def copy_to_damage(runs, name, tmp_path):
+    """-> a copy of the run, for a test to damage, and the path of its newest checkpoint."""
     shutil.copytree(runs[0] / name, tmp_path / name)
     return tmp_path / name, tmp_path / name / ("ckpt.pt" if name == "file" else "ckpt.dcp")
 
 
 def assert_skipped(out_dir, tensors, why="not a whole checkpoint"):
+    """The newest checkpoint is skipped with one line that states why, and the previous one is loaded."""
     saved, said = load(out_dir)
     assert saved["step"] == 1 and "ckpt_prev" in saved["path"] and why in said, said
     assert "\n" not in said
-    assert same(checkpoint.flatten_checkpoint(saved), tensors[1])
+    assert are_equal(checkpoint.flatten_checkpoint(saved), tensors[1])
 
 
-def flip(path, position):
+def flip_bit(path, position):
     with open(path, "r+b") as file:
         file.seek(position)
         byte = file.read(1)[0]
@@ -307,40 +308,41 @@ def flip(path, position):
         file.write(bytes([byte ^ 16]))
 
 
-def test_a_flipped_bit_in_a_weight_which_torch_does_not_notice(runs, tmp_path):
-    out_dir, path = damaged_copy(runs, "file", tmp_path)
+def test_a_flipped_bit_in_a_weight_is_noticed_though_torch_does_not(runs, tmp_path):
+    out_dir, path = copy_to_damage(runs, "file", tmp_path)
     weight = runs[1][2]["model.token_embedding.weight"]
-    flip(path, path.read_bytes().index(weight.numpy().tobytes()) + 1000)
+    flip_bit(path, path.read_bytes().index(weight.numpy().tobytes()) + 1000)
     assert not torch.equal(torch.load(path, weights_only=True)["model"]["token_embedding.weight"], weight)
     assert_skipped(out_dir, runs[1])
 
 
 @pytest.mark.parametrize("name", ["ckpt.pt", ".metadata", "__0_0.distcp", "manifest.json", "values.json"])
-def test_a_flipped_bit_anywhere(runs, tmp_path, name):
-    """Passed over, or, in the padding between a file's records, without effect."""
+def test_a_flipped_bit_is_noticed_anywhere(runs, tmp_path, name):
+    """The checkpoint is skipped, unless the bit lies in the padding between a file's records and changes nothing."""
     kind = "file" if name == "ckpt.pt" else "directory"
-    out_dir, path = damaged_copy(runs, kind, tmp_path)
+    out_dir, path = copy_to_damage(runs, kind, tmp_path)
     path = path if kind == "file" else path / name
     size, noticed = os.path.getsize(path), 0
     positions = [*range(0, size, size // 30), *range(min(size, 8)), *range(size - 8, size)]
     for position in positions:
-        flip(path, position)
+        flip_bit(path, position)
         saved, said = load(out_dir)
         assert saved["step"] == (1 if said else 2)
         if not said:
             assert (
-                same(checkpoint.flatten_checkpoint(saved), runs[1][2]) and {key: saved[key] for key in PLAIN} == PLAIN
+                are_equal(checkpoint.flatten_checkpoint(saved), runs[1][2])
+                and {key: saved[key] for key in PLAIN} == PLAIN
             )
         noticed += bool(said)
-        flip(path, position)
+        flip_bit(path, position)
     assert noticed > len(positions) / 2 if kind == "file" else noticed == len(positions)
     assert load(out_dir)[0]["step"] == 2
 
 
 @pytest.mark.parametrize("name", ["ckpt.pt", ".metadata", "__0_0.distcp", "manifest.json", "values.json"])
-def test_truncated_empty_or_missing(runs, tmp_path, name):
+def test_truncated_empty_and_missing_files_are_skipped(runs, tmp_path, name):
     kind = "file" if name == "ckpt.pt" else "directory"
-    out_dir, path = damaged_copy(runs, kind, tmp_path)
+    out_dir, path = copy_to_damage(runs, kind, tmp_path)
     path = path if kind == "file" else path / name
     size = os.path.getsize(path)
     for length in (size - 1, size // 2, 10, 0):
@@ -354,23 +356,23 @@ def test_truncated_empty_or_missing(runs, tmp_path, name):
 
 
 @pytest.mark.parametrize("text", ["{}", "[]", "null", '{"values.json": [0, 0]}'])
-def test_a_manifest_of_nothing(runs, tmp_path, text):
-    out_dir, path = damaged_copy(runs, "directory", tmp_path)
+def test_a_manifest_without_files_is_damage(runs, tmp_path, text):
+    out_dir, path = copy_to_damage(runs, "directory", tmp_path)
     (path / "manifest.json").write_text(text)
     assert_skipped(out_dir, runs[1])
 
 
-def test_a_manifest_that_leaves_out_a_file(runs, tmp_path):
+def test_a_manifest_that_omits_a_file_is_damage(runs, tmp_path):
     for name in (".metadata", "__0_0.distcp", "values.json"):
-        out_dir, path = damaged_copy(runs, "directory", tmp_path / name)
+        out_dir, path = copy_to_damage(runs, "directory", tmp_path / name)
         manifest = json.loads((path / "manifest.json").read_text())
         del manifest[name]
         (path / "manifest.json").write_text(json.dumps(manifest))
         assert_skipped(out_dir, runs[1])
 
 
-def test_what_is_no_checkpoint_at_all(runs, tmp_path):
-    out_dir, path = damaged_copy(runs, "file", tmp_path)
+def test_files_that_are_no_checkpoints_are_skipped(runs, tmp_path):
+    out_dir, path = copy_to_damage(runs, "file", tmp_path)
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("letter.txt", "Dear reader")
     assert_skipped(out_dir, runs[1])
@@ -380,15 +382,15 @@ def test_what_is_no_checkpoint_at_all(runs, tmp_path):
     os.remove(path)
     os.mkdir(path)
     assert_skipped(out_dir, runs[1])
-    out_dir, path = damaged_copy(runs, "directory", tmp_path)
+    out_dir, path = copy_to_damage(runs, "directory", tmp_path)
     shutil.rmtree(path)
     path.write_text("Dear reader")
     assert_skipped(out_dir, runs[1])
 
 
 @pytest.mark.parametrize("name", ["file", "directory"])
-def test_where_all_are_damaged(runs, tmp_path, name):
-    out_dir, path = damaged_copy(runs, name, tmp_path)
+def test_if_all_checkpoints_are_damaged_loading_fails(runs, tmp_path, name):
+    out_dir, path = copy_to_damage(runs, name, tmp_path)
     for path in os.listdir(out_dir):
         path = out_dir / path if name == "file" else out_dir / path / "__0_0.distcp"
         os.truncate(path, 100)
@@ -398,8 +400,8 @@ def test_where_all_are_damaged(runs, tmp_path, name):
     assert checkpoint.describe_newest(out_dir) == "there is no whole checkpoint"
 
 
-def test_a_checkpoint_replaced_while_it_is_read(runs, tmp_path):
-    out_dir, path = damaged_copy(runs, "directory", tmp_path)
+def test_a_checkpoint_replaced_while_it_is_read_is_an_error(runs, tmp_path):
+    out_dir, path = copy_to_damage(runs, "directory", tmp_path)
     saved, _ = load(out_dir)
     shutil.rmtree(path)
     os.replace(out_dir / "ckpt_prev.dcp", path)
@@ -407,10 +409,10 @@ def test_a_checkpoint_replaced_while_it_is_read(runs, tmp_path):
         saved["model"]
 
 
-def test_members_that_were_compressed_again(runs, tmp_path):
-    """zipfile unpacks and finds every CRC right; torch maps the packed bytes as if they were numbers."""
-    out_dir, path = damaged_copy(runs, "file", tmp_path)
-    pack_again(path, lambda name, data: data, zipfile.ZIP_DEFLATED)
+def test_compressed_members_are_damage(runs, tmp_path):
+    """zipfile unpacks them and finds every CRC right, but torch maps the compressed bytes as numbers."""
+    out_dir, path = copy_to_damage(runs, "file", tmp_path)
+    rewrite_archive(path, lambda name, data: data, zipfile.ZIP_DEFLATED)
     with zipfile.ZipFile(path) as archive:
         assert archive.testzip() is None
     garbage = torch.load(path, weights_only=True, mmap=True)["model"]["token_embedding.weight"]
@@ -418,7 +420,7 @@ def test_members_that_were_compressed_again(runs, tmp_path):
     assert_skipped(out_dir, runs[1], "is compressed")
 
 
-def pack_again(path, change, compression=zipfile.ZIP_STORED):
+def rewrite_archive(path, change, compression=zipfile.ZIP_STORED):
     with zipfile.ZipFile(path) as archive:
         members = {name: change(name, archive.read(name)) for name in archive.namelist()}
     with zipfile.ZipFile(path, "w", compression) as archive:
@@ -426,10 +428,10 @@ def pack_again(path, change, compression=zipfile.ZIP_STORED):
             archive.writestr(name, data)
 
 
-def test_a_member_shorter_than_its_tensor(runs, tmp_path):
-    """torch would read on into the next member."""
-    out_dir, path = damaged_copy(runs, "file", tmp_path)
-    pack_again(path, lambda name, data: data[:-4] if name.endswith("/data/0") else data)
+def test_a_member_shorter_than_its_tensor_is_damage(runs, tmp_path):
+    """torch would continue to read into the next member."""
+    out_dir, path = copy_to_damage(runs, "file", tmp_path)
+    rewrite_archive(path, lambda name, data: data[:-4] if name.endswith("/data/0") else data)
     assert_skipped(out_dir, runs[1], "sizes of its members")
 
 
@@ -440,8 +442,8 @@ HOSTILE = dict(
 
 
 @pytest.mark.parametrize("name", ["file", "directory"])
-def test_plain_values_that_are_missing_or_of_another_type(runs, tmp_path, name):
-    out_dir, path = damaged_copy(runs, name, tmp_path)
+def test_plain_values_that_are_missing_or_of_the_wrong_type_are_damage(runs, tmp_path, name):
+    out_dir, path = copy_to_damage(runs, name, tmp_path)
     if name == "file":
         whole_one = torch.load(path, weights_only=True)
         write = lambda values: torch.save({**whole_one, **values}, path)  # noqa: E731
@@ -474,8 +476,8 @@ SPOILT = {
 
 
 @pytest.mark.parametrize("kind", SPOILT)
-def test_tensors_that_no_run_has_saved(runs, tmp_path, kind):
-    out_dir, path = damaged_copy(runs, "file", tmp_path)
+def test_tensors_that_no_run_saves_are_damage(runs, tmp_path, kind):
+    out_dir, path = copy_to_damage(runs, "file", tmp_path)
     saved, name = torch.load(path, weights_only=True), "position_embedding.weight"
     spoil, why = SPOILT[kind]
     for place in (saved["model"], saved["optimizer"][name]):
@@ -490,15 +492,15 @@ def test_tensors_that_no_run_has_saved(runs, tmp_path, kind):
             assert_skipped(out_dir, runs[1], why)
 
 
-def test_whole_numbers_in_the_place_of_weights_are_refused(runs, tmp_path):
-    """A model may have whole numbers of its own, so only the model tells."""
-    out_dir, path = damaged_copy(runs, "file", tmp_path)
+def test_integers_in_place_of_weights_are_refused(runs, tmp_path):
+    """Some models hold integers, so only a comparison with the model shows the damage."""
+    out_dir, path = copy_to_damage(runs, "file", tmp_path)
     saved = torch.load(path, weights_only=True)
     weight = saved["model"]["final_norm.weight"]
     saved["model"]["final_norm.weight"] = weight.long()
     torch.save(saved, path)
     with pytest.raises(ConfigError, match="final_norm.weight is of torch.int64, where the model has torch.float32"):
-        checkpoint.restore(load(out_dir)[0], *make(1))
+        checkpoint.restore(load(out_dir)[0], *make_model_and_optimizers(1))
     saved["model"]["final_norm.weight"] = weight
     saved["optimizer"]["final_norm.weight"]["exp_avg"] = weight.long()
     torch.save(saved, path)
@@ -534,9 +536,9 @@ def of_another_shape(metadata, name, chunk):
 @pytest.mark.parametrize(
     "spoil", [without_chunk, without_part, half_a_chunk, beside_the_tensor, of_another_dtype, of_another_shape]
 )
-def test_metadata_that_leave_numbers_out(runs, tmp_path, spoil):
-    """DCP fills the numbers that no chunk has with whatever the memory holds."""
-    out_dir, path = damaged_copy(runs, "directory", tmp_path)
+def test_metadata_that_do_not_cover_a_tensor_are_damage(runs, tmp_path, spoil):
+    """DCP leaves whatever the memory holds where no chunk covers the tensor."""
+    out_dir, path = copy_to_damage(runs, "directory", tmp_path)
     metadata, name = pickle.loads((path / ".metadata").read_bytes()), "model.token_embedding.weight"
     spoil(metadata, name, metadata.state_dict_metadata[name].chunks[0])
     rewrite(path, ".metadata", pickle.dumps(metadata))
@@ -544,9 +546,9 @@ def test_metadata_that_leave_numbers_out(runs, tmp_path, spoil):
 
 
 @pytest.mark.parametrize("kind", ["model", "optimizer"])
-def test_a_directory_with_nan_in_it(runs, tmp_path, kind):
+def test_a_directory_that_holds_nan_is_skipped(runs, tmp_path, kind):
     with one_rank():
-        model, optimizers = train(*make(0, sharded=True), 1)
+        model, optimizers = train(*make_model_and_optimizers(0, sharded=True), 1)
         save(tmp_path, 1, model, optimizers)
         weight = model.token_embedding.weight
         with torch.no_grad():
@@ -555,8 +557,8 @@ def test_a_directory_with_nan_in_it(runs, tmp_path, kind):
     assert_skipped(tmp_path, runs[1], "holds inf or NaN")
 
 
-def test_what_is_not_finite_is_found_before_it_is_saved():
-    model, optimizers = train(*make(0), 1)
+def test_the_first_non_finite_tensor_is_named():
+    model, optimizers = train(*make_model_and_optimizers(0), 1)
     state = {"model": model.state_dict(), "optimizer": optimizers.state_dict()}
     assert checkpoint.first_non_finite(state) is None
     weight = model.blocks[0].ffn_norm.weight
@@ -567,11 +569,11 @@ def test_what_is_not_finite_is_found_before_it_is_saved():
     assert checkpoint.first_non_finite(state) == "model.blocks.0.ffn_norm.weight"
 
 
-# -- reads that fail for a while, or for good
+# -- reads that fail a few times, or always
 
 
-def failing_open(monkeypatch, part_of_path, number, times):
-    """From here on so many attempts to open such a path fail with this errno -> a list of them."""
+def make_open_fail(monkeypatch, part_of_path, number, times):
+    """The next `times` attempts to open a path that contains part_of_path fail with this errno -> list of attempts."""
     attempts = []
 
     def open_or_fail(path, *args, **kwargs):
@@ -588,15 +590,15 @@ def failing_open(monkeypatch, part_of_path, number, times):
 
 @pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.EACCES])
 @pytest.mark.parametrize("part", ["/ckpt.pt", "/ckpt.dcp/__0_0", "/ckpt.dcp/manifest", "/ckpt.dcp/.metadata"])
-def test_a_read_that_fails_is_tried_again_and_is_not_damage(runs, tmp_path, monkeypatch, part, number):
-    out_dir, path = damaged_copy(runs, "file" if part.endswith("pt") else "directory", tmp_path)
+def test_a_failed_read_is_retried_and_not_taken_for_damage(runs, tmp_path, monkeypatch, part, number):
+    out_dir, path = copy_to_damage(runs, "file" if part.endswith("pt") else "directory", tmp_path)
     before = sorted(out_dir.rglob("*"))
     with monkeypatch.context() as patch:
-        failing_open(patch, part, number, times=2)
+        make_open_fail(patch, part, number, times=2)
         saved, said = load(out_dir)
         assert saved["step"] == 2 and not said
     with monkeypatch.context() as patch:
-        attempts = failing_open(patch, part, number, times=99)
+        attempts = make_open_fail(patch, part, number, times=99)
         with pytest.raises(RunFailed) as error:
             load(out_dir)
         assert len(attempts) == 3
@@ -609,8 +611,8 @@ def test_a_read_that_fails_is_tried_again_and_is_not_damage(runs, tmp_path, monk
 
 
 @pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.EACCES])
-def test_a_folder_that_cannot_be_read_is_not_an_empty_one(runs, tmp_path, monkeypatch, number):
-    out_dir, path = damaged_copy(runs, "file", tmp_path)
+def test_an_unreadable_folder_is_not_taken_for_an_empty_one(runs, tmp_path, monkeypatch, number):
+    out_dir, path = copy_to_damage(runs, "file", tmp_path)
     lstat, attempts = os.lstat, []
 
     def failing(path, *args, **kwargs):
@@ -635,7 +637,7 @@ def test_a_folder_that_cannot_be_read_is_not_an_empty_one(runs, tmp_path, monkey
 
 
 class Payload:
-    """Unpickled, it makes a folder."""
+    """An object whose pickle makes a folder when it is loaded."""
 
     def __init__(self, path):
         self.path = str(path)
@@ -646,7 +648,7 @@ class Payload:
 
 @pytest.fixture
 def payload(tmp_path):
-    """A payload that works, and has not yet."""
+    """A payload that is known to work; the test fails if it runs."""
     path = tmp_path / "pwned"
     pickle.loads(pickle.dumps(Payload(path)))
     path.rmdir()
@@ -655,7 +657,7 @@ def payload(tmp_path):
 
 
 def rewrite(path, name, data):
-    """Put data into a checkpoint directory's file, and right sums into the manifest."""
+    """Write data to a file of a checkpoint directory, and the right checksum to the manifest."""
     (path / name).write_bytes(data)
     manifest = json.loads((path / "manifest.json").read_text())
     manifest[name] = checkpoint.checksum_of(path / name)
@@ -664,7 +666,7 @@ def rewrite(path, name, data):
 
 @pytest.mark.parametrize("form", ["pickle", "old pickle", "torch.save"])
 def test_code_in_a_file_is_not_run(runs, tmp_path, payload, form):
-    out_dir, path = damaged_copy(runs, "file", tmp_path)
+    out_dir, path = copy_to_damage(runs, "file", tmp_path)
     saved = torch.load(path, weights_only=True)
     if form == "torch.save":
         torch.save({**saved, "scaler": payload}, path)
@@ -674,7 +676,7 @@ def test_code_in_a_file_is_not_run(runs, tmp_path, payload, form):
 
 
 def test_code_in_a_directory_is_not_run(runs, tmp_path, payload):
-    out_dir, path = damaged_copy(runs, "directory", tmp_path)
+    out_dir, path = copy_to_damage(runs, "directory", tmp_path)
     with open(path / ".metadata", "rb") as file:
         metadata = pickle.load(file)
     rewrite(path, ".metadata", pickle.dumps(payload))
@@ -688,9 +690,9 @@ def test_code_in_a_directory_is_not_run(runs, tmp_path, payload):
         assert_skipped(out_dir, runs[1], "something other than tensors and plain values")
 
 
-def test_code_among_the_parts_is_not_run(runs, tmp_path, payload):
-    """In the place of a tensor; and as an object that is none, which DCP would unpickle without restriction."""
-    out_dir, path = damaged_copy(runs, "directory", tmp_path)
+def test_code_in_a_directorys_data_is_not_run(runs, tmp_path, payload):
+    """It stands in place of a tensor, then as an object declared as bytes, which DCP would unpickle unrestricted."""
+    out_dir, path = copy_to_damage(runs, "directory", tmp_path)
     with open(path / ".metadata", "rb") as file:
         metadata = pickle.load(file)
     buffer = io.BytesIO()
@@ -706,28 +708,17 @@ def test_code_among_the_parts_is_not_run(runs, tmp_path, payload):
     assert_skipped(out_dir, runs[1], "something other than tensors and plain values")
 
 
-# -- disks that do not take it
+# -- disks that refuse to write
 
 
-@contextmanager
-def largest_file(size):
-    """The system refuses to write more into any one file: an error as real as that of a full disk."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-
-@pytest.mark.parametrize("size", [200, 3000, 50_000])  # within values.json, a small tensor, many
+@pytest.mark.parametrize("size", [200, 3000, 50_000])  # within values.json, within a small tensor, after many tensors
 @pytest.mark.parametrize("name", ["file", "directory"])
-def test_a_disk_that_refuses_leaves_the_one_before(runs, tmp_path, name, size):
-    out_dir, path = damaged_copy(runs, name, tmp_path)
+def test_if_the_disk_refuses_to_write_the_previous_checkpoint_stays(runs, tmp_path, name, size):
+    out_dir, path = copy_to_damage(runs, name, tmp_path)
     before = sorted(os.listdir(out_dir))
     with one_rank():
-        model, optimizers = train(*make(0, sharded=name == "directory"), 1)
-        with largest_file(size), pytest.raises(RunFailed) as error:
+        model, optimizers = train(*make_model_and_optimizers(0, sharded=name == "directory"), 1)
+        with small_disk(size), pytest.raises(RunFailed) as error:
             save(out_dir, 3, model, optimizers)
     message = str(error.value)
     assert f"out_dir={out_dir}: {path}.part" in message and "(File too large)" in message
@@ -736,21 +727,21 @@ def test_a_disk_that_refuses_leaves_the_one_before(runs, tmp_path, name, size):
     assert load(out_dir)[0]["step"] == 2
 
 
-def test_a_full_disk(runs, tmp_path):
-    out_dir, path = damaged_copy(runs, "file", tmp_path)
+def test_a_full_disk_keeps_the_checkpoints(runs, tmp_path):
+    out_dir, path = copy_to_damage(runs, "file", tmp_path)
     os.symlink("/dev/full", f"{path}.part")
     with pytest.raises(RunFailed, match=r"ckpt.pt.part cannot be written \(No space left on device\)"):
-        save(out_dir, 3, *make(0))
+        save(out_dir, 3, *make_model_and_optimizers(0))
     assert sorted(os.listdir(out_dir)) == ["ckpt.pt", "ckpt_prev.pt"] and load(out_dir)[0]["step"] == 2
-    save(out_dir, 3, *make(0))
+    save(out_dir, 3, *make_model_and_optimizers(0))
     assert load(out_dir)[0]["step"] == 3
 
 
 @pytest.mark.parametrize("sharded", [False, True])
-def test_a_folder_that_cannot_be_one(tmp_path, sharded):
+def test_saving_to_an_impossible_folder_fails_and_leaves_nothing(tmp_path, sharded):
     (tmp_path / "notes").touch()
     with one_rank():
-        model, optimizers = make(0, sharded)
+        model, optimizers = make_model_and_optimizers(0, sharded)
         plain = {**PLAIN, "step": 1, "model": model.state_dict(), "optimizer": {}}
         with pytest.raises(RunFailed, match=r"\(Not a directory\).*there is no checkpoint"):
             checkpoint.save(tmp_path / "notes" / "run", plain)
@@ -761,20 +752,20 @@ def test_a_folder_that_cannot_be_one(tmp_path, sharded):
     assert os.listdir(tmp_path) == ["notes"]
 
 
-# -- ranks that fail or see nothing: all end, none waits
+# -- when one rank fails, all end and none waits
 
 
-def test_a_rank_that_fails_is_known_to_all(runs, tmp_path):
-    damaged_copy(runs, "directory", tmp_path)
-    damaged_copy(runs, "file", tmp_path)
-    on_ranks(2, failing_ranks, tmp_path)
+def test_if_one_rank_fails_to_save_or_load_all_know(runs, tmp_path):
+    copy_to_damage(runs, "directory", tmp_path)
+    copy_to_damage(runs, "file", tmp_path)
+    run_on_ranks(2, failing_ranks, tmp_path)
 
 
 def failing_ranks(rank, folder):
-    model, optimizers = train(*make(0, sharded=True), 1)
+    model, optimizers = train(*make_model_and_optimizers(0, sharded=True), 1)
 
     def save_fails(out_dir, fails, model, optimizers):
-        with largest_file(4000 if rank == fails else -1):
+        with small_disk(4000 if rank == fails else -1):
             with pytest.raises(RunFailed) as error:
                 save(out_dir, 3, model, optimizers)
             assert "(File too large)" in str(error.value)
@@ -784,61 +775,61 @@ def failing_ranks(rank, folder):
 
     for fails in (0, 1):
         save_fails(folder / "directory", fails, model, optimizers)
-    save_fails(folder / "file", 0, *make(0))
+    save_fails(folder / "file", 0, *make_model_and_optimizers(0))
     save(folder / "directory", 3, model, optimizers)
-    # Each rank verifies a share: whoever finds the damage, all take the one before.
+    # Each rank verifies a share: whichever finds the damage, all take the previous checkpoint.
     for name in sorted(os.listdir(folder / "directory" / "ckpt.dcp")):
         dist.barrier()
         if rank == 0:
-            flip(folder / "directory" / "ckpt.dcp" / name, 100)
+            flip_bit(folder / "directory" / "ckpt.dcp" / name, 100)
         dist.barrier()
         saved, said = load(folder / "directory")
         assert saved["step"] == 2 and ("not a whole" in said) == (rank == 0)
         dist.barrier()
         if rank == 0:
-            flip(folder / "directory" / "ckpt.dcp" / name, 100)
+            flip_bit(folder / "directory" / "ckpt.dcp" / name, 100)
     dist.barrier()
     if rank == 0:
-        flip(folder / "file" / "ckpt.pt", os.path.getsize(folder / "file" / "ckpt.pt") // 2)
+        flip_bit(folder / "file" / "ckpt.pt", os.path.getsize(folder / "file" / "ckpt.pt") // 2)
     dist.barrier()
     assert load(folder / "directory")[0]["step"] == 3 and load(folder / "file")[0]["step"] == 1
     for out_dir in (("nowhere", "file"), ("directory", "nowhere"), ("directory", "file")):
         with pytest.raises(ConfigError, match="out_dir must be on a file system that all nodes share"):
             load(folder / out_dir[rank])
     assert load(folder / "nowhere") == (None, "")
-    if rank == 1:  # alone, it waits for nobody
+    if rank == 1:  # with alone=True it waits for no other rank
         assert checkpoint.load(folder / "directory", alone=True)["step"] == 3
 
 
 def test_ranks_that_do_not_share_a_folder_publish_nothing(tmp_path):
-    on_ranks(2, save_apart, tmp_path)
+    run_on_ranks(2, save_apart, tmp_path)
     assert not list(tmp_path.rglob("*.dcp")) and not list(tmp_path.rglob("*.distcp"))
 
 
 def save_apart(rank, folder):
     checkpoint.PAUSES = (0.01,)
     with pytest.raises(ConfigError) as error:
-        save(folder / str(rank), 1, *train(*make(0, sharded=True), 1))
+        save(folder / str(rank), 1, *train(*make_model_and_optimizers(0, sharded=True), 1))
     message = str(error.value)
     assert "rank 0 does not see __1_0.distcp, which rank 1 has written" in message and "\n" not in message
     assert "--shard=fsdp" in message and "all nodes share" in message
 
 
 def test_a_read_that_fails_on_one_rank_stops_all(runs, tmp_path):
-    damaged_copy(runs, "directory", tmp_path)
-    on_ranks(2, one_rank_cannot_read, tmp_path)
+    copy_to_damage(runs, "directory", tmp_path)
+    run_on_ranks(2, one_rank_cannot_read, tmp_path)
 
 
 def one_rank_cannot_read(rank, folder):
     with pytest.MonkeyPatch.context() as patch:
-        failing_open(patch, "ckpt.dcp/values" if rank == 1 else "nothing", errno.EIO, times=99)
+        make_open_fail(patch, "ckpt.dcp/values" if rank == 1 else "nothing", errno.EIO, times=99)
         with pytest.raises(RunFailed, match=r"ckpt.dcp cannot be read \(Input/output error\)"):
             load(folder / "directory")
     assert load(folder / "directory")[0]["step"] == 2
 
 
 class Beats:
-    """Counts what a watchdog is told."""
+    """Counts the calls to a watchdog."""
 
     def __init__(self):
         self.beats = self.signs = 0
@@ -850,15 +841,15 @@ class Beats:
         self.signs += 1
 
 
-def test_a_rank_that_writes_is_behind_those_that_wait(tmp_path):
-    """So a rank that hangs there is the one to blame; and all come out of it with as many beats."""
-    on_ranks(2, write_and_wait, tmp_path)
+def test_a_rank_that_writes_has_fewer_beats_than_those_that_wait(tmp_path):
+    """So the watchdog blames a rank that hangs while it writes; after the save all ranks have equally many beats."""
+    run_on_ranks(2, write_and_wait, tmp_path)
 
 
 def write_and_wait(rank, folder):
-    model, optimizers = train(*make(0, sharded=True), 1)
+    model, optimizers = train(*make_model_and_optimizers(0, sharded=True), 1)
     sharded = {"model": model.state_dict(), "optimizer": optimizers.state_dict()}
-    file = as_tensors(1, sharded=False)
+    file = small_state(1, sharded=False)
     save_while_one_waits(rank, folder, file, 0, checkpoint, "write_file")
     save_while_one_waits(rank, folder, file, 0, checkpoint, "make_newest")
     save_while_one_waits(rank, folder, sharded, 1, checkpoint.Writer, "write_data")
@@ -868,7 +859,7 @@ def write_and_wait(rank, folder):
 
 
 def save_while_one_waits(rank, folder, state, writer, place, work):
-    """That work waits on the rank `writer` until the other one has made more beats."""
+    """Save while the function `work` of `place` waits, on the rank `writer`, until the other rank has made more beats."""
     store, original, beats = dist.distributed_c10d._get_default_store(), getattr(place, work), Beats()
 
     def beat():
@@ -891,11 +882,11 @@ def save_while_one_waits(rank, folder, state, writer, place, work):
     assert counts[0] == counts[1] and (beats.signs > 0 or rank != writer)
 
 
-# -- the next one takes the place of the last
+# -- a new checkpoint replaces the last
 
 
-def as_tensors(step, sharded):
-    """A checkpoint of a few numbers, all of them the step."""
+def small_state(step, sharded):
+    """The state for a checkpoint of a few numbers, all equal to the step."""
     weight = torch.full((5, 3), float(step))
     state = {"step": torch.tensor(float(step)), "exp_avg": weight + 0}
     if sharded:
@@ -912,7 +903,7 @@ def check_tensors(saved):
 def test_after_a_change_of_format_the_newest_wins_and_two_are_kept(tmp_path):
     with one_rank():
         for step, sharded in enumerate([False, False, True, False, True, True, False], 1):
-            checkpoint.save(tmp_path, as_tensors(step, sharded))
+            checkpoint.save(tmp_path, small_state(step, sharded))
             saved, said = load(tmp_path)
             assert saved["step"] == step and saved["path"].endswith("ckpt.dcp" if sharded else "ckpt.pt") and not said
             check_tensors(saved)
@@ -924,29 +915,29 @@ def test_after_a_change_of_format_the_newest_wins_and_two_are_kept(tmp_path):
 
 
 @pytest.mark.parametrize("steps", [(3, 4), (4, 3)])
-def test_of_a_file_and_a_directory_in_one_place_the_step_decides(tmp_path, steps):
+def test_of_a_file_and_a_directory_the_later_step_is_loaded(tmp_path, steps):
     with one_rank():
         for step, sharded in zip(steps, (False, True)):
             os.mkdir(tmp_path / str(sharded))
-            checkpoint.save(tmp_path / str(sharded), as_tensors(step, sharded))
+            checkpoint.save(tmp_path / str(sharded), small_state(step, sharded))
     os.replace(tmp_path / "False" / "ckpt.pt", tmp_path / "ckpt.pt")
     os.replace(tmp_path / "True" / "ckpt.dcp", tmp_path / "ckpt.dcp")
     assert load(tmp_path)[0]["step"] == 4
 
 
-def test_a_damaged_newest_never_costs_the_whole_one_before(runs, tmp_path, monkeypatch):
-    """Between the two renames the damaged one must not have taken the place of the whole one."""
-    out_dir, path = damaged_copy(runs, "file", tmp_path)
+def test_a_damaged_checkpoint_never_replaces_the_whole_previous_one(runs, tmp_path, monkeypatch):
+    """Before and after each rename of a save, a whole checkpoint can be loaded."""
+    out_dir, path = copy_to_damage(runs, "file", tmp_path)
     os.truncate(path, 1000)
 
-    def killed(source, target):
+    def check_and_rename(source, target):
         assert load(out_dir)[0]["step"] in (1, 3)
         rename(source, target)
         assert load(out_dir)[0]["step"] in (1, 3)
 
     rename = os.replace
-    monkeypatch.setattr(os, "replace", killed)
-    save(out_dir, 3, *make(0))
+    monkeypatch.setattr(os, "replace", check_and_rename)
+    save(out_dir, 3, *make_model_and_optimizers(0))
     assert load(out_dir)[0]["step"] == 3
 
 
@@ -956,14 +947,14 @@ def test_a_run_of_either_format_is_set_aside(tmp_path, sharded):
     checkpoint.set_aside(tmp_path / "run")
     assert os.listdir(tmp_path) == ["run"] and not checkpoint.exists(tmp_path / "run")
     with one_rank():
-        checkpoint.save(tmp_path / "run", as_tensors(1, sharded))
+        checkpoint.save(tmp_path / "run", small_state(1, sharded))
     assert checkpoint.exists(tmp_path / "run")
     checkpoint.set_aside(tmp_path / "run", say=lambda message: None)
     assert os.listdir(tmp_path) == ["run.1"] and load(tmp_path / "run.1")[0]["step"] == 1
 
 
 def test_only_a_runs_own_files_are_set_aside(tmp_path, monkeypatch):
-    """From the working folder too, twice; a log without checkpoints is a run, an empty folder is none."""
+    """Twice, and from the working folder too; a log without checkpoints counts as a run, an empty folder does not."""
     own = [
         "ckpt.pt", "ckpt.pt.part", "ckpt_best.pt", "ckpt_step500.pt", "config.json", "config.json.node-7.lan.41.part",
         "experts.png", "log.jsonl", "loss.png", "loss.png.node-7.lan.41.part",
@@ -991,8 +982,8 @@ def test_only_a_runs_own_files_are_set_aside(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("links", [True, False])
-def test_kept_ones_outlive_the_newest_two(tmp_path, monkeypatch, links):
-    """Of both formats in turn, on a file system with hard links and without; none is half there, none shadows the newest."""
+def test_kept_checkpoints_outlive_the_newest_two(tmp_path, monkeypatch, links):
+    """In both formats, on a file system with and without hard links; each is whole, and none hides the newest."""
 
     def no_links(*paths):
         raise OSError(errno.EOPNOTSUPP, "Operation not supported")
@@ -1002,12 +993,12 @@ def test_kept_ones_outlive_the_newest_two(tmp_path, monkeypatch, links):
     with one_rank():
         for step, sharded in enumerate([False, True, True, False, True], 1):
             names = ["ckpt_best.pt", *([f"ckpt_step{step}.pt"] if step < 3 else [])]
-            checkpoint.save(tmp_path, as_tensors(step, sharded), names)
+            checkpoint.save(tmp_path, small_state(step, sharded), names)
             for place, want in [("", step), ("ckpt_best.pt", step), ("ckpt_best.dcp", step), ("ckpt_step1.pt", 1)]:
                 saved, said = load(os.path.join(tmp_path, place))
                 assert saved["step"] == want and not said
                 check_tensors(saved)
-        checkpoint.save(tmp_path, as_tensors(6, True))
+        checkpoint.save(tmp_path, small_state(6, True))
         assert load(tmp_path / "ckpt_step2.dcp")[0]["step"] == 2 and load(tmp_path / "ckpt_best.pt")[0]["step"] == 5
     left = ["ckpt.dcp", "ckpt_best.dcp", "ckpt_prev.dcp", "ckpt_step1.pt", "ckpt_step2.dcp"]
     assert sorted(os.listdir(tmp_path)) == left
@@ -1015,34 +1006,34 @@ def test_kept_ones_outlive_the_newest_two(tmp_path, monkeypatch, links):
     assert load(tmp_path / "ckpt_step9.pt") == (None, "")
 
 
-def test_no_room_for_a_kept_one_costs_nothing(tmp_path, monkeypatch):
+def test_if_there_is_no_room_for_a_kept_checkpoint_none_is_lost(tmp_path, monkeypatch):
     def full(*paths, watchdog):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    checkpoint.save(tmp_path, as_tensors(1, False), ["ckpt_best.pt"])
+    checkpoint.save(tmp_path, small_state(1, False), ["ckpt_best.pt"])
     monkeypatch.setattr(checkpoint, "link_or_copy", full)
     with pytest.raises(RunFailed, match=r"\(No space left on device\).*of step 1"):
-        checkpoint.save(tmp_path, as_tensors(2, False), ["ckpt_best.pt"])
+        checkpoint.save(tmp_path, small_state(2, False), ["ckpt_best.pt"])
     assert sorted(os.listdir(tmp_path)) == ["ckpt.pt", "ckpt_best.pt"]
     assert load(tmp_path / "ckpt_best.pt")[0]["step"] == 1
 
 
 @pytest.mark.parametrize("sharded", [False, True])
 def test_weights_alone_are_restored(runs, sharded):
-    """Of either format into either kind of model: the weights of step 2, and no state of Adam."""
+    """From either format into either kind of model: the weights of step 2, and no Adam state."""
     folder, tensors = runs
     for name in ("file", "directory"):
         with one_rank():
-            model, optimizers = make(7, sharded)
+            model, optimizers = make_model_and_optimizers(7, sharded)
             checkpoint.restore(load(folder / name)[0], model)
             got = tensors_of(model, optimizers)
         want = {key: tensor for key, tensor in tensors[2].items() if key.startswith("model.")}
-        assert same(got, want)
+        assert are_equal(got, want)
 
 
 @pytest.mark.parametrize("formats", ["fff", "ddd", "fdf"])
-def test_killed_at_every_stage(tmp_path, formats):
-    """SIGKILL before the n-th thing done to the disk, for every n; then a save in place of it, killed too or not."""
+def test_a_save_killed_at_any_stage_leaves_a_whole_checkpoint(tmp_path, formats):
+    """SIGKILL before the n-th change of the disk, for every n; then another save follows, itself killed or not."""
     process = multiprocessing.get_context("spawn").Process(target=kill_at_every_stage, args=(tmp_path, formats))
     process.start()
     process.join(timeout=120)
@@ -1054,25 +1045,25 @@ def test_killed_at_every_stage(tmp_path, formats):
 
 
 def kill_at_every_stage(folder, formats):
-    # In a process of its own, which only forks and looks: a fork of one with a process group would hang.
-    import torch._dynamo  # noqa: F401  a half second, which every fork would spend anew
+    # It runs in a process of its own, which only forks and checks: a fork of one with a process group would hang.
+    import torch._dynamo  # noqa: F401  takes half a second, which every fork would spend again
 
     stage, killed = 0, True
     while killed:
         stage += 1
         out_dir = folder / str(stage)
         os.mkdir(out_dir)
-        killed = forked(save_and_die, out_dir, formats, 1, stage)
-        newest = found(out_dir)
+        killed = run_in_fork(save_and_die, out_dir, formats, 1, stage)
+        newest = step_found(out_dir)
         assert killed or newest == len(formats)
-        # What is left over must stand in the way of neither format.
+        # What a kill leaves behind must not disturb a later save in either format.
         after = "fd"[stage % 2]
         if stage % 4 < 2:
-            forked(save_and_die, out_dir, after, 8, 1 + stage % 7)
-            assert found(out_dir) >= newest
-            newest = found(out_dir)
-        assert not forked(save_and_die, out_dir, after, 9, math.inf)
-        assert found(out_dir) == 9
+            run_in_fork(save_and_die, out_dir, after, 8, 1 + stage % 7)
+            assert step_found(out_dir) >= newest
+            newest = step_found(out_dir)
+        assert not run_in_fork(save_and_die, out_dir, after, 9, math.inf)
+        assert step_found(out_dir) == 9
         left = {path for path in os.listdir(out_dir) if path != "done"}
         assert {"f": "ckpt.pt", "d": "ckpt.dcp"}[after] in left and len(left) == (1 if newest == 0 else 2), left
         assert not any("part" in path or "aside" in path for path in left), left
@@ -1080,7 +1071,7 @@ def kill_at_every_stage(folder, formats):
     (folder / "stages").write_text(str(stage))
 
 
-def forked(function, *args):
+def run_in_fork(function, *args):
     """Run function(*args) in a fork -> whether SIGKILL ended it."""
     pid = os.fork()
     if pid == 0:
@@ -1096,7 +1087,7 @@ def forked(function, *args):
 
 
 def save_and_die(out_dir, formats, first_step, stage):
-    """Save a step a letter, until the stage-th call that changes the disk."""
+    """Save one step for each letter of formats; die at the stage-th call that changes the disk."""
     calls = 0
 
     def deadly(function):
@@ -1116,7 +1107,7 @@ def save_and_die(out_dir, formats, first_step, stage):
 
     torch_save = torch.save
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    steps = [as_tensors(step, name == "d") for step, name in enumerate(formats, first_step)]
+    steps = [small_state(step, name == "d") for step, name in enumerate(formats, first_step)]
     torch.save = deadly(torch.save)
     for name in ("replace", "rename", "fsync", "unlink", "remove", "rmdir", "mkdir"):
         setattr(os, name, deadly(getattr(os, name)))
@@ -1125,8 +1116,8 @@ def save_and_die(out_dir, formats, first_step, stage):
         (out_dir / "done").write_text(str(step["step"]))
 
 
-def found(out_dir):
-    """The step of the checkpoint that load finds: a whole one, and none older than the last that was done."""
+def step_found(out_dir):
+    """The step of the checkpoint that load finds, after checking that it is whole and not older than the last saved."""
     done = int((out_dir / "done").read_text()) if (out_dir / "done").exists() else 0
     saved = checkpoint.load(out_dir, say=lambda message: None)
     if saved is None:

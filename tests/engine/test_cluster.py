@@ -1,4 +1,4 @@
-"""slurm.sh, with stand-ins for SLURM's own two commands: real torchruns, two nodes on one machine."""
+"""Tests slurm.sh with real torchruns and stand-ins for srun and scontrol, against a run on one process."""
 
 import os
 import stat
@@ -11,7 +11,7 @@ from conftest import ROOT, losses
 from engine import checkpoint
 
 SRUN = """#!/usr/bin/env bash
-# As srun on two nodes: the command once a node, and the first failure is the status.
+# Like srun on two nodes: it runs the command once per node and returns the larger status.
 "$@" & first=$!
 "$@" & second=$!
 wait $first; a=$?
@@ -21,8 +21,8 @@ exit $((a > b ? a : b))
 SCONTROL = "#!/usr/bin/env bash\necho localhost\necho elsewhere\n"
 
 
-def environment_of(tmp_path, srun, scontrol=SCONTROL):
-    """Of a job on two nodes, with stand-ins for srun and scontrol."""
+def job_environment(tmp_path, srun, scontrol=SCONTROL):
+    """The environment variables of a job on two nodes, with stand-ins for srun and scontrol."""
     bin_dir = tmp_path / "bin"
     bin_dir.mkdir()
     for name, text in (("srun", srun), ("scontrol", scontrol)):
@@ -47,14 +47,14 @@ def environment_of(tmp_path, srun, scontrol=SCONTROL):
     ],
 )
 def test_slurm_script_runs_any_script(tmp_path, words, ran):
-    env = environment_of(tmp_path, srun="#!/usr/bin/env bash\necho $@\n")
+    env = job_environment(tmp_path, srun="#!/usr/bin/env bash\necho $@\n")
     done = subprocess.run(["bash", "slurm.sh", *words.split()], cwd=ROOT, env=env, capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout.startswith("torchrun --nnodes=2"), done.stderr
     assert done.stdout.strip().partition(f"localhost:{29500 + os.getpid() % 1000} ")[2] == ran
 
 
-def test_slurm_script_trains_on_two_nodes_and_goes_on(tiny, tmp_path):
-    environment = environment_of(tmp_path, SRUN)
+def test_slurm_script_trains_on_two_nodes_and_resumes(tiny, tmp_path):
+    environment = job_environment(tmp_path, SRUN)
     for steps in (10, 20):
         words = ["bash", "slurm.sh", *tiny, f"--max_steps={steps}", "--schedule=constant"]
         done = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)

@@ -1,4 +1,4 @@
-"""How a run is asked to end, what of its output may be lost, and lines for what the machine lacks."""
+"""Tests how signals end a run, that lost output does not, and the lines for what a machine lacks; real signals, files."""
 
 import os
 import signal
@@ -32,13 +32,13 @@ def test_each_of_three_signals_asks_a_run_to_stop(name):
     assert ("Ctrl-C again" in said[0]) == (name == signal.SIGINT)
 
 
-def test_a_second_ctrl_c_ends_at_once_but_not_one_signal_that_comes_twice(monkeypatch):
+def test_a_second_ctrl_c_ends_the_run_at_once_but_one_signal_delivered_twice_does_not(monkeypatch):
     stop, now = StopSignal(lambda text, **how: None), [100.0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
     os.kill(os.getpid(), signal.SIGINT)
-    now[0] += 0.01  # `timeout` sends it to the process and to its group
+    now[0] += 0.01  # `timeout` sends the signal to the process and to its group
     os.kill(os.getpid(), signal.SIGINT)
-    os.kill(os.getpid(), signal.SIGTERM)  # a cluster's comes as often as it likes
+    os.kill(os.getpid(), signal.SIGTERM)  # a cluster may send SIGTERM several times
     os.kill(os.getpid(), signal.SIGTERM)
     assert stop.asked
     now[0] += 1
@@ -80,7 +80,7 @@ open(sys.argv[1], "w").write("to the end")
     ],
 )
 def test_a_process_whose_output_is_lost_runs_to_its_end(tmp_path, redirection, said):
-    end, delay = tmp_path / "end", "sleep 0.5; " * ("|" in redirection)  # for the pipe's reader to end
+    end, delay = tmp_path / "end", "sleep 0.5; " * ("|" in redirection)  # until the pipe's reader has ended
     line = f"({delay}exec {sys.executable} -c '{PRINTING}' {end}) {redirection}"
     env = environment({"PYTHONIOENCODING": "ascii"})
     done = subprocess.run(["bash", "-o", "pipefail", "-c", line], cwd=ROOT, env=env, capture_output=True, text=True)
@@ -93,7 +93,7 @@ def test_a_run_without_stdout_trains_to_its_end(tiny, tmp_path, monkeypatch):
     assert read_rows(tmp_path / "run")[-1]["step"] == 2
 
 
-def test_characters_without_an_encoding_are_escaped_and_the_streams_come_back(monkeypatch, tmp_path):
+def test_characters_that_cannot_be_encoded_are_escaped_and_the_streams_are_restored(monkeypatch, tmp_path):
     before = sys.stdout
     ascii_only = open(tmp_path / "out", "w", encoding="ascii")
     monkeypatch.setattr(sys, "stdout", ascii_only)
@@ -118,7 +118,7 @@ def test_a_print_from_a_signal_handler_in_the_middle_of_a_print_is_lost():
 
 
 @pytest.mark.parametrize("error", ["torch", "python"])
-def test_a_cpu_without_memory_is_one_line(tiny, monkeypatch, error):
+def test_running_out_of_memory_on_a_cpu_is_one_line(tiny, monkeypatch, error):
     def forward(*args):
         if error == "python":
             raise MemoryError
@@ -129,7 +129,7 @@ def test_a_cpu_without_memory_is_one_line(tiny, monkeypatch, error):
         train.main(tiny)
 
 
-def test_a_fifo_is_not_waited_for(tiny, tmp_path):
+def test_a_fifo_in_place_of_a_file_is_refused_without_waiting(tiny, tmp_path):
     out_dir = tmp_path / "run"
     out_dir.mkdir()
     os.mkfifo(out_dir / "log.jsonl")
@@ -147,7 +147,7 @@ def test_a_fifo_is_not_waited_for(tiny, tmp_path):
         checkpoint.load(out_dir, say=said.append)
 
 
-def test_a_device_that_is_not_there_is_one_line(monkeypatch):
+def test_a_missing_or_busy_device_is_one_line(monkeypatch):
     for name in ("tpu", "cuda:x", "cuda:-2", ""):
         with pytest.raises(ConfigError, match=f"device='{name}' is unknown: auto, cuda, cpu or mps"):
             choose_device(name)

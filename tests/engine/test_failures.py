@@ -1,4 +1,4 @@
-"""Runs whose numbers are not finite: they end in one line, and leave a checkpoint that can be resumed from."""
+"""Tests that runs with non-finite numbers end with one line and leave a finite checkpoint that resumes."""
 
 import json
 import math
@@ -24,8 +24,8 @@ def assert_finite(saved):
     assert all(tensor.isfinite().all() for tensor in checkpoint.flatten_checkpoint(saved).values())
 
 
-def test_a_validation_loss_that_is_not_finite_ends_the_run_unsaved(tiny, tmp_path):
-    """The update that spoils the weights has a finite loss and a finite gradient."""
+def test_a_non_finite_validation_loss_ends_the_run_unsaved(tiny, tmp_path):
+    """The loss and the gradient of the update that spoils the weights are finite."""
     with pytest.raises(
         RunFailed, match=r"step \d: val_loss nan; .*this step is not saved.*ckpt.pt of step \d;.*lower lr"
     ):
@@ -37,7 +37,7 @@ def test_a_validation_loss_that_is_not_finite_ends_the_run_unsaved(tiny, tmp_pat
     train.main([*tiny, "--eval_interval=1", "--resume", "--lr=1e-6", f"--max_steps={saved['step'] + 1}"])
 
 
-def test_a_last_evaluation_that_is_not_finite_is_no_success(tiny, monkeypatch):
+def test_a_non_finite_last_evaluation_is_a_failure(tiny, monkeypatch):
     monkeypatch.setattr(
         train.TokenTask, "evaluate", lambda task, trainer: {"val_loss": [1.0, math.inf][trainer.state["step"] > 0]}
     )
@@ -45,8 +45,8 @@ def test_a_last_evaluation_that_is_not_finite_is_no_success(tiny, monkeypatch):
         train.main([*tiny, "--max_steps=4"])
 
 
-def test_weights_that_are_not_finite_are_not_saved_when_a_signal_asks(tiny, tmp_path, monkeypatch):
-    """Between two evaluations, after an update that nothing else has noticed yet."""
+def test_a_signal_does_not_make_a_run_save_non_finite_weights(tiny, tmp_path, monkeypatch):
+    """It comes between two evaluations, before anything else has noticed the bad update."""
     batch = TokenData.train_batch
 
     def ask_in_step_7(self, seed, step, *place):
@@ -73,7 +73,7 @@ def test_weights_that_are_not_finite_are_not_saved_when_a_signal_asks(tiny, tmp_
 
 @pytest.mark.parametrize("bad_steps", [range(99), (0, 1, 2, 3, 4, 6, 7, 8, 9, 10)])
 def test_float16_gradients_that_are_never_finite_end_the_run(tiny, tmp_path, monkeypatch, bad_steps):
-    """GradScaler skips such updates, and looks for a factor: some in a row are no fault."""
+    """GradScaler skips such updates and lowers its factor, so a few in a row are normal."""
     run_passes = train.Trainer.run_passes
 
     def spoil(self, *batch):
@@ -100,7 +100,7 @@ def test_float16_gradients_that_are_never_finite_end_the_run(tiny, tmp_path, mon
 
 
 def test_a_run_resumes_from_the_last_finite_checkpoint(tiny, tmp_path, capsys):
-    """The newest was saved with NaN in it, by a version that did not look."""
+    """The newest checkpoint holds NaN."""
     train.main(tiny)
     path = tmp_path / "run" / "ckpt.pt"
     saved = torch.load(path, weights_only=True)
@@ -115,8 +115,8 @@ def test_a_run_resumes_from_the_last_finite_checkpoint(tiny, tmp_path, capsys):
     assert [[r.get(k) for k in keys] for r in read_rows(tmp_path / "run")] == [[r.get(k) for k in keys] for r in log]
 
 
-def test_what_a_killed_start_leaves_is_set_aside_with_the_run(tiny, tmp_path, monkeypatch):
-    """config.json is written under another name first."""
+def test_files_left_by_a_killed_start_are_set_aside_with_the_run(tiny, tmp_path, monkeypatch):
+    """config.json is first written under another name, which a kill leaves behind."""
 
     class Killed(BaseException):
         pass
@@ -128,7 +128,7 @@ def test_what_a_killed_start_leaves_is_set_aside_with_the_run(tiny, tmp_path, mo
     train.main([*tiny, "--max_steps=1"])
     with monkeypatch.context() as patch:
         patch.setattr(json, "dump", killed)
-        patch.setattr(os, "remove", lambda path: None)  # nobody tidies up after SIGKILL
+        patch.setattr(os, "remove", lambda path: None)  # after SIGKILL nothing is tidied up
         with pytest.raises(Killed):
             train.main([*tiny, "--max_steps=2", "--resume"])
     left = [name for name in os.listdir(tmp_path / "run") if name.startswith("config.json.")]

@@ -1,4 +1,4 @@
-"""A rank that hangs ends the run, with its rank in the message: real processes, gloo."""
+"""Tests that a hanging rank ends the run and is named, and that slow ranks are left alone; real processes, gloo."""
 
 import os
 import re
@@ -13,7 +13,7 @@ import pytest
 from conftest import environment, run_forked
 from engine.heartbeat import Watchdog, find_hung
 
-TIMEOUT = 3  # seconds without a beat; the processes' start is outside it
+TIMEOUT = 3  # seconds without a beat; the start of the processes does not count
 SCRIPT = f"""
 import os, signal, sys, time
 import torch
@@ -52,18 +52,18 @@ for step in range(10):
     watchdog.beat()
     dist.all_reduce(torch.ones(1))
 if what == "late" and rank == 0:
-    time.sleep(2)  # as if it were still inside the last collective
+    time.sleep(2)  # as if it were still in the last collective
     print("late", time.monotonic(), flush=True)
 watchdog.stop()
 print("left", time.monotonic(), flush=True)
 dist.destroy_process_group()
-print(f"rank {{rank}} through after {{watchdog.restarts}} restarts\\n", end="", flush=True)  # one write: lines stay whole
+print(f"rank {{rank}} through after {{watchdog.restarts}} restarts\\n", end="", flush=True)  # a single write keeps the line whole
 """
 
 
 @pytest.fixture
 def torchrun(tmp_path):
-    """torchrun(what) -> exit status, stdout, stderr, seconds; no process is left."""
+    """torchrun(what) -> exit status, stdout, stderr, seconds; it checks that no process is left."""
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
 
@@ -82,7 +82,7 @@ def torchrun(tmp_path):
 
 @pytest.fixture
 def start_ranks(tmp_path):
-    """start_ranks(what) -> two processes without torchrun; rank 0 has the store."""
+    """start_ranks(what) -> two processes without torchrun; rank 0 hosts the store."""
     script, processes = tmp_path / "script.py", []
     script.write_text(SCRIPT)
 
@@ -103,15 +103,15 @@ def start_ranks(tmp_path):
         process.communicate()
 
 
-def ours(stderr):
+def error_lines(stderr):
     return [line for line in stderr.splitlines() if line.startswith("error:")]
 
 
 def test_a_rank_that_sleeps_ends_the_run_and_is_named(torchrun):
     status, _, stderr, seconds = torchrun("sleep")
     assert status != 0
-    assert seconds < TIMEOUT + 60  # with the start of three Python processes
-    (line,) = ours(stderr)
+    assert seconds < TIMEOUT + 60  # the start of three Python processes included
+    (line,) = error_lines(stderr)
     assert line.startswith(f"error: rank 1 made no progress for {TIMEOUT} s (rank 1 at step 5, script.py:")
     assert "in act; rank 0 at step 5, script.py:" in line and f"--timeout={TIMEOUT}" in line
     assert "Connection closed by peer" not in stderr
@@ -121,11 +121,11 @@ def test_a_rank_that_sleeps_ends_the_run_and_is_named(torchrun):
 def test_a_hang_in_the_first_attempt_only_is_restarted(torchrun):
     status, stdout, stderr, _ = torchrun("sleep_once", "--max-restarts=1")
     assert status == 0, stderr
-    assert len(ours(stderr)) == 1 and "rank 1 made no progress" in stderr
+    assert len(error_lines(stderr)) == 1 and "rank 1 made no progress" in stderr
     assert "rank 0 through after 1 restarts" in stdout and "rank 1 through after 1 restarts" in stdout
 
 
-def test_slow_steps_and_a_long_pause_are_let_live_and_the_end_is_silent(torchrun):
+def test_slow_steps_and_a_long_pause_do_not_end_the_run(torchrun):
     status, stdout, stderr, seconds = torchrun("slow")
     assert status == 0, stderr
     assert stdout.count("through after 0 restarts") == 2
@@ -133,24 +133,24 @@ def test_slow_steps_and_a_long_pause_are_let_live_and_the_end_is_silent(torchrun
     assert stderr == ""
 
 
-def test_a_rank_that_works_while_others_wait_is_let_live_for_as_long_as_it_shows_life(torchrun):
+def test_a_rank_that_works_while_others_wait_is_not_ended_as_long_as_it_shows_life(torchrun):
     status, stdout, stderr, seconds = torchrun("works")
     assert status == 0 and stderr == "", stderr
     assert seconds > 2 * TIMEOUT and stdout.count("through after 0 restarts") == 2
 
 
-def test_a_rank_that_hangs_in_such_work_is_named_and_torchrun_blames_it(torchrun):
+def test_a_rank_that_hangs_while_others_wait_is_named_and_torchrun_blames_it(torchrun):
     status, _, stderr, seconds = torchrun("hangs_in_work")
     assert status != 0 and seconds < TIMEOUT + 60
-    (line,) = ours(stderr)
+    (line,) = error_lines(stderr)
     assert line.startswith(f"error: rank 0 made no progress for {TIMEOUT} s (rank 0 at step 5, script.py:")
     assert re.search(r"Root Cause.*?rank +: 0 ", stderr, re.S), stderr
 
 
-def test_no_rank_leaves_before_all_are_through(start_ranks):
-    """One that ends closes its connections, and gloo may let one hang that is still inside the last collective."""
+def test_no_rank_leaves_before_all_have_finished(start_ranks):
+    """A rank that ends closes its connections, and with gloo a rank still in the last collective may then hang."""
     outputs = [process.communicate(timeout=60)[0] for process in start_ranks("late")]
-    late = float(re.search(r"late (.*)", outputs[0])[1])  # one clock for all processes
+    late = float(re.search(r"late (.*)", outputs[0])[1])  # all processes share this clock
     assert all(float(re.search(r"left (.*)", output)[1]) >= late for output in outputs)
 
 
@@ -158,10 +158,10 @@ def test_a_stopped_rank_is_named_by_the_other(start_ranks):
     processes = start_ranks("stop1")
     _, stderr = processes[0].communicate(timeout=60)
     assert processes[0].returncode == 1
-    (line,) = ours(stderr)
+    (line,) = error_lines(stderr)
     start = f"error: rank 1 made no progress for {TIMEOUT} s (rank 1 stopped or dead; rank 0 at step 5, script.py:"
     assert line.startswith(start)
-    processes[1].send_signal(signal.SIGCONT)  # wakes up, hears the verdict or misses the others, and ends by itself
+    processes[1].send_signal(signal.SIGCONT)  # it wakes up, finds the run ended, and ends by itself
     assert processes[1].wait(timeout=30) != 0
 
 
@@ -169,25 +169,27 @@ def test_a_rank_whose_store_is_gone_ends_itself(start_ranks):
     processes = start_ranks("stop0")
     _, stderr = processes[1].communicate(timeout=60)
     assert processes[1].returncode == 1
-    (line,) = ours(stderr)
+    (line,) = error_lines(stderr)
     assert line.startswith(f"error: rank 1 made no progress for {TIMEOUT} s, and the rendezvous store cannot")
     assert "Traceback" not in stderr
 
 
-def test_who_hangs():
+def test_find_hung_names_the_ranks_that_are_behind_or_silent():
     def post(step, count, idle):
         return [1, step, count, idle, ""]
 
-    assert find_hung({0: post(5, 1, 9), 1: post(5, 0, 9)}, set(), 8) == [1]  # behind
-    assert find_hung({0: post(6, 0, 9), 1: post(5, 3, 9)}, set(), 8) == [1]  # a step behind
-    assert find_hung({0: post(5, 1, 9), 1: post(5, 0, 7)}, set(), 8) == []  # behind, but not stuck for long enough
-    assert find_hung({0: post(5, 1, 9), 1: post(5, 1, 9)}, set(), 8) == [0, 1]  # nobody knows
-    assert find_hung({0: post(5, 0, 9), 1: post(5, 1, 2)}, {1}, 8) == [1]  # posts no more
-    assert find_hung({0: post(5, 0, 9), 1: post(float("inf"), 0, 9)}, {1}, 8) == [0]  # that one is through
+    assert find_hung({0: post(5, 1, 9), 1: post(5, 0, 9)}, set(), 8) == [1]  # it is behind
+    assert find_hung({0: post(6, 0, 9), 1: post(5, 3, 9)}, set(), 8) == [1]  # it is a step behind
+    assert (
+        find_hung({0: post(5, 1, 9), 1: post(5, 0, 7)}, set(), 8) == []
+    )  # it is behind, but has not been idle for long enough
+    assert find_hung({0: post(5, 1, 9), 1: post(5, 1, 9)}, set(), 8) == [0, 1]  # it may be either
+    assert find_hung({0: post(5, 0, 9), 1: post(5, 1, 2)}, {1}, 8) == [1]  # it has stopped posting
+    assert find_hung({0: post(5, 0, 9), 1: post(float("inf"), 0, 9)}, {1}, 8) == [0]  # rank 1 has finished
 
 
-def test_a_long_wait_is_forgotten_as_soon_as_it_is_over():
-    """Not only when it is next measured: by then another rank may have finished, and this one be the only one to blame."""
+def test_a_sign_of_life_ends_a_long_wait_at_once():
+    """Not only when the wait is next measured: by then other ranks may have finished, and this one would be blamed."""
     for sign_of_life in (lambda watchdog: watchdog.beat(0), Watchdog.show_life):
         watchdog = Watchdog()
         watchdog._stuck = watchdog._mark(), 5.0
@@ -198,7 +200,7 @@ def test_a_long_wait_is_forgotten_as_soon_as_it_is_over():
 
 @pytest.fixture
 def alone(tmp_path):
-    """alone(code) -> how a process of one rank ended, which ran this code with a watchdog of 0.5 s."""
+    """alone(code) -> how a single process ended that ran this code with a watchdog of 0.5 s."""
 
     def run(code):
         script = tmp_path / "alone.py"
@@ -209,14 +211,14 @@ def alone(tmp_path):
     return run
 
 
-def test_one_process_is_watched_too(alone):
+def test_a_single_process_is_watched(alone):
     done = alone("watchdog.beat(3); time.sleep(100)")
     assert done.returncode == 1
     line = "error: no progress for 0.5 s (at step 3, alone.py:3 in <module>): ended; raise --timeout=0.5 if"
     assert done.stderr.startswith(line) and done.stderr.count("\n") == 1
 
 
-def test_one_process_is_let_live_while_it_advances_pauses_or_has_stopped(alone):
+def test_a_single_process_is_not_ended_while_it_advances_pauses_or_has_stopped_the_watchdog(alone):
     works = "[(time.sleep(0.1), watchdog.beat(step)) for step in range(10)]"
     pauses = "context = watchdog.paused(); context.__enter__(); time.sleep(1); context.__exit__(None, None, None)"
     done = alone(f"{works}; {pauses}; watchdog.stop(); time.sleep(1); print('end')")

@@ -1,4 +1,4 @@
-"""One process owns a folder: refusals, deaths, file systems without locks, lock files that hold anything."""
+"""Tests that one process owns a folder, with real processes: refusals, deaths, missing locks, damaged lock files."""
 
 import errno
 import fcntl
@@ -29,7 +29,7 @@ time.sleep(600)
 
 @pytest.fixture
 def start():
-    """start(folder, run) -> a process that owns the folder until it is killed, or is refused; its `run` has a new id."""
+    """start(folder, run) -> a process that owns the folder until it is killed, or is refused. By default `run` is new."""
     processes = []
 
     def start(folder, run=None):
@@ -63,14 +63,14 @@ def test_of_eight_at_once_one_owns_the_folder_until_it_dies(start, tmp_path):
     owner.wait()
     assert ownership.own_folder(folder, "") == owner.run
     ownership.name_run(folder, "ours")
-    assert ownership.own_folder(folder, "") == "ours"  # it is this process's already
+    assert ownership.own_folder(folder, "") == "ours"  # this process owns it already
     refused = start(folder)
     assert f"process {os.getpid()} on" in refused.communicate()[1]
     ownership.release_folder(folder)
     assert start(folder).stdout.readline() == "owns it after ours\n"
 
 
-def test_a_folder_is_waited_for_until_it_is_free(start, tmp_path):
+def test_wait_until_free_waits_for_the_owner_or_its_time_limit(start, tmp_path):
     other = start(tmp_path)
     other.stdout.readline()
     begun = time.monotonic()
@@ -84,7 +84,7 @@ def test_a_folder_is_waited_for_until_it_is_free(start, tmp_path):
         ownership.wait_until_free(tmp_path / "file" / "run", seconds=60)
 
 
-def test_an_earlier_attempt_of_the_same_run_is_waited_for(start, tmp_path):
+def test_a_run_waits_for_its_own_earlier_attempt(start, tmp_path):
     earlier = start(tmp_path, "same")
     assert earlier.stdout.readline() == "owns it after None\n"
     threading.Timer(0.3, earlier.kill).start()
@@ -98,7 +98,7 @@ def test_an_earlier_attempt_of_the_same_run_is_waited_for(start, tmp_path):
         ownership.own_folder(tmp_path, "", run="same", patience=0.2)
 
 
-def test_a_folder_that_was_replaced_is_locked_anew(tmp_path):
+def test_a_replaced_folder_is_locked_anew(tmp_path):
     folder = tmp_path / "run"
     ownership.own_folder(folder, "")
     ownership.name_run(folder, "first")
@@ -129,7 +129,7 @@ def test_a_lock_file_may_hold_anything(start, tmp_path, content):
     (tmp_path / ownership.LOCK).write_bytes(content)
     assert ownership.own_folder(tmp_path, "") is None
     ownership.name_run(tmp_path, "ours")
-    # To open and close the file again would give up the lock.
+    # Opening and closing the file again would release the lock.
     descriptor = ownership._held[os.path.realpath(tmp_path / ownership.LOCK)]
     ours = {"host": socket.gethostname(), "pid": os.getpid(), "run": "ours"}
     assert json.loads(os.pread(descriptor, 1000, 0)) == ours

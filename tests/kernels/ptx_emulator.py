@@ -1,4 +1,4 @@
-"""Runs the PTX of a compiled kernel on a CPU, all threads of a block in lockstep. It tests Gluon kernels, which have no interpreter.
+"""Runs the PTX of a compiled kernel on a CPU, all threads of a block in lockstep: Gluon kernels have no interpreter.
 
 It also detects races (two warps access a word of shared memory between the same two barriers, and one of them writes) and
 counts bank conflicts. Limits: all threads of a block must take the same branches, as they do in kernels that loop over

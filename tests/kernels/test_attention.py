@@ -1,4 +1,4 @@
-"""Attention of short contexts: in Triton's interpreter against float64, compiled for Hopper without a GPU, and on one."""
+"""Tests the attention of short contexts in Triton's interpreter and on a GPU, against torch in float64."""
 
 import pytest
 import torch
@@ -12,8 +12,8 @@ from kernels.attention import fits_attention, short_attention
 pytest.importorskip("triton")
 
 
-def example(B, T, heads, H, dtype, device="cpu", joined=False, seed=0):
-    """q, k, v, dy (B, T, heads, H), weights (H,) of the norms; joined: q, k and v as the slices of one tensor that a joined layer makes."""
+def random_inputs(B, T, heads, H, dtype, device="cpu", joined=False, seed=0):
+    """Random q, k, v, dy (B, T, heads, H) and the norms' weights (H,). joined: q, k and v are slices of one tensor."""
     draw = torch.Generator(device).manual_seed(seed)
     q, k, v, dy = torch.randn(4, B, T, heads, H, generator=draw, device=device).to(dtype).unbind()
     if joined:
@@ -25,30 +25,30 @@ def example(B, T, heads, H, dtype, device="cpu", joined=False, seed=0):
 
 
 def by_torch(q, k, v, q_weight, k_weight, scale, causal):
-    """As model.Attention writes it."""
+    """The same as model.Attention computes it in plain torch."""
     if q_weight is not None:
         q, k = (F.layer_norm(x.to(w.dtype), x.shape[-1:], w).to(v.dtype) for x, w in ((q, q_weight), (k, k_weight)))
     q, k, v = (tensor.transpose(1, 2) for tensor in (q, k, v))
     return F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale).transpose(1, 2)
 
 
-def results(function, q, k, v, dy, q_weight, k_weight, causal, norms):
-    """y and the gradients of all that has one."""
+def outputs_and_gradients(function, q, k, v, dy, q_weight, k_weight, causal, norms):
+    """y and the gradients of q, k, v and, with norms, of their weights."""
     leaves = [x.detach().requires_grad_() for x in (q, k, v, *((q_weight, k_weight) if norms else ()))]
     y = function(*leaves, *([] if norms else [None, None]), 8 / q.shape[-1], causal)
     return [y.detach(), *torch.autograd.grad(y, leaves, dy)]
 
 
-def errors(*shape, dtype, causal=True, norms=True, device="cpu", **how):
-    inputs = example(*shape, dtype, device, **how)
+def relative_errors(*shape, dtype, causal=True, norms=True, device="cpu", **how):
+    inputs = random_inputs(*shape, dtype, device, **how)
     got, want = (
-        results(short_attention, *inputs, causal, norms),
-        results(by_torch, *(x.double() for x in inputs), causal, norms),
+        outputs_and_gradients(short_attention, *inputs, causal, norms),
+        outputs_and_gradients(by_torch, *(x.double() for x in inputs), causal, norms),
     )
     return [((a.double() - b).norm() / b.norm()).item() for a, b in zip(got, want)]
 
 
-def test_only_layer_norms_without_bias_go_inside(monkeypatch):
+def test_only_layer_norms_without_bias_are_fused(monkeypatch):
     """Another norm, such as an RMSNorm, must not silently be computed as a LayerNorm."""
     monkeypatch.setattr(attention, "takes_kernels", lambda x: True)
     q, norms = torch.empty(2, 16, 3, 32), torch.nn
@@ -61,23 +61,30 @@ def test_only_layer_norms_without_bias_go_inside(monkeypatch):
     assert not fits_attention(torch.empty(2, 16, 3, 65), wide, wide)
 
 
-def test_kernels_in_the_interpreter():
+def test_kernels_are_right_in_the_interpreter():
     done = run_interpreted("tests/kernels/test_attention.py")
     assert done.returncode == 0 and done.stdout.endswith("passed\n"), done.stdout + done.stderr
 
 
-def interpreted():
+def check_in_interpreter():
+    """What the test above runs."""
     cases = [(2, 32, 2, 16), (1, 70, 1, 40), (3, 1, 2, 8), (1, 33, 3, 64), (2, 17, 1, 24)]
     for number, shape in enumerate(cases):
         for causal in (True, False):
             norms, joined = number != 1 or causal, number % 2 == 0
-            found = errors(*shape, dtype=torch.float32, causal=causal, norms=norms, joined=joined)
+            found = relative_errors(*shape, dtype=torch.float32, causal=causal, norms=norms, joined=joined)
             assert max(found) < 1e-5, (shape, causal, norms, found)
-    assert max(errors(2, 40, 2, 32, dtype=torch.float16)) < 3e-3
-    inputs = example(2, 20, 2, 16, torch.float32)
-    assert all(torch.equal(a, b) for a, b in zip(*(results(short_attention, *inputs, True, True) for _ in range(2))))
+    assert max(relative_errors(2, 40, 2, 32, dtype=torch.float16)) < 3e-3
+    inputs = random_inputs(2, 20, 2, 16, torch.float32)
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(*(outputs_and_gradients(short_attention, *inputs, True, True) for _ in range(2)))
+    )
     compiled = torch.compile(short_attention, fullgraph=True, backend="aot_eager")
-    pairs = zip(results(compiled, *inputs, True, True), results(short_attention, *inputs, True, True))
+    pairs = zip(
+        outputs_and_gradients(compiled, *inputs, True, True),
+        outputs_and_gradients(short_attention, *inputs, True, True),
+    )
     assert all(torch.equal(a, b) for a, b in pairs)
     q, k, v, _, *weights = (x.requires_grad_() for x in inputs)
     torch.library.opcheck(
@@ -89,20 +96,22 @@ def interpreted():
 
 @on_gpu
 @pytest.mark.parametrize("shape", [(8, 128, 16, 64), (4, 64, 4, 64), (3, 100, 5, 48), (2, 65, 3, 64), (5, 16, 2, 16)])
-def test_on_a_gpu(shape):
+def test_errors_on_a_gpu_are_small(shape):
     for causal in (True, False):
         for norms in (True, False):
-            found = errors(*shape, dtype=torch.bfloat16, causal=causal, norms=norms, device="cuda", joined=True)
-            inputs = example(*shape, torch.bfloat16, "cuda", joined=True)
+            found = relative_errors(
+                *shape, dtype=torch.bfloat16, causal=causal, norms=norms, device="cuda", joined=True
+            )
+            inputs = random_inputs(*shape, torch.bfloat16, "cuda", joined=True)
             theirs = zip(
-                results(by_torch, *inputs, causal, norms),
-                results(by_torch, *(x.double() for x in inputs), causal, norms),
+                outputs_and_gradients(by_torch, *inputs, causal, norms),
+                outputs_and_gradients(by_torch, *(x.double() for x in inputs), causal, norms),
             )
             most = max(((a.double() - b).norm() / b.norm()).item() for a, b in theirs)
             assert max(found) <= max(5e-3, 1.2 * most), (causal, norms, found, most)
-    again = [results(short_attention, *inputs, True, True) for _ in range(2)]
+    again = [outputs_and_gradients(short_attention, *inputs, True, True) for _ in range(2)]
     assert all(torch.equal(a, b) for a, b in zip(*again))
 
 
 if __name__ == "__main__":
-    interpreted()
+    check_in_interpreter()

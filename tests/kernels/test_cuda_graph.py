@@ -1,4 +1,4 @@
-"""A training step as a CUDA graph, against the same step called. Needs a GPU."""
+"""Tests a training step replayed as a CUDA graph against the same step without one. Needs a GPU."""
 
 from types import SimpleNamespace
 
@@ -14,7 +14,7 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA grap
 
 @pytest.fixture
 def alone():
-    """A group of one process: what an update of several does, exchanges of gradients and reports among it."""
+    """A group of one process, in which an update exchanges gradients and reports as it does among several."""
     dist.init_process_group("nccl", store=dist.HashStore(), rank=0, world_size=1, device_id=torch.device("cuda", 0))
     yield
     dist.destroy_process_group()
@@ -32,10 +32,10 @@ MODELS = [
 @pytest.mark.parametrize("world", [1, 2])
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
 @pytest.mark.parametrize("words", MODELS, ids=str)
-def test_graph_equals_calls(words, dropout, world, alone, monkeypatch):
-    """Losses and gradient norms of ten steps: two micro-steps each, rates that change, dropout seeded step by step.
+def test_steps_replayed_as_graphs_equal_steps_without(words, dropout, world, alone, monkeypatch):
+    """Compares losses and gradient norms of ten steps of two micro-steps, with changing rates and seeds of dropout.
 
-    With world=2 an update is two graphs and an exchange of gradients between, here in a group of one.
+    With world=2 an update is two graphs with an exchange of gradients between them, here in a group of one.
     """
     results = []
     for graphs, processes in ((False, 1), (True, world)):
@@ -58,11 +58,11 @@ def test_graph_equals_calls(words, dropout, world, alone, monkeypatch):
             torch.manual_seed(step)
             rows.append(run.update(x, y))
         results.append(torch.stack(rows))
-    torch.testing.assert_close(*results, rtol=1e-3, atol=1e-5)  # TF32, and other kernels inside a graph
+    torch.testing.assert_close(*results, rtol=1e-3, atol=1e-5)  # TF32 is on, and a graph runs other kernels
     assert results[0][:, 0].diff().abs().min() > 0
 
 
-def test_rates_are_read_at_every_replay():
+def test_learning_rates_are_read_at_every_replay():
     parameter = torch.nn.Parameter(torch.zeros(1, device="cuda"))
     optimizer = torch.optim.AdamW(
         [parameter], lr=torch.zeros((), device="cuda"), weight_decay=0, capturable=True, fused=True

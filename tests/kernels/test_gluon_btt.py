@@ -1,4 +1,4 @@
-"""Gluon kernels of BTT layers: their PTX for Hopper, run by the emulator, against float64. `pytest tests/kernels/test_gluon_btt.py`."""
+"""Tests the Gluon kernels of BTT layers against float64: an emulator runs their PTX for Hopper on the CPU."""
 
 import re
 
@@ -12,17 +12,17 @@ kernels = pytest.importorskip("kernels.gluon_btt")
 from triton.backends.compiler import GPUTarget
 from triton.experimental.gluon._runtime import GluonASTSource
 
-from hopper import Compiler, layer_sizes, spilled
+from hopper import Compiler, layer_sizes, spilled_bytes
 from kernels import btt as btt_kernels
 from kernels import common
 from kernels.btt import BTTSizes, btt_method, fastest_method, fuses, joins
 from ptx_emulator import FORMATS, Memory, run_grid
 
-NAN = 0xFFFF  # in both 16-bit formats
+NAN = 0xFFFF  # is NaN in both 16-bit formats
 
 
-def compiled(kernel, constants, dtype="bf16", arch=90):
-    """A kernel compiled without a GPU; pointers and strides are multiples of 16."""
+def compile_kernel(kernel, constants, dtype="bf16", arch=90):
+    """Compile a kernel without a GPU, for pointers and strides that are multiples of 16."""
     names = [parameter.name for parameter in kernel.params if not parameter.is_constexpr]
     integers = ("N", "x_stride", "dy_stride", "u_stride")
     types = {name: "i32" if name in integers else "*fp32" if name == "sums" else f"*{dtype}" for name in names}
@@ -32,7 +32,7 @@ def compiled(kernel, constants, dtype="bf16", arch=90):
 
 
 class Example:
-    """Inputs of a layer of sizes (g, a, f, e, r) and its results in float64."""
+    """Random inputs for a layer of sizes (g, a, f, e, r), and its outputs and gradients in float64."""
 
     def __init__(self, sizes, n, dtype="bf16", after_gelu=False):
         self.sizes, self.n = (g, a, f, e, r), _ = sizes, n
@@ -57,7 +57,7 @@ class Example:
         self.dB = np.einsum("ngrf,nfe->fgre", z, dy).reshape(shapes["B"])
 
     def memory(self, gap=16):
-        """-> memory with x and dy in rows that have a gap of NaNs between them, and {name: address}"""
+        """-> memory that holds the inputs, with gaps of NaNs between the rows of x and dy, and {name: address}"""
         memory, at = Memory(), {}
         for name, bits in self.bits.items():
             if name in ("x", "dy"):
@@ -66,7 +66,7 @@ class Example:
         return memory, at
 
     def product(self, backward=False, gap=16, change=lambda ptx: ptx, **shape):
-        """y, or with backward dx, by the kernel -> result, blocks of the emulator"""
+        """Run the product kernel -> y, or dx if backward, and the blocks of the emulator."""
         (g, a, f, e, r), (memory, at) = self.sizes, self.memory(gap)
         if backward:
             g, a, f, e = f, e, g, a
@@ -80,20 +80,20 @@ class Example:
             BACKWARD=backward,
             **{"GELU": False, "SLOPE": False, "CHUNKS": 1, "STAGES": 0, **shape},
         )
-        ptx = change(compiled(kernels.product_kernel, constants, self.dtype).asm["ptx"])
+        ptx = change(compile_kernel(kernels.product_kernel, constants, self.dtype).asm["ptx"])
         to = memory.put(np.full((self.n + 16, f * e), NAN, np.uint16))
         inputs = [at[name] for name in (("dy", "B", "A") if backward else ("x", "A", "B"))]
         params = [*inputs, to, at["x"], self.n, g * a + gap, f * e + gap, 0, 0]
         blocks = run_grid(ptx, memory, params, constants["W"], 2 * -(-f // shape["FB"]))
         y = self.to_float(memory.get(to, np.uint16, (self.n + 16, f * e)))
-        assert np.isnan(y[self.n :]).all()  # nothing behind the last token
+        assert np.isnan(y[self.n :]).all()  # nothing is written after the last token
         return y[: self.n], blocks
 
     def gradients(self, gap=16, **shape):
-        """-> [dx, dA, dB] or [dA, dB], blocks of the emulator"""
+        """Run the gradients kernel -> [dx, dA, dB] or [dA, dB], and the blocks of the emulator."""
         (g, a, f, e, r), (memory, at) = self.sizes, self.memory(gap)
         constants = dict(G=g, AL=a, F=f, EL=e, R=r, BM=16, **{"GELU": False, "B_SHARED": False, "STAGES": 3, **shape})
-        ptx = compiled(kernels.gradients_kernel, constants, self.dtype).asm["ptx"]
+        ptx = compile_kernel(kernels.gradients_kernel, constants, self.dtype).asm["ptx"]
         dx_at = memory.put(np.full((self.n + 16, g * a), NAN, np.uint16))
         parts, size_A, size_B = 2, self.dA.size, self.dB.size
         sums_at = memory.put(np.full((parts, size_A + size_B), np.nan, np.float32))
@@ -108,7 +108,8 @@ class Example:
         return ([dx[: self.n]] if shape["DX"] else []) + cores, blocks
 
 
-def check(results, expected, blocks, most=4e-3):
+def check_results(results, expected, blocks, most=4e-3):
+    """Small errors, no races and no bank conflicts."""
     for result, true in zip(results, expected, strict=True):
         assert np.linalg.norm(result - true) < most * np.linalg.norm(true)
     assert not any(block.races for block in blocks)
@@ -128,22 +129,22 @@ def check(results, expected, blocks, most=4e-3):
         ((16, 64, 16, 64, 2), 17, dict(FB=8, CHUNKS=2, SECOND_SHARED=True, STAGES=4, W=8)),
     ],
 )
-def test_product(sizes, n, shape, backward):
+def test_the_product_kernel_equals_float64(sizes, n, shape, backward):
     example = Example(sizes, n)
     result, blocks = example.product(backward, **shape)
-    check([result], [example.dx if backward else example.y], blocks)
+    check_results([result], [example.dx if backward else example.y], blocks)
 
 
-def test_product_after_gelu():
+def test_the_product_kernel_applies_a_gelu_first():
     example = Example((16, 64, 16, 32, 1), 33, after_gelu=True)
     result, blocks = example.product(FB=16, SECOND_SHARED=True, GELU=True, W=8)
-    check([result], [example.y], blocks)
+    check_results([result], [example.y], blocks)
 
 
-def test_gradient_of_x_before_gelu():
+def test_the_gradient_of_x_includes_the_slope_of_the_gelu():
     example = Example((16, 32, 16, 64, 1), 33, after_gelu=True)
     result, blocks = example.product(backward=True, FB=16, SECOND_SHARED=False, SLOPE=True, W=8)
-    check([result], [example.dx], blocks)
+    check_results([result], [example.dx], blocks)
 
 
 @pytest.mark.parametrize(
@@ -156,22 +157,22 @@ def test_gradient_of_x_before_gelu():
         ((16, 32, 32, 64, 2), 56, dict(GB=8, FB=16, DX=False, B_SHARED=True, W=8)),
     ],
 )
-def test_gradients(sizes, n, shape):
+def test_the_gradients_kernel_equals_float64(sizes, n, shape):
     example = Example(sizes, n, after_gelu=shape.get("GELU", False))
     results, blocks = example.gradients(**shape)
-    check(results, [example.dx, example.dA, example.dB][0 if shape["DX"] else 1 :], blocks)
+    check_results(results, [example.dx, example.dA, example.dB][0 if shape["DX"] else 1 :], blocks)
 
 
-def test_float16():
+def test_the_kernels_work_in_float16():
     example = Example((16, 32, 16, 32, 1), 20, "fp16")
     result, blocks = example.product(FB=16, SECOND_SHARED=True, W=8)
-    check([result], [example.y], blocks, most=5e-4)
+    check_results([result], [example.y], blocks, most=5e-4)
     results, blocks = example.gradients(GB=16, FB=16, DX=True, W=8)
-    check(results, [example.dx, example.dA, example.dB], blocks, most=5e-4)
+    check_results(results, [example.dx, example.dA, example.dB], blocks, most=5e-4)
 
 
-def test_the_emulator_sees_a_missing_barrier():
-    """Of the two barriers of a tile: z is written before it is read, and read before the next tile's is written."""
+def test_the_emulator_detects_a_missing_barrier():
+    """A tile needs two barriers: z is written before it is read, and read before the next tile overwrites it."""
     example = Example((16, 32, 16, 32, 1), 40)
     races = []
     for removed in range(20):
@@ -182,7 +183,7 @@ def test_the_emulator_sees_a_missing_barrier():
 
         _, blocks = example.product(FB=16, SECOND_SHARED=True, W=8, change=change)
         if next(count) <= removed:
-            break  # there are no more
+            break  # all barriers have been tried
         races.append(any(block.races for block in blocks))
     assert sum(races) >= 2, races
 
@@ -195,7 +196,7 @@ def test_the_emulator_sees_a_missing_barrier():
     "d_in, d_out, after_gelu", [(1024, 1024, False), (1024, 4096, True), (4096, 1024, True), (2048, 2048, False)]
 )
 def test_launches_fit_on_hopper(monkeypatch, d_in, d_out, after_gelu):
-    """Within shared memory, and few registers spill; every kernel's results have the right shapes."""
+    """They fit into shared memory and spill few registers; all results have the right shapes."""
     sizes = layer_sizes(d_in, d_out, 1)
     g, a, f, e, r = sizes
     assert fastest_method(32_768, sizes) == ("fused" if kernels.timed(sizes) else "staged")
@@ -212,21 +213,21 @@ def test_launches_fit_on_hopper(monkeypatch, d_in, d_out, after_gelu):
         assert results[name].shape == like.shape and results[name].dtype == like.dtype
     for name, result in [*made.items(), *compiled.items()]:
         assert result.metadata.shared <= common.SHARED_MEMORY, name
-        assert spilled(result) <= 256, name
+        assert spilled_bytes(result) <= 256, name
 
 
-def test_which_layers_take_gluon_kernels():
-    """Blocks of multiples of 8, if slices of both cores fit on a multiprocessor; those that were not timed only on request."""
+def test_layers_whose_core_slices_fit_on_a_multiprocessor_take_gluon_kernels():
+    """Block sizes must be multiples of 8. Sizes that were not timed fit too, but take these kernels only on request."""
     assert all(kernels.timed(layer_sizes(*shape, 1)) for shape in ((1024, 1024), (1024, 4096), (4096, 1024)))
     for shape in ((2048, 2048, 1), (2048, 2048, 2), (3072, 768, 1)):
         assert fuses(layer_sizes(*shape)) and fastest_method(32_768, layer_sizes(*shape)) == "staged"
-    assert fastest_method(32_768, layer_sizes(4096, 4096, 1)) == "staged"  # it would read x and dy four times
+    assert fastest_method(32_768, layer_sizes(4096, 4096, 1)) == "staged"  # fused it would read x and dy four times
     assert kernels.launches(BTTSizes(64, 128, 64, 128, 1)) is None
-    assert kernels.launches(BTTSizes(32, 20, 24, 32, 1)) is None  # rows of 40 bytes: no copies of 16
+    assert kernels.launches(BTTSizes(32, 20, 24, 32, 1)) is None  # copies of 16 bytes do not fit rows of 40
 
 
-def test_layers_join_where_reading_x_once_saves_more_than_z_on_chip(monkeypatch):
-    """q, k and v of width 2048 stay one staged BTT; of width 1024 they are three fused ones, also when traced by torch.compile."""
+def test_layers_join_where_reading_x_once_saves_more_than_keeping_z_on_chip(monkeypatch):
+    """q, k and v of width 2048 become one staged BTT, of width 1024 three fused ones, also when torch.compile traces."""
     monkeypatch.setattr(btt_kernels, "takes_kernels", lambda x: True)
     wide, narrow = (torch.empty(32_768, width, device="meta") for width in (2048, 1024))
 
@@ -242,6 +243,6 @@ def test_layers_join_where_reading_x_once_saves_more_than_z_on_chip(monkeypatch)
 @pytest.mark.parametrize("arch", [80, 100])
 def test_kernels_compile_for_other_gpus(arch):
     product = dict(G=32, AL=32, F=32, EL=32, R=1, BM=16, FB=16, CHUNKS=1, SECOND_SHARED=False, STAGES=0, W=16)
-    compiled(kernels.product_kernel, {**product, "BACKWARD": False, "GELU": True, "SLOPE": False}, arch=arch)
+    compile_kernel(kernels.product_kernel, {**product, "BACKWARD": False, "GELU": True, "SLOPE": False}, arch=arch)
     gradients = dict(G=32, AL=32, F=32, EL=32, R=1, BM=16, GB=16, FB=32, STAGES=3, W=8)
-    compiled(kernels.gradients_kernel, {**gradients, "DX": True, "GELU": True, "B_SHARED": False}, arch=arch)
+    compile_kernel(kernels.gradients_kernel, {**gradients, "DX": True, "GELU": True, "B_SHARED": False}, arch=arch)

@@ -1,4 +1,4 @@
-"""Linear + cross-entropy in chunks, against torch on whole logits; the Triton kernel in its interpreter, on the CPU."""
+"""Tests the head and cross-entropy in chunks, and the Triton kernel in its interpreter, against torch on whole logits."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from kernels import loss
 from kernels.loss import cross_entropy, linear_cross_entropy
 
 
-def example(structure="dense", n=37, d=24, vocab=96, dtype=torch.float64, **options):
+def random_inputs(structure="dense", n=37, d=24, vocab=96, dtype=torch.float64, **options):
     torch.manual_seed(0)
     head = make_linear(d, vocab, structure, **options).to(dtype)
     x = torch.randn(n, d, dtype=dtype, requires_grad=True)
@@ -25,8 +25,8 @@ def gradients(value, head, x):
 
 @pytest.mark.parametrize("chunk", [1, 10, 37, 100])
 @pytest.mark.parametrize("structure, options", [("dense", {"bias": True}), ("btt", {"rank": 2})])
-def test_equals_cross_entropy_of_whole_logits(structure, options, chunk):
-    head, x, targets = example(structure, **options)
+def test_the_chunked_loss_equals_cross_entropy_of_whole_logits(structure, options, chunk):
+    head, x, targets = random_inputs(structure, **options)
     want = F.cross_entropy(head(x), targets, ignore_index=-1)
     got = linear_cross_entropy(head, x, targets, chunk)
     assert got.dtype == torch.float32 and got.item() == pytest.approx(want.item(), rel=1e-6)
@@ -35,8 +35,8 @@ def test_equals_cross_entropy_of_whole_logits(structure, options, chunk):
 
 
 @pytest.mark.skipif(not hasattr(F, "linear_cross_entropy"), reason="this torch has no linear_cross_entropy")
-def test_equals_torchs_own():
-    head, x, targets = example(dtype=torch.float32)
+def test_the_chunked_loss_equals_torchs_linear_cross_entropy():
+    head, x, targets = random_inputs(dtype=torch.float32)
     want = F.linear_cross_entropy(x, head.weight, targets, ignore_index=-1)
     got = linear_cross_entropy(head, x, targets, 8)
     assert got.item() == pytest.approx(want.item(), rel=1e-6)
@@ -44,8 +44,8 @@ def test_equals_torchs_own():
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
 
 
-def test_without_gradients_and_with_a_frozen_head():
-    head, x, targets = example()
+def test_the_chunked_loss_works_without_gradients_and_with_a_frozen_head():
+    head, x, targets = random_inputs()
     want = F.cross_entropy(head(x), targets, ignore_index=-1).item()
     with torch.no_grad():
         assert linear_cross_entropy(head, x, targets, 8).item() == pytest.approx(want, rel=1e-6)
@@ -59,8 +59,8 @@ def test_without_gradients_and_with_a_frozen_head():
 @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
 @pytest.mark.parametrize("structure", ["dense", "btt"])
 def test_evaluation_computes_no_gradient(context, structure, monkeypatch):
-    """Of a head that is being trained: no graph is made, and nothing is differentiated."""
-    head, x, targets = example(structure)
+    """The head's parameters require gradients, but no graph is made and nothing is differentiated."""
+    head, x, targets = random_inputs(structure)
     want = F.cross_entropy(head(x), targets, ignore_index=-1).item()
     made = []
     head.register_forward_hook(lambda module, inputs, logits: made.append(logits.grad_fn))
@@ -72,7 +72,7 @@ def test_evaluation_computes_no_gradient(context, structure, monkeypatch):
 
 
 def test_float16_gradients_of_many_tokens_do_not_vanish():
-    """The mean over 32,768 tokens makes gradients of 1e-5, below float16's normal numbers."""
+    """The mean over 32,768 tokens makes gradients as small as 1e-5, below float16's normal numbers."""
     torch.manual_seed(0)
     head, x = make_linear(8, 16, "dense"), torch.randn(2**15, 8, requires_grad=True)
     targets = torch.randint(16, (2**15,))
@@ -83,8 +83,8 @@ def test_float16_gradients_of_many_tokens_do_not_vanish():
         assert (a - b).norm() < 5e-3 * b.norm()
 
 
-def test_memory_of_the_logits_is_that_of_a_chunk(monkeypatch):
-    head, x, targets = example(n=64)
+def test_only_a_chunk_of_logits_exists_at_a_time(monkeypatch):
+    head, x, targets = random_inputs(n=64)
     seen = []
     monkeypatch.setattr(
         loss, "cross_entropy", lambda logits, *a, **k: (seen.append(len(logits)), cross_entropy(logits, *a, **k))[1]
@@ -94,18 +94,19 @@ def test_memory_of_the_logits_is_that_of_a_chunk(monkeypatch):
 
 
 def test_triton_kernel_equals_torch_on_a_row_of_several_blocks():
-    """Below, at and above a block, and no multiple of one."""
+    """The vocabularies are smaller than, equal to and larger than a block, and no multiple of one."""
     done = run_interpreted("tests/kernels/test_loss.py")
     assert done.returncode == 0 and done.stdout.strip() == "12 cases", done.stdout + done.stderr
 
 
 def check_kernel():
+    """What the test above runs."""
     cases = 0
     for vocab in (96, 8192, 8197, 20000):
         for dtype in (torch.float32, torch.bfloat16, torch.float16):
             torch.manual_seed(vocab)
             logits = (3 * torch.randn(5, vocab)).to(dtype)
-            logits[1] += 50  # exp would overflow without its maximum taken off
+            logits[1] += 50  # exp would overflow if the row's maximum were not subtracted
             targets = torch.tensor([0, vocab - 1, -1, 17, vocab // 2])
             exact = logits.double().requires_grad_()
             want = F.cross_entropy(exact, targets, ignore_index=-1, reduction="sum")

@@ -1,4 +1,4 @@
-"""BTT-MoE and low-rank-MoE kernels: interpreted, against a loop over experts in float64; compiled for Hopper without a GPU."""
+"""Tests the BTT-MoE and low-rank-MoE kernels in Triton's interpreter against float64; compiles them for Hopper."""
 
 import inspect
 
@@ -16,11 +16,11 @@ from moe import Router, pick
 
 triton = pytest.importorskip("triton")
 
-from hopper import Compiler, layer_sizes, on_gpu, spilled  # noqa: E402
+from hopper import Compiler, layer_sizes, on_gpu, spilled_bytes  # noqa: E402
 
 
-def example(sizes, n, num_experts, k, dtype, device="cpu", seed=0):
-    """x, A, B, index, gate, dy; `sizes` is of one expert."""
+def random_inputs(sizes, n, num_experts, k, dtype, device="cpu", seed=0):
+    """Random x, A, B, index, gate, dy; `sizes` are those of one expert."""
     g, a, f, e, r = sizes
     generator = torch.Generator(device).manual_seed(seed)
 
@@ -33,22 +33,22 @@ def example(sizes, n, num_experts, k, dtype, device="cpu", seed=0):
     return normal(n, g * a), A, B, scores.topk(k, dim=1).indices, gate, normal(n, f * e)
 
 
-def results(x, A, B, index, gate, dy, num_experts):
+def outputs_and_gradients(x, A, B, index, gate, dy, num_experts):
     """y, dx, dA, dB, dgate"""
     x, A, B, gate = (tensor.detach().requires_grad_() for tensor in (x, A, B, gate))
     y = btt_mixture(x, A, B, index, gate, num_experts)
     return [y.detach(), *torch.autograd.grad(y, (x, A, B, gate), dy)]
 
 
-def exact(x, A, B, index, gate, dy, num_experts):
-    """The same in float64."""
+def exact_outputs_and_gradients(x, A, B, index, gate, dy, num_experts):
+    """The same in float64, by a loop over experts."""
     x, A, B, gate = (tensor.double().requires_grad_() for tensor in (x, A, B, gate))
-    y = mixture(x, A, B, index, gate, num_experts)
+    y = mix_by_loop(x, A, B, index, gate, num_experts)
     return [y.detach(), *torch.autograd.grad(y, (x, A, B, gate), dy.double())]
 
 
-def mixture(x, A, B, index, gate, num_experts):
-    """Every expert for every token, times its gate, or zero."""
+def mix_by_loop(x, A, B, index, gate, num_experts):
+    """Σ over all experts of the expert's output times its gate, which is zero if it was not picked."""
     g, a, _ = A.shape
     f, _, e = B.shape
     r = A.shape[2] // (num_experts * f)
@@ -62,12 +62,15 @@ def mixture(x, A, B, index, gate, num_experts):
     return y
 
 
-def errors(*inputs):
-    return [(a.double() - b).norm().item() / (b.norm().item() or 1) for a, b in zip(results(*inputs), exact(*inputs))]
+def relative_errors(*inputs):
+    return [
+        (a.double() - b).norm().item() / (b.norm().item() or 1)
+        for a, b in zip(outputs_and_gradients(*inputs), exact_outputs_and_gradients(*inputs))
+    ]
 
 
-def routed_results(x, W, bias, A, B, k, dy, dlogits, after_gelu=False):
-    """y, dx, dW, dA, dB of a layer with its router, and what that picked"""
+def routed_outputs_and_gradients(x, W, bias, A, B, k, dy, dlogits, after_gelu=False):
+    """[y, dx, dW, dA, dB] of a layer with its router, and the experts and gates that the router picked"""
     tensors = [tensor.detach().requires_grad_() for tensor in (x, W, A, B)]
     x, W, A, B = tensors
     y, index, gate, logits = routed_btt_mixture(x, W, bias, A, B, k, after_gelu)
@@ -75,27 +78,27 @@ def routed_results(x, W, bias, A, B, k, dy, dlogits, after_gelu=False):
     return [y.detach(), *torch.autograd.grad(outputs, tensors, grads)], index, gate
 
 
-def routed_errors(sizes, n, num_experts, k, dtype, device="cpu", more=True, after_gelu=False):
-    x, A, B, _, _, dy = example(sizes, n, num_experts, k, dtype, device)
+def routed_relative_errors(sizes, n, num_experts, k, dtype, device="cpu", more=True, after_gelu=False):
+    x, A, B, _, _, dy = random_inputs(sizes, n, num_experts, k, dtype, device)
     generator = torch.Generator(device).manual_seed(1)
     W = torch.randn(num_experts, x.shape[1], generator=generator, device=device) / x.shape[1] ** 0.5
     bias = 0.1 * torch.randn(num_experts, generator=generator, device=device)
     dlogits = torch.randn(n, num_experts, generator=generator, device=device) if more else None
-    found, index, _ = routed_results(x, W, bias, A, B, k, dy, dlogits, after_gelu)
+    found, index, _ = routed_outputs_and_gradients(x, W, bias, A, B, k, dy, dlogits, after_gelu)
     x, W, A, B = tensors = [tensor.double().requires_grad_() for tensor in (x, W, A, B)]
     if after_gelu:
         exact_gelu = torch.nn.functional.gelu(x, approximate="tanh")
-        x = exact_gelu + (exact_gelu.to(dtype) - exact_gelu).detach()  # the kernels route by what 16 bits have of it
+        x = exact_gelu + (exact_gelu.to(dtype) - exact_gelu).detach()  # the kernels route by x rounded to 16 bits
     logits = x @ W.t()
     assert torch.equal(index, pick(logits.detach().float() + bias, k).sort(dim=1).values)
-    y = mixture(x, A, B, index, logits.gather(1, index).softmax(dim=1), num_experts)
+    y = mix_by_loop(x, A, B, index, logits.gather(1, index).softmax(dim=1), num_experts)
     total = (y * dy.double()).sum() + ((logits * dlogits.double()).sum() if more else 0)
     true = [y.detach(), *torch.autograd.grad(total, tensors)]
     return [(a.double() - b).norm().item() / (b.norm().item() or 1) for a, b in zip(found, true)]
 
 
 def check_router(n, d, num_experts, k, dtype):
-    """route against the plain Router; where all experts tie they are taken in turn; NaN does not reach beyond its row."""
+    """route equals the plain Router, takes experts in turn if all tie, and keeps NaN within its row."""
     x = torch.randn(n, d, generator=torch.Generator().manual_seed(0)).to(dtype)
     router, bias = Router(d, num_experts, k).double(), torch.linspace(-0.5, 0.5, num_experts)
     W = router.weight.detach().float()
@@ -115,7 +118,7 @@ def check_router(n, d, num_experts, k, dtype):
 
 
 def check_plan(n, num_experts, k, tokens):
-    """Every token is in one tile of its set."""
+    """Every token is in exactly one tile of its set of experts, in order."""
     index = torch.rand(n, num_experts).topk(k, dim=1).indices.sort(dim=1).values
     gate = torch.rand(n, k)
     plan, sets = make_plan(index, gate, num_experts, tokens), set_tables(num_experts, k, index.device).sets
@@ -136,35 +139,37 @@ def check_plan(n, num_experts, k, tokens):
     assert (plan.token[plan.set_tiles[-1] * tokens :] == -1).all()
 
 
-def test_one_function_says_how_a_mixture_is_computed(monkeypatch):
+def test_mixture_method_chooses_how_a_mixture_is_computed(monkeypatch):
     sizes, low_rank = layer_sizes(1024, 1024, 1), BTTSizes(1, 1024, 1, 1024, 128)
     half = torch.empty(4, 1024, dtype=torch.bfloat16)
     assert mixture_method(half, sizes, 8, 2, own_router=True) == "grouped"  # on a CPU
     monkeypatch.setattr(common, "runs_triton", lambda x: True)  # as on a GPU
     assert mixture_method(half, sizes, 8, 2, own_router=True) == "routed"
     assert mixture_method(half, sizes, 8, 2, own_router=False) == "picked"
-    assert mixture_method(half, low_rank, 8, 2, own_router=True) == "picked"  # its kernels have no room for the router
+    assert (
+        mixture_method(half, low_rank, 8, 2, own_router=True) == "picked"
+    )  # the low-rank kernels have no room for the router
     assert mixture_method(half, sizes, 17, 1, own_router=True) == "picked"
     assert mixture_method(half, sizes, 64, 4, own_router=True) == "grouped"
     assert mixture_method(half.float(), sizes, 8, 2, own_router=True) == "grouped"
 
 
-def test_which_layers_fit():
+def test_kernels_fit_knows_which_layers_the_kernels_take():
     assert kernels_fit(layer_sizes(1024, 1024, 1), 8, 2) and kernels_fit(layer_sizes(4096, 4096, 1), 16, 2)
     assert not kernels_fit(layer_sizes(1024, 1024, 1), 64, 4)  # too many sets of experts
     assert not kernels_fit(layer_sizes(4096, 4096, 4), 8, 2)  # too many rows of z
-    assert not kernels_fit(BTTSizes(4, 4096, 4, 256, 8), 8, 2)  # too much of a core for a program
-    assert not kernels_fit(BTTSizes(2, 1024, 2, 1024, 1), 8, 2)  # too wide tiles of x and dy
-    assert kernels_fit(BTTSizes(1, 4096, 1, 4096, 512), 8, 2)  # low rank goes through it in parts
+    assert not kernels_fit(BTTSizes(4, 4096, 4, 256, 8), 8, 2)  # a program's part of a core is too large
+    assert not kernels_fit(BTTSizes(2, 1024, 2, 1024, 1), 8, 2)  # tiles of x and dy are too wide
+    assert kernels_fit(BTTSizes(1, 4096, 1, 4096, 512), 8, 2)  # low rank is computed in parts
 
 
-def test_kernels_in_the_interpreter():
+def test_kernels_are_right_in_the_interpreter():
     done = run_interpreted("tests/kernels/test_mixtures.py", timeout=600)
     assert done.returncode == 0 and done.stdout.endswith("passed\n"), done.stdout + done.stderr
 
 
-def interpreted():
-    """What the test above runs. Memory that a kernel does not write is NaN here."""
+def check_in_interpreter():
+    """What the test above runs. Memory that no kernel writes holds NaN here."""
     torch.use_deterministic_algorithms(True)
     btts = [
         (BTTSizes(8, 16, 4, 16, 1), 60, 4, 2),
@@ -173,7 +178,7 @@ def interpreted():
         (BTTSizes(4, 8, 6, 10, 1), 33, 4, 4),  # k = E
         (BTTSizes(4, 16, 3, 16, 1), 60, 5, 3),
         (BTTSizes(8, 16, 8, 16, 1), 1, 4, 2),  # one token
-        (BTTSizes(4, 16, 4, 16, 1), 0, 3, 2),  # none
+        (BTTSizes(4, 16, 4, 16, 1), 0, 3, 2),  # no token
         (BTTSizes(10, 4, 3, 6, 4), 20, 3, 2),  # rows of z in two blocks
         (BTTSizes(4, 16, 4, 16, 1), 200, 3, 2),  # larger tiles
     ]
@@ -188,14 +193,14 @@ def interpreted():
     kinds = [(torch.float32, 1e-5), (torch.float16, 4e-3)]
     for number, (sizes, n, num_experts, k) in enumerate(btts):
         dtype, most = kinds[number % 2]
-        found = errors(*example(sizes, n, num_experts, k, dtype), num_experts)
+        found = relative_errors(*random_inputs(sizes, n, num_experts, k, dtype), num_experts)
         assert max(found) < most, (sizes, n, num_experts, k, found)
         (dtype, most), after_gelu = kinds[1 - number % 2], number % 3 > 0
-        found = routed_errors(sizes, n, num_experts, k, dtype, more=n != 37, after_gelu=after_gelu)
+        found = routed_relative_errors(sizes, n, num_experts, k, dtype, more=n != 37, after_gelu=after_gelu)
         assert max(found) < most, (sizes, n, num_experts, k, after_gelu, found)
     for sizes, n, num_experts, k in low_ranks:
         for dtype, most in kinds:
-            found = errors(*example(sizes, n, num_experts, k, dtype), num_experts)
+            found = relative_errors(*random_inputs(sizes, n, num_experts, k, dtype), num_experts)
             assert max(found) < most, (sizes, n, num_experts, k, found)
     check_routing()
     check_compiled(BTTSizes(4, 16, 3, 16, 1))
@@ -204,7 +209,7 @@ def interpreted():
 
 
 def check_routing():
-    """Plans and routers."""
+    """Check plans and routers of several sizes."""
     for case in [
         (100, 4, 2, 16),
         (7, 5, 1, 4),
@@ -220,16 +225,16 @@ def check_routing():
 
 
 def check_compiled(sizes):
-    """A layer with its router in torch.compile, and the router's own gradients."""
-    x, A, B, _, _, dy = example(sizes, 100, 4, 2, torch.float32)
+    """Check a layer with its router under torch.compile, and the gradients of the router alone."""
+    x, A, B, _, _, dy = random_inputs(sizes, 100, 4, 2, torch.float32)
     d_in = x.shape[1]
     W, dlogits = torch.randn(4, d_in) / d_in**0.5, torch.randn(100, 4)
-    whole, _, _ = routed_results(x, W, torch.zeros(4), A, B, 2, dy, dlogits)
+    whole, _, _ = routed_outputs_and_gradients(x, W, torch.zeros(4), A, B, 2, dy, dlogits)
     y, index, gate, logits = (fast := torch.compile(routed_btt_mixture, fullgraph=True, backend="aot_eager"))(
         x, W, torch.zeros(4), A, B, 2
     )
     torch.testing.assert_close(y, whole[0], rtol=0, atol=0)
-    W.requires_grad_()  # the router's loss alone, and the shared router's own gradient
+    W.requires_grad_()  # first from the router's loss alone, then of a shared router
     (alone,) = torch.autograd.grad(fast(x, W, torch.zeros(4), A, B, 2)[3], W, dlogits)
     torch.testing.assert_close(alone, dlogits.t() @ x)
     logits, index, gate = route(x, W, torch.zeros(4), 2)
@@ -241,17 +246,17 @@ def check_compiled(sizes):
 
 
 def check_lonely_experts():
-    """Experts without a token; equal calls; no break of the graph."""
+    """Check experts without a token, that equal calls give equal bits, and that torch.compile makes one graph."""
     for sizes in (BTTSizes(4, 16, 4, 16, 1), BTTSizes(1, 24, 1, 40, 10)):
         g, a, f, e, r = sizes
-        x, A, B, index, gate, dy = example(sizes, 70, 4, 2, torch.float32)
-        lonely = torch.tensor([[2, 0]]).expand(70, 2)  # all tokens to one set, two experts with none
-        assert max(errors(x, A, B, lonely, gate, dy, 4)) < 1e-5
-        dA = results(x, A, B, lonely, gate, dy, 4)[2].view(g, a, 4, r * f)
+        x, A, B, index, gate, dy = random_inputs(sizes, 70, 4, 2, torch.float32)
+        lonely = torch.tensor([[2, 0]]).expand(70, 2)  # all tokens take one set, two experts get none
+        assert max(relative_errors(x, A, B, lonely, gate, dy, 4)) < 1e-5
+        dA = outputs_and_gradients(x, A, B, lonely, gate, dy, 4)[2].view(g, a, 4, r * f)
         assert not dA[:, :, [1, 3]].any() and dA[:, :, [0, 2]].any()
         inputs = (x[:20], A, B, index[:20], gate[:20], dy[:20], 4)
-        assert all(torch.equal(a, b) for a, b in zip(results(*inputs), results(*inputs)))
-        # without a break of the graph
+        assert all(torch.equal(a, b) for a, b in zip(outputs_and_gradients(*inputs), outputs_and_gradients(*inputs)))
+        # fullgraph: no graph break
         fast = torch.compile(btt_mixture, fullgraph=True, backend="aot_eager")
         torch.testing.assert_close(fast(x, A, B, index, gate, 4), btt_mixture(x, A, B, index, gate, 4), rtol=0, atol=0)
 
@@ -268,7 +273,7 @@ LOW_RANK = BTTSizes(1, 1024, 1, 1024, 128)
         (LOW_RANK, 8, 2),
     ],
 )
-def test_compiles_for_hopper(monkeypatch, sizes, num_experts, k):
+def test_kernels_compile_for_hopper_within_its_limits(monkeypatch, sizes, num_experts, k):
     compiled = {}
     for module in (moe_kernels, route_kernels):
         for name, kernel in inspect.getmembers(
@@ -279,16 +284,16 @@ def test_compiles_for_hopper(monkeypatch, sizes, num_experts, k):
     monkeypatch.setattr(moe_kernels, "multiprocessors", lambda tensor: 132)
     monkeypatch.setattr(
         moe_kernels, "_gate_gradient", lambda shares, plan: plan.gate[:, :2000].t().clone()
-    )  # no place is made
-    x, A, B, index, gate, dy = example(sizes, 2000, num_experts, k, torch.bfloat16)
+    )  # no place is computed, as nothing runs
+    x, A, B, index, gate, dy = random_inputs(sizes, 2000, num_experts, k, torch.bfloat16)
     if sizes is LOW_RANK:
-        results(x, A, B, index, gate, dy, num_experts)
+        outputs_and_gradients(x, A, B, index, gate, dy, num_experts)
     else:
         W, bias, dlogits = (torch.zeros(size) for size in ((num_experts, x.shape[1]), num_experts, (2000, num_experts)))
-        routed_results(x, W, bias, A, B, k, dy, dlogits, after_gelu=k == 2)
+        routed_outputs_and_gradients(x, W, bias, A, B, k, dy, dlogits, after_gelu=k == 2)
     assert len(compiled) == (7 if sizes is LOW_RANK else 10)
     for name, result in compiled.items():
-        assert result.metadata.shared <= 232_448 and spilled(result) <= 128, name
+        assert result.metadata.shared <= 232_448 and spilled_bytes(result) <= 128, name
         assert sizes.g * sizes.a < 1024 or not name.startswith("_mixture") or "wgmma" in result.asm["ptx"], name
 
 
@@ -305,15 +310,15 @@ def test_compiles_for_hopper(monkeypatch, sizes, num_experts, k):
         (BTTSizes(1, 600, 1, 1000, 100), 4, 2, 77),
     ],
 )
-def test_errors_on_a_gpu(sizes, num_experts, k, n):
-    inputs = (*example(sizes, n, num_experts, k, torch.bfloat16, "cuda"), num_experts)
-    assert max(errors(*inputs)) <= 5e-3
-    assert all(torch.equal(a, b) for a, b in zip(results(*inputs), results(*inputs)))
+def test_errors_on_a_gpu_are_small(sizes, num_experts, k, n):
+    inputs = (*random_inputs(sizes, n, num_experts, k, torch.bfloat16, "cuda"), num_experts)
+    assert max(relative_errors(*inputs)) <= 5e-3
+    assert all(torch.equal(a, b) for a, b in zip(outputs_and_gradients(*inputs), outputs_and_gradients(*inputs)))
     if kernels_fit(sizes, num_experts, k) and router_fits(sizes, num_experts):
         for after_gelu in (False, True):
-            found = routed_errors(sizes, n, num_experts, k, torch.bfloat16, "cuda", after_gelu=after_gelu)
+            found = routed_relative_errors(sizes, n, num_experts, k, torch.bfloat16, "cuda", after_gelu=after_gelu)
             assert max(found) <= 5e-3
 
 
 if __name__ == "__main__":
-    interpreted()
+    check_in_interpreter()

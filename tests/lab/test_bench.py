@@ -1,4 +1,4 @@
-"""bench.py's update, on one process and on several."""
+"""Tests the benchmarks of updates, layers and mixtures on the CPU: the rows they write, against FLOPs by hand."""
 
 import json
 import typing
@@ -20,7 +20,7 @@ SHAPE = "--vocab_size=96 --n_layer=1 --n_head=2 --d_model=36 --block_size=32 --m
 
 @pytest.mark.parametrize("processes", [None, 2])
 def test_an_update_is_timed(tmp_path, processes):
-    """Three configs, the last of them sharded; one process prints, and writes a row each."""
+    """Of three configs the last is sharded; one process prints, and writes a row for each config."""
     words = f"{SHAPE} --device=cpu --compile=False"
     against = f"--against={words} --structure=dense; {words} --shard=fsdp"
     path = tmp_path / "step.json"
@@ -36,7 +36,7 @@ def test_an_update_is_timed(tmp_path, processes):
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("tokens_per_second") == 1
-    said = done.stdout.splitlines()  # of each config, as it is done: its words, how long it takes, its main figures
+    said = done.stdout.splitlines()  # three lines per config: its words, how long it takes, its main figures
     assert [line[:3] for line in said[:9]] == ["1: ", "   ", "   ", "2: ", "   ", "   ", "3: ", "   ", "   "], said
     assert "five updates" in said[4] and "about" in said[4] and " ms an update, " in said[5] and "tokens/s" in said[5]
     rows = json.loads(path.read_text())
@@ -46,7 +46,7 @@ def test_an_update_is_timed(tmp_path, processes):
         assert row["tokens_per_second"] == pytest.approx(256e3 / row["ms_median"]) and "forward_share" not in row
 
 
-def test_parts_and_profile(tmp_path):
+def test_parts_of_an_update_are_timed_and_profiled(tmp_path):
     words = f"{SHAPE} --device=cpu --compile=False --steps=2 --profile={tmp_path}".split()
     done = run_forked("lab.bench", "step", *words, processes=2)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -54,8 +54,8 @@ def test_parts_and_profile(tmp_path):
     assert (tmp_path / "trace.json").stat().st_size > 1000
 
 
-def test_an_update_of_images(tmp_path):
-    """Two models and their parts; the images are those of a run, of which an update takes a batch."""
+def test_an_update_on_images_is_timed(tmp_path):
+    """Compares two models and times their parts."""
     words = (
         "--n_layer=1 --d_model=36 --image_size=8 --channels=1 --mixup=0.4 --batch_size=64 --micro_batch=32 --device=cpu"
     )
@@ -68,13 +68,13 @@ def test_an_update_of_images(tmp_path):
     for row in (btt, dense):
         assert row["images_an_update"] == 64
         assert row["images_per_second"] == pytest.approx(64e3 / row["ms_median"]) and row["forward_share"] > 0
-    # dense: input 64 x 36, one block of 36 -> 144 -> 36, head 36 x 10, 2 FLOPs a weight, a backward pass twice a forward
+    # dense: input 64 x 36, a block 36 -> 144 -> 36, head 36 x 10; 2 FLOPs per weight, and 4 in the backward pass
     assert dense["training_mflops_an_image"] == pytest.approx(6e-6 * (64 * 36 + 2 * 36 * 144 + 36 * 10))
     assert btt["training_mflops_an_image"] < dense["training_mflops_an_image"]
     assert "matrix products" in (tmp_path / "profile.txt").read_text()
 
 
-def test_layers_on_a_cpu_are_those_of_plain_torch(tmp_path):
+def test_layers_on_a_cpu_are_timed_with_the_plain_torch_methods(tmp_path):
     words = [
         "--layers=64-64:1 48-96:2",
         "--tokens=(32,)",
@@ -131,8 +131,8 @@ def test_names_of_files_and_folders_may_look_like_numbers(Config):
     assert named and all(getattr(config, name) == "2024" for name in named)
 
 
-def test_sizes_fit_the_device(monkeypatch, capsys, tmp_path):
-    """Without sizes, those of a CPU are done in seconds; what there is is written case by case."""
+def test_the_default_sizes_fit_a_cpu_and_rows_are_written_case_by_case(monkeypatch, capsys, tmp_path):
+    """An interrupted benchmark keeps the rows of the cases it has finished."""
     seen = []
 
     def time_layer(d_in, d_out, rank, tokens, *rest):
@@ -150,8 +150,8 @@ def test_sizes_fit_the_device(monkeypatch, capsys, tmp_path):
     assert "2 of 5 done, about" in capsys.readouterr().out
 
 
-def test_mixtures_on_a_cpu(tmp_path):
-    """All methods are timed, and the published one, which the others are compared with, computes the same."""
+def test_all_methods_for_mixtures_are_timed_on_a_cpu(tmp_path):
+    """The published method, with which the others are compared, computes the same outputs."""
     layers = "btt/64-36:1/4:2 low_rank/48-64:4/4:2 dense/32-32:1/3:1"
     words = [f"--layers={layers}", "--tokens=32", "--device=cpu", f"--json={tmp_path}/rows.json"]
     done = run_forked("lab.bench", "mixtures", *words)

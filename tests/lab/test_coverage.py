@@ -1,4 +1,7 @@
-"""Nominal 90% intervals hold the truth in about 90% of synthetic sweeps. The long version: python -m lab.coverage"""
+"""Tests that nominal 90% intervals contain the truth in about 90% of synthetic sweeps, whose law is known.
+
+`python -m lab.coverage` is the long version.
+"""
 
 import json
 
@@ -13,16 +16,18 @@ FINAL = [design for design in DESIGNS if design.points == "final" and design.ahe
 
 
 @pytest.mark.parametrize("design", FINAL, ids=lambda design: f"{design.sizes}x{design.seeds}_shared{design.shared}")
-def test_intervals_of_multipliers_hold_the_truth(design, monkeypatch):
-    """Of 40 sweeps, 90% give or take three times 5%; curves take ten times as long, and are left to the long version."""
+def test_intervals_of_multipliers_contain_the_truth(design, monkeypatch):
+    """In 90% of 40 sweeps, within three standard errors of 5%. Curves take ten times as long: see the long version."""
     monkeypatch.setattr(frontiers, "_law_figures", lambda *_: {"law": None, "intervals": None})
     found = coverage.measure_coverage(design, sweeps=40, samples=64)
     assert found["multiplier"] >= 0.76 and found["none"] <= 0.1
-    assert found["width"] < {0.002: 4, 0.005: 10}[design.noise]  # none that hold everything
+    assert (
+        found["width"] < {0.002: 4, 0.005: 10}[design.noise]
+    )  # the intervals are not so wide that they contain everything
 
 
-def test_bands_of_curves_hold_the_truth_between_sizes_too(monkeypatch):
-    """Three seeds leave little noise: without the error between four sizes the intervals at single losses are too narrow."""
+def test_bands_of_curves_contain_the_truth_between_sizes(monkeypatch):
+    """With three seeds there is little noise: without the error between sizes, intervals at single losses are too narrow."""
     design = next(each for each in DESIGNS if (each.points, each.sizes, each.seeds) == ("curve", 4, 3))
     monkeypatch.setattr(frontiers, "_law_figures", lambda *_: {"law": None, "intervals": None})
     calibrated = coverage.measure_coverage(design, sweeps=20, samples=64)
@@ -33,12 +38,12 @@ def test_bands_of_curves_hold_the_truth_between_sizes_too(monkeypatch):
 
 
 @pytest.mark.parametrize("points", ["final", "curve"])
-def test_without_noise_the_multiplier_is_the_law_s(points):
+def test_without_noise_the_multiplier_equals_the_laws(points):
     runs = coverage.synthetic_sweep(Design(points, 8, 1, 0.0), np.random.default_rng(0))
     assert frontiers.analyse(runs, "dense", "flops", 2)["btt"]["multiplier"] == pytest.approx(4, rel=0.05)
 
 
-def test_the_long_version_s_table_is_of_these_designs_and_calibrated():
+def test_the_long_versions_results_cover_these_designs_and_are_calibrated():
     with open(f"{ROOT}/results/scaling/coverage.json") as file:
         kept = json.load(file)
     rows = [(Design(**each["design"]), each["held"]) for each in kept["designs"]]

@@ -1,7 +1,4 @@
-"""The checks of muP by experiment: parsing, the coordinate check, and the best learning rate's place.
-
-pytest tests/lab/test_mup_check.py
-"""
+"""Tests the experiments that check muP, the coordinate check and the best learning rate, with and without muP."""
 
 import json
 import math
@@ -34,7 +31,7 @@ from options import GPTConfig
 # -- structures and rates as text
 
 
-def test_structures_with_and_without_options():
+def test_structures_are_parsed_with_and_without_options():
     dense, low_rank, btt = parse_structures("dense; low_rank --rank=width//4 ;btt --rank 2 --normalize=False")
     assert (dense.options, low_rank.options) == ({}, {"rank": "width//4"})
     assert str(btt) == "btt, rank=2, normalize=False"
@@ -72,10 +69,10 @@ def test_options_may_be_fractions_of_the_width_and_tuples():
         ("btt --rank=two", "a whole number"),
         ("btt --d_model=32", "--d_model"),
         ("bttt", "bttt"),
-        ("low_rank --rank=width/2", "rank <= 96"),  # a head onto 96 tokens
+        ("low_rank --rank=width/2", "rank <= 96"),  # the head has 96 outputs
     ],
 )
-def test_mistakes_in_structures(text, named):
+def test_mistakes_in_structures_are_one_line(text, named):
     config = CoordsConfig(widths=(64, 256))
     with pytest.raises(ConfigError) as error:
         for structure in parse_structures(text):
@@ -83,7 +80,7 @@ def test_mistakes_in_structures(text, named):
     assert named in str(error.value) and "\n" not in str(error.value)
 
 
-def test_rates_are_numbers_powers_and_ranges():
+def test_rates_may_be_numbers_powers_and_ranges():
     assert parse_lrs(("2**-12..2**-9",)) == (2**-12, 2**-11, 2**-10, 2**-9)
     assert parse_lrs((1e-3, "2**-7", 1e-4)) == (1e-4, 1e-3, 2**-7)
     assert parse_lrs(("1e-3..5e-3",)) == pytest.approx((1e-3, 2e-3, 4e-3))
@@ -101,12 +98,12 @@ def test_rates_are_numbers_powers_and_ranges():
         (dict(lr=0.0), "lr=0"),
     ],
 )
-def test_mistakes_in_options(options, named):
+def test_impossible_options_are_refused(options, named):
     with pytest.raises(ConfigError, match=named):
         CoordsConfig(**options)
 
 
-def test_mistakes_of_the_landscape(char_data, tmp_path):
+def test_mistakes_for_the_landscape_are_refused(char_data, tmp_path):
     with pytest.raises(ConfigError, match="warmup_steps=10"):
         LandscapeConfig(steps=10, warmup_steps=10)
     with pytest.raises(ConfigError, match="give the rank once"):
@@ -119,28 +116,28 @@ def test_mistakes_of_the_landscape(char_data, tmp_path):
         mup_check.main(["cords"])
 
 
-# -- the coordinate check; tests/test_optim.py holds dense, low-rank and BTT to it
+# -- the coordinate check; tests/test_optim.py applies it to dense, low-rank and BTT
 
 
-def test_spread_counts_the_worst_layer():
+def test_the_largest_spread_is_that_of_the_worst_layer():
     assert largest_spread({"a": [1, 2, 1.5], "b": [3, 3, 1]}) == 3
     assert largest_spread({"a": [0, 0]}) == 1  # a layer that has not learned yet
     assert largest_spread({"a": [1, math.nan]}) == math.inf
 
 
-def test_coordinate_check_holds_for_a_structure_without_a_name():
+def test_outputs_keep_their_size_for_an_einsum_without_a_name():
     structure = parse_structure("einsum --theta=.5,.25,.25,.25,.5,.25,0 --structured_layers=attn,ffn")
     measured = coordinate_check(structure, CoordsConfig(widths=(64, 256), seeds=2))
     assert spreads_of(measured)["rms"]["with"] < 2
     assert largest_spread(measured["rms"]["without"]) > 3
     for what in ("rms", "change"):
         for name, values in measured[what]["with"].items():
-            assert values[0] == measured[what]["without"][name][0]  # the narrowest is the same either way
+            assert values[0] == measured[what]["without"][name][0]  # the narrowest model has the same rates either way
 
 
 @pytest.mark.parametrize("structure", ["dense", "btt --rank=2", "btt --rank=2 --moe=linear --num_experts=4"])
-def test_updates_keep_their_size_with_mup_only(structure):
-    """The change of every kind of layer, of attention's logits and routers'; blocks' and head's come from all of it."""
+def test_updates_keep_their_size_over_widths_with_mup_only(structure):
+    """Compares the change of every kind of layer, of the logits of attention and routers, and of blocks and head."""
     measured = coordinate_check(parse_structure(structure), CoordsConfig(widths=(32, 128), seeds=2, block_size=16))
     kinds = {kind_of(name) for name in measured["change"]["with"]}
     assert kinds > {"embedding", "attn.q", "attn.k", "attn.v", "attn.logits", "ffn.up", "ffn.down", "block", "lm_head"}
@@ -154,7 +151,7 @@ def test_updates_keep_their_size_with_mup_only(structure):
         assert spreads_of(measured)["change"]["without"] > 2.7
 
 
-def test_coordinates_are_what_the_layers_compute():
+def test_coordinates_equal_what_the_layers_compute():
     torch.manual_seed(0)
     config = GPTConfig(block_size=6, vocab_size=12, n_layer=2, n_head=2, d_model=16, moe="linear", num_experts=4)
     model, idx = GPT(config), torch.randint(12, (3, 6))
@@ -171,13 +168,13 @@ def test_coordinates_are_what_the_layers_compute():
     )
     logits = torch.stack(
         [(q[:, t] * k[:, s]).sum(-1) for t in range(6) for s in range(t + 1)], -1
-    )  # (B, nh, pairs), scale 8 / 8
+    )  # (B, nh, pairs), with scale 8 / d_head = 1
     torch.testing.assert_close(values["blocks.1.attn.logits"], logits.double(), atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(values["lm_head"], model(idx)[0])
     torch.testing.assert_close(values["token_embedding"], model.token_embedding.weight[idx])
 
 
-def test_the_change_keeps_its_size_over_depth_with_completep_only(capsys, tmp_path):
+def test_the_change_keeps_its_size_over_depths_with_completep_only(capsys, tmp_path):
     config = DepthConfig(n_layers=(3, 24), width=32, block_size=16, seeds=1, steps=10, device="cpu")
     usual, complete = (depth_check(parse_structure(f"dense --depth_exponent={e}"), config)["block"] for e in (0.5, 1))
     assert usual[0] == complete[0]  # the same model at 3 layers
@@ -228,13 +225,13 @@ SMALL = dict(n_layer=1, n_head=2, block_size=8, batch_rows=32, steps=30, warmup_
     "structure, narrow, wide, lrs",
     [
         ("dense", 16, 128, "2**-12..2**-7"),
-        # The cap on the RMS of cores makes high rates harmless to a narrow layer, whose curve then has no clear
-        # minimum. A core's fan-in grows as the root of the width: that takes a width 16 times the other.
+        # With the cap on the RMS of cores, high rates do a narrow layer no harm, and its curve has no clear minimum.
+        # A core's fan-in grows with the root of the width, so one width is 16 times the other.
         ("btt --rank=2 --normalize=False", 16, 256, "2**-13..2**-8"),
     ],
     ids=["dense", "btt"],
 )
-def test_the_best_rate_stays_in_place_under_mup_only(char_data, structure, narrow, wide, lrs):
+def test_the_best_rate_stays_the_same_over_widths_under_mup_only(char_data, structure, narrow, wide, lrs):
     config = LandscapeConfig(
         structure=structure, widths=(narrow, wide), seeds=1, lrs=(lrs,), data_dir=char_data, **SMALL
     )
@@ -259,7 +256,7 @@ def test_diverged_runs_are_never_best_and_are_drawn_at_the_initial_loss(tmp_path
 
 
 def test_lr_landscape_writes_its_picture_and_rows(char_data, tmp_path, capsys):
-    options = {**SMALL, "steps": 3, "warmup_steps": 1, "lrs": "2**-9,1e30"}  # the second leaves the finite numbers
+    options = {**SMALL, "steps": 3, "warmup_steps": 1, "lrs": "2**-9,1e30"}  # the second rate makes numbers non-finite
     mup_check.main(
         ["lr_landscape", "--structure=dense", "--widths=16,32", f"--data_dir={char_data}"]
         + [f"--{name}={value}" for name, value in options.items()]
@@ -275,8 +272,8 @@ def test_lr_landscape_writes_its_picture_and_rows(char_data, tmp_path, capsys):
     assert "6/6 | width 32 | without muP" in out and "2**-9" in out.splitlines()[-1]
 
 
-def test_what_is_done_is_written_run_by_run_and_an_estimate_comes_first(char_data, tmp_path, monkeypatch, capsys):
-    """Stopped in the fourth of six runs: three rows, and the picture of the width that is whole."""
+def test_rows_are_written_run_by_run_and_an_estimate_is_printed_first(char_data, tmp_path, monkeypatch, capsys):
+    """A check that is interrupted leaves the rows of its finished runs, and the picture of the finished width."""
     calls, done, drawn = [], mup_check.train_model, []
 
     def train(model, optimizer, lr, warmup_steps, batches, autocast):
@@ -310,7 +307,7 @@ def test_what_is_done_is_written_run_by_run_and_an_estimate_comes_first(char_dat
     assert said[3].startswith("3/6 | width 32") and said[3].endswith("left")
 
 
-def test_the_landscape_of_mup_alone_takes_half_the_runs(char_data):
+def test_the_landscape_with_mup_alone_trains_only_the_runs_with_mup(char_data):
     options = dict(
         widths=(16, 32), lrs=("2**-9", "2**-8"), data_dir=char_data, **{**SMALL, "steps": 2, "warmup_steps": 1}
     )
@@ -321,7 +318,7 @@ def test_the_landscape_of_mup_alone_takes_half_the_runs(char_data):
     assert list(alone) == ["with"] and alone["with"] == both["with"] and both["without"][32] != both["with"][32]
 
 
-def test_sizes_of_the_landscape_fit_the_device(monkeypatch):
+def test_the_default_sizes_of_the_landscape_fit_the_device(monkeypatch):
     small = LandscapeConfig(device="cpu")
     assert (small.widths, small.steps, small.warmup_steps) == ((64, 128, 256), 100, 10)
     assert LandscapeConfig(device="cpu", steps=7, batch_rows=3).steps == 7
@@ -331,7 +328,7 @@ def test_sizes_of_the_landscape_fit_the_device(monkeypatch):
 
 
 @pytest.mark.parametrize("option", ["png", "json"])
-def test_files_that_cannot_be_written_are_found_before_the_work(tmp_path, option):
+def test_files_that_cannot_be_written_are_refused_before_the_work(tmp_path, option):
     (tmp_path / "file").touch()
     with pytest.raises(ConfigError, match=f"file/a cannot be written .*: give another --{option}"):
         mup_check.main(["coords", f"--{option}={tmp_path}/file/a"])
@@ -339,7 +336,7 @@ def test_files_that_cannot_be_written_are_found_before_the_work(tmp_path, option
         mup_check.main(["coords", f"--{option}={tmp_path}"])
 
 
-def test_the_best_rate_of_a_single_width(char_data, tmp_path, capsys):
+def test_a_single_width_gets_its_best_rate(char_data, tmp_path, capsys):
     options = {**SMALL, "steps": 3, "warmup_steps": 1, "lrs": "2**-9,1e30", "widths": "16,"}
     words = [f"--{name}={value}" for name, value in options.items()]
     words += [f"--{name}={tmp_path / f'lr.{name}'}" for name in ("png", "json")]

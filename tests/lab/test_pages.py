@@ -1,4 +1,4 @@
-"""Generated tables in pages: the pages' are those of their files, and a page is filled without a change to the rest."""
+"""Tests the generated tables in pages against their files, and that filling a page changes nothing else."""
 
 import os
 
@@ -9,7 +9,7 @@ from conftest import ROOT
 from lab import pages
 
 
-def test_pages_hold_the_tables_of_their_files(monkeypatch):
+def test_tables_in_pages_equal_their_files(monkeypatch):
     monkeypatch.chdir(ROOT)
     every = {path: pages.fill_tables(path) for path in pages.pages()}
     differ = [path for path, (old, new) in every.items() if old != new]

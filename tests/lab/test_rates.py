@@ -1,4 +1,4 @@
-"""Loss against learning rate, of synthetic runs whose best rate is known."""
+"""Tests the tables of loss against learning rate on synthetic runs, whose best rate is known."""
 
 import json
 import math
@@ -20,7 +20,7 @@ def true_loss(group, width, lr):
 
 
 def write_run(folder, loss, last=100, **options):
-    """A run of 100 steps that logs every tenth, its loss of training 0.1 above that of validation."""
+    """A run of 100 steps that logs every tenth, with a training loss 0.1 above the validation loss."""
     folder.mkdir(parents=True)
     rows = [
         {"step": step, "tokens": step, "loss": loss + 0.1 + (100 - step) / 100, "val_loss": loss + (100 - step) / 100}
@@ -43,13 +43,14 @@ def runs(tmp_path):
     ]  # fmt: skip
 
 
-def rates_of(tmp_path, *words):
+def fit_rates(tmp_path, *words):
+    """Run `lab.scaling_laws rates` -> the curves it writes."""
     scaling_laws.main(["rates", *words, f"--out={tmp_path}/found/rates"])
     return json.loads((tmp_path / "found" / "rates.json").read_text())["curves"]
 
 
 def test_best_rates_and_optima_are_found(runs, tmp_path):
-    curves = rates_of(tmp_path, *reversed(runs))
+    curves = fit_rates(tmp_path, *reversed(runs))
     assert [(curve["group"], curve["width"]) for curve in curves] == [("dense", 64), ("dense", 128), ("btt", 64), ("btt", 128)]  # fmt: skip
     for curve in curves:
         group, width = curve["group"], curve["width"]
@@ -67,39 +68,39 @@ def test_best_rates_and_optima_are_found(runs, tmp_path):
 
 
 def test_the_training_loss_is_the_mean_over_the_last_tenth(runs, tmp_path):
-    curve = rates_of(tmp_path, *runs, "--loss=loss")[0]
+    curve = fit_rates(tmp_path, *runs, "--loss=loss")[0]
     assert curve["rates"][0]["losses"][0] == pytest.approx(true_loss("dense", 64, 5e-4) + SEEDS[1] + 0.1 + 0.05)
 
 
-def test_runs_that_are_added_later_make_one_table(runs, tmp_path):
-    whole = rates_of(tmp_path, *runs)
-    rates_of(tmp_path, *runs[::2])
-    together = rates_of(tmp_path, *runs[1::2], f"{tmp_path}/found/rates.json")
+def test_runs_added_later_join_the_same_table(runs, tmp_path):
+    whole = fit_rates(tmp_path, *runs)
+    fit_rates(tmp_path, *runs[::2])
+    together = fit_rates(tmp_path, *runs[1::2], f"{tmp_path}/found/rates.json")
     assert [curve["optimum"] for curve in together] == pytest.approx([curve["optimum"] for curve in whole])
     assert [sorted(at["losses"]) for curve in together for at in curve["rates"]] == [
         sorted(at["losses"]) for curve in whole for at in curve["rates"]
     ]
 
 
-def test_a_run_that_diverged_is_no_best_rate(tmp_path, capsys):
+def test_a_rate_at_which_a_run_diverged_is_never_the_best(tmp_path, capsys):
     words = [
         write_run(tmp_path / str(lr), loss, last, structure="dense", d_model=64, lr=lr, seed=1)
         for lr, loss, last in ((1e-3, 2.0, 100), (2e-3, 1.9, 100), (4e-3, 1.0, 70))
     ]
-    (curve,) = rates_of(tmp_path, *words)
+    (curve,) = fit_rates(tmp_path, *words)
     assert curve["best"] == 2e-3 and curve["optimum"] is None and curve["rates"][2]["losses"] == [None]
     said = capsys.readouterr().out
     assert "0.004/log.jsonl ends at step 70 of 100: it diverged, or is not finished" in said
     assert "| 2.000 | **1.900** | – | 2e-3 to 4e-3 |" in said and "did not reach its last step" in said
 
 
-def test_settings_that_differ_are_apart_and_told(tmp_path):
+def test_runs_with_different_settings_are_kept_apart_and_named(tmp_path):
     words = [
         write_run(tmp_path / f"{lr}{beta2}", 2.0, structure="dense", d_model=64, lr=lr, seed=1, beta2=beta2)
         for lr in (1e-3, 2e-3)
         for beta2 in (0.95, 0.99)
     ]
-    names = [curve["group"] for curve in rates_of(tmp_path, *words)]
+    names = [curve["group"] for curve in fit_rates(tmp_path, *words)]
     assert names == ["dense, beta2=0.95", "dense, beta2=0.99"]
 
 
@@ -113,7 +114,7 @@ def test_settings_that_differ_are_apart_and_told(tmp_path):
         ((None, None, None), None, "none"),
     ],
 )
-def test_an_optimum_is_not_made_up(losses, optimum, shown):
+def test_no_optimum_is_given_unless_the_rates_enclose_it(losses, optimum, shown):
     curve = Curve("dense", 64, 100, {lr: {1: loss} for lr, loss in zip((1e-3, 2e-3, 4e-3), losses)}, {})
     assert rates.optimum(curve) == (pytest.approx(optimum) if optimum else None, None)
     assert f"| {shown} |" in list(rates.table_of_rates([curve], "loss"))[2]
@@ -129,7 +130,7 @@ def test_the_optimum_is_the_vertex_of_the_parabola_through_three_points():
         assert rates.optimal_rate(lr, losses) == pytest.approx(math.exp(-slope / (2 * square)))
 
 
-def test_a_note_is_below_the_table():
+def test_a_note_is_printed_below_the_table():
     dense = Curve("dense", 64, 100, {1e-3: {1: 2.0}}, {"note": "made of cheese"})
     curves = [dense, Curve("btt", 64, 100, {2e-3: {1: 2.0}}, {})]
     lines = list(rates.table_of_rates(curves, "loss"))
@@ -151,14 +152,14 @@ def test_mistakes_are_one_line(tmp_path, words, message):
     run = write_run(tmp_path / "run", 2.0, structure="dense", d_model=64, lr=1e-3, seed=1)
     write_run(tmp_path / "nolr", 2.0, structure="dense", d_model=64, seed=1)
     (tmp_path / "config.json").write_text('{"structure": "dense"}')
-    rates_of(tmp_path, run, "--loss=loss")
+    fit_rates(tmp_path, run, "--loss=loss")
     with pytest.raises(ConfigError, match=message) as error:
         scaling_laws.main(["rates", *(word.format(run=run, tmp=tmp_path) for word in words), f"--out={tmp_path}/x"])
     assert "\n" not in str(error.value)
 
 
-def test_the_tables_in_results_are_of_their_files(monkeypatch):
-    """Beside every page with multipliers of runs at tuned rates: the rates tried, and the loss at each."""
+def test_the_tables_of_rates_in_results_equal_their_files(monkeypatch):
+    """For every page with multipliers at tuned rates there is a table of the rates tried and the loss at each."""
     for name in ("scaling/rates", "scaling/moe_rates", "vision/mlp_rates"):
         path = f"{pages.__file__.rpartition('/lab/')[0]}/results/{name}"
         curves, loss = rates.read_curves(f"{path}.json")

@@ -1,4 +1,4 @@
-"""The picture of several runs: what is drawn equals the logs, names stay short, mistakes are one line."""
+"""Tests the picture of several runs against their logs: what is drawn, the runs' names, mistakes."""
 
 import json
 import os
@@ -34,12 +34,13 @@ def write_run(folder, rows):
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """The current folder is an empty one."""
+    """A new, empty folder, which is the current one."""
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
 
 def lines_of(panel, gid):
+    """{label: points (x, y)} of the lines of one kind in a panel."""
     return {line.get_label(): list(zip(*map(list, line.get_data()))) for line in panel.lines if line.get_gid() == gid}
 
 
@@ -51,7 +52,7 @@ def runs():
     return {"one": make_rows(1.0), "two": make_rows(3.0, steps=250), "three": make_rows(2.0, steps=40)}
 
 
-def test_four_panels_show_what_the_logs_have(runs):
+def test_four_panels_show_the_values_of_the_logs(runs):
     figure = scaling_laws.draw_runs(runs)
     panels = figure.axes
     assert [panel.get_xlabel() for panel in panels] == ["steps", "tokens", "FLOPs", "seconds of training"]
@@ -63,11 +64,11 @@ def test_four_panels_show_what_the_logs_have(runs):
             assert all(drawn.values())
 
 
-def test_runs_of_vision_show_their_images_and_samples():
-    def counted(rows, unit):
+def test_runs_of_vision_are_drawn_over_images_and_samples():
+    def rename_tokens(rows, unit):
         return [{unit if key == "tokens" else key: value for key, value in row.items()} for row in rows]
 
-    runs = {"mlp": counted(make_rows(1.0), "images"), "vit": counted(make_rows(2.0), "images")}
+    runs = {"mlp": rename_tokens(make_rows(1.0), "images"), "vit": rename_tokens(make_rows(2.0), "images")}
     figure = scaling_laws.draw_runs(runs)
     panel = figure.axes[1]
     assert panel.get_xlabel() == "images" and figure.axes[0].get_ylabel() == "loss (nats per image)"
@@ -78,14 +79,14 @@ def test_runs_of_vision_show_their_images_and_samples():
     assert panel.get_xlim()[1] > 6400  # step 100
     head, first, *_ = scaling_laws.table_of_runs(runs)
     assert head.split()[:4] == ["run", "steps", "images", "FLOPs"] and first.split()[2] == "6,400"
-    mixed = {**runs, "gpt": make_rows(), "regression": counted(make_rows(), "samples")}
+    mixed = {**runs, "gpt": make_rows(), "regression": rename_tokens(make_rows(), "samples")}
     figure = scaling_laws.draw_runs(mixed)
     assert figure.axes[1].get_xlabel() == "images, tokens, samples"
     assert figure.axes[0].get_ylabel() == "loss (nats per image, nats per token, squared error)"
     assert set(lines_of(figure.axes[1], "loss")) == set(mixed)
 
 
-def test_one_y_axis_and_one_colour_a_run(runs):
+def test_panels_share_the_y_axis_and_each_run_has_one_colour(runs):
     figure = scaling_laws.draw_runs(runs)
     first, *others = figure.axes
     assert all(first.get_shared_y_axes().joined(first, other) for other in others)
@@ -101,7 +102,7 @@ def test_one_y_axis_and_one_colour_a_run(runs):
     assert shown == {name: used.pop() for name, used in colours.items()}
 
 
-def test_the_frame_leaves_out_the_first_fall_only(runs):
+def test_the_axes_leave_out_only_the_first_fall_of_the_loss(runs):
     figure = scaling_laws.draw_runs({"two": runs["two"]})
     low, high = figure.axes[0].get_ylim()
     late = [row[key] for row in runs["two"] if row["step"] >= 2.5 for key in ("loss", "val_loss") if key in row]
@@ -111,25 +112,25 @@ def test_the_frame_leaves_out_the_first_fall_only(runs):
 
 
 @pytest.mark.parametrize("key, gids", [("loss", {"loss", "smooth"}), ("val_loss", {"val_loss"})])
-def test_one_of_the_losses(runs, key, gids):
+def test_a_single_loss_can_be_drawn(runs, key, gids):
     figure = scaling_laws.draw_runs(runs, key)
     for panel in figure.axes:
         assert {line.get_gid() for line in panel.lines} == gids
         assert len(panel.lines) == len(runs) * len(gids)
-    left, _ = figure.axes[1].get_xlim()  # the first that is drawn of the three runs is at the left edge
+    left, _ = figure.axes[1].get_xlim()  # the first point of all runs is at the left edge
     first = min(64 * row["step"] for rows in runs.values() for row in rows[1:] if key in row)
     assert first / 1.2 < left < first
 
 
 @pytest.mark.filterwarnings("error")
-def test_a_run_that_has_just_begun(folder):
+def test_a_run_that_has_just_begun_is_drawn(folder):
     rows = make_rows(steps=0)
     figure = scaling_laws.draw_runs({"one": rows})
     assert lines_of(figure.axes[0], "val_loss") == {"one": [(0, 5.0)]}
     figure.savefig(folder / "x.png")
 
 
-def test_the_running_mean_is_without_lag():
+def test_the_running_mean_has_no_lag():
     line = [3.0 - 0.01 * i for i in range(300)]
     assert scaling_laws.running_mean(line) == pytest.approx(line)
     noisy = [y + (0.3 if i % 2 else -0.3) for i, y in enumerate(line)]
@@ -139,7 +140,7 @@ def test_the_running_mean_is_without_lag():
     assert scaling_laws.running_mean([]) == []
 
 
-def test_the_legend_of_twelve_runs_lies_within_the_picture():
+def test_the_legend_of_twelve_runs_fits_into_the_picture():
     runs = {f"a_rather_long_name_of_run_{i}": make_rows(1 + i / 5, steps=20) for i in range(12)}
     figure = scaling_laws.draw_runs(runs)
     figure.canvas.draw()
@@ -177,10 +178,10 @@ def test_names_are_the_shortest_part_that_differs(paths, labels):
 # -- the command
 
 
-def test_the_command_draws_and_tells(folder, capsys):
+def test_the_command_draws_a_picture_and_prints_a_table(folder, capsys):
     write_run(folder / "out" / "one", make_rows(1.0))
     path = write_run(folder / "out" / "two", make_rows(2.0, steps=60))
-    scaling_laws.main(["plot", "out/one", path, "out/two/"])  # a folder, a log, and the same once more
+    scaling_laws.main(["plot", "out/one", path, "out/two/"])  # a folder, a log, and the same run again
     head, one, two, drawn = capsys.readouterr().out.splitlines()
     assert drawn == "drawn: runs.png"
     assert (folder / "runs.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
@@ -190,14 +191,14 @@ def test_the_command_draws_and_tells(folder, capsys):
     assert two.split() == ["two", "60", "3,840", "1.2e+08", "30.0", "2.0333", "2.1333", "2.1333"]
 
 
-def test_the_table_tells_best_from_last(folder, capsys):
+def test_the_table_shows_the_best_and_the_last_loss(folder, capsys):
     rows = [{"step": step, "val_loss": loss} for step, loss in ((1, 3.0), (2, 1.0), (3, 2.0))]
     write_run(folder / "a", rows)
     scaling_laws.main(["plot", "a", "--png=x.png"])
     assert capsys.readouterr().out.splitlines()[1].split() == ["a", "3", "2.0000", "1.0000"]
 
 
-def test_labels_and_png(folder, capsys):
+def test_labels_and_png_set_the_names(folder, capsys):
     for name in "ab":
         write_run(folder / name, make_rows())
     scaling_laws.main(["plot", "a", "b", "--labels=rank 1, rank 4", "--png=other.png", "--key=val_loss"])
@@ -225,7 +226,7 @@ def test_labels_and_png(folder, capsys):
          "no/folder.png cannot be written (No such file or directory): give another --png"),
     ],
 )  # fmt: skip
-def test_mistakes(folder, argv, message):
+def test_mistakes_are_one_line(folder, argv, message):
     (folder / "empty").mkdir()
     (folder / "junk.jsonl").write_text('{"loss": 1}\n{"step": 1, "lo')
     write_run(folder / "good", make_rows())
@@ -236,7 +237,7 @@ def test_mistakes(folder, argv, message):
     assert not (folder / "runs.png").exists()
 
 
-def test_as_a_command(folder):
+def test_plot_works_as_a_command(folder):
     path = write_run(folder / "run", make_rows())
     done = run_script("lab.scaling_laws", "plot", path, f"--png={folder / 'x.png'}")
     assert done.returncode == 0 and (folder / "x.png").exists(), done.stderr

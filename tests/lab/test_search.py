@@ -1,4 +1,4 @@
-"""Search over structures: the space, the budget, samplers against chance, what survives a kill. pytest tests/lab/test_search.py"""
+"""Tests the search over structures: samplers against random search, budgets against real models, resumed searches."""
 
 import json
 import multiprocessing
@@ -38,7 +38,7 @@ def in_root(monkeypatch):
     monkeypatch.chdir(ROOT)
 
 
-def draws(space, number, kind="random", study=None):
+def draw_points(space, number, kind="random", study=None):
     study = study or optuna.create_study()
     for seed in range(number):
         study.sampler = search.make_sampler(kind, seed)
@@ -50,28 +50,28 @@ def draws(space, number, kind="random", study=None):
 
 
 @pytest.mark.parametrize("space", [search.Space(), search.Space(max_rank=0.25), search.Space(experts=(1, 4, 8))])
-def test_points_are_structures_each_met_once_and_none_dearer_than_dense(space):
-    points = list(draws(space, 300))
+def test_points_are_valid_structures_in_a_unique_form_that_cost_no_more_than_dense(space):
+    points = list(draw_points(space, 300))
     for theta, experts, _ in points:
         a, b, _, d, e, _, r = check_theta(theta)
         assert a >= b and r <= space.max_rank
-        assert taxonomy(theta)[2] <= 1 + 0.002  # three decimals
+        assert taxonomy(theta)[2] <= 1 + 0.002  # exponents have three decimals
         assert experts in space.experts and (experts == 1 or b == d == 0)
         assert all(exponent == round(exponent, 3) for exponent in theta)
     assert {point.experts for point in points} == set(space.experts)
 
 
 def test_points_are_uniform_on_the_triangles():
-    thetas = np.array([point.theta for point in draws(search.Space(), 2000)])
-    folded = np.sort(thetas[:, :2])  # α and β as a point of the whole triangle, but for their order
+    thetas = np.array([point.theta for point in draw_points(search.Space(), 2000)])
+    folded = np.sort(thetas[:, :2])  # sorting α and β folds the triangle onto itself
     for three in (np.column_stack((folded, thetas[:, 2])), thetas[:, 3:6]):
-        # of a uniform point each exponent is above 1/2 with probability 1/4, and its mean is 1/3
+        # for uniform points each exponent has mean 1/3 and is above 1/2 with probability 1/4
         assert three[:, 2].mean() == pytest.approx(1 / 3, abs=0.02)
         assert (three[:, 2] > 0.5).mean() == pytest.approx(1 / 4, abs=0.03)
         assert (three > 0.5).any(1).mean() == pytest.approx(3 / 4, abs=0.03)
 
 
-def test_the_ends_of_the_numbers_are_structures():
+def test_the_corners_of_the_space_are_valid_structures():
     study = optuna.create_study()
     for corner in np.ndindex(2, 2, 2, 2, 2):
         names = ("input", "input_split", "output", "output_split", "rank")
@@ -79,14 +79,14 @@ def test_the_ends_of_the_numbers_are_structures():
         check_theta(search.Space().draw(study.ask()).theta)
 
 
-def test_models_use_up_the_budget():
+def test_models_use_the_whole_budget():
     config = load_config(search.SearchConfig, [*SMALL, "--experts=1,4", "--top_k=1"])
     budget = search.meta_model(config).flops_per_token()
     dense = train.TrainConfig(**search.train_options(config, {"structure": "dense"}))
     assert budget == GPT(dense).flops_per_token()
     whole = 3 * budget * config.max_steps * config.batch_tokens
     seen = set()
-    for point in draws(search.Space(experts=config.experts), 10):
+    for point in draw_points(search.Space(experts=config.experts), 10):
         try:
             options, figures = search.fit_model(config, point, budget)
         except search.Misfit:
@@ -105,14 +105,14 @@ def test_models_use_up_the_budget():
     assert seen == {1, 4}
 
 
-def test_what_the_budget_has_no_model_for_is_a_misfit():
+def test_a_point_without_a_model_of_the_budget_is_a_misfit():
     config = load_config(search.SearchConfig, [*SMALL, "--max_width=64"])
     budget = search.meta_model(config).flops_per_token()
     with pytest.raises(search.Misfit, match="max_width=64 uses half to all"):
         search.fit_model(config, search.Point((0.5, 0.5, 0, 0.5, 0.5, 0, 0), 1), budget)  # far too cheap at width 64
 
 
-def test_sizes_have_the_place_and_the_name_of_their_structure():
+def test_sizes_have_the_taxonomy_and_the_name_of_their_structure():
     named = {name: factor_sizes(4096, 4096, theta) for name, theta in NAMED_THETAS.items()}
     for name, sizes in named.items():
         assert search.taxonomy_of_sizes(sizes) == pytest.approx(taxonomy(NAMED_THETAS[name]), abs=1e-4), name
@@ -120,24 +120,24 @@ def test_sizes_have_the_place_and_the_name_of_their_structure():
         "low-rank, rank 64", "low-rank, rank 512", "Kronecker", "TT, rank 8", "BTT, rank 1", "BTT, rank 8",
         "BTT family, rank 1", "BTT family, rank 1", "", "dense",
     ]  # fmt: skip
-    assert search.name_of_sizes((1, 16, 16, 16, 1, 16, 2)) == "BTT, rank 2"  # cores' names swapped
-    assert search.name_of_sizes((64, 1, 4, 64, 1, 4, 1)) == "dense"  # B is one number a block
+    assert search.name_of_sizes((1, 16, 16, 16, 1, 16, 2)) == "BTT, rank 2"  # with A and B exchanged
+    assert search.name_of_sizes((64, 1, 4, 64, 1, 4, 1)) == "dense"  # B is a single number in each block
 
 
 # ---------------------------------------------------------------------------------------
-# The search, on problems without training
+# The search, on made-up losses without training
 
 D = 4096
 
 
 def made_up_loss(sizes):
-    """A scaling law: with the FLOPs of a dense D × D layer the width is D^(2 / (1 + ν)); sharing and low rank cost."""
+    """A scaling law in the width D^(2 / (1 + ν)), which costs as many FLOPs as a dense D × D layer, plus ω and 1 - ψ."""
     omega, psi, nu = search.taxonomy_of_sizes(sizes)
     return 1.5 + 3 * (D ** (2 / (1 + nu))) ** -0.12 + omega + (1 - psi)
 
 
-def made_up(seen=None, costs=None):
-    """An objective of three evaluations that falls to the made-up loss; sizes that were seen are not tried again."""
+def made_up_objective(seen=None, costs=None):
+    """An objective with three evaluations that falls to the made-up loss. Sizes in `seen` are a misfit."""
 
     def objective(trial, point, slot):
         try:
@@ -164,47 +164,49 @@ def halving():
 
 def best_of(sampler, seed, trials=60, pruner=None):
     study = optuna.create_study(pruner=pruner or optuna.pruners.NopPruner())
-    search.search(study, search.Space(), made_up(set()), trials, sampler, seed)
-    assert len(search_ended(study)) == trials
+    search.search(study, search.Space(), made_up_objective(set()), trials, sampler, seed)
+    assert len(ended_trials(study)) == trials
     return study.best_value
 
 
-def search_ended(study):
+def ended_trials(study):
     return study.get_trials(deepcopy=False, states=search.ENDED)
 
 
-def test_samplers_beat_chance_with_as_many_trials():
+def test_samplers_beat_random_search_with_as_many_trials():
     best = {kind: np.array([best_of(kind, seed) for seed in range(12)]) for kind in ("random", "tpe", "cmaes")}
     optimum = made_up_loss(factor_sizes(D, D, BTT))
     assert all((found >= optimum - 1e-9).all() for found in best.values())
     for kind in ("tpe", "cmaes"):
         gain = best["random"] - best[kind]
-        assert gain.mean() > 3 * gain.std(ddof=1) / np.sqrt(len(gain)), (kind, gain)  # more than luck
+        assert gain.mean() > 3 * gain.std(ddof=1) / np.sqrt(len(gain)), (kind, gain)  # at three standard errors
     assert (best["tpe"] - optimum).mean() < 0.5 * (best["random"] - optimum).mean(), best
 
 
-def test_halving_ends_most_trials_early_and_the_best_is_as_good():
+def test_halving_ends_most_trials_early_and_finds_the_same_best():
     study, costs = optuna.create_study(pruner=halving()), []
-    search.search(study, search.Space(), made_up(costs=costs), 60, "random", 1)
+    search.search(study, search.Space(), made_up_objective(costs=costs), 60, "random", 1)
     early = study.get_trials(states=(optuna.trial.TrialState.PRUNED,))
     assert 30 <= len(early) < 60 and all(list(trial.intermediate_values) == [1] for trial in early)
-    assert len(costs) == 2 * 60 - len(early)  # what was ended early did not go on
+    assert len(costs) == 2 * 60 - len(early)  # trials that were ended early did not continue
     whole = optuna.create_study()
-    search.search(whole, search.Space(), made_up(), 60, "random", 1)
-    assert study.best_value == whole.best_value  # of the same points; at every evaluation the losses are in one order
+    search.search(whole, search.Space(), made_up_objective(), 60, "random", 1)
+    assert (
+        study.best_value == whole.best_value
+    )  # it draws the same points, and their losses have the same order at every evaluation
 
 
-def test_a_search_that_goes_on_draws_what_one_without_a_break_does():
+def test_a_resumed_search_draws_the_same_points_as_an_unbroken_one():
     def points(*stages):
         study = optuna.create_study()
         for trials in stages:
-            search.search(study, search.Space(), made_up(), trials, "tpe", 3)
+            search.search(study, search.Space(), made_up_objective(), trials, "tpe", 3)
         return [trial.params for trial in study.trials]
 
     assert points(8, 14) == points(14) and len({str(point) for point in points(14)}) == 14
 
 
-def test_slots_are_used_all_at_a_time():
+def test_all_slots_are_used_at_once():
     study, at_once = optuna.create_study(), []
 
     def objective(trial, point, slot):
@@ -219,7 +221,7 @@ def test_slots_are_used_all_at_a_time():
     assert {trial.user_attrs["slot"] for trial in study.trials} == {0, 1}
 
 
-def test_failures_do_not_count_but_too_many_end_the_search():
+def test_failed_trials_do_not_count_but_too_many_in_a_row_end_the_search():
     calls = []
 
     def fails(bad):
@@ -234,24 +236,24 @@ def test_failures_do_not_count_but_too_many_end_the_search():
 
     study = optuna.create_study()
     search.search(study, search.Space(), fails(lambda n: n % 3 != 0), 4, "random")
-    assert len(calls) == 12 and len(search_ended(study)) == 4
+    assert len(calls) == 12 and len(ended_trials(study)) == 4
     assert {trial.user_attrs.get("reason") for trial in study.trials} == {None, "it blew up"}
     calls.clear()
     with pytest.raises(ConfigError, match="5 trials in a row failed, the last: it blew up"):
         search.search(optuna.create_study(), search.Space(), fails(lambda n: True), 4, "random")
     assert len(calls) == search.FAILURES
     with pytest.raises(ConfigError, match="50 points in a row have no new model of this budget"):
-        seen = {factor_sizes(D, D, point.theta) for point in draws(search.Space(), 1)}
+        seen = {factor_sizes(D, D, point.theta) for point in draw_points(search.Space(), 1)}
         study.sampler = optuna.samplers.RandomSampler(seed=0)
 
         class Same(search.Space):
             def draw(self, trial):
-                return next(draws(search.Space(), 1))
+                return next(draw_points(search.Space(), 1))
 
-        search.search(optuna.create_study(), Same(), made_up(seen), 4, "random")
+        search.search(optuna.create_study(), Same(), made_up_objective(seen), 4, "random")
 
 
-def test_an_interrupted_trial_is_put_back_and_comes_first():
+def test_interrupted_trials_are_put_back_and_come_first():
     study, closed = optuna.create_study(), []
 
     def objective(trial, point, slot):
@@ -267,29 +269,29 @@ def test_an_interrupted_trial_is_put_back_and_comes_first():
 
     with pytest.raises(KeyboardInterrupt):
         search.search(study, search.Space(), objective, 5, "random", slots=[0, 1, 2])
-    assert closed == [2, 0, 1] and not search_ended(study)
+    assert closed == [2, 0, 1] and not ended_trials(study)
     assert [trial.state.name for trial in study.trials] == ["FAIL"] * 3 + ["WAITING"] * 3
     before = [trial.params for trial in study.trials[:3]]
-    search.search(study, search.Space(), made_up(), 5, "random")
+    search.search(study, search.Space(), made_up_objective(), 5, "random")
     again = study.trials[3:]
-    assert len(search_ended(study)) == len(again) == 5
+    assert len(ended_trials(study)) == len(again) == 5
     assert [trial.params for trial in again[:3]] == before
     assert [trial.user_attrs.get("folder") for trial in again] == ["trial_0", "trial_1", "trial_2", None, None]
 
 
-def test_only_trials_whose_search_is_gone_are_taken_over(monkeypatch):
+def test_a_search_takes_over_only_trials_whose_search_has_ended(monkeypatch):
     import socket
 
     gone = subprocess.Popen([sys.executable, "-c", ""])
     gone.wait()
     here, now = socket.gethostname(), time.time()
     owners = {
-        "another living process of this machine": ({"host": here, "pid": os.getppid(), "time": now - 9999}, False),
-        "this process, which does not run it": ({"host": here, "pid": os.getpid(), "time": now}, True),
-        "a dead one": ({"host": here, "pid": gone.pid, "time": now}, True),
+        "another living process on this machine": ({"host": here, "pid": os.getppid(), "time": now - 9999}, False),
+        "this process, which is not running it": ({"host": here, "pid": os.getpid(), "time": now}, True),
+        "a dead process": ({"host": here, "pid": gone.pid, "time": now}, True),
         "another machine": ({"host": "elsewhere", "pid": gone.pid, "time": now - 60}, False),
-        "another machine, silent for long": ({"host": "elsewhere", "pid": 1, "time": now - 9999}, True),
-        "somebody a moment ago": (None, False),
+        "another machine, silent for a long time": ({"host": "elsewhere", "pid": 1, "time": now - 9999}, True),
+        "no owner yet, begun a moment ago": (None, False),
     }
     study = optuna.create_study()
     for owner, _ in owners.values():
@@ -303,12 +305,12 @@ def test_only_trials_whose_search_is_gone_are_taken_over(monkeypatch):
     assert states[6:] == ["WAITING"] * 3
 
 
-def test_a_trial_that_another_machine_took_is_let_go():
+def test_a_trial_that_another_machine_took_over_is_dropped():
     study = optuna.create_study()
 
     def objective(trial, point, slot):
         if trial.number == 0:
-            study.tell(0, state=optuna.trial.TrialState.FAIL)  # as by put_back_trial of another machine
+            study.tell(0, state=optuna.trial.TrialState.FAIL)  # as put_back_trial on another machine does
         yield 1, 1.0
         return 1.0
 
@@ -320,14 +322,16 @@ def test_a_trial_that_another_machine_took_is_let_go():
 # Pictures and tables
 
 
-def test_rank_correlation():
+def test_rank_correlation_equals_scipys():
     assert search_report.rank_correlation([1, 2, 3, 4], [10, 20, 40, 80]) == pytest.approx(1)
-    assert search_report.rank_correlation([1, 1, 2, 2], [4, 3, 2, 1]) == pytest.approx(-0.894427)  # scipy's spearmanr
+    assert search_report.rank_correlation([1, 1, 2, 2], [4, 3, 2, 1]) == pytest.approx(
+        -0.894427
+    )  # by scipy.stats.spearmanr
     assert np.isnan(search_report.rank_correlation([1, 1], [1, 2]))
 
 
 @pytest.mark.parametrize("pruner", [None, halving()])
-def test_report(tmp_path, capsys, pruner):
+def test_the_report_lists_trials_by_loss_and_draws_a_picture(tmp_path, capsys, pruner):
     config = load_config(search.SearchConfig, [*SMALL, "--experts=1,4", "--n_layer=1"])
     budget = search.meta_model(config).flops_per_token()
     study = optuna.create_study(pruner=pruner or optuna.pruners.NopPruner())
@@ -368,7 +372,8 @@ def test_report(tmp_path, capsys, pruner):
 # Real runs
 
 
-def open_at_once(barrier, words, path):
+def open_study_at_once(barrier, words, path):
+    """Open a study when all processes are ready, and write its id and learning rate, or the error, to a file."""
     barrier.wait()
     with open(path, "w") as file:
         try:
@@ -380,13 +385,13 @@ def open_at_once(barrier, words, path):
 
 @pytest.mark.parametrize("storage", [None, "sqlite:///{tmp}/shared.db"])
 def test_searches_that_start_together_on_a_new_database_share_it(tmp_path, storage):
-    """With a folder in common, and with a database in common that each has another folder beside."""
+    """They share a folder, or only a database while each has a folder of its own."""
     fork = multiprocessing.get_context("fork")
     barrier, processes = fork.Barrier(4), []
     for i in range(4):
         words = [*SMALL, f"--out={tmp_path}/out{i if storage else ''}", "--device=cpu"]
         words += [f"--storage={storage.format(tmp=tmp_path)}"] if storage else []
-        processes.append(fork.Process(target=open_at_once, args=(barrier, words, tmp_path / f"{i}.txt")))
+        processes.append(fork.Process(target=open_study_at_once, args=(barrier, words, tmp_path / f"{i}.txt")))
         processes[-1].start()
     for process in processes:
         process.join(60)
@@ -397,7 +402,7 @@ def test_searches_that_start_together_on_a_new_database_share_it(tmp_path, stora
 
 @pytest.fixture(scope="module")
 def small_search(tmp_path_factory):
-    """A folder with a search.db of two trials, one whole and one that was pruned."""
+    """A folder with a search.db of two trials."""
     folder = tmp_path_factory.mktemp("search")
     config = load_config(search.SearchConfig, [*SMALL, f"--out={folder}", "--device=cpu"])
     study, budget = search.open_study(config), search.meta_model(config).flops_per_token()
@@ -412,7 +417,7 @@ def small_search(tmp_path_factory):
     return folder
 
 
-def report(folder):
+def print_report(folder):
     search.main(["--report", f"--out={folder}"])
 
 
@@ -429,7 +434,7 @@ def test_a_damaged_database_is_one_line(small_search, tmp_path, what):
     else:
         {"folder": os.mkdir, "pipe": os.mkfifo}[what](file)
     with pytest.raises(ConfigError) as error:
-        report(tmp_path)
+        print_report(tmp_path)
     assert "search.db" in str(error.value) and "\n" not in str(error.value)
 
 
@@ -437,8 +442,8 @@ HOSTILE = [None, True, -1, "x", [], [1], {}, {"a": 1}, float("nan"), 1e308, 10**
 
 
 def test_any_value_in_the_database_is_read_or_refused(small_search, capsys):
-    """Each field of the study and of a trial in turn: what passes the check can be shown."""
-    report(small_search)
+    """Each field of the study and of a trial in turn gets hostile values: those that pass the check can be shown."""
+    print_report(small_search)
     assert "| 1 | 1.5000 |" in capsys.readouterr().out
     study = optuna.load_study(study_name="search", storage=f"sqlite:///{small_search}/search.db")
     about, trials = study.user_attrs, study.get_trials()
@@ -470,7 +475,7 @@ def test_a_hostile_value_in_the_database_is_one_line(small_search, tmp_path):
     with pytest.raises(
         ConfigError, match=r"search.db cannot be used, ValueError: model of trial 0 is not what a search"
     ):
-        report(tmp_path)
+        print_report(tmp_path)
     with pytest.raises(
         ConfigError, match=r"search.db cannot be used, ValueError: model of trial 0 is not what a search"
     ):
@@ -490,28 +495,28 @@ def test_a_storage_that_cannot_be_opened_is_not_tried_again(monkeypatch):
     assert len(calls) == 1
 
 
-def test_on_a_cpu_a_search_without_a_config_file_is_small_and_says_how_long(tmp_path, monkeypatch, capsys):
+def test_on_a_cpu_a_search_without_a_config_file_is_small_and_prints_its_duration(tmp_path, monkeypatch, capsys):
     seen = []
     monkeypatch.setattr(search, "search", lambda study, *rest: seen.append(study.user_attrs["settings"]))
     monkeypatch.setattr(search, "prepare_default", lambda folder: None)
     monkeypatch.setattr(search, "TokenData", lambda *args: None)
     search.main([f"--out={tmp_path}", "--device=cpu", "--trials=80", "--max_steps=600"])
     said = capsys.readouterr().out
-    assert seen[0]["d_model"] == 32 and seen[0]["max_steps"] == 600  # what is given wins
+    assert seen[0]["d_model"] == 32 and seen[0]["max_steps"] == 600  # an option on the command line wins
     assert "on a CPU, without a config file: python -m lab.search config/quickstart.py --n_layer=2" in said
     assert re.search(r"\n80 trials of at most [\d.e+]+ FLOPs: about \d+ (s|min|h)", said)
 
 
-def test_what_halving_leaves_is_the_share_of_all_steps_that_is_trained():
-    """Of 9 evaluations all trials do the first, a third two more, a ninth the other six."""
+def test_share_trained_is_the_share_of_steps_that_halving_leaves():
+    """With 9 evaluations, all trials reach the first, a third of them two more, and a ninth the other six."""
     config = load_config(search.SearchConfig, [*SMALL, "--max_steps=900", "--eval_interval=100"])
     assert search.share_trained(config) == pytest.approx((1 + 2 / 3 + 6 / 9) / 9)
     config.prune = 0
     assert search.share_trained(config) == 1
 
 
-def test_what_a_refusal_offers_works(tmp_path):
-    """Another study in the same folder is refused for its trials: only another folder is offered."""
+def test_the_remedies_of_a_refusal_work(tmp_path):
+    """A second study in the same folder is refused, as its trials would mix: the remedy is another folder."""
     first = load_config(search.SearchConfig, [*SMALL, f"--out={tmp_path}/a"])
     search.open_study(first)
     (tmp_path / "a" / "trial_0").mkdir()
@@ -525,8 +530,8 @@ def test_what_a_refusal_offers_works(tmp_path):
     search.open_study(load_config(search.SearchConfig, [*other, f"--out={tmp_path}/c", shared, "--study=other"]))
 
 
-def test_places_of_the_picture():
-    """Trials at one place are one point, mixtures apart; nothing is moved."""
+def test_trials_at_one_place_are_one_point_of_the_picture():
+    """Mixtures are kept apart, and no trial is moved."""
     rows = [dict(omega=0, psi=1, experts=1), dict(omega=0.3, psi=1, experts=1)]
     rows += [dict(omega=0.01, psi=1, experts=experts) for experts in (1, 1, 4)]
     places = search_report.cluster_rows(rows, ("omega", "psi"))
@@ -535,7 +540,7 @@ def test_places_of_the_picture():
     ]  # fmt: skip
 
 
-def test_a_run_that_fails_and_one_that_outlived_its_search(tmp_path):
+def test_a_trial_waits_for_a_run_that_outlived_its_search_and_reports_a_failed_one(tmp_path):
     folder = tmp_path / "trial_0"
     config = load_config(search.SearchConfig, [*SMALL, "--data_dir=nowhere"])
     options = search.train_options(config, {"structure": "dense", "out_dir": str(folder)})
@@ -543,14 +548,16 @@ def test_a_run_that_fails_and_one_that_outlived_its_search(tmp_path):
     held = open(folder / "train.log", "a")
     assert search.lock_file(held)
     run = search.run_training(options, str(folder), None, 3)
-    assert next(run) is None and next(run) is None and (folder / "train.log").read_text() == ""  # waits for the other
+    assert (
+        next(run) is None and next(run) is None and (folder / "train.log").read_text() == ""
+    )  # it waits for the other run
     held.close()
     with pytest.raises(search.TrialFailed, match=r"nowhere.*trial_0/train.log\)"):
         while next(run) is None:
             time.sleep(0.05)
 
 
-def test_killed_in_the_middle_it_goes_on_to_the_end(tiny, tmp_path):
+def test_a_killed_search_resumes_and_finishes(tiny, tmp_path):
     out = tmp_path / "search"
     words = [word for word in tiny if not word.startswith(("--out_dir", "--max_steps", "--eval_interval"))]
     words += [f"--out={out}", "--max_steps=75", "--eval_interval=15", "--trials=2", "--prune=2"]
@@ -566,7 +573,9 @@ def test_killed_in_the_middle_it_goes_on_to_the_end(tiny, tmp_path):
     process.wait()
     before = losses(out / "trial_0", "val_loss")
     log = out / "trial_0" / "log.jsonl"
-    log.write_text('{"step": 8, "val_loss": 9.9}\n' + log.read_text())  # of a run that was stopped there: no evaluation
+    log.write_text(
+        '{"step": 8, "val_loss": 9.9}\n' + log.read_text()
+    )  # a row as a stopped run leaves it: not one of the evaluations
     done = run_forked("lab.search", *words)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("/2 trial") == 2 and "ended early" in done.stdout, done.stdout
@@ -577,7 +586,7 @@ def test_killed_in_the_middle_it_goes_on_to_the_end(tiny, tmp_path):
     rows = json.loads((out / "search.json").read_text())
     assert [row["state"] for row in rows] == ["complete", "pruned"]
     assert rows[0]["losses"] == {str(number): loss for number, loss in enumerate(after.values(), 1)} and len(after) == 5
-    assert not list(out.glob("trial_*/ckpt*"))  # of what has ended
+    assert not list(out.glob("trial_*/ckpt*"))  # trials that have ended keep no checkpoint
     assert all(row["torch"] and row["device"] for row in rows)
     with pytest.raises(ConfigError, match="lr=0.001, but study 'search' in sqlite:///.* has lr=0.005: make it that"):
         search.main([*words, "--lr=1e-3"])
@@ -614,7 +623,7 @@ def test_mistakes_are_one_line(tmp_path, words, message):
     assert "\n" not in str(caught.value) and "secret" not in str(caught.value)
 
 
-def test_another_study_and_folders_of_another(tmp_path):
+def test_folders_of_another_study_and_unknown_studies_are_refused(tmp_path):
     (tmp_path / "trial_0").mkdir()
     with pytest.raises(ConfigError, match="holds trials of another study"):
         search.main([*SMALL, f"--out={tmp_path}"])

@@ -1,4 +1,4 @@
-"""Sweeps: what is left of a list of runs is done, by real runs of a tiny model."""
+"""Tests that a sweep trains the unfinished runs of its list and fits them, with real runs of a tiny model."""
 
 import json
 import os
@@ -23,7 +23,7 @@ from vision.mlp import MLP
 
 SWEEPS = os.path.join(ROOT, "config", "sweeps")
 
-# script: (its options, FLOPs of a forward pass on a token, image or sample)
+# {script: (its options, FLOPs of a forward pass per token, image or sample)}
 RUNS_OF = {
     "train.py": (train.TrainConfig, lambda config: GPT(config).flops_per_token()),
     "vision/train.py": (
@@ -49,7 +49,7 @@ def path(char_data, tmp_path):
     return str(file)
 
 
-def test_names_tell_runs_apart():
+def test_names_of_runs_hold_the_options_that_differ():
     runs = [
         {"structure": "btt", "rank": 1, "lr": 0.1, "overrides": {"ffn": "dense"}},
         {"structure": "btt", "rank": 4, "lr": 0.1},
@@ -59,9 +59,9 @@ def test_names_tell_runs_apart():
     assert sweep.run_names([{"structure": "dense"}]) == ["dense"]
 
 
-def test_runs_then_fit_and_then_nothing_is_left(path, tmp_path, capsys):
+def test_a_sweep_trains_what_is_left_and_fits_and_then_nothing_is_left(path, tmp_path, capsys):
     words = ["lab.sweep", path, f"--out={tmp_path}/runs", "--gpus=0", "--jobs=2"]
-    # one of the three is there already
+    # the first command trains one of the three runs
     done = run_forked(*words, "--only=dense_d_model36")
     assert done.returncode == 0 and "1/1 dense_d_model36" in done.stdout, done.stdout + done.stderr
     assert "2 of the sweep's 3 runs are left: the fit follows when all are finished" in done.stdout
@@ -75,21 +75,21 @@ def test_runs_then_fit_and_then_nothing_is_left(path, tmp_path, capsys):
     assert log.read_bytes() == before
     fit = json.loads((tmp_path / "runs" / "fit" / "fit.json").read_text())
     assert set(fit["groups"]) == {"dense", "btt"} and len(fit["runs"]) == 3
-    assert "seconds" not in fit and "no fit of their seconds" in done.stdout  # they shared the CPU
+    assert "seconds" not in fit and "no fit of their seconds" in done.stdout  # the runs shared the CPU
     sweep.main([*words[1:], "--commands"])
     assert capsys.readouterr().out.strip() == ""
 
 
-def test_a_run_that_fails_is_named_and_the_others_go_on(path, tmp_path):
+def test_a_run_that_fails_is_named_and_the_others_continue(path, tmp_path):
     text = open(path).read().replace('dict(structure="btt", d_model=36), ', "")
-    open(path, "w").write(text.replace("d_model=36", "d_model=37"))  # no multiple of two heads
+    open(path, "w").write(text.replace("d_model=36", "d_model=37"))  # n_head=2 does not divide it
     done = run_forked("lab.sweep", path, f"--out={tmp_path}/runs", "--gpus=0", "--jobs=2")
     assert done.returncode == 1 and "error: 1 of 2 runs failed: dense_d_model37; the same" in done.stderr
     assert "n_head=2 does not divide d_model=37" in (tmp_path / "runs" / "dense_d_model37" / "train.log").read_text()
     assert sweep.is_finished({"out_dir": str(tmp_path / "runs" / "btt_d_model64"), "max_steps": 6})
 
 
-def test_ctrl_c_twice_leaves_nothing_running_and_the_same_command_goes_on(path, tmp_path):
+def test_ctrl_c_twice_leaves_nothing_running_and_the_same_command_resumes(path, tmp_path):
     words = ["lab.sweep", path, f"--out={tmp_path}/runs", "--gpus=0", "--only=dense_d_model36"]
     log = tmp_path / "runs" / "dense_d_model36" / "log.jsonl"
     long = "--common=--max_steps=100000 --eval_interval=50000"
@@ -114,13 +114,13 @@ def test_ctrl_c_twice_leaves_nothing_running_and_the_same_command_goes_on(path, 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP", "SIGKILL"])
 def test_runs_end_with_their_sweep(path, tmp_path, name):
-    """Whatever ends it; a second sweep in the folder is refused before, and starts after."""
+    """For each signal; a second sweep in the folder is refused before it and can start after it."""
     out = tmp_path / "runs"
     words = ["lab.sweep", path, f"--out={out}", "--gpus=0", "--only=btt_d_model36"]
     process = start_script(*words, "--common=--max_steps=100000 --eval_interval=50000")
     lock = out / "btt_d_model36" / "run.lock"
     try:
-        wait_until(lambda: lock.exists() and json.loads(lock.read_text() or "{}").get("run"))  # it trains
+        wait_until(lambda: lock.exists() and json.loads(lock.read_text() or "{}").get("run"))  # the run trains
         run = json.loads(lock.read_text())["pid"]
         assert is_alive(run) and run != process.pid
         with pytest.raises(ConfigError, match=f"runs is in use by process {process.pid} on .*, or give another --out"):
@@ -177,13 +177,13 @@ def test_mistakes_are_one_line(tmp_path, text, message):
 # -- small versions, options for all runs
 
 
-def write(folder, text):
+def write_sweep(folder, text):
     (folder / "some.py").write_text(text)
     return str(folder / "some.py")
 
 
-def test_the_small_version_is_laid_over_the_other(tmp_path):
-    path = write(
+def test_the_small_version_overrides_the_large_one(tmp_path):
+    path = write_sweep(
         tmp_path,
         """
 common = dict(lr=0.1, max_steps=1000)
@@ -200,19 +200,21 @@ small = dict(common=dict(max_steps=10), runs=[dict(d_model=16), dict(d_model=32)
     where = os.path.join("out", "sweeps", "some_small", "d_model16")
     assert small.runs["d_model16"] == {"lr": 0.1, "max_steps": 10, "d_model": 16, "out_dir": where}
     with pytest.raises(ConfigError, match="small defines 'run', which is unknown: it may define runs, common"):
-        sweep.read_sweep(write(tmp_path, "runs = [{}]; small = dict(run=[])"), small=True)
+        sweep.read_sweep(write_sweep(tmp_path, "runs = [{}]; small = dict(run=[])"), small=True)
     with pytest.raises(ConfigError, match="has no small version: leave --small out"):
-        sweep.read_sweep(write(tmp_path, "runs = [{}]"), small=True)
+        sweep.read_sweep(write_sweep(tmp_path, "runs = [{}]"), small=True)
 
 
-def test_options_for_all_runs(tmp_path, capsys):
-    path = write(tmp_path, "common = dict(max_steps=9); runs = [dict(d_model=d) for d in (64, 128)]; small = dict()")
-    leave_behind(tmp_path / "runs" / "d_model64", last=7, max_steps=7, data_dir="data/a b")
+def test_common_sets_options_of_all_runs(tmp_path, capsys):
+    path = write_sweep(
+        tmp_path, "common = dict(max_steps=9); runs = [dict(d_model=d) for d in (64, 128)]; small = dict()"
+    )
+    make_run(tmp_path / "runs" / "d_model64", last=7, max_steps=7, data_dir="data/a b")
     words = [path, "--small", "--commands", f"--out={tmp_path}/runs"]
     sweep.main(words)
-    assert len(capsys.readouterr().out.splitlines()) == 2  # of 9 steps neither is finished
+    assert len(capsys.readouterr().out.splitlines()) == 2  # with 9 steps neither is finished
     sweep.main([*words, "--common=--max_steps=7 --data_dir='data/a b'"])
-    (line,) = capsys.readouterr().out.splitlines()  # of 7 one is
+    (line,) = capsys.readouterr().out.splitlines()  # with 7 steps one is
     assert "--d_model=128" in line and "--max_steps=7" in line and "'--data_dir=data/a b'" in line
     for text, message in (
         ("data/mine", "'data/mine' is not an option, write each as --key=value"),
@@ -224,18 +226,18 @@ def test_options_for_all_runs(tmp_path, capsys):
             sweep.read_sweep(path, common=text)
 
 
-def leave_behind(folder, last, **options):
-    """What a run would: the last row of its log, and its options."""
+def make_run(folder, last, **options):
+    """Write what a run leaves: the last row of its log, and its options."""
     folder.mkdir(parents=True)
     (folder / "log.jsonl").write_text(json.dumps({"step": last}))
     (folder / "config.json").write_text(json.dumps(options))
 
 
-def test_a_run_whose_steps_a_config_file_sets(tmp_path):
-    """Neither the options nor a default say how many there are: the run's own config.json does."""
+def test_a_run_whose_steps_a_config_file_sets_is_known_as_finished(tmp_path):
+    """Neither the options nor a default state its number of steps, but the run's own config.json does."""
     options = {"out_dir": str(tmp_path / "run")}
     assert not sweep.is_finished(options)
-    leave_behind(tmp_path / "run", last=6, max_steps=8)
+    make_run(tmp_path / "run", last=6, max_steps=8)
     assert not sweep.is_finished(options)
     (tmp_path / "run" / "config.json").write_text(json.dumps({"max_steps": 6}))
     assert sweep.is_finished(options) and not sweep.is_finished({**options, "max_steps": 7})
@@ -243,8 +245,8 @@ def test_a_run_whose_steps_a_config_file_sets(tmp_path):
     assert not sweep.is_finished(options)
 
 
-def test_options_of_other_types_than_they_are_written_with(tmp_path, capsys):
-    """A run writes data_dir=2024 as text; a last step that is no number is never reached."""
+def test_options_are_compared_whatever_their_type_in_config_json(tmp_path, capsys):
+    """A run writes data_dir=2024 as text; a max_steps that is no number is never reached."""
     options = {"out_dir": str(tmp_path), "data_dir": 2024, "lr": 1e-3}
     (tmp_path / "log.jsonl").write_text('{"step": 5}\n')
     for text, finished in (
@@ -257,10 +259,12 @@ def test_options_of_other_types_than_they_are_written_with(tmp_path, capsys):
     assert capsys.readouterr().out == ""
 
 
-def test_finished_runs_of_other_options_are_spoken_of(tmp_path, capsys):
-    path = write(tmp_path, "common = dict(data_dir='b', theta=(0.5, 0)); runs = [dict(max_steps=m) for m in (5, 6)]")
+def test_finished_runs_with_other_options_are_noted(tmp_path, capsys):
+    path = write_sweep(
+        tmp_path, "common = dict(data_dir='b', theta=(0.5, 0)); runs = [dict(max_steps=m) for m in (5, 6)]"
+    )
     for steps, data in ((5, "a"), (6, "b")):
-        leave_behind(tmp_path / f"max_steps{steps}", steps, max_steps=steps, data_dir=data, theta=[0.5, 0], out_dir="x")
+        make_run(tmp_path / f"max_steps{steps}", steps, max_steps=steps, data_dir=data, theta=[0.5, 0], out_dir="x")
     sweep.main([path, f"--out={tmp_path}", "--gpus=0"])
     note = (
         "note: 1 of these had other options: max_steps5 data_dir='a', not 'b'; give another --out to train them again"
@@ -268,8 +272,8 @@ def test_finished_runs_of_other_options_are_spoken_of(tmp_path, capsys):
     assert capsys.readouterr().out.splitlines() == ["2 runs, 2 of them finished; 1 at a time", note]
 
 
-def test_gpus_are_those_that_are_named(tmp_path, monkeypatch):
-    """Of a machine with four: each run has one of those that CUDA_VISIBLE_DEVICES leaves."""
+def test_each_run_gets_one_of_the_visible_gpus(tmp_path, monkeypatch):
+    """On a machine with four, CUDA_VISIBLE_DEVICES limits which are used."""
     monkeypatch.setattr(sweep, "all_gpus", lambda: list("0123"))
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     assert (
@@ -302,16 +306,16 @@ fit = "--by=structure --loss=loss --points=final --samples=5"
 """
 
 
-def test_images_from_sweep_to_picture(tmp_path):
-    done = run_forked("lab.sweep", write(tmp_path, IMAGES), f"--out={tmp_path}/runs", "--gpus=0")
+def test_a_sweep_of_image_runs_is_trained_and_fitted(tmp_path):
+    done = run_forked("lab.sweep", write_sweep(tmp_path, IMAGES), f"--out={tmp_path}/runs", "--gpus=0")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "1 runs of 1 groups, training loss (nats per image) at the last validation of each" in done.stdout
     fit = json.loads((tmp_path / "runs" / "fit" / "fit.json").read_text())
-    assert {"flops", "seconds", "parameters"} <= set(fit)  # one run at a time
+    assert {"flops", "seconds", "parameters"} <= set(fit)  # with one run at a time, seconds are fitted
     (run,), rows = fit["runs"], read_rows(tmp_path / "runs" / "dense")
-    assert run["loss"] == rows[-1]["loss"]  # of the logged ones none other is of the last tenth of the steps
+    assert run["loss"] == rows[-1]["loss"]  # the only logged loss in the last tenth of the steps
     assert run["error"] == pytest.approx(1 - rows[-1]["top1"]) and run["val_loss"] == rows[-1]["val_loss"]
-    inputs, d, classes = 64, 16, 10  # one block, with biases and norms
+    inputs, d, classes = 64, 16, 10  # one block; biases and norms count
     assert run["parameters"] == d * (inputs + 8 * d + classes) + (d + 4 * d + d + classes) + 2 * 2 * d
     assert (tmp_path / "runs" / "fit" / "reached.png").read_bytes().startswith(b"\x89PNG")
 
@@ -326,7 +330,7 @@ runs = [dict(seed=seed) for seed in (1, 2)]
 
 
 def test_seeds_of_a_regression_are_one_setting(tmp_path, capsys):
-    done = run_forked("lab.sweep", write(tmp_path, REGRESSION), f"--out={tmp_path}/runs", "--gpus=0", "--jobs=2")
+    done = run_forked("lab.sweep", write_sweep(tmp_path, REGRESSION), f"--out={tmp_path}/runs", "--gpus=0", "--jobs=2")
     assert done.returncode == 0, done.stdout + done.stderr
     runs = [str(tmp_path / "runs" / name) for name in ("seed1", "seed2")]
     scaling_laws.fit_logs([*runs, f"--out={tmp_path}/fit", "--samples=5"])
@@ -344,18 +348,18 @@ def test_seeds_of_a_regression_are_one_setting(tmp_path, capsys):
 @pytest.mark.parametrize("small", [False, True])
 @pytest.mark.parametrize("file", sorted(os.listdir(SWEEPS)))
 def test_sweeps_of_the_project_can_be_run(file, small):
-    """Options exist, config files are there, sizes factor; groups of a small version have FLOPs in common."""
+    """Options and config files exist, sizes have factorisations; the groups of a small version overlap in FLOPs."""
     if not file.endswith(".py") or (
         small and file in ("quickstart.py", "gpt_wide.py", "gpt_rates.py", "mlp_rates.py", "mlp_seeds.py")
     ):
-        pytest.skip("no sweep, or one that is small")
+        pytest.skip("no sweep file, or a sweep without a small version")
     chosen = sweep.read_sweep(os.path.join(SWEEPS, file), small)
     Config, flops_of = RUNS_OF[chosen.script]
     fit = load_config(scaling_laws.FitConfig, shlex.split(chosen.fit or ""))
     paid = {}
     for name in chosen.runs:
         _, _, script, *words = sweep.command_of(chosen, name)  # python -m script
-        config = load_config(Config, words)  # sizes that do not factor are found here
+        config = load_config(Config, words)  # raises an error for sizes without a factorisation
         if small:
             with torch.device("meta"):
                 flops = flops_of(config)
@@ -375,8 +379,8 @@ def test_sweeps_of_the_project_can_be_run(file, small):
         ("next_pixel.py", "vision/config/published_pixels.py"),
     ],
 )  # fmt: skip
-def test_sweeps_with_the_published_settings(file, config, capsys):
-    """The settings reach every run that reads them, in a folder of their own."""
+def test_the_published_settings_reach_every_run_of_a_sweep_that_reads_them(file, config, capsys):
+    """The runs are in a folder of their own."""
     chosen = sweep.read_sweep(os.path.join(SWEEPS, file), config=config)
     Config, _ = RUNS_OF[chosen.script]
     wanted = {key: value for path in config.split() for key, value in read_config_file(path).items()}

@@ -1,4 +1,4 @@
-"""vision/sources.py, images.py, data.py: which images are read, and what becomes of those that are unusual, wrong or broken."""
+"""Tests which images are read and how unusual or broken ones are treated, against arrays they were made from."""
 
 import io
 import os
@@ -30,23 +30,24 @@ OPTIONS = dict(image_size=8, channels=3, n_classes=3, d_model=36, device="cpu")
 
 
 @pytest.fixture(autouse=True)
-def caches(tmp_path_factory, monkeypatch):
-    """What `datasets` makes of parquet files does not stay."""
+def cache_in_temporary_folder(tmp_path_factory, monkeypatch):
+    """Keep the cache of `datasets` in a temporary folder."""
     datasets = pytest.importorskip("datasets")
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path_factory.mktemp("cache")))
 
 
-def encoded(image, format="PNG", **how):
+def encode(image, format="PNG", **how):
+    """The image as the bytes of a file."""
     file = io.BytesIO()
     image.save(file, format, **how)
     return file.getvalue()
 
 
-def write(path, labels, images=None, **how):
-    """A parquet file of tiny images, one a label; an image's first value is its label."""
+def write_parquet(path, labels, images=None, **how):
+    """Write a parquet file of tiny images, one for each label; an image's first value is its label."""
     os.makedirs(os.path.dirname(path), exist_ok=True)
     if images is None:
-        images = [encoded(Image.new("RGB", (8, 8), (max(0, int(label or 0)), 0, 0))) for label in labels]
+        images = [encode(Image.new("RGB", (8, 8), (max(0, int(label or 0)), 0, 0))) for label in labels]
     cells = [image and {"bytes": image, "path": None} for image in images]
     kind = pyarrow.struct([("bytes", pyarrow.binary()), ("path", pyarrow.string())])
     table = pyarrow.table({"img": pyarrow.array(cells, kind), "label": pyarrow.array(labels)})
@@ -54,6 +55,7 @@ def write(path, labels, images=None, **how):
 
 
 def split_labels(folder, dataset, say=lambda text: None):
+    """{split: labels} of the data set that a run would open."""
     splits, _ = open_splits(ImageTrainConfig(**OPTIONS, dataset=dataset, data_dir=str(folder)), say)
     return {name: split.labels.tolist() for name, split in splits.items()}
 
@@ -82,7 +84,7 @@ def test_a_split_is_a_word_between_separators(path, split, owner):
 
 @settings(deadline=None, max_examples=50)
 @given(st.text("abcdefgijkmopqs", min_size=1, max_size=6), st.sampled_from("-_. "), st.sampled_from(["train", "test"]))
-def test_a_split_inside_a_longer_word_is_none(word, separator, split):
+def test_a_split_inside_a_longer_word_is_not_a_split(word, separator, split):
     assert parse_path(f"{word}{separator}{split}.parquet")[0] == split
     assert parse_path(f"{word}{split}{word}.parquet")[0] is None
 
@@ -92,7 +94,7 @@ def test_a_split_inside_a_longer_word_is_none(word, separator, split):
 def test_a_data_set_is_not_mixed_with_one_of_a_longer_name(pair, layout, tmp_path):
     for label, name in enumerate(pair):
         for split, count in (("train", 3), ("test", 2)):
-            write(str(tmp_path / layout.format(name, split)), [label] * count)
+            write_parquet(str(tmp_path / layout.format(name, split)), [label] * count)
     for label, name in enumerate(pair):
         assert split_labels(tmp_path, name) == {"train": [label] * 3, "val": [label] * 2}
     if "{1}/{0}" not in layout:
@@ -103,24 +105,24 @@ def test_a_data_set_is_not_mixed_with_one_of_a_longer_name(pair, layout, tmp_pat
 @pytest.mark.parametrize("dataset", ["x", "other"])
 def test_a_split_of_another_kind_in_the_same_folder_is_not_mixed_in(dataset, tmp_path):
     for label, name in enumerate(("train", "test", "unconstrained-test", "extra-train")):
-        write(str(tmp_path / "x" / f"{name}-00000-of-00001.parquet"), [label] * 2)
+        write_parquet(str(tmp_path / "x" / f"{name}-00000-of-00001.parquet"), [label] * 2)
     assert split_labels(tmp_path, dataset) == {"train": [0, 0], "val": [1, 1]}
 
 
-def test_only_the_first_split_with_labels_is_for_validation(tmp_path):
-    write(str(tmp_path / "train-0.parquet"), [0, 1, 2])
-    write(str(tmp_path / "unconstrained-test.parquet"), [2, 2, 2])
-    write(str(tmp_path / "test-0.parquet"), [1, 1])
+def test_the_first_split_with_labels_is_used_for_validation(tmp_path):
+    write_parquet(str(tmp_path / "train-0.parquet"), [0, 1, 2])
+    write_parquet(str(tmp_path / "unconstrained-test.parquet"), [2, 2, 2])
+    write_parquet(str(tmp_path / "test-0.parquet"), [1, 1])
     said = []
     assert split_labels(tmp_path, "x", said.append) == {"train": [0, 1, 2], "val": [1, 1]}
     assert said[-2].startswith("train: train of") and said[-2].endswith("files: train-0.parquet")
     assert said[-1].startswith("val: test of") and said[-1].endswith("files: test-0.parquet")
-    write(str(tmp_path / "validation-0.parquet"), [0])
+    write_parquet(str(tmp_path / "validation-0.parquet"), [0])
     assert split_labels(tmp_path, "x")["val"] == [0]
-    write(str(tmp_path / "validation-0.parquet"), [-1, -1])
+    write_parquet(str(tmp_path / "validation-0.parquet"), [-1, -1])
     assert split_labels(tmp_path, "x", said.append)["val"] == [1, 1]
     assert any("validation of" in text and "has no labels: test is for validation" in text for text in said)
-    write(str(tmp_path / ".ipynb_checkpoints" / "train-0.parquet"), [2])
+    write_parquet(str(tmp_path / ".ipynb_checkpoints" / "train-0.parquet"), [2])
     assert split_labels(tmp_path, "x")["train"] == [0, 1, 2]
     os.remove(tmp_path / "test-0.parquet")
     os.remove(tmp_path / "unconstrained-test.parquet")
@@ -129,15 +131,15 @@ def test_only_the_first_split_with_labels_is_for_validation(tmp_path):
         check_labels(config, open_splits(config)[0], None)
 
 
-def test_of_the_hubs_splits_one_with_labels_is_for_validation(monkeypatch):
+def test_of_the_hubs_splits_one_with_labels_is_used_for_validation(monkeypatch):
     import datasets
 
-    def made(labels):
+    def make_split(labels):
         features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b"])})
         rows = {"image": [Image.new("RGB", (8, 8)) for _ in labels], "label": labels}
         return datasets.Dataset.from_dict(rows, features)
 
-    found = {"test": made([-1, -1]), "train": made([0, 1, 1]), "validation": made([1, 0])}
+    found = {"test": make_split([-1, -1]), "train": make_split([0, 1, 1]), "validation": make_split([1, 0])}
     monkeypatch.setattr(datasets, "load_dataset", lambda name: found)
     said = []
     for expected in ([1, 0], None):
@@ -146,8 +148,8 @@ def test_of_the_hubs_splits_one_with_labels_is_for_validation(monkeypatch):
         if expected:
             assert splits["val"].labels.tolist() == expected and said[-1] == "val: validation of some/where"
             assert decode(splits["val"].read(1), 3).size == (8, 8) and "some/where" in splits["val"].name(1)
-            found["validation"] = made([-1])
-            found["test"] = made([0, 0, 1])
+            found["validation"] = make_split([-1])
+            found["test"] = make_split([0, 0, 1])
         else:
             assert splits["val"].labels.tolist() == [0, 0, 1] and said[-1] == "val: test of some/where"
 
@@ -155,18 +157,18 @@ def test_of_the_hubs_splits_one_with_labels_is_for_validation(monkeypatch):
 # -- wrong cells and damaged files
 
 
-def held(folder, say=lambda text: None, **more):
+def hold_images(folder, say=lambda text: None, **more):
     config = ImageTrainConfig(**OPTIONS, dataset="x", data_dir=str(folder), **more)
     return Held(config, open_splits(config, say)[0], CPU, say)
 
 
 def test_null_and_wrong_cells_are_left_out_with_file_and_row(tmp_path):
-    good = encoded(Image.new("RGB", (8, 8)))
-    write(str(tmp_path / "train-0.parquet"), [0, 1, None, 2], [good] * 4)
-    write(str(tmp_path / "train-1.parquet"), [1, 2, 0, 1], [good, None, b"torn", good])
-    write(str(tmp_path / "test-0.parquet"), [1.0, None, 1.5, 2.0], [good] * 4)
+    good = encode(Image.new("RGB", (8, 8)))
+    write_parquet(str(tmp_path / "train-0.parquet"), [0, 1, None, 2], [good] * 4)
+    write_parquet(str(tmp_path / "train-1.parquet"), [1, 2, 0, 1], [good, None, b"torn", good])
+    write_parquet(str(tmp_path / "test-0.parquet"), [1.0, None, 1.5, 2.0], [good] * 4)
     said = []
-    data = held(tmp_path, said.append)
+    data = hold_images(tmp_path, said.append)
     assert data.labels.tolist() == [0, 1, 2, 1, 1] and data.val_labels.tolist() == [1, 2]
     text = "\n".join(said)
     assert (
@@ -181,17 +183,17 @@ def test_null_and_wrong_cells_are_left_out_with_file_and_row(tmp_path):
         f"2 broken images left out, the last: {tmp_path}/train-1.parquet, row 2 (not an image of a known format)"
         in text
     )
-    write(str(tmp_path / "test-0.parquet"), [1.5, 0.5])
+    write_parquet(str(tmp_path / "test-0.parquet"), [1.5, 0.5])
     with pytest.raises(ConfigError, match="no whole numbers"):
-        held(tmp_path)
+        hold_images(tmp_path)
 
 
 def test_a_damaged_page_is_one_line_with_file_and_rows(tmp_path):
-    write(str(tmp_path / "test-0.parquet"), [0, 1])
+    write_parquet(str(tmp_path / "test-0.parquet"), [0, 1])
     for k in (0, 1):
         noise = np.random.default_rng(k).integers(0, 256, (30, 40, 40, 3), dtype=np.uint8)
-        images = [encoded(Image.fromarray(array)) for array in noise]
-        write(str(tmp_path / f"train-{k}.parquet"), [0, 1, 2] * 10, images, row_group_size=10)
+        images = [encode(Image.fromarray(array)) for array in noise]
+        write_parquet(str(tmp_path / f"train-{k}.parquet"), [0, 1, 2] * 10, images, row_group_size=10)
     path = tmp_path / "train-1.parquet"
     column = pyarrow.parquet.ParquetFile(path).metadata.row_group(1).column(0)
     raw = bytearray(path.read_bytes())
@@ -199,7 +201,7 @@ def test_a_damaged_page_is_one_line_with_file_and_rows(tmp_path):
     raw[first : first + 40] = b"\xff" * 40
     path.write_bytes(raw)
     with pytest.raises(ConfigError) as caught:
-        held(tmp_path)
+        hold_images(tmp_path)
     message = str(caught.value)
     assert "\n" not in message and f"{path}, rows 10 to 19: " in message, message
 
@@ -224,17 +226,17 @@ def test_a_worker_that_dies_is_one_line(monkeypatch):
     assert "\n" not in str(caught.value)
 
 
-def share_nothing(storage):
-    """torch's own words."""
+def fail_to_share(storage):
+    """Raise the error that torch raises."""
     raise RuntimeError("unable to allocate shared memory(shm) for file </torch_1>: No space left on device (28)")
 
 
 def test_a_full_shared_memory_is_one_line(tmp_path, monkeypatch):
-    """Tensors that a queue's thread cannot share are lost, and everyone waits for them for ever."""
+    """A tensor that the thread of a queue cannot share is lost, and all would wait for it for ever."""
     folder = class_folders(tmp_path)
     config = ImageTrainConfig(**OPTIONS, data_dir=str(folder), stream=True, workers=1)
     data = Streamed(config, open_splits(config)[0], CPU)
-    monkeypatch.setattr(torch.UntypedStorage, "_share_fd_cpu_", share_nothing)
+    monkeypatch.setattr(torch.UntypedStorage, "_share_fd_cpu_", fail_to_share)
     with (
         pytest.raises(ConfigError, match="shared memory is full.*--workers=0") as caught,
         vision.data.workers_watched(),
@@ -242,7 +244,7 @@ def test_a_full_shared_memory_is_one_line(tmp_path, monkeypatch):
         data.draw(0, 2, 0, 2)
     assert "\n" not in str(caught.value)
     data.workers, data.next_step = 0, None
-    assert data.draw(0, 2, 0, 2)[0].shape == (2, 3, 8, 8)  # the remedy
+    assert data.draw(0, 2, 0, 2)[0].shape == (2, 3, 8, 8)  # the remedy works
 
 
 def test_fifos_are_broken_images_and_not_waited_for(tmp_path):
@@ -258,7 +260,7 @@ def test_fifos_are_broken_images_and_not_waited_for(tmp_path):
         write_pixels(PixelsConfig(data_dir=str(tmp_path), out_dir=str(tmp_path / "out")))
 
 
-def test_other_images_are_noticed_by_their_fingerprint(tmp_path):
+def test_changed_images_change_the_fingerprint(tmp_path):
     folder, found = class_folders(tmp_path), set()
     config = ImageTrainConfig(**OPTIONS, data_dir=str(folder))
 
@@ -286,7 +288,7 @@ def class_folders(tmp_path, val="val"):
     return str(tmp_path / "images")
 
 
-def test_folders_of_any_layout_users_have(tmp_path):
+def test_class_folders_may_hold_hidden_nested_and_loose_files(tmp_path):
     folder, dot = class_folders(tmp_path, val="valid"), b"no image"
     os.makedirs(f"{folder}/train/.ipynb_checkpoints")
     os.makedirs(f"{folder}/train/red/.thumbnails")
@@ -304,13 +306,13 @@ def test_folders_of_any_layout_users_have(tmp_path):
     assert classes == ["blue", "green", "red"]
     data = Held(config, splits, CPU, said.append)
     assert data.broken == 0 and data.labels.tolist() == [0, 0, 1, 1, 2, 2, 2, 2]
-    assert data.train[:, 0, 0, 0].tolist() == data.labels.tolist()  # the colour says the class
+    assert data.train[:, 0, 0, 0].tolist() == data.labels.tolist()  # the colour encodes the class
     assert any("in no class folder" in text and text.endswith(": 1") for text in said)
     assert f"val: 6 images in 3 class folders of {folder}/valid" in said
 
 
 @pytest.mark.parametrize("lacking, other", [("train", "val"), ("val", "train")])
-def test_a_class_that_one_split_lacks_is_a_note(lacking, other, tmp_path):
+def test_a_class_that_one_split_lacks_is_noted(lacking, other, tmp_path):
     folder = class_folders(tmp_path)
     os.rename(f"{folder}/{lacking}/green", tmp_path / "green")
     config, said = ImageTrainConfig(**OPTIONS, dataset="x", data_dir=folder), []
@@ -324,22 +326,22 @@ def test_a_class_that_one_split_lacks_is_a_note(lacking, other, tmp_path):
 # -- unusual images
 
 
-def unusual(depth):
-    """Grey values 0, 64 … as a file of so many bits, and as what they are in 8 bits."""
+def encode_at_depth(depth):
+    """Grey values 0, 64, … in a file of this depth, and the same values in 8 bits."""
     want = np.array([[0, 64], [128, 255]], np.uint8)
     share = want / 255
     kinds = {
-        "png16": lambda: encoded(Image.fromarray((share * 65535).round().astype(np.uint16))),
-        "tiff16": lambda: encoded(Image.fromarray((share * 65535).round().astype(np.uint16)), "TIFF"),
+        "png16": lambda: encode(Image.fromarray((share * 65535).round().astype(np.uint16))),
+        "tiff16": lambda: encode(Image.fromarray((share * 65535).round().astype(np.uint16)), "TIFF"),
         "pgm16": lambda: b"P5 2 2 65535\n" + (share * 65535).round().astype(">u2").tobytes(),
-        "tiff32 of 16": lambda: encoded(Image.fromarray((share * 65535).round().astype(np.int32)), "TIFF"),
-        "tiff32": lambda: encoded(Image.fromarray((share * (2**31 - 1)).astype(np.int32)), "TIFF"),
-        "tiff32 of 8": lambda: encoded(Image.fromarray(want.astype(np.int32)), "TIFF"),
-        "float of 1": lambda: encoded(Image.fromarray(share.astype(np.float32)), "TIFF"),
-        "float of 255": lambda: encoded(Image.fromarray(want.astype(np.float32)), "TIFF"),
-        "float of 1e6": lambda: encoded(Image.fromarray((share * 1e6).astype(np.float32)), "TIFF"),
-        "8": lambda: encoded(Image.fromarray(want)),
-        "bits": lambda: encoded(Image.fromarray(want).convert("1", dither=Image.Dither.NONE)),
+        "tiff32 of 16": lambda: encode(Image.fromarray((share * 65535).round().astype(np.int32)), "TIFF"),
+        "tiff32": lambda: encode(Image.fromarray((share * (2**31 - 1)).astype(np.int32)), "TIFF"),
+        "tiff32 of 8": lambda: encode(Image.fromarray(want.astype(np.int32)), "TIFF"),
+        "float of 1": lambda: encode(Image.fromarray(share.astype(np.float32)), "TIFF"),
+        "float of 255": lambda: encode(Image.fromarray(want.astype(np.float32)), "TIFF"),
+        "float of 1e6": lambda: encode(Image.fromarray((share * 1e6).astype(np.float32)), "TIFF"),
+        "8": lambda: encode(Image.fromarray(want)),
+        "bits": lambda: encode(Image.fromarray(want).convert("1", dither=Image.Dither.NONE)),
     }
     return kinds[depth](), want if depth != "bits" else np.where(want > 127, 255, 0)
 
@@ -350,19 +352,19 @@ def unusual(depth):
 )  # fmt: skip
 @pytest.mark.parametrize("channels", [1, 3])
 def test_deep_images_are_scaled_to_8_bits(depth, channels):
-    raw, want = unusual(depth)
+    raw, want = encode_at_depth(depth)
     image = np.asarray(decode(raw, channels)).astype(int)
     for channel in np.atleast_3d(image).transpose(2, 0, 1):
         assert np.abs(channel - want).max() <= 1, channel
 
 
 def test_a_dark_16_bit_image_stays_dark():
-    raw = encoded(Image.fromarray(np.full((4, 4), 1000, np.uint16)))
+    raw = encode(Image.fromarray(np.full((4, 4), 1000, np.uint16)))
     assert np.asarray(decode(raw, 1)).max() == round(1000 / 257)
 
 
-def turned(array, orientation):
-    """The array as a camera of that EXIF orientation stores it, by the standard's table."""
+def turn(array, orientation):
+    """The array as a camera with this EXIF orientation stores it, by the table of the standard."""
     return {
         1: lambda a: a, 2: np.fliplr, 3: lambda a: np.rot90(a, 2), 4: np.flipud, 5: lambda a: a.transpose(1, 0, 2),
         6: lambda a: np.rot90(a, 1), 7: lambda a: np.rot90(a.transpose(1, 0, 2), 2), 8: lambda a: np.rot90(a, -1),
@@ -371,13 +373,13 @@ def turned(array, orientation):
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("format", ["JPEG", "PNG", "TIFF", "WEBP"])
-def test_images_are_upright(format, orientation):
+def test_images_are_turned_upright(format, orientation):
     quarters = np.zeros((64, 96, 3), np.uint8)  # black, red; green, white
     quarters[:32, 48:], quarters[32:, :48], quarters[32:, 48:] = (255, 0, 0), (0, 255, 0), 255
     exif = Image.Exif()
     exif[0x0112] = orientation
     how = {"quality": 95} if format in ("JPEG", "WEBP") else {}
-    raw = encoded(Image.fromarray(np.ascontiguousarray(turned(quarters, orientation))), format, exif=exif, **how)
+    raw = encode(Image.fromarray(np.ascontiguousarray(turn(quarters, orientation))), format, exif=exif, **how)
     image = decode(raw, 3)
     assert image.size == (96, 64)
     split = Split(np.array([0]), lambda i: raw, str)
@@ -392,13 +394,13 @@ def test_images_are_upright(format, orientation):
         assert np.abs(np.subtract(got, want)).max() < 30, got
 
 
-def test_broken_exif_is_no_broken_image(recwarn):
-    raw = encoded(Image.new("RGB", (8, 8), (9, 9, 9)), "JPEG", exif=b"Exif\0\0II*\0\xff\xff\xff\xff torn")
+def test_broken_exif_does_not_break_an_image(recwarn):
+    raw = encode(Image.new("RGB", (8, 8), (9, 9, 9)), "JPEG", exif=b"Exif\0\0II*\0\xff\xff\xff\xff torn")
     assert decode(raw, 3).size == (8, 8) and not recwarn.list
 
 
-def bomb(width, height):
-    """A PNG of a kilobyte or less that says it has so many pixels, with no data."""
+def make_bomb(width, height):
+    """A PNG of at most a kilobyte that claims this size and holds no pixels."""
 
     def chunk(kind, data):
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
@@ -416,7 +418,7 @@ def test_a_thin_image_takes_no_more_memory_than_its_pixels(size, monkeypatch):
         return real(image, size, *how, **more)
 
     monkeypatch.setattr(Image.Image, "resize", resize)
-    split = Split(np.array([0]), lambda i: encoded(Image.new("L", size, 7)), str)
+    split = Split(np.array([0]), lambda i: encode(Image.new("L", size, 7)), str)
     seen, pixels = Decoded(ImageTrainConfig(**{**OPTIONS, "image_size": 224}, stream=False), split)[0]
     assert seen == size and (pixels == 7).all() and largest[0] <= 224**2
     for training in (False, True):
@@ -426,9 +428,9 @@ def test_a_thin_image_takes_no_more_memory_than_its_pixels(size, monkeypatch):
     assert largest[0] <= 224**2
 
 
-@pytest.mark.parametrize("size", [(10_000, 10_000), (20_000, 20_000)])  # PIL warns of one, refuses the other
-def test_too_many_pixels_are_a_broken_image(size, recwarn):
-    split = Split(np.array([0]), lambda i: bomb(*size), lambda i: "bomb.png")
+@pytest.mark.parametrize("size", [(10_000, 10_000), (20_000, 20_000)])  # PIL warns of the first and refuses the second
+def test_an_image_of_too_many_pixels_counts_as_broken(size, recwarn):
+    split = Split(np.array([0]), lambda i: make_bomb(*size), lambda i: "bomb.png")
     size, reason = Decoded(ImageTrainConfig(**OPTIONS), split)[0]
     assert size is None and "decompression bomb" in reason
     _, label, _, broken = Images(ImageTrainConfig(**OPTIONS, stream=True), split, False)[0, 0]
@@ -438,7 +440,7 @@ def test_too_many_pixels_are_a_broken_image(size, recwarn):
 
 @settings(deadline=None, max_examples=40)
 @given(st.integers(1, 60), st.integers(1, 60), st.integers(1, 20))
-def test_a_square_is_the_centre(width, height, size):
+def test_to_square_takes_the_centre(width, height, size):
     array = np.arange(width)[None] * 4 + np.zeros((height, 1))
     image = to_square(Image.fromarray(array.astype(np.uint8)), size, Image.Resampling.BOX)
     side = min(width, height)
@@ -448,25 +450,25 @@ def test_a_square_is_the_centre(width, height, size):
         assert np.asarray(image).mean() == pytest.approx(array[0, left : left + side].mean(), abs=1)
 
 
-# -- what is kept of them
+# -- statistics and pixel files
 
 
-def test_mean_and_std_are_plain_and_those_of_all_pixels():
+def test_mean_and_std_are_plain_numbers_over_all_pixels():
     images = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (5000, 3, 4, 4), dtype=np.uint8))
     mean, std = vision.data.mean_and_std(images)
     of_channel = images.double().transpose(0, 1).flatten(1) / 255
     assert mean == pytest.approx(of_channel.mean(1).tolist(), rel=1e-12)
     assert std == pytest.approx(of_channel.std(1).tolist(), rel=1e-12)
     order = torch.randperm(5000)
-    assert vision.data.mean_and_std(images[order]) == (mean, std)  # to the last bit: a resumed run compares them
+    assert vision.data.mean_and_std(images[order]) == (mean, std)  # bit for bit, since a resumed run compares them
     assert all(type(value) is float for value in mean + std)
 
 
 def test_two_writers_of_pixels_do_not_collide(tmp_path):
-    """Another process's unfinished files lie in the folder, and one is written in the middle of this one's writing."""
+    """A second writer starts and finishes in the same folder while the first is writing."""
     folder, out = tmp_path / "data", tmp_path / "out"
-    write(str(folder / "train-0.parquet"), [0, 1, 2])
-    write(str(folder / "test-0.parquet"), [1, 2])
+    write_parquet(str(folder / "train-0.parquet"), [0, 1, 2])
+    write_parquet(str(folder / "test-0.parquet"), [1, 2])
     config = partial(PixelsConfig, dataset="x", data_dir=str(folder), image_size=2)
     real, meta = vision.data.to_square, []
 
@@ -484,7 +486,7 @@ def test_two_writers_of_pixels_do_not_collide(tmp_path):
     assert rows[:, 1].tolist() == [0, 1, 2]
 
 
-def npz(path, images):
+def write_npz(path, images):
     np.savez(path, X=np.asarray(images, np.uint8), Y=np.arange(len(images)))
     return path
 
@@ -492,9 +494,9 @@ def npz(path, images):
 def test_images_of_npz_files_are_read_one_by_one(tmp_path):
     images = np.random.default_rng(0).integers(256, size=(5, 4, 6, 3))
     np.savez_compressed(tmp_path / "a.npz", X=images.astype(np.uint8))
-    for path in (tmp_path / "a.npz", npz(tmp_path / "b.npz", images)):
+    for path in (tmp_path / "a.npz", write_npz(tmp_path / "b.npz", images)):
         assert np.array_equal([np.asarray(image) for image in npz_images(str(path))], images)
-    npz(tmp_path / "large.npz", np.zeros((2000, 32, 32, 3)))  # 6 MB
+    write_npz(tmp_path / "large.npz", np.zeros((2000, 32, 32, 3)))  # 6 MB
     tracemalloc.start()
     assert sum(1 for _ in npz_images(str(tmp_path / "large.npz"))) == 2000
     _, peak = tracemalloc.get_traced_memory()
@@ -503,7 +505,7 @@ def test_images_of_npz_files_are_read_one_by_one(tmp_path):
 
 
 def test_npz_files_damaged_anywhere_are_one_line(tmp_path):
-    random, path = np.random.default_rng(0), npz(tmp_path / "a.npz", np.zeros((20, 4, 4, 3)))
+    random, path = np.random.default_rng(0), write_npz(tmp_path / "a.npz", np.zeros((20, 4, 4, 3)))
     whole, failures = path.read_bytes(), 0
     for _ in range(200):
         spoilt = bytearray(whole)
@@ -518,9 +520,9 @@ def test_npz_files_damaged_anywhere_are_one_line(tmp_path):
     assert failures > 50
 
 
-def test_a_disk_that_is_full_or_cannot_be_written_is_one_line(tmp_path):
+def test_a_full_disk_and_an_unwritable_folder_are_one_line(tmp_path):
     for name in ("a", "b"):
-        npz(tmp_path / f"{name}.npz", np.zeros((200, 8, 8, 3)))
+        write_npz(tmp_path / f"{name}.npz", np.zeros((200, 8, 8, 3)))
     options = dict(data_dir=str(tmp_path), image_size=8)
     with small_disk(10_000), pytest.raises(ConfigError, match="out cannot be written .File too large.*make room"):
         write_pixels(PixelsConfig(**options, out_dir=str(tmp_path / "out")))
@@ -544,18 +546,12 @@ def test_a_broken_npz_is_one_line(tmp_path):
     assert os.listdir(tmp_path / "out") == []
 
 
-def test_whole_numbers_beyond_16_bits_are_not_black():
+def test_integers_beyond_16_bits_are_scaled():
     image = Image.fromarray(np.array([[0, 35_000], [70_000, 70_000]], np.int32))
-    assert np.asarray(decode(png_or_tiff(image), 1)).tolist() == [[0, 128], [255, 255]]
+    assert np.asarray(decode(encode(image, "TIFF"), 1)).tolist() == [[0, 128], [255, 255]]
 
 
-def png_or_tiff(image):
-    file = io.BytesIO()
-    image.save(file, format="TIFF")
-    return file.getvalue()
-
-
-def test_of_several_data_sets_one_that_is_whole_is_offered(tmp_path):
+def test_of_several_data_sets_one_with_all_splits_is_offered(tmp_path):
     for folder, splits in (("a_noisy", ("train",)), ("plain", ("train", "test"))):
         (tmp_path / folder).mkdir()
         for split in splits:
