@@ -281,14 +281,15 @@ def names_defined(file):
 # What shows each item of "What can go wrong", by its heading: faults of tests/faults.py, and tests.
 SHOWN_BY = {
     "Kills": "kills kills_fsdp rank_killed_writing ckpt_bit ckpt_key ckpt_chunk ckpt_nan test_a_save_killed_at_any_stage_leaves_a_whole_checkpoint",
-    "Signals": "test_each_of_three_signals_asks_a_run_to_stop hangup interrupted_twice launcher_killed asked_to_save asked_to_save_ddp"
+    "Signals": "test_sigterm_and_sigint_save_and_end_the_run_cleanly hangup interrupted_twice launcher_killed asked_to_save asked_to_save_ddp"
     " test_a_run_under_nohup_outlives_its_terminal",
     "Two runs in one folder": "together SIGKILL test_a_run_in_the_folder_of_a_living_one_is_refused"
     " test_a_file_system_without_locks_is_noted folder_above test_only_a_runs_own_files_are_set_aside",
     "Hangs and restarts": "restarted_early hang hang_alone hang_writing test_a_debugger_may_wait_for_its_user",
     "Mistakes": "ranks_differ test_other_data_on_one_rank_ends_all test_every_option_and_the_code_are_compared nodes_apart",
     "Numbers": "nan val_nan all_nan test_a_signal_does_not_make_a_run_save_non_finite_weights",
-    "Files": "read_errors read_error test_a_failed_read_is_retried_and_not_taken_for_damage data_cut data_cut_ddp data_replaced"
+    "Files": "read_errors read_error test_a_failed_read_is_retried_and_not_taken_for_damage"
+    " data_cut data_cut_ddp data_replaced"
     " stdout_full stdout_unread stdout_ascii test_a_run_without_stdout_trains_to_its_end ckpt_evil ckpt_evil_fsdp"
     " test_code_in_a_file_is_not_run test_code_in_a_directory_is_not_run",
     "Hostile values": "test_cases_that_failed_once test_programs_in_the_place_of_config_and_sweep_files"
