@@ -280,8 +280,10 @@ def names_defined(file):
 
 # What shows each item of "What can go wrong", by its heading: faults of tests/faults.py, and tests.
 SHOWN_BY = {
-    "Kills": "kills kills_fsdp rank_killed_writing ckpt_bit ckpt_key ckpt_chunk ckpt_nan test_a_save_killed_at_any_stage_leaves_a_whole_checkpoint",
-    "Signals": "test_sigterm_and_sigint_save_and_end_the_run_cleanly hangup interrupted_twice launcher_killed asked_to_save asked_to_save_ddp"
+    "Kills": "kills kills_fsdp rank_killed_writing ckpt_bit ckpt_key ckpt_chunk ckpt_nan"
+    " test_a_save_killed_at_any_stage_leaves_a_whole_checkpoint",
+    "Signals": "test_sigterm_and_sigint_save_and_end_the_run_cleanly hangup interrupted_twice launcher_killed asked_to_save"
+    " asked_to_save_ddp"
     " test_a_run_under_nohup_outlives_its_terminal",
     "Two runs in one folder": "together SIGKILL test_a_run_in_the_folder_of_a_living_one_is_refused"
     " test_a_file_system_without_locks_is_noted folder_above test_only_a_runs_own_files_are_set_aside",
