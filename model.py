@@ -23,8 +23,8 @@ from kernels.loss import linear_cross_entropy
 from moe import (
     DenseMixture,
     MixtureOfFFNs,
-    Mixtures,
     Router,
+    Routers,
     checkpoint_routed,
     make_mixture,
     mix_together,
@@ -156,8 +156,8 @@ def run_block(block, x, config, *cache):
 
 
 def add_auxiliary_loss(model, loss):
-    """The loss of a batch plus, when a model with mixtures trains, the auxiliary loss of its routers (moe.Mixtures)."""
-    return model.mixtures.add_loss(loss) if model.mixtures is not None and model.training else loss
+    """The loss of a batch plus, when a model with mixtures trains, the auxiliary loss of its routers (moe.Routers)."""
+    return model.routers.add_loss(loss) if model.routers is not None and model.training else loss
 
 
 class GPT(nn.Module):
@@ -167,7 +167,7 @@ class GPT(nn.Module):
     targets  (B, T) int64, -1 where no loss is wanted
     logits   (B, T, vocab_size) in the compute dtype; None if the loss was computed in chunks (fused_loss)
     loss     mean cross-entropy in nats, float32, or None without targets. In training, mixtures add their auxiliary
-             loss; `mixtures.cross_entropy` is the loss without it
+             loss; `routers.cross_entropy` is the loss without it
     """
 
     def __init__(self, config):
@@ -185,7 +185,7 @@ class GPT(nn.Module):
         else:
             for embedding in (self.token_embedding, self.position_embedding):
                 nn.init.normal_(embedding.weight, std=config.embedding_std)
-        self.mixtures = Mixtures.of(self) if config.moe != "none" else None  # reads the routers
+        self.routers = Routers.of(self) if config.moe != "none" else None  # reads the routers
 
     def _init_as_gpt2(self):
         """std 0.02, smaller at the end of residual branches, and the head tied to the embedding (GPT-2 report, section 2.3).

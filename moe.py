@@ -50,9 +50,9 @@ class Router(nn.Module):
     With zero_init the matrix starts at zero, as published, and all tokens first pick experts 0 … k - 1.
 
     `bias` (E,) is added to the logits when experts are picked, but not in the gates. It has no gradient:
-    Mixtures.balance changes it after every update.
+    Routers.balance changes it after every update.
 
-    In training `routing` holds the result for the last batch until Mixtures reads it: index, gate (without gradient)
+    In training `routing` holds the result for the last batch until Routers reads it: index, gate (without gradient)
     and logits (n, E).
     """
 
@@ -104,7 +104,7 @@ class Router(nn.Module):
         return index, logits.gather(1, index).softmax(dim=1), logits
 
     def keep(self, index, gate, logits):
-        """In training, keep the result for Mixtures."""
+        """In training, keep the result for Routers."""
         if self.training:
             self.routing = index, gate.detach(), logits
 
@@ -120,8 +120,8 @@ def pick(logits, k):
     return turn.gather(1, logits.gather(1, turn).topk(k).indices)
 
 
-class Mixtures:
-    """The routers of a model, read together: GPT(config).mixtures, which is None for a model without mixtures.
+class Routers:
+    """The routers of a model, read together: GPT(config).routers, which is None for a model without mixtures.
 
     A report describes one router and one batch in (4 + 2 E,) float32 numbers: 1; the auxiliary loss; entropy of a token's
     gates; standard deviation of the logits; E shares of the rows; E mean gates. Sums over batches and processes, divided
@@ -136,22 +136,22 @@ class Mixtures:
 
     @classmethod
     def of(cls, model):
-        """The model's Mixtures, or None if it has no routers."""
+        """The model's Routers, or None if it has no routers."""
         named = {name.removesuffix(".router"): m for name, m in model.named_modules() if isinstance(m, Router)}
         return cls(named) if named else None
 
     def __init__(self, named_routers):
-        self.names, self.routers = list(named_routers), list(named_routers.values())
+        self.names, self.all = list(named_routers), list(named_routers.values())
         self.reports = self.cross_entropy = None
 
     def no_reports(self, device):
         """Zeros to sum reports in."""
-        return torch.zeros(len(self.routers), self.LOADS + 2 * self.routers[0].out_features, device=device)
+        return torch.zeros(len(self.all), self.LOADS + 2 * self.all[0].out_features, device=device)
 
     def add_loss(self, loss):
         """The loss of a batch in training plus the auxiliary loss of its routers. None stays None."""
-        routings = [router.routing for router in self.routers]
-        for router in self.routers:
+        routings = [router.routing for router in self.all]
+        for router in self.all:
             router.routing = None  # it holds the autograd graph of the batch
         if loss is None:
             return None
@@ -173,7 +173,7 @@ class Mixtures:
         means = reports / reports[:, :1]
         load = means[:, self.LOADS :].chunk(2, dim=1)[0]
         steps = rate * means[:, self.SPREAD, None] * (1 - load.shape[1] * load).clamp(-1, 1)
-        for router, step in zip(self.routers, steps):
+        for router, step in zip(self.all, steps):
             router.bias += step
 
     def figures(self, reports):
@@ -219,7 +219,7 @@ def router_reports(routings):
 
 def auxiliary_loss(reports):
     """The term that the routers add to the cross-entropy. reports (R, 4 + 2 E) of one batch."""
-    return AUXILIARY * reports[:, Mixtures.AUX].mean()
+    return AUXILIARY * reports[:, Routers.AUX].mean()
 
 
 def set_top_k(model, top_k, option="top_k"):

@@ -108,9 +108,9 @@ class Trainer:
         self.optimizers = self.task.make_optimizers(self.model)
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
         self.autocast = torch.autocast(device.type, self.dtype, enabled=self.dtype != torch.float32)
-        self.mixtures = self.model.mixtures
-        if self.mixtures is not None:  # sums of the routers' reports: since the last log of them, and of one update
-            self.reports, self.update_reports = self.mixtures.no_reports(device), self.mixtures.no_reports(device)
+        self.routers = self.model.routers
+        if self.routers is not None:  # sums of the routers' reports: since the last log of them, and of one update
+            self.reports, self.update_reports = self.routers.no_reports(device), self.routers.no_reports(device)
         if as_graph and self.world == 1:
             self.update = Graphed(self.update)
         elif as_graph:  # exchanges stay outside: NCCL cannot shut down while a graph contains one
@@ -209,7 +209,7 @@ class Trainer:
         losses = self.run_passes(*batch)
         if self.flat_gradients is not None:
             self.flat_gradients.exchange()
-        if self.mixtures is not None and self.world > 1:
+        if self.routers is not None and self.world > 1:
             dist.all_reduce(self.update_reports)
         return torch.cat((losses, self.step_optimizers()))
 
@@ -221,7 +221,7 @@ class Trainer:
         with torch.no_grad():
             x, y = self.task.prepare(*batch)  # (micro_steps, micro_batch, …)
         total, total_aux = torch.zeros((), device=self.device), torch.zeros((), device=self.device)
-        if self.mixtures is not None:
+        if self.routers is not None:
             self.update_reports.zero_()
         for i in range(len(x)):
             loss, aux = self.micro_step(i, x[i], y[i], len(x))
@@ -243,10 +243,10 @@ class Trainer:
                 _, loss = self.parallel_model(x, y)
             self.watchdog.beat()
             self.scaler.scale(loss / micro_steps).backward()
-        if self.mixtures is None:
+        if self.routers is None:
             return loss.detach(), None
-        self.update_reports.add_(self.mixtures.reports)
-        return self.mixtures.cross_entropy, auxiliary_loss(self.mixtures.reports)
+        self.update_reports.add_(self.routers.reports)
+        return self.routers.cross_entropy, auxiliary_loss(self.routers.reports)
 
     def step_optimizers(self):
         """Clip the gradients of all processes, step, balance the routers -> (1,) float32: the norm before clipping."""
@@ -257,8 +257,8 @@ class Trainer:
         self.scaler.step(self.optimizers)
         self.scaler.update()
         self.optimizers.zero_grad(set_to_none=True)
-        if self.mixtures is not None:
-            self.mixtures.balance(self.update_reports, self.config.router_balance)
+        if self.routers is not None:
+            self.routers.balance(self.update_reports, self.config.router_balance)
             self.reports.add_(self.update_reports)
         return norm.view(1)
 
@@ -291,8 +291,8 @@ class Trainer:
             raise not_finite(config, f"step {row['step']}: val_loss {row['val_loss']}")
         if config.eval_top_k:
             set_top_k(self.model, config.top_k)
-        if self.mixtures is not None and "loss" in row:
-            row["moe"] = self.mixtures.figures(self.reports)
+        if self.routers is not None and "loss" in row:
+            row["moe"] = self.routers.figures(self.reports)
             self.reports.zero_()
         best = row["val_loss"] < state["best_val_loss"]
         state["best_val_loss"] = min(state["best_val_loss"], row["val_loss"])

@@ -3,7 +3,7 @@
 Each row of log.jsonl is an object with the keys step (updates done), tokens (or images, samples), flops, seconds (of
 training: the clock stops for evaluations and checkpoints), loss, val_loss, lr, grad_norm, tokens_per_second and mfu;
 a key without a figure is left out. Mixtures add aux_loss, which loss does not include, and at each evaluation
-moe: the figures of each router (moe.Mixtures.figures), averaged since the evaluation before.
+moe: the figures of each router (moe.Routers.figures), averaged since the evaluation before.
 """
 
 import errno

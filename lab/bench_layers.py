@@ -21,7 +21,7 @@ from engine.device import choose_device, choose_dtype, device_name, write_rows
 from engine.runlog import duration, is_number, lines_of, save_figure, whole_file, writing
 from kernels import btt as btt_kernels
 from lab.bench_options import LayersConfig, MixturesConfig
-from moe import Mixture, Mixtures, make_mixture
+from moe import Mixture, Routers, make_mixture
 from theta import BTT, factor_sizes
 
 LAYERS = {  # by device
@@ -317,12 +317,12 @@ def time_mixture(text, config, device, dtype):
     for method, layer in methods.items():
         torch._dynamo.reset()
 
-        mixtures = Mixtures.of(layer)
+        routers = Routers.of(layer)
 
-        def forward(x, layer=layer, mixtures=mixtures):
+        def forward(x, layer=layer, routers=routers):
             with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
                 y = layer(x)
-            return (y,) if mixtures is None else (y, mixtures.add_loss(torch.zeros((), device=x.device)))
+            return (y,) if routers is None else (y, routers.add_loss(torch.zeros((), device=x.device)))
 
         compiling = device.type == "cuda" if config.compile is None else config.compile
         if compiling:

@@ -205,11 +205,11 @@ def test_routers_that_start_at_zero_send_all_tokens_to_the_first_experts(kind):
     model = GPT(GPTConfig(**SMALL, **kind, num_experts=8, top_k=2, router_init="zero"))
     idx = torch.randint(96, (4, 32))
     model(idx, idx)
-    loads = [report[4:12].tolist() for report in model.mixtures.reports]
-    assert loads == [[0.5, 0.5, 0, 0, 0, 0, 0, 0]] * len(model.mixtures.names)
+    loads = [report[4:12].tolist() for report in model.routers.reports]
+    assert loads == [[0.5, 0.5, 0, 0, 0, 0, 0, 0]] * len(model.routers.names)
     (row,) = {line.split()[-1] for line in runlog.model_table(model, lr_multipliers(model), 1e-3) if "router" in line}
     assert row == "0"
-    for router in model.mixtures.routers:  # once logits differ, the larger ones are picked
+    for router in model.routers.all:  # once logits differ, the larger ones are picked
         torch.nn.init.normal_(router.weight)
         index, _, logits = router.route(torch.randn(64, router.in_features))
         assert torch.equal(index, logits.topk(2).indices)
@@ -220,13 +220,13 @@ def test_biases_move_by_their_rate(rate):
     """The reference is computed by hand: 3 experts with loads 1/2, 1/2 and 0, and logits of standard deviation 2."""
     router = Router(4, 3, 1)
     report = torch.tensor([[1.0, 0, 0, 2, 1 / 2, 1 / 2, 0, 0, 0, 0]])
-    moe.Mixtures({"a": router}).balance(10 * report, rate)
+    moe.Routers({"a": router}).balance(10 * report, rate)
     torch.testing.assert_close(router.bias, torch.tensor([-0.5, -0.5, 1.0]) * 2 * rate)
 
 
 def test_a_run_balances_its_routers_at_the_rate_of_its_option(monkeypatch):
     rates = []
-    monkeypatch.setattr(moe.Mixtures, "balance", lambda self, reports, rate: rates.append(rate))
+    monkeypatch.setattr(moe.Routers, "balance", lambda self, reports, rate: rates.append(rate))
     config = TrainConfig(
         **SMALL, moe="linear", router_balance=0.25, micro_batch=2, batch_tokens=64, device="cpu", compile=False
     )
@@ -293,7 +293,7 @@ def test_reports_equal_values_computed_by_hand():
     entropy = -(g * g.log()).sum().item() / 2
     assert row.tolist() == pytest.approx([1, balance + 0.1 * z, entropy, row[3].item(), *load, *mean_gate])
     assert moe.auxiliary_loss(torch.stack((row, 3 * row))).item() == pytest.approx(0.01 * 2 * (balance + 0.1 * z))
-    figures = moe.Mixtures({"a": Router(1, 3, 2)}).figures(5 * row[None])["a"]
+    figures = moe.Routers({"a": Router(1, 3, 2)}).figures(5 * row[None])["a"]
     assert figures["load"] == load and figures["token_entropy"] == pytest.approx(entropy, abs=1e-4)
     assert figures["mean_entropy"] == pytest.approx(-sum(v * math.log(v) for v in mean_gate), abs=1e-4)
 
@@ -306,13 +306,13 @@ def test_the_loss_includes_the_auxiliary_loss_in_training_only():
         torch.testing.assert_close(want, F.cross_entropy(logits.flatten(0, 1), idx[1].flatten()))
         model.train()
         _, loss = model(*idx)
-        mixtures, reports = model.mixtures, model.mixtures.reports
-        assert len(reports) == len(mixtures.names)
-        torch.testing.assert_close(mixtures.cross_entropy, want)
-        torch.testing.assert_close(loss, want + 0.01 * reports[:, mixtures.AUX].mean())
-        of_all = reports[:, mixtures.LOADS :].sum(dim=1)
+        routers, reports = model.routers, model.routers.reports
+        assert len(reports) == len(routers.names)
+        torch.testing.assert_close(routers.cross_entropy, want)
+        torch.testing.assert_close(loss, want + 0.01 * reports[:, routers.AUX].mean())
+        of_all = reports[:, routers.LOADS :].sum(dim=1)
         torch.testing.assert_close(of_all, torch.full((len(reports),), 2.0))  # no token is dropped
-        assert all(router.routing is None for router in mixtures.routers)  # nothing keeps the batch's graph alive
+        assert all(router.routing is None for router in routers.all)  # nothing keeps the batch's graph alive
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -320,11 +320,11 @@ def test_reports_are_in_the_order_of_the_names(name):
     """Each router in turn sends all tokens to its last experts: the one row that shows it must be the router's."""
     model = make_random_model(name).train()
     idx = torch.randint(96, (2, 32))
-    for at, layer in enumerate(model.mixtures.names):
+    for at, layer in enumerate(model.routers.names):
         router = model.get_submodule(f"{layer}.router")
         router.bias[-router.top_k :] = 1e6
         model(idx, idx)
-        loads = model.mixtures.reports[:, model.mixtures.LOADS :].chunk(2, dim=1)[0]
+        loads = model.routers.reports[:, model.routers.LOADS :].chunk(2, dim=1)[0]
         assert loads[at, -router.top_k :].sum() == pytest.approx(1)
         assert [i for i, load in enumerate(loads) if load[-router.top_k :].sum() > 0.99] == [at]
         router.bias.zero_()
@@ -333,7 +333,7 @@ def test_reports_are_in_the_order_of_the_names(name):
 def test_q_k_and_v_may_share_a_router():
     model = make_random_model("shared router")
     names = [f"blocks.{i}.{layer}" for i in (0, 1) for layer in ("attn", "attn.proj", "ffn.up", "ffn.down")]
-    assert model.mixtures.names == names
+    assert model.routers.names == names
     attn, x = model.blocks[0].attn, torch.randn(1, 6, 36)
     index, gate = attn.router(x[0])
     got = moe.mix_together(attn.router, (attn.q, attn.k, attn.v), x)
@@ -389,7 +389,7 @@ def test_cached_logits_equal_recomputed_ones_and_generation_runs_past_the_block(
 def test_every_parameter_gets_a_gradient_and_idle_experts_get_zeros():
     for name in MODELS:
         model = make_random_model(name).train()
-        for layer in model.mixtures.names:
+        for layer in model.routers.names:
             model.get_submodule(f"{layer}.router").bias[0] = -1e6
         idx = torch.randint(96, (2, 32))
         model(idx, idx)[1].backward()
@@ -410,7 +410,7 @@ def test_activation_checkpointing_changes_no_gradient_and_keeps_no_graph(compile
     idx = torch.randint(96, (2, 4, 32))
     for m in (model, other):
         m(*idx)[1].backward()
-    assert all(router.routing is None for router in other.mixtures.routers)
+    assert all(router.routing is None for router in other.routers.all)
     for (name, a), b in zip(model.named_parameters(), other.parameters()):
         torch.testing.assert_close(a.grad, b.grad, msg=name)
 
@@ -475,22 +475,22 @@ def test_no_expert_starves_on_real_text(kind, real_text):
     torch.manual_seed(0)
     model = GPT(GPTConfig(block_size=64, vocab_size=96, n_layer=1, n_head=2, d_model=64, **kind))
     optimizer = make_optimizers(model, RunConfig(lr=4e-3, weight_decay=0.0))
-    seen = model.mixtures.no_reports("cpu")
+    seen = model.routers.no_reports("cpu")
     first = last = None
     for step in range(150):
         optimizer.set_lr(4e-3 * min(1, (step + 1) / 30))
         starts = torch.randint(len(real_text) - 65, (8,), generator=torch.Generator().manual_seed(step))
         rows = torch.stack([real_text[start : start + 65] for start in starts])
         model(rows[:, :-1], rows[:, 1:])[1].backward()
-        last = model.mixtures.cross_entropy
+        last = model.routers.cross_entropy
         first = last.item() if first is None else first
         optimizer.step()
         optimizer.zero_grad()
-        model.mixtures.balance(model.mixtures.reports, rate=0.1)
+        model.routers.balance(model.routers.reports, rate=0.1)
         if step >= 100:
-            seen += model.mixtures.reports
+            seen += model.routers.reports
     assert last.item() < 0.7 * first
-    for name, layer in model.mixtures.figures(seen).items():
+    for name, layer in model.routers.figures(seen).items():
         assert min(layer["load"]) > 0.2 / 8, (name, layer)
 
 
@@ -641,7 +641,7 @@ def test_options_that_do_not_fit_a_run_are_refused(run, tmp_path):
         train.main([*arguments, "--resume", "--top_k=1"])
     with pytest.raises(ConfigError, match=f"source={folder} has moe='linear'"):
         convert.main([f"--source={folder}", f"--out_dir={tmp_path}/converted"])
-    with pytest.raises(ConfigError, match="moe='ffn': a matrix has no experts"):
+    with pytest.raises(ConfigError, match="moe='ffn': a matrix cannot be converted to experts"):
         convert.main(["--source=gpt2", f"--out_dir={tmp_path}/converted", "--moe=ffn"])
 
 

@@ -16,7 +16,7 @@ from torch import nn
 
 from kernels.common import gelu
 from model import add_auxiliary_loss, as_autocast, linear, make_ffn, run_block
-from moe import Mixtures
+from moe import Routers
 
 
 class MLPBlock(nn.Module):
@@ -48,7 +48,7 @@ class MLP(nn.Module):
         self.input_norm = nn.LayerNorm(config.d_model, bias=config.bias) if config.input_norm else nn.Identity()
         self.blocks = nn.ModuleList(MLPBlock(config) for _ in range(config.n_layer))
         self.head = linear(config, "head", zero_init=True)
-        self.mixtures = Mixtures.of(self) if config.moe != "none" else None
+        self.routers = Routers.of(self) if config.moe != "none" else None
         if getattr(config, "shuffle_pixels", False):
             # Otherwise cores would read neighbouring pixels, an advantage over dense layers (results/vision.md).
             order = torch.from_numpy(np.random.default_rng(42).permutation(config.d_in))

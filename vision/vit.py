@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from model import Block, add_auxiliary_loss, as_autocast, linear, run_block
-from moe import Mixtures
+from moe import Routers
 
 
 class ViT(nn.Module):
@@ -40,7 +40,7 @@ class ViT(nn.Module):
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.final_norm = nn.LayerNorm(config.d_model, bias=config.bias)
         self.head = linear(config, "head", zero_init=True)
-        self.mixtures = Mixtures.of(self) if config.moe != "none" else None
+        self.routers = Routers.of(self) if config.moe != "none" else None
 
     def forward(self, x, targets=None):
         x = self.input_norm(self.input(self.patch_norm(patches(x, self.config.patch_size))))  # (B, P, C)

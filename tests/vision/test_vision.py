@@ -845,9 +845,9 @@ def test_mixtures_learn(options, tmp_path):
     config = load_config(ImageTrainConfig, words(json_options(tmp_path / "run")))
     model = vision.train.MODELS[config.model](config).train()
     logits, loss = model(torch.randn(6, 1, 8, 8), torch.arange(6))
-    assert len(model.mixtures.reports) == len(row["moe"])
-    torch.testing.assert_close(model.mixtures.cross_entropy, F.cross_entropy(logits, torch.arange(6)))
-    assert loss > model.mixtures.cross_entropy
+    assert len(model.routers.reports) == len(row["moe"])
+    torch.testing.assert_close(model.routers.cross_entropy, F.cross_entropy(logits, torch.arange(6)))
+    assert loss > model.routers.cross_entropy
 
 
 def test_the_quickstart_learns(tmp_path):
