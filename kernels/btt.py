@@ -159,7 +159,7 @@ def joins(x, sizes):
         return False
     joined, n = sizes[0]._replace(f=len(sizes) * sizes[0].f), x.numel() // x.shape[-1]
     apart, seconds = btt_method(x, sizes[0]), expected_seconds(n, sizes[0])
-    if btt_method(x, joined) != "staged" or apart not in {"staged", "fused"} & seconds.keys():
+    if btt_method(x, joined) != "staged" or apart not in ("staged", "fused") or apart not in seconds:
         return False
     sums = 2 * (len(sizes) + 1) * x.numel() / BANDWIDTH  # of the gradients of x
     return expected_seconds(n, joined)["staged"] < len(sizes) * seconds[apart] + sums

@@ -506,7 +506,7 @@ def _gradients(g, a, f, e, r):
             stages = min(3, (SHARED_MEMORY - core - z) // tile)
             fits = g_slice <= G and f_slice <= F and r * f_slice >= 16 and stages >= 2
             if fits and sums <= 4096 * min(warps, 8):  # which takes half of the registers
-                moved = 2 * (-(-f // f_slice) * g * a + -(-g // g_slice) * f * e + with_dx * g * a)
+                moved = 2 * (-(-f // f_slice) * g * a + -(-g // g_slice) * f * e + (g * a if with_dx else 0))
                 yield Gradients(g_slice, f_slice, with_dx, stages, warps, moved)
 
 
