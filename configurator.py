@@ -358,7 +358,8 @@ def _check_numbers(key, value, where):
     if isinstance(value, float) and not math.isfinite(value):
         raise ConfigError(f"{where}{key}={value} is not finite: give another number")
     if isinstance(value, int) and not -(2**63) <= value < 2**63:
-        raise ConfigError(f"{where}{key}: a number of {value.bit_length()} bits is too large: give one below 2^63")
+        shown = value if value.bit_length() < 128 else f"(a number of {value.bit_length()} bits)"
+        raise ConfigError(f"{where}{key}={shown} does not fit in 64 bits: give a number between -2^63 and 2^63")
     if isinstance(value, (tuple, list, dict)):
         for each in (*value, *value.values()) if isinstance(value, dict) else value:
             _check_numbers(key, each, where)

@@ -370,8 +370,11 @@ def test_every_message_is_one_printable_line_of_some_length():
     [
         ("--lr=1e400", "--lr=inf is not finite: give another number"),
         ("--lr=-1e400", "--lr=-inf is not finite"),
-        ("--steps=9223372036854775808", "--steps: a number of 64 bits is too large: give one below 2^63"),
-        ("--lr=1" + "0" * 400, "--lr: a number of 1329 bits is too large"),
+        (
+            "--steps=9223372036854775808",
+            "--steps=9223372036854775808 does not fit in 64 bits: give a number between -2^63 and 2^63",
+        ),
+        ("--lr=1" + "0" * 400, "--lr=(a number of 1329 bits) does not fit in 64 bits"),
         ("--theta=(1, 1e400)", "--theta=inf is not finite"),
         ("--table={'a': {'b': [1e400]}}", "--table=inf is not finite"),
         ("--steps={[]: 1}", "has the wrong type: give a whole number"),
