@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from configurator import ConfigError
 from options import GPTConfig, TrainConfig
 
 
@@ -30,6 +31,15 @@ class SampleBenchConfig(GPTConfig):
     batches: tuple | None = None  # texts generated at the same time; None: (1, 16, 64), on a CPU (1,)
     tokens: int = 100  # timed tokens of each text
     json: str | None = None  # file for the rows
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not 1 <= self.context <= self.block_size:
+            raise ConfigError(
+                f"context={self.context}, but the model reads 1 to block_size={self.block_size} tokens: give a context in between"
+            )
+        if self.tokens < 10:
+            raise ConfigError(f"tokens={self.tokens}: make it at least 10")
 
 
 @dataclass

@@ -49,6 +49,9 @@ def fill_tables(path):
 
 
 def main(argv):
+    if "--help" in argv:
+        print(__doc__)
+        return
     for path in argv or pages():
         if not os.path.isfile(path):
             raise ConfigError(f"{path} does not exist: give pages, such as results/scaling.md, or none for all")

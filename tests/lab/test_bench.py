@@ -9,7 +9,7 @@ import torch
 from configurator import ConfigError, load_config
 from conftest import ROOT, run_forked
 from lab import sweep
-from lab.bench import SampleBenchConfig
+from lab.bench import SampleBenchConfig, bench_sample
 from lab.bench_layers import AllExperts, LayersConfig, MixturesConfig, bench_layers, bench_mixtures
 from lab.mup_check import CoordsConfig, LandscapeConfig
 from lab.scaling_laws import FitConfig, PlotConfig
@@ -101,6 +101,7 @@ def test_layers_on_a_cpu_are_timed_with_the_plain_torch_methods(tmp_path):
         (bench_layers, ["--draw=pyproject.toml"], "draw=pyproject.toml has no rows of layers"),
         (bench_layers, ["--tokens=0,", "--device=cpu"], "tokens=.0,.: give whole numbers"),
         (bench_layers, ["--layers=64-64:1 64", "--device=cpu"], "'64' is no layer"),
+        (bench_sample, ["--block_size=64"], "context=512, but the model reads 1 to block_size=64 tokens"),
         (bench_mixtures, ["--tokens=0", "--device=cpu"], "tokens=.0,.: give whole numbers"),
         (bench_mixtures, ["--layers=btt/64-36:1", "--device=cpu"], "'btt/64-36:1' is no mixture: write"),
     ],
