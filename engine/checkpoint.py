@@ -624,7 +624,7 @@ class MetadataUnpickler(pickle.Unpickler):
 def restore(saved, model, optimizers=None):
     """Put what `load` returned into a model and its optim.Optimizers, sharded or not; without optimizers, weights only.
 
-    Every rank calls it and reads its own parts only. ConfigError where the checkpoint is of another model.
+    Every rank calls it and reads its own parts only. ConfigError if the checkpoint holds another model.
     """
     source = saved.blanks if isinstance(saved, Sharded) else flatten_checkpoint(saved)
     weights, state = model.state_dict(), {}

@@ -35,17 +35,17 @@ def own_out_dir(config, run, say):
 
 
 def writing_to(out_dir):
-    """A failure to write to out_dir as one line, as of runlog.writing."""
+    """Within this context, a failure to write to out_dir is one line (runlog.writing)."""
     return runlog.writing(f"out_dir={out_dir}", "take another")
 
 
 def load_start(config, task, model, optimizers, scaler, again, say):
-    """Put what the run starts from into model, optimizers and scaler -> the checkpoint's plain values; None: a new run.
+    """Load the state that the run starts from into model, optimizers and scaler -> the checkpoint's plain values, or None.
 
     config  a RunConfig
-    task    with `meta`, what its data are, and `shape`, the names of options that make another model
-    again   whether the run resumes: asked to, or restarted by torchrun
-    Every rank calls it. ConfigError where the checkpoint is of another model, or of other data.
+    task    has `meta`, a description of its data, and `shape`, the names of the options that define the model
+    again   whether the run resumes, on request or because torchrun restarted it
+    Every rank calls it. ConfigError if the checkpoint belongs to another model or to other data.
     """
     shape = task.shape - MAY_CHANGE
     saved = checkpoint.load(config.out_dir, say) if again else None
@@ -91,7 +91,7 @@ def load_weights_of_another(config, model, shape, meta, say):
     """Load the weights of the checkpoint config.init_from into the model.
 
     shape  names of the options that must be the same in both
-    meta   plain values that describe the data: a note tells where ids stand for other tokens than the weights have learned
+    meta   plain values that describe the data: a note is printed if ids stand for other tokens than the weights have learned
     """
     saved = checkpoint.load(config.init_from, say)
     if saved is None:
@@ -102,7 +102,7 @@ def load_weights_of_another(config, model, shape, meta, say):
     others = differing_options(config, saved["config"], shape)
     if others:
         words = shlex.join(f"--{key}={theirs}" for key, (_, theirs) in others.items())
-        raise ConfigError(f"init_from={config.init_from} is of another model: give {words}")
+        raise ConfigError(f"init_from={config.init_from} holds another model: give {words}")
     foreign = [key for key in LANGUAGE if key in changed_values(meta, saved["meta"])]
     if foreign:
         say(
@@ -115,9 +115,9 @@ def load_weights_of_another(config, model, shape, meta, say):
 def open_out_dir(config, run, resume_step, say):
     """Write config.json, open the log, name the run in out_dir, which this process owns -> RunLog. On rank 0.
 
-    run: the run's id, named only here: a restart before this point finds another run, and starts as this one did.
-    resume_step: the checkpoint's; None: a new run, before which an earlier run's files are set aside.
-    ConfigError where out_dir cannot be written, RunFailed where the disk is full.
+    run: the run's id, written only here: a restart before this point finds another run's id, and starts as this run did.
+    resume_step: the checkpoint's; None for a new run: then an earlier run's files are set aside first.
+    ConfigError if out_dir cannot be written, RunFailed if the disk is full.
     """
     with writing_to(config.out_dir):
         if resume_step is None:

@@ -289,7 +289,7 @@ def test_a_run_starts_from_the_weights_of_another(tiny, tmp_path, unbroken, caps
 @pytest.mark.parametrize(
     "words, expected",
     [
-        (["--n_layer=1", "--n_head=1"], ["is of another model", "give --n_layer=2 --n_head=2"]),
+        (["--n_layer=1", "--n_head=1"], ["holds another model", "give --n_layer=2 --n_head=2"]),
         (["--init_from=nowhere"], ["init_from=nowhere holds no checkpoint"]),
         (["--init_from=scratch"], ["init_from=scratch", "leave it out"]),
         (["--init_from=resume"], ["init_from=resume", "--resume"]),
