@@ -100,10 +100,7 @@ def as_script(main):
         # Machines, and ranks, may be given other options than rank 0's. On each machine the first rank speaks at once;
         # another, unless torchrun ends it before, because all have met the same mistake.
         if error.code == 1 and "LOCAL_RANK" in os.environ and not error.spoken:
-            if os.environ["LOCAL_RANK"] != "0":
-                signal.signal(signal.SIGTERM, signal.SIG_DFL)
-                time.sleep(PATIENCE)
-            print(f"error: rank {os.environ['RANK']}: {error}", file=sys.stderr)
+            print_for_rank(error, os.environ["RANK"], PATIENCE if os.environ["LOCAL_RANK"] != "0" else 0)
         raise
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
@@ -122,6 +119,19 @@ def as_script(main):
             give_up_stdout()
         what = "stdout" if error.filename is None else os.fsdecode(error.filename)
         raise RunFailed(f"{what} cannot be used ({error.strerror})") from None
+
+
+def print_for_rank(error, rank, seconds):
+    """Print the line of a OneLineExit for another rank than 0, for which Python prints none.
+
+    Other ranks may have met the same error: in that case torchrun ends this process within these seconds, and the line
+    appears once.
+    """
+    if seconds:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        time.sleep(seconds)
+    print(f"error: rank {rank}: {error}", file=sys.stderr, flush=True)
+    error.spoken = True
 
 
 def give_up_stdout():

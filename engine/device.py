@@ -9,6 +9,7 @@ from contextlib import suppress
 import torch
 
 from configurator import ConfigError
+from text_files import first_line
 
 # Peak FLOP/s of dense 16-bit matrix products, from the makers' data sheets. For other GPUs no MFU is reported.
 PEAK_FLOPS = {
@@ -60,9 +61,8 @@ def choose_device(name, local_rank=0):
             torch.cuda.set_device(device)
             torch.zeros(1, device=device)
         except RuntimeError as error:  # in use by another process alone, broken, too old for this build of torch
-            reason = str(error).strip().partition("\n")[0]
             raise ConfigError(
-                f"device={name}: GPU {device.index} cannot be used ({reason}): take --device=cpu"
+                f"device={name}: GPU {device.index} cannot be used ({first_line(error)}): take --device=cpu"
             ) from None
         torch.set_num_threads(1)  # the host only copies batches: 32 threads took 32 ms for what one does in 1
     return device

@@ -1,12 +1,8 @@
 """A run that fails ends with one line that says what to do, whichever process fails."""
 
-import signal
-import sys
-import time
-
 import torch
 
-from configurator import ConfigError, OneLineExit, RunFailed, is_out_of_memory
+from configurator import ConfigError, OneLineExit, RunFailed, is_out_of_memory, print_for_rank
 from engine import checkpoint, runlog
 from engine.compiling import missing_compiler
 from engine.ownership import release_folder
@@ -63,17 +59,10 @@ def explain(error, config, memory):
 
 
 def speak_for_this_rank(error):
-    """Print an error that this rank alone may have met; Python prints a OneLineExit's line on rank 0 only.
-
-    Where rank 0 met it too, torchrun ends this process during the wait, so that the line appears once. The wait is
-    long enough for a rank 0 that reads its last checkpoint before it ends.
-    """
+    """Print an error that this rank alone may have met, after a wait in which rank 0 can read its last checkpoint and end."""
     rank = ranks()[0]
     if rank:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        time.sleep(15)
-        print(f"error: rank {rank}: {error}", file=sys.stderr, flush=True)
-        error.spoken = True
+        print_for_rank(error, rank, seconds=15)
 
 
 def not_finite(config, what, options=""):

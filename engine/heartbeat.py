@@ -31,6 +31,7 @@ import torch.distributed as dist
 from configurator import ConfigError
 from engine.agreement import check_options_of_ranks, facts_of_run
 from engine.parallel import ranks
+from text_files import first_line
 
 # ---------------------------------------------------------------------------------------
 # Joining
@@ -87,8 +88,7 @@ def _open_store(rank, limit):
             host, int(port), is_master=has_store, timeout=limit, wait_for_workers=False, multi_tenant=True
         )
     except RuntimeError as error:
-        reason = str(error).partition("\n")[0]
-        raise SystemExit(f"error: rank {rank} cannot reach the store at {host}:{port} ({reason})") from None
+        raise SystemExit(f"error: rank {rank} cannot reach the store at {host}:{port} ({first_line(error)})") from None
 
 
 def _id_of_run(store):

@@ -19,6 +19,7 @@ import sys
 from contextlib import contextmanager, suppress
 
 from configurator import ConfigError, RunFailed
+from text_files import first_line
 from theta import ChainSizes, Sizes, rank_of
 
 # ---------------------------------------------------------------------------------------
@@ -141,8 +142,7 @@ def start_wandb(project, config, run_id):
     try:
         return wandb.init(project=project, config=config, id=run_id, resume="allow")
     except wandb.errors.Error as error:
-        first = str(error).splitlines()[0]
-        raise ConfigError(f"wandb=True: {first} Or set WANDB_MODE=offline, which needs no login") from None
+        raise ConfigError(f"wandb=True: {first_line(error)} Or set WANDB_MODE=offline, which needs no login") from None
 
 
 # ---------------------------------------------------------------------------------------

@@ -512,6 +512,11 @@ def _gradients(g, a, f, e, r):
 
 def launches(sizes):
     """The launches for a BTT of sizes (g, a, f, e, r) that move the fewest bytes through L2, or None if none fit."""
+    # Every call of a layer asks. torch.compile traces the search, and not the cache.
+    return _find_launches(sizes) if torch.compiler.is_compiling() else _known_launches(sizes)
+
+
+def _find_launches(sizes):
     g, a, f, e, r = sizes
     if (
         max(g, a, f, e) > 64
@@ -532,13 +537,13 @@ def launches(sizes):
     return best
 
 
+_known_launches = functools.cache(_find_launches)
+
+
 def timed(sizes):
     """Whether all kernels of a layer of these sizes have been timed on a GPU (results/kernels.md), and were the fastest."""
     g, a, f, e, r = sizes
     return r == 1 and min(g * a, f * e) <= 1024 and all(size in (32, 64) for size in (g, a, f, e))
-
-
-_launches = functools.cache(launches)  # torch.compile traces `launches` itself
 
 
 def expected_seconds(n, sizes):
@@ -574,7 +579,7 @@ def _launch_product(x, first, second, sizes, shape, backward=False, after_gelu=F
 
 def forward(x, A, B, sizes, after_gelu):
     """x (n, g·a), cores A and B, contiguous, all of one 16-bit dtype -> W x or W gelu(x), (n, f·e). See `launches`."""
-    return _launch_product(_aligned(x), A, B, sizes, _launches(sizes).y, after_gelu=after_gelu)
+    return _launch_product(_aligned(x), A, B, sizes, launches(sizes).y, after_gelu=after_gelu)
 
 
 def _launch_gradients(x, dy, A, B, dx, sizes, shape, parts, after_gelu, second_shared=False):
@@ -591,7 +596,7 @@ def _launch_gradients(x, dy, A, B, dx, sizes, shape, parts, after_gelu, second_s
 
 def backward(x, dy, A, B, sizes, after_gelu):
     """Gradients of `forward`, given dy (n, f·e) -> dx, dA, dB"""
-    x, dy, (g, a, f, e, r), (_, shape, product) = _aligned(x), _aligned(dy), sizes, _launches(sizes)
+    x, dy, (g, a, f, e, r), (_, shape, product) = _aligned(x), _aligned(dy), sizes, launches(sizes)
     parts = max(1, min(triton.cdiv(len(x), TOKENS), multiprocessors(x) // shape.programs(sizes)))
     if product is None:
         dx = x.new_empty(len(x), g * a)

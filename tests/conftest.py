@@ -22,6 +22,7 @@ import torch
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 PYTHONPATH = f"{ROOT}{os.pathsep}{ROOT}/tests"  # for the processes that tests start; pyproject.toml sets it for pytest
+FILES_OF_A_RUN = ["ckpt.pt", "ckpt_prev.pt", "config.json", "log.jsonl", "loss.png", "run.lock"]
 torch.set_num_threads(1)  # as in the processes that tests start, so that sums are rounded alike
 # The fork server imports these once (6 s of CPU time) for all processes that run_forked and test_checkpoint start.
 multiprocessing.set_forkserver_preload(

@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_leaves
 
 import train
 from configurator import ConfigError, RunFailed
-from conftest import environment, losses, read_rows, run_forked, run_script, start_script
+from conftest import FILES_OF_A_RUN, environment, losses, read_rows, run_forked, run_script, start_script
 from data import TokenData
 from engine import checkpoint, heartbeat, parallel, runlog
 from engine.device import choose_device, choose_dtype, peak_flops
@@ -73,14 +73,7 @@ def test_schedules_have_the_right_rates_at_their_corners():
 
 
 def test_a_run_learns_and_leaves_its_files(unbroken):
-    assert sorted(os.listdir(unbroken)) == [
-        "ckpt.pt",
-        "ckpt_prev.pt",
-        "config.json",
-        "log.jsonl",
-        "loss.png",
-        "run.lock",
-    ]
+    assert sorted(os.listdir(unbroken)) == FILES_OF_A_RUN
     rows = read_rows(unbroken)
     assert [row["step"] for row in rows] == list(range(21))
     val = losses(unbroken, "val_loss")

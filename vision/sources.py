@@ -145,9 +145,8 @@ def open_hub(config, say):
     try:
         found = datasets.load_dataset(name)
     except Exception as error:  # whatever the network layer raises
-        reason = str(error).strip().partition("\n")[0]
         raise ConfigError(
-            f"dataset={config.dataset}: {name} could not be loaded from the hub ({type(error).__name__}: {reason}): check "
+            f"dataset={config.dataset}: {name} could not be loaded from the hub ({type(error).__name__}: {first_line(error)}): check "
             "name, network and login, or give --data_dir with a local copy"
         ) from None
     return open_columns(config, list(found), found.__getitem__, name, say)

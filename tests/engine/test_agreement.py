@@ -17,8 +17,8 @@ from options import TrainConfig
 
 SCRIPT = """
 import os, sys, types
-import engine.failures, train
-engine.failures.time = types.SimpleNamespace(sleep=lambda seconds: None)  # rank 1 does not wait for rank 0 to print
+import configurator, train
+configurator.time = types.SimpleNamespace(sleep=lambda seconds: None)  # rank 1 does not wait for rank 0 to print
 words = sys.argv[1:]
 if os.environ["RANK"] == "0":
     words.pop()  # the last word is for rank 1 only

@@ -118,7 +118,7 @@ class Block:
         parts = name.split(".")
         execute = getattr(self, f"op_{parts[0]}", None)
         if execute is None:
-            raise NotImplementedError(f"the emulator does not know {line}")
+            raise LookupError(f"the emulator does not know {line}")
         execute(parts, [arg.strip() for arg in re.split(r",(?![^{]*\})(?![^\[]*\])", rest)], active)
 
     # -- registers

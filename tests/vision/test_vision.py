@@ -33,7 +33,7 @@ import vision.images
 import vision.regression
 import vision.train
 from configurator import ConfigError, load_config, read_config_file
-from conftest import ROOT, losses, read_rows, run_forked, run_script, start_script
+from conftest import FILES_OF_A_RUN, ROOT, losses, read_rows, run_forked, run_script, start_script
 from data import TokenData
 from engine import checkpoint
 from engine.parallel import split_batch
@@ -719,14 +719,7 @@ def unbroken(tmp_path_factory):
 
 
 def test_a_run_leaves_its_files_and_figures(unbroken, capsys):
-    assert sorted(os.listdir(unbroken)) == [
-        "ckpt.pt",
-        "ckpt_prev.pt",
-        "config.json",
-        "log.jsonl",
-        "loss.png",
-        "run.lock",
-    ]
+    assert sorted(os.listdir(unbroken)) == FILES_OF_A_RUN
     rows = read_rows(unbroken)
     last, config = rows[-1], ImageTrainConfig(**TINY_VIT)
     assert [row["step"] for row in rows] == list(range(21))
